@@ -1,0 +1,136 @@
+"""Metrics of a model's answers, and the interval that belongs beside each.
+
+Every function takes per-example lists and gives per-example scores (`exact_match`, `token_f1`, `rouge`, `meteor`), or
+a corpus score that is not a mean (`bleu`, `chrf`, `classification`). `bootstrap` turns either into a 95% interval.
+
+Sources: SQuAD's exact match and F1 (Rajpurkar et al. 2016); ROUGE (Lin 2004) through `rouge-score`; BLEU and chrF
+through `sacrebleu` (Post 2018); METEOR (Banerjee and Lavie 2005) through `nltk`; the percentile bootstrap (Efron 1979).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+WORDNET = Path("/usr/share/wordnet")    # where Debian's package wordnet-base puts the dictionary METEOR looks synonyms up in
+
+
+def bootstrap(items: Sequence, statistic: Callable[[Sequence], float] | None = None, *, resamples: int = 1000,
+              confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic` (default: the mean) over examples drawn with replacement.
+
+    items: one entry an example. With a statistic, it is called on a list of drawn entries. One example or none gives
+    an interval of (nan, nan): nothing is known of its spread.
+    """
+    n = len(items)
+    if n < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    if statistic is None:
+        values = np.asarray(items, np.float64)
+        draws = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
+    else:
+        draws = np.array([statistic([items[i] for i in rng.integers(n, size=n)]) for _ in range(resamples)])
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+# ---- question answering ---------------------------------------------------------------------------------------------
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no English articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def answer_tokens(text: str) -> list[str]:
+    """Words of a normalized answer; each Han, kana or Hangul character counts as a word, as those have no spaces."""
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+",
+                      normalize_answer(text))
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1.0 when the normalized answer equals one of the normalized references."""
+    return float(any(normalize_answer(answer) == normalize_answer(r) for r in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Best F1 of shared words over the references (SQuAD)."""
+    def f1(a: list[str], b: list[str]) -> float:
+        if not a or not b:
+            return float(a == b)
+        shared = sum((Counter(a) & Counter(b)).values())
+        return 2 * shared / (len(a) + len(b))
+    return max(f1(answer_tokens(answer), answer_tokens(r)) for r in references)
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+class _Words:
+    """rouge-score's default tokenizer drops everything but a-z and 0-9; this one keeps other scripts."""
+    def tokenize(self, text: str) -> list[str]:
+        return answer_tokens(text)
+
+
+def rouge(answer: str, references: Sequence[str], kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL")) -> dict[str, float]:
+    """F-measures of ROUGE against the best reference, without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+    scores = RougeScorer(list(kinds), tokenizer=_Words()).score_multi(list(references), answer)
+    return {kind: scores[kind].fmeasure for kind in kinds}
+
+
+def bleu(answers: Sequence[str], references: Sequence[str], *, chinese: bool = False) -> float:
+    """Corpus BLEU, 0 to 100, one reference an answer; `chinese` splits Han text into characters."""
+    from sacrebleu.metrics import BLEU
+    return BLEU(tokenize="zh" if chinese else "13a", effective_order=False).corpus_score(list(answers), [list(references)]).score
+
+
+def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus chrF (character F-score, beta 2), 0 to 100."""
+    from sacrebleu.metrics import CHRF
+    return CHRF().corpus_score(list(answers), [list(references)]).score
+
+
+class _NoSynonyms:
+    """Stands in for WordNet where it is not installed: METEOR then matches exact words and stems only."""
+    def synsets(self, word):
+        return []
+
+
+@cache
+def wordnet():
+    """WordNet as METEOR wants it, from Debian's wordnet-base, or a stand-in that knows no synonyms."""
+    if not (WORDNET / "data.noun").is_file():
+        return _NoSynonyms()
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    return WordNetCorpusReader(str(WORDNET), None)
+
+
+def meteor(answer: str, reference: str) -> float:
+    """METEOR of one answer, 0 to 1; synonyms count only where WordNet is installed."""
+    from nltk.translate.meteor_score import single_meteor_score
+    return float(single_meteor_score(answer_tokens(reference), answer_tokens(answer), wordnet=wordnet()))
+
+
+# ---- classification -------------------------------------------------------------------------------------------------
+
+def classification(predicted: Sequence[str], actual: Sequence[str]) -> dict:
+    """Accuracy, macro-averaged precision, recall and F1, and the confusion matrix (rows: actual, columns: predicted)."""
+    labels = sorted(set(actual) | set(predicted))
+    index = {label: i for i, label in enumerate(labels)}
+    matrix = np.zeros((len(labels), len(labels)), np.int64)
+    for a, p in zip(actual, predicted, strict=True):
+        matrix[index[a], index[p]] += 1
+    hits = np.diag(matrix).astype(np.float64)
+    precision = hits / np.maximum(matrix.sum(0), 1)
+    recall = hits / np.maximum(matrix.sum(1), 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return {"accuracy": float(hits.sum() / max(matrix.sum(), 1)), "precision": float(precision.mean()),
+            "recall": float(recall.mean()), "f1": float(f1.mean()), "labels": labels, "confusion": matrix.tolist()}

@@ -1,0 +1,55 @@
+"""Metrics against worked examples, scipy and scikit-learn's definitions written out."""
+
+import math
+
+import numpy as np
+import pytest
+
+from models import metrics
+
+
+def test_squad_normal_form_and_f1():
+    assert metrics.exact_match("The Eiffel Tower!", ["eiffel tower"]) == 1.0
+    assert metrics.exact_match("Eiffel", ["eiffel tower"]) == 0.0
+    assert metrics.token_f1("in the Eiffel Tower", ["Eiffel Tower"]) == pytest.approx(2 * 2 / (3 + 2))
+    assert metrics.token_f1("", ["x"]) == 0.0 and metrics.token_f1("the", ["a"]) == 1.0
+
+
+def test_chinese_counts_characters():
+    assert metrics.answer_tokens("北京 Olympics。") == ["北", "京", "olympics"]
+    assert metrics.token_f1("北京市", ["北京"]) == pytest.approx(2 * 2 / 5)
+
+
+def test_rouge_l_is_the_longest_common_subsequence():
+    scores = metrics.rouge("the cat sat on mat", ["a cat on the mat"])
+    # after articles are dropped: "cat sat on mat" against "cat on mat": LCS 3
+    assert scores["rougeL"] == pytest.approx(2 * (3 / 4) * (3 / 3) / (3 / 4 + 3 / 3))
+    assert metrics.rouge("猫坐着", ["猫坐"])["rouge1"] == pytest.approx(0.8)
+
+
+def test_bleu_and_chrf_at_their_ends():
+    same = ["a quick brown fox jumps", "over the lazy dog again"]
+    assert metrics.bleu(same, same) == pytest.approx(100) and metrics.chrf(same, same) == pytest.approx(100)
+    assert metrics.bleu(["x y z w v"], ["a b c d e"]) < 1
+
+
+def test_meteor_equals_its_formula():
+    # Three of four words match in one chunk: P = R = 3/4; penalty 0.5 (1/3)^3; F = PR / (0.9 P + 0.1 R).
+    assert metrics.meteor("red green blue qqq", "red green blue zzz") == pytest.approx(0.75 * (1 - 0.5 * (1 / 3) ** 3))
+
+
+def test_classification_by_hand():
+    r = metrics.classification(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+    assert r["confusion"] == [[1, 0], [1, 2]] and r["accuracy"] == 0.75
+    assert r["precision"] == pytest.approx((0.5 + 1) / 2) and r["recall"] == pytest.approx((1 + 2 / 3) / 2)
+    assert r["f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+
+
+def test_bootstrap_matches_the_normal_interval():
+    x = np.random.default_rng(1).normal(3, 2, 2000)
+    low, high = metrics.bootstrap(list(x))
+    half = 1.96 * x.std() / math.sqrt(len(x))
+    assert low == pytest.approx(x.mean() - half, abs=0.02) and high == pytest.approx(x.mean() + half, abs=0.02)
+    assert all(math.isnan(v) for v in metrics.bootstrap([1.0]))
+    same = metrics.bootstrap(list(x[:50]), lambda draw: float(np.mean(draw)))
+    assert same == pytest.approx(metrics.bootstrap(list(x[:50])))
