@@ -1,0 +1,84 @@
+"""Random two-layer checkpoints with a small real tokenizer, for tests that need a model's shape and not its mind.
+
+Weights are drawn wide enough that the logits differ clearly between tokens; biases and norm gains are random too, so
+that a forgotten one shows. The tokenizer is a byte-level BPE trained on the sentences below: any text round-trips.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCAB_SIZE = 384
+SENTENCES = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "Once upon a time there was a small machine that could read and write.",
+    "What is the answer to the question? The answer is that there is no answer.",
+    "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n",
+    "今天天气很好，我们去公园散步。你好，世界！",
+    "I'm sure they've said it's fine: 12,345 + 678 = 13,023. 🙂🚀",
+]
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+SIZES = dict(vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+GPT2_NAMES = {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
+              "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
+FAMILIES = {   # name: (Hugging Face's model_type, what sets it apart)
+    "llama": ("llama", dict(tie_word_embeddings=False, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64})),
+    "smollm2": ("llama", dict(tie_word_embeddings=True, rope_parameters={
+        "rope_type": "default", "rope_theta": 100000.0})),
+    "mistral": ("mistral", dict(tie_word_embeddings=False, sliding_window=16, head_dim=16)),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("qwen3", dict(tie_word_embeddings=True, head_dim=32)),
+    "gpt2": ("gpt2", {}),
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB_SIZE tokens; <|endoftext|> 0, <|im_start|> 1 (BOS), <|im_end|> 2 (EOS, PAD)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                   pad_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
+
+
+def tiny_model(family: str, seed: int = 0, **config):
+    """A random transformers model of `family` (a key of FAMILIES), fp32; `config` overrides Hugging Face's fields."""
+    model_type, own = FAMILIES[family]
+    fields = {**SIZES, **own, **config}
+    if model_type == "gpt2":
+        fields.pop("num_key_value_heads")
+        fields = {GPT2_NAMES.get(key, key): value for key, value in fields.items()}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            gain = weight.ndim == 1 and name.endswith("weight")
+            # A tied embedding must be small beside what the layers add, or every token would predict itself;
+            # the last norm's gain makes up for it.
+            spread = 0.1 if weight.ndim == 1 or id(weight) in embeddings else weight.shape[-1] ** -0.5
+            weight.copy_(spread * torch.randn(weight.shape, generator=generator) + (1.0 if gain else 0.0))
+            if name in ("model.norm.weight", "transformer.ln_f.weight"):
+                weight.mul_(3.0)
+    return model
+
+
+def write_tiny(folder: Path, family: str, seed: int = 0, **config) -> Path:
+    """Save `tiny_model` and `tiny_tokenizer` as a Hugging Face folder; returns it."""
+    tiny_model(family, seed, **config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
