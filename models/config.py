@@ -1,0 +1,289 @@
+"""The shape of a decoder-only language model, and its reading and writing as a Hugging Face `config.json`.
+
+`ModelConfig` says everything that `models/decoder.py` and the export need to know; layers may differ in heads and MLP
+width, so that a structurally pruned model is an ordinary model. `from_hf` / `to_hf` speak the published keys of five
+families: llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3 and gpt2. A model whose shape those keys cannot say
+adds one key of ours, `edgewright_layers: [[heads, kv_heads, mlp_size], ...]`. `to_dict` / `from_dict` are the plain
+JSON that travels in a bundle's manifest.
+
+RoPE scaling: none, or Llama 3's ("llama3"). Sliding windows: one width for every layer. Other kinds are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from runtime.errors import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                  "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+                "gelu_pytorch_tanh": "gelu_tanh"}
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_LARGEST = 2**31 - 1        # no published size comes near; a corrupt number is refused before anything is allocated
+_MOST_LAYERS = 1000
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    heads: int
+    kv_heads: int
+    mlp_size: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of one model. Raises UserError where the numbers contradict each other."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    head_dim: int
+    context_length: int
+    norm: str = "rms"                       # "rms" or "layer" (with bias)
+    norm_eps: float = 1e-5
+    positions: str = "rope"                 # "rope" or "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # {"rope_type": "llama3", factor, low_freq_factor, ...}
+    sliding_window: int | None = None       # a token sees the last `sliding_window` positions, itself included
+    activation: str = "silu"                # "silu", "gelu" or "gelu_tanh"
+    gated_mlp: bool = True                  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    attention_bias: bool = False            # on q, k, v
+    output_bias: bool = False               # on o
+    mlp_bias: bool = False
+    qk_norm: bool = False                   # RMSNorm over head_dim on q and k, before RoPE
+    tied_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "head_dim": self.head_dim,
+                 "context_length": self.context_length, "number of layers": len(self.layers)}
+        if self.sliding_window is not None:
+            sizes["sliding_window"] = self.sliding_window
+        for number, layer in enumerate(self.layers):
+            sizes |= {f"{name} of layer {number}": value for name, value in asdict(layer).items()}
+            if layer.kv_heads > 0 and layer.heads % layer.kv_heads:
+                raise UserError(f"layer {number} has {layer.heads} heads, which its {layer.kv_heads} key/value heads "
+                                f"do not divide")
+        for name, value in sizes.items():
+            if not 1 <= value <= _LARGEST:
+                raise UserError(f"{name} is {value}, which should be from 1 to {_LARGEST}")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, which should be positive and finite")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}, which RoPE needs even")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same shape."""
+        return len(set(self.layers)) == 1
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> ModelConfig:
+        """Read the contents of a config.json. Raises UserError naming the key and value that cannot be used."""
+        family = hf.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"model_type {family!r} is not supported: supported are {', '.join(FAMILIES)} "
+                            f"(SmolLM2 is llama)")
+        shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
+        eos = hf.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(type(token) is int for token in eos):
+            raise UserError(f"eos_token_id is {hf['eos_token_id']!r}, which should be an integer or a list of them")
+        return cls(family=family, vocab_size=_take(hf, "vocab_size", int), eos_token_ids=eos,
+                   bos_token_id=_take(hf, "bos_token_id", int, None), pad_token_id=_take(hf, "pad_token_id", int, None),
+                   **shape)
+
+    def to_hf(self) -> dict:
+        """The contents of a config.json that `transformers` reads (with `edgewright_layers` where it cannot).
+
+        Raises ValueError for a combination that the family's keys do not express, such as gpt2 with RoPE.
+        """
+        if not self.layers or self.family not in FAMILIES:
+            raise ValueError(f"{self.family!r} is none of {FAMILIES}")
+        hf = _to_gpt2(self) if self.family == "gpt2" else _to_llama(self)
+        eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None
+        hf = {"architectures": [_ARCHITECTURES[self.family]], "model_type": self.family, "vocab_size": self.vocab_size,
+              **hf, "tie_word_embeddings": self.tied_embeddings, "bos_token_id": self.bos_token_id,
+              "eos_token_id": eos, "pad_token_id": self.pad_token_id}
+        if not self.publishable:
+            hf["edgewright_layers"] = [[layer.heads, layer.kv_heads, layer.mlp_size] for layer in self.layers]
+            hf["head_dim"] = self.head_dim
+        if ModelConfig.from_hf(hf) != self:
+            raise ValueError(f"family {self.family} cannot express {self}")
+        return hf
+
+    @property
+    def publishable(self) -> bool:
+        """Whether the family's own keys can say this shape, so that `transformers` opens the checkpoint."""
+        layer = self.layers[0]
+        plain = layer.heads * self.head_dim == self.hidden_size and layer.kv_heads == layer.heads
+        return self.uniform and (self.family != "gpt2" or plain)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values, keyed by field name; layers as [{"heads", "kv_heads", "mlp_size"}, ...]."""
+        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers],
+                               "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> ModelConfig:
+        """Undo `to_dict`. Raises UserError where fields are missing or unknown."""
+        known = {field.name for field in fields(cls)}
+        try:
+            if unknown := set(data) - known:
+                raise UserError(f"the model configuration has unknown fields {sorted(unknown)}")
+            layers = tuple(LayerConfig(**layer) for layer in data["layers"])
+            return cls(**data | {"layers": layers, "eos_token_ids": tuple(data.get("eos_token_ids", ()))})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the model configuration cannot be read: {error}") from None
+
+
+_REQUIRED = object()
+
+
+def _take(hf: dict, key: str, kind: type, default=_REQUIRED):
+    """hf[key], checked to be of `kind`; a missing or null key gives the default, or is refused where there is none."""
+    value = hf.get(key)
+    if value is None:
+        if default is _REQUIRED:
+            raise UserError(f"{key} is missing")
+        return default
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{key} is {value!r}, which should be of type {kind.__name__}")
+    return value
+
+
+def _layers(hf: dict, count: int, every: LayerConfig) -> tuple[LayerConfig, ...]:
+    """One LayerConfig a layer: `edgewright_layers` where the model has it, else all alike."""
+    if not 1 <= count <= _MOST_LAYERS:
+        raise UserError(f"the number of layers is {count}, which should be from 1 to {_MOST_LAYERS}")
+    listed = _take(hf, "edgewright_layers", list, None)
+    if listed is None:
+        return (every,) * count
+    if len(listed) != count:
+        raise UserError(f"edgewright_layers describes {len(listed)} layers of {count}")
+    for item in listed:
+        if not (isinstance(item, list) and len(item) == 3 and all(type(value) is int for value in item)):
+            raise UserError(f"edgewright_layers holds {item!r}, which should be [heads, kv_heads, mlp_size]")
+    return tuple(LayerConfig(*item) for item in listed)
+
+
+def _activation(hf: dict, key: str, default: str) -> str:
+    name = _take(hf, key, str, default)
+    if name not in _ACTIVATIONS:
+        raise UserError(f"{key} {name!r} is not supported: supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _llama_fields(hf: dict, family: str) -> dict:
+    hidden, heads = _take(hf, "hidden_size", int), _take(hf, "num_attention_heads", int)
+    if heads < 1:
+        raise UserError(f"num_attention_heads is {heads}, which should be at least 1")
+    every = LayerConfig(heads, _take(hf, "num_key_value_heads", int, heads), _take(hf, "intermediate_size", int))
+    count = _take(hf, "num_hidden_layers", int)
+    bias = _take(hf, "attention_bias", bool, False) if family in ("llama", "qwen3") else False
+    theta, scaling = _rope(hf)
+    return dict(hidden_size=hidden, layers=_layers(hf, count, every),
+                head_dim=_take(hf, "head_dim", int, 128 if family == "qwen3" else hidden // heads),
+                context_length=_take(hf, "max_position_embeddings", int),
+                norm="rms", norm_eps=_take(hf, "rms_norm_eps", float, 1e-6), positions="rope", rope_theta=theta,
+                rope_scaling=scaling, sliding_window=_sliding_window(hf, family, count),
+                activation=_activation(hf, "hidden_act", "silu"), gated_mlp=True,
+                attention_bias=bias or family == "qwen2", output_bias=bias,
+                mlp_bias=_take(hf, "mlp_bias", bool, False) if family == "llama" else False,
+                qk_norm=family == "qwen3", tied_embeddings=_take(hf, "tie_word_embeddings", bool, False))
+
+
+def _rope(hf: dict) -> tuple[float, dict | None]:
+    """theta and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
+    rope = _take(hf, "rope_parameters", dict, None) or _take(hf, "rope_scaling", dict, None) or {}
+    theta = _take(rope, "rope_theta", float, _take(hf, "rope_theta", float, 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"RoPE scaling {kind!r} is not supported: supported are none and 'llama3'")
+    if (part := rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0) != 1.0:
+        raise UserError(f"partial_rotary_factor {part} is not supported: every dimension of a head must rotate")
+    if kind == "default":
+        return theta, None
+    scaling = {key: _take(rope, key, float) for key in _LLAMA3_KEYS}
+    if not all(0 < value < math.inf for value in scaling.values()) \
+            or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"the RoPE scaling {scaling} should be positive, low_freq_factor below high_freq_factor")
+    return theta, {"rope_type": "llama3"} | scaling
+
+
+def _sliding_window(hf: dict, family: str, count: int) -> int | None:
+    if family == "llama":
+        return None
+    if family == "mistral":     # null means none; a config without the key means the family's default
+        return _take(hf, "sliding_window", int, None) if "sliding_window" in hf else 4096
+    if not _take(hf, "use_sliding_window", bool, False):
+        return None
+    window, first = _take(hf, "sliding_window", int, None), _take(hf, "max_window_layers", int, 28)
+    kinds = _take(hf, "layer_types", list, None) or ["full_attention"] * min(first, count) + \
+        ["sliding_attention"] * (count - min(first, count))
+    if window is None or set(kinds) == {"full_attention"}:
+        return None
+    if set(kinds) != {"sliding_attention"}:
+        raise UserError(f"layer_types mixes {sorted(map(str, set(kinds)))}: only one kind for all layers is supported")
+    return window
+
+
+def _to_llama(config: ModelConfig) -> dict:
+    widest = LayerConfig(*(max(sizes) for sizes in zip(*(asdict(layer).values() for layer in config.layers))))
+    rope = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+    hf = {"hidden_size": config.hidden_size, "intermediate_size": widest.mlp_size,
+          "num_hidden_layers": len(config.layers), "num_attention_heads": widest.heads,
+          "num_key_value_heads": widest.kv_heads, "head_dim": config.head_dim,
+          "hidden_act": _published_activation(config), "max_position_embeddings": config.context_length,
+          "rms_norm_eps": config.norm_eps,
+          # both spellings: transformers 5 reads rope_parameters, 4 the other two (and would fall back to theta 10000)
+          "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "rope_parameters": rope}
+    if config.family in ("llama", "qwen3"):
+        hf["attention_bias"] = config.attention_bias
+    if config.family == "llama":
+        hf["mlp_bias"] = config.mlp_bias
+    if config.family == "mistral":
+        hf["sliding_window"] = config.sliding_window
+    if config.family in ("qwen2", "qwen3"):
+        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+        hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window,
+               "max_window_layers": 0, "layer_types": [kind] * len(config.layers)}
+    return hf
+
+
+def _published_activation(config: ModelConfig) -> str:
+    return {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation]
+
+
+def _gpt2_fields(hf: dict) -> dict:
+    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+                       ("add_cross_attention", False)):
+        if _take(hf, key, bool, usual) != usual:
+            raise UserError(f"{key} {hf[key]} is not supported: only {usual} is")
+    hidden, heads = _take(hf, "n_embd", int, 768), _take(hf, "n_head", int, 12)
+    if heads < 1 or hidden % heads:
+        raise UserError(f"n_embd is {hidden}, which its n_head {heads} does not divide")
+    every = LayerConfig(heads, heads, _take(hf, "n_inner", int, 4 * hidden))
+    return dict(hidden_size=hidden, layers=_layers(hf, _take(hf, "n_layer", int, 12), every),
+                head_dim=_take(hf, "head_dim", int, hidden // heads),
+                context_length=_take(hf, "n_positions", int, 1024), norm="layer",
+                norm_eps=_take(hf, "layer_norm_epsilon", float, 1e-5), positions="learned",
+                activation=_activation(hf, "activation_function", "gelu_new"), gated_mlp=False, attention_bias=True,
+                output_bias=True, mlp_bias=True, tied_embeddings=_take(hf, "tie_word_embeddings", bool, True))
+
+
+def _to_gpt2(config: ModelConfig) -> dict:
+    widest = max(layer.mlp_size for layer in config.layers)
+    heads = config.layers[0].heads if config.publishable else 1      # edgewright_layers says the rest
+    return {"n_embd": config.hidden_size, "n_layer": len(config.layers), "n_head": heads, "n_inner": widest,
+            "n_positions": config.context_length, "layer_norm_epsilon": config.norm_eps,
+            "activation_function": _published_activation(config)}
