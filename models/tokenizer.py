@@ -1,0 +1,85 @@
+"""Train a byte-level BPE tokenizer: `python -m models.tokenizer train --data FILES -o FOLDER --vocab-size 8192`.
+
+Writes a folder with `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (ChatML), which `transformers`
+and every stage here open. Byte-level (GPT-2; Radford et al. 2019): any text goes through and comes back unchanged. Digits are
+split one by one, as in SmolLM2, and text is not normalized. Special tokens come first: <|endoftext|> (0: BOS, EOS and
+PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and cleaned as
+for `models.train`, and the merges depend on their contents alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from models.data import DataOptions, read_documents
+from models.data_formats import find_sources
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+EXAMPLES = """examples:
+  python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions(DataOptions):
+    """Train a byte-level BPE tokenizer on text."""
+    action: str = arg(positional=True, choices=("train",), help="what to do")
+    out: Path = arg(short="-o", help="folder to write; must not exist")
+    vocab_size: int = arg(8192, help="tokens, special tokens and the 256 bytes included")
+    min_frequency: int = arg(2, help="a pair must occur this often to be merged")
+
+
+def train_tokenizer(options: TokenizerOptions) -> None:
+    """Read the documents, learn the merges, write the folder. Raises UserError for data or options of no use."""
+    if options.out.exists():
+        raise UserError(f"{options.out} already exists; choose another -o or remove it")
+    if options.vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"--vocab-size {options.vocab_size}: the bytes and special tokens alone are {SMALLEST_VOCABULARY}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=options.vocab_size, min_frequency=options.min_frequency,
+                                  special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    counts: Counter = Counter()
+    tokenizer.train_from_iterator(read_documents(options, find_sources(options.data), counts, "read"), trainer)
+    if not counts["kept"]:
+        raise UserError(f"{options.data[0]}: cleaning left no document: {dict(counts)}")
+    _write_folder(options.out, tokenizer)
+    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
+
+
+def _write_folder(out: Path, tokenizer: Tokenizer) -> None:
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        end = SPECIAL_TOKENS[0]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+                  "clean_up_tokenization_spaces": False}
+        (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        (temporary / "chat_template.jinja").write_text(CHATML)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv=None) -> int:
+    return run(TokenizerOptions, train_tokenizer, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
