@@ -217,6 +217,7 @@ def _rope(hf: dict) -> tuple[float, dict | None]:
     if not all(0 < value < math.inf for value in scaling.values()) \
             or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError(f"the RoPE scaling {scaling} should be positive, low_freq_factor below high_freq_factor")
+    scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
     return theta, {"rope_type": "llama3"} | scaling
 
 

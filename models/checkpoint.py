@@ -1,0 +1,299 @@
+"""A checkpoint: a Hugging Face folder, read lazily and written as a stream.
+
+Reading checks everything before anything large is allocated: the configuration, every safetensors header, every
+tensor's name and shape. Tensors are then mapped from the file one at a time, under the Decoder's names whatever the
+file calls them (models/weight_names.py). Quantized checkpoints (models/quantized.py) are read the same way.
+
+Writing streams tensors into a temporary folder beside the target, reads its headers back, and renames it into place:
+whatever interrupts it, an older result stays as it was. Folders of a known family and uniform shape open in
+`transformers` with equal logits.
+
+Pickles (.bin, .pt) are refused: they run code when opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from models import lineage
+from models.config import ModelConfig
+from models.decoder import Decoder, tensor_shapes
+from models.quantized import Quantization, QuantizedTensor, unpack
+from models.safetensors_file import write_safetensors
+from models.weight_names import Part, decoder_names, publish_gpt2
+from runtime.errors import UserError
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {torch.uint8: "U8", torch.float16: "F16"}
+# What travels with the weights from stage to stage.
+_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+               "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+               "LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: `part` of tensor `name` in the open file `file`."""
+
+    file: Path
+    name: str
+    part: Part
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """An open checkpoint folder; made by `open_checkpoint`. Names are the Decoder's."""
+
+    def __init__(self, path: Path, hf_config: dict, config: ModelConfig, quantization: Quantization | None,
+                 files: dict[Path, safe_open], places: dict[str, _Place]):
+        self.path, self.hf_config, self.config, self.quantization = path, hf_config, config, quantization
+        self._files, self._places = files, places
+
+    def names(self) -> list[str]:
+        """Every stored tensor: `M.weight`, or `M.codes`, `M.scales` (, `M.zeros`) where module M is quantized."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the tensor takes in the file."""
+        place = self._places[name]
+        size = _FLOATS[place.dtype].itemsize if place.dtype in _FLOATS else 1
+        return size * torch.Size(place.shape).numel()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The stored tensor in its stored dtype, mapped from the file: not to be written to."""
+        place = self._places[name]
+        return place.part.cut(self._files[place.file].get_tensor(place.name))
+
+    def modules(self) -> list[str]:
+        """Modules with a matrix that can be quantized: the linears, the token embedding, the untied head."""
+        return [name.removesuffix(".weight") for name, shape in tensor_shapes(self.config).items()
+                if len(shape) == 2 and name != "model.embed_positions.weight"]
+
+    def weight(self, module: str) -> torch.Tensor:
+        """A module's weight as dense float32 [out, in], dequantized where it is quantized."""
+        quantized = self.quantized(module)
+        return self.read(f"{module}.weight").float().contiguous() if quantized is None else quantized.dequantize()
+
+    def quantized(self, module: str) -> QuantizedTensor | None:
+        """A module's codes, or None where its weight is dense. Raises UserError where scales or zeros are corrupt."""
+        form = self.quantization and self.quantization.tensors.get(module)
+        if not form:
+            return None
+        columns = tensor_shapes(self.config)[f"{module}.weight"][1]
+        codes = unpack(self.read(f"{module}.codes"), form.bits, columns)
+        scales = self.read(f"{module}.scales")
+        zeros = None if form.symmetric else self.read(f"{module}.zeros")
+        if not torch.isfinite(scales).all():
+            raise UserError(f"{self.path}: {module}.scales holds values that are not finite: the file is corrupt")
+        if zeros is not None and int(zeros.max()) >= 2**form.bits:
+            raise UserError(f"{self.path}: {module}.zeros holds {int(zeros.max())}, which {form.bits} bits cannot")
+        return QuantizedTensor(codes, scales, zeros, form.bits, form.group, form.symmetric)
+
+    def sha256(self) -> str:
+        """Hash of config.json and the weights files, to name this checkpoint in a lineage."""
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for file in self._files:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a Hugging Face folder and check it whole. Raises UserError for anything that cannot be used."""
+    path = Path(path)
+    if not path.is_dir():
+        hint = ": turn a GGUF file into a checkpoint with python -m models.get" if path.suffix == ".gguf" else ""
+        raise UserError(f"{path} is not a checkpoint folder{hint}" if path.exists() else f"{path} does not exist")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path} has no {CONFIG}: a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
+    hf_config = _json_object(path / CONFIG)
+    try:
+        config = ModelConfig.from_hf(hf_config)
+        quantization = (Quantization.from_dict(hf_config["quantization_config"])
+                        if hf_config.get("quantization_config") is not None else None)
+    except UserError as error:
+        raise UserError(f"{path / CONFIG}: {error}") from None
+    files, places = {}, {}
+    for file, listed in _weight_files(path).items():
+        files[file] = _open_safetensors(file)
+        for stored in sorted(files[file].keys()) if listed is None else listed:
+            places |= _places(file, files[file], stored, config)
+    _check_tensors(path, config, quantization, places)
+    return Checkpoint(path, hf_config, config, quantization, files, places)
+
+
+def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model in memory, its weights in `dtype`; quantized weights hold exactly the values their codes stand for."""
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config)
+    state = {}
+    for name, tensor in decoder.state_dict().items():
+        module = name.removesuffix(".weight")
+        quantized = checkpoint.quantized(module) if name.endswith(".weight") else None
+        source = checkpoint.read(name) if quantized is None else quantized.dequantize()
+        state[name] = torch.empty(tensor.shape, dtype=dtype).copy_(source)
+    decoder.load_state_dict(state, assign=True)
+    return decoder
+
+
+def check_output(out: Path | str, source: Path | str | None = None) -> None:
+    """Refuse early a target that `write_checkpoint` would refuse: the source itself, or a folder of other things."""
+    out = Path(out)
+    if source is not None and out.resolve() == Path(source).resolve():
+        raise UserError(f"{out} is the checkpoint being read: choose another folder for the result")
+    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a checkpoint: choose another folder, or remove it")
+
+
+def write_checkpoint(out: Path | str, hf_config: dict, tensors: Iterable[tuple[str, torch.Tensor]],
+                     source: Path | str | None, stage: dict) -> None:
+    """Write a checkpoint folder, replacing an older one only when the new one is whole.
+
+    hf_config: the contents of config.json; its dtype is set here to the tensors'. A quantized checkpoint has its
+        `quantization_config`.
+    tensors: (name, tensor) under the Decoder's names, consumed one at a time and never held.
+    source: folder whose tokenizer, chat template, generation settings and lineage travel on; None for none.
+    stage: this stage's entry of the lineage (models/lineage.py).
+    Raises UserError where the target cannot be replaced or the disk is full, ValueError where the tensors are not
+    those of hf_config.
+    """
+    out = Path(out)
+    check_output(out, source)
+    config = ModelConfig.from_hf(hf_config)
+    room = sum(3 * len(name) + 400 for name in tensor_shapes(config))      # a weight may become three tensors
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    if config.family == "gpt2" and config.publishable and "quantization_config" not in hf_config:
+        tensors = publish_gpt2(tensors)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)         # left by a killed run
+        partial.mkdir(parents=True)
+        sizes = write_safetensors(partial / WEIGHTS, tensors, room)
+        dtype = max((kind for kind in _FLOATS if kind in sizes), key=sizes.get, default="F32")
+        name = str(_FLOATS[dtype]).removeprefix("torch.")
+        text = json.dumps(hf_config | {"dtype": name, "torch_dtype": name}, indent=2)
+        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
+        for companion in _COMPANIONS if source is not None else ():
+            if (Path(source) / companion).is_file():
+                shutil.copyfile(Path(source) / companion, partial / companion)
+        lineage.write(partial, [*(lineage.read(Path(source)) if source is not None else ()), stage])
+        try:
+            open_checkpoint(partial)
+        except UserError as error:
+            raise ValueError(f"these are not the tensors of the configuration: {error}") from None
+        _replace(partial, out, old)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, out: Path, old: Path) -> None:
+    """Put folder `new` at `out`. A folder cannot be replaced in one step: the older one waits as `old` meanwhile."""
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _json_object(file: Path) -> dict:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file} holds {type(data).__name__}, where a JSON object should be")
+    return data
+
+
+def _weight_files(path: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of a folder, each with the tensors to take from it (None: all)."""
+    if (path / WEIGHTS).is_file():
+        return {path / WEIGHTS: None}
+    if not (path / INDEX).is_file():
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise UserError(f"{path} has {pickles[0]} and no {WEIGHTS}: pickles can run code, so save it again as "
+                            f"safetensors (in transformers, model.save_pretrained)")
+        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}")
+    shards = _json_object(path / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
+    files: dict[Path, list[str] | None] = {}
+    for name, file in sorted(shards.items()):
+        if Path(file).name != file:
+            raise UserError(f"{path / INDEX} puts {name} in {file!r}, which leaves the folder: only plain file names "
+                            f"are allowed")
+        if not (path / file).is_file():
+            raise UserError(f"{path / file} is missing, and {INDEX} puts {name} there: fetch it again")
+        files.setdefault(path / file, []).append(name)
+    return files
+
+
+def _open_safetensors(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
+
+
+def _places(file: Path, opened, stored: str, config: ModelConfig) -> dict[str, _Place]:
+    """The Decoder's tensors that `stored` holds; a tied model's copy of its head is passed over."""
+    try:
+        piece = opened.get_slice(stored)
+    except SafetensorError:
+        raise UserError(f"{file} lacks {stored}, which {INDEX} puts there: fetch it again") from None
+    shape = tuple(piece.get_shape())
+    return {name: _Place(file, stored, part, piece.get_dtype(), part.shape(shape))
+            for name, part in decoder_names(config.family, stored)
+            if not (name == "lm_head.weight" and config.tied_embeddings)}
+
+
+def _check_tensors(path: Path, config: ModelConfig, quantization: Quantization | None,
+                   places: dict[str, _Place]) -> None:
+    """Every tensor the configuration asks for is there, in shape and dtype, and no other."""
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        name: (tuple(_FLOATS), shape) for name, shape in tensor_shapes(config).items()}
+    for module, form in quantization.tensors.items() if quantization else ():
+        shape = expected.pop(f"{module}.weight", (None, ()))[1]
+        if len(shape) != 2 or module == "model.embed_positions":
+            raise UserError(f"{path / CONFIG}: quantization_config names {module}, which is no matrix of this model")
+        try:
+            stored = form.stored_shapes(*shape)
+        except UserError as error:
+            raise UserError(f"{path / CONFIG}: quantization_config of {module}: {error}") from None
+        expected |= {f"{module}.{suffix}": ((_STORED[dtype],), wanted) for suffix, (dtype, wanted) in stored.items()}
+    if missing := [name for name in expected if name not in places]:
+        raise UserError(f"{path} lacks {_some(missing)}, which {CONFIG} asks for")
+    if extra := [name for name in places if name not in expected]:
+        raise UserError(f"{path} has {_some(extra)}, for which {CONFIG} has no place")
+    for name, (dtypes, shape) in expected.items():
+        place = places[name]
+        if place.shape != shape:
+            raise UserError(f"{path}: {name} has shape {list(place.shape)}, where {CONFIG} asks for {list(shape)}")
+        if place.dtype not in dtypes:
+            raise UserError(f"{path}: {name} is of type {place.dtype}, which should be {' or '.join(dtypes)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

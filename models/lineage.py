@@ -1,0 +1,58 @@
+"""The trail a stage leaves: `lineage.json` beside the weights, one entry a stage, oldest first.
+
+    {"version": 1, "stages": [{"stage", "options", "inputs": {name: sha256}, "versions", "seed", "metrics", "created"}]}
+
+Every stage that writes a checkpoint appends its entry to those of the checkpoint it read.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from runtime.errors import UserError
+
+FILE, VERSION = "lineage.json", 1
+_PACKAGES = ("edgewright", "numpy", "torch", "safetensors")
+
+
+def stage(name: str, options, inputs: dict[str, str], metrics: dict | None = None, seed: int | None = None) -> dict:
+    """One entry. `options` is the stage's dataclass or a dict, `inputs` maps what was read to its sha256."""
+    options = asdict(options) if is_dataclass(options) else dict(options)
+    return {"stage": name, "options": json.loads(json.dumps(options, default=str)), "inputs": inputs,
+            "versions": _versions(), "seed": seed, "metrics": metrics or {},
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def read(folder: Path) -> list[dict]:
+    """The stages a checkpoint has come through; none where it has no lineage.json."""
+    file = Path(folder) / FILE
+    if not file.exists():
+        return []
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        stages, number = data["stages"], data["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): mend it, or delete it to start a new trail") from None
+    if number != VERSION or not isinstance(stages, list):
+        raise UserError(f"{file} has version {number!r}, where this program reads version {VERSION}")
+    return stages
+
+
+def write(folder: Path, stages: list[dict]) -> None:
+    text = json.dumps({"version": VERSION, "stages": stages}, indent=2, ensure_ascii=False)
+    (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
