@@ -1,0 +1,220 @@
+"""Open a bundle: the folder an app ships, described by its `manifest.json`.
+
+    bundle = open_bundle("build/smollm2-135m-int4")      # structure and sizes are checked
+    bundle.graph("fast")                                 # an entry of the manifest's "graphs", or None
+    bundle.path("weights.bin")                           # absolute path of a file the manifest lists
+    bundle.tensor("final_norm.weight")                   # its bytes in weights.bin, mapped, not read
+
+Opening costs a `stat` per file. `verify=True`, or `changed_files`, reads every byte and compares sha256, which finds
+what sizes cannot: a changed byte. Nothing in a bundle is executed and nothing is a pickle. A manifest is untrusted: a
+path that leaves the folder, by "..", by an absolute path or through a symlink, is refused, and a tensor that lies
+outside its file is refused before anything maps it. The manifest itself has no hash; whoever can replace it can
+replace the bundle.
+
+Format: README, "Formats". Version 1 is the only one so far; others are refused by number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from runtime.errors import CheckFailed, UserError
+
+FORMAT = "edgewright-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+ROLES = ("portable", "fast")
+DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4,
+              "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6}
+_PACKED_BY_ROW = ("uint2", "uint3", "uint5", "uint6")       # each row ends on a byte; int4 and uint4 do as ONNX does
+_NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}      # others are given as raw bytes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked manifest and its folder."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
+
+    @property
+    def model(self) -> dict:
+        """config (of `models.config.ModelConfig`), max_context, bos_token_id, eos_token_ids, pad_token_id, generation."""
+        return self.manifest["model"]
+
+    @property
+    def max_context(self) -> int:
+        """Tokens a sequence may have, prompt and reply together."""
+        return self.model["max_context"]
+
+    def graph(self, role: str) -> dict | None:
+        """The manifest's entry for the graph of this role, or None."""
+        return next((graph for graph in self.manifest["graphs"] if graph["role"] == role), None)
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file that the manifest lists."""
+        return self.folder / name
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the shared weights file."""
+        return self.manifest["weights"]["bytes"]
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor of the weights file, mapped read-only: float32, float16 and int8 in their own dtype and shape, any
+        other dtype as its packed bytes, uint8 [bytes]. Raises UserError where the bundle has no such tensor."""
+        entry = next((t for t in self.manifest["weights"]["tensors"] if t["name"] == name), None)
+        if entry is None:
+            raise UserError(f"{self.folder / MANIFEST}: the weights have no tensor {name!r}; export the bundle again")
+        dtype = _NUMPY_DTYPES.get(entry["dtype"])
+        shape = tuple(entry["shape"]) if dtype else (entry["bytes"],)
+        return np.memmap(self.path(self.manifest["weights"]["file"]), dtype=dtype or np.uint8, mode="r",
+                         offset=entry["offset"], shape=shape)
+
+
+def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
+    """Read and check the manifest in `folder`; with `verify`, every file's sha256 too.
+
+    Raises UserError (no bundle, unknown version, a file missing, shortened or outside the folder, a broken manifest)
+    and CheckFailed (`verify` found a changed file, named in the message).
+    """
+    folder = Path(folder).expanduser().absolute()
+    manifest = _read_manifest(folder)
+    _check_manifest(folder / MANIFEST, manifest)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry)
+    bundle = Bundle(folder, manifest)
+    if verify:
+        changed = changed_files(bundle)
+        if changed:
+            raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
+    return bundle
+
+
+def changed_files(bundle: Bundle) -> list[str]:
+    """Names of the files whose sha256 is not the manifest's. Reads every byte of the bundle."""
+    changed = []
+    for name, entry in bundle.manifest["files"].items():
+        with open(bundle.path(name), "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                changed.append(name)
+    return changed
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a bundle, as `python -m export.onnx` writes it")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export the bundle again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path}: bundle version {manifest.get('version')!r}, but this runtime reads version {VERSION}; "
+                        "export the bundle again or update the runtime")
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: dict) -> None:
+    """Every field the runtime uses is there and of the right type, so that no later code has to doubt it."""
+    def need(owner: dict, where: str, key: str, *types) -> object:
+        value = owner.get(key)
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise UserError(f"{path}: {where}{key} should be {expected}, not {_shown(value)}; export the bundle again")
+        return value
+
+    def need_all(owner: dict, where: str, key: str, item_type: type) -> list:
+        items = need(owner, where, key, list)
+        for i, item in enumerate(items):
+            need({f"{key}[{i}]": item}, where, f"{key}[{i}]", item_type)
+        return items
+
+    need(manifest, "", "name", str)
+    files = need(manifest, "", "files", dict)
+    for name in files:
+        entry = need(files, "files.", name, dict)
+        need(entry, f"files.{name}.", "bytes", int)
+        need(entry, f"files.{name}.", "sha256", str)
+
+    def listed(name: object, where: str) -> None:
+        if name not in files:
+            raise UserError(f"{path}: {where} is {name!r}, which is not among its files; export the bundle again")
+
+    model = need(manifest, "", "model", dict)
+    config = need(model, "model.", "config", dict)
+    for key in ("vocab_size", "hidden_size", "head_dim"):
+        need(config, "model.config.", key, int)
+    if need(model, "model.", "max_context", int) < 1:
+        raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
+    need_all(model, "model.", "eos_token_ids", int)
+    for key in ("bos_token_id", "pad_token_id"):
+        need(model, "model.", key, int, type(None))
+
+    weights = need(manifest, "", "weights", dict)
+    listed(need(weights, "weights.", "file", str), "weights.file")
+    if need(weights, "weights.", "bytes", int) != files[weights["file"]]["bytes"]:
+        raise UserError(f"{path}: weights.bytes and the size of {weights['file']} among its files differ; export again")
+    for tensor in need_all(weights, "weights.", "tensors", dict):
+        where = f"weights.tensors: {tensor.get('name')!r}: "
+        need(tensor, where, "name", str), need(tensor, where, "dtype", str)
+        shape = need_all(tensor, where, "shape", int)
+        offset, size = need(tensor, where, "offset", int), need(tensor, where, "bytes", int)
+        if tensor["dtype"] not in DTYPE_BITS:
+            raise UserError(f"{path}: {where}unknown dtype {tensor['dtype']!r}; known: {', '.join(DTYPE_BITS)}")
+        rows, row = (math.prod(shape[:-1]), shape[-1]) if tensor["dtype"] in _PACKED_BY_ROW and shape else (1, math.prod(shape))
+        expected = rows * -(-row * DTYPE_BITS[tensor["dtype"]] // 8)
+        if min(shape, default=1) < 0 or offset < 0 or size != expected or offset + size > weights["bytes"]:
+            raise UserError(f"{path}: {where}{tensor['dtype']} {shape} at {offset}, {size} bytes, does not fit "
+                            f"{weights['file']} ({weights['bytes']} bytes); export the bundle again")
+
+    for i, graph in enumerate(need_all(manifest, "", "graphs", dict)):
+        where = f"graphs[{i}]."
+        if need(graph, where, "role", str) not in ROLES:
+            raise UserError(f"{path}: {where}role is {graph['role']!r}; known: {', '.join(ROLES)}")
+        listed(need(graph, where, "file", str), where + "file")
+        graph.setdefault("derived", [])
+        for derived in need_all(graph, where, "derived", dict):
+            for key in ("name", "from", "op"):
+                need(derived, f"{where}derived.", key, str)
+    listed(need(manifest, "", "tokenizer", str), "tokenizer")
+    for key in ("chat_template", "golden"):
+        if need(manifest, "", key, str, type(None)) is not None:
+            listed(manifest[key], key)
+
+
+def _check_file(folder: Path, name: str, entry: dict) -> None:
+    """The file is inside the folder, is a file, and has the size the manifest gives."""
+    path = folder / name
+    parts = PurePosixPath(name).parts
+    if (not parts or ".." in parts or "\0" in name or "\\" in name or PurePosixPath(name).is_absolute()
+            or PureWindowsPath(name).drive or not path.resolve().is_relative_to(folder.resolve())):
+        raise UserError(f"{folder / MANIFEST}: the path {name!r} leaves the bundle's folder; refused")
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        raise UserError(f"{path}: missing from the bundle; copy or export it again") from None
+    if not path.is_file():
+        raise UserError(f"{path}: is not a file; copy or export the bundle again")
+    if size != entry["bytes"]:
+        raise UserError(f"{path}: {size} bytes, but the manifest says {entry['bytes']}; copy or export the bundle again")
+
+
+def _shown(value: object) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,199 @@
+"""Choose the next token from logits.
+
+Order, as in Hugging Face `transformers`: logit bias; repetition penalty (Keskar et al. 2019, over prompt and reply);
+frequency and presence penalties (OpenAI's, over the reply); temperature; top-k; top-p (nucleus, Holtzman et al. 2019:
+the smallest set of most likely tokens whose mass reaches p); min-p (Nguyen et al. 2024: at least p times the likeliest).
+Temperature 0 is greedy: the largest adjusted logit, the lowest id among equals, and no truncation matters.
+
+A `Sampler` belongs to one sequence. It draws one uniform number a token from its own generator, seeded by the seed and
+the number of the sample, so a reply depends neither on its neighbours in a batch nor on how many there are. The same
+seed gives the same tokens wherever the logits are the same bits.
+
+Exact, but not dense: the k largest of 49,152 logits are found through maxima of strided blocks, since k blocks have a
+maximum of at least the k-th largest one, and everything smaller can be dropped before any sorting. The logits are
+read, never written: they are the backend's own buffer. Log probabilities are those of the model's own logits, before
+any adjustment.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.errors import UserError
+
+_BLOCK = 64                       # logits of a strided block, whose maxima are taken first
+_SUMMED = 768                     # neighbouring weights summed first
+_GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from greedy in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen; the defaults are greedy and change no logit. Raises UserError for a value out of range."""
+
+    temperature: float = 0.0          # 0: greedy
+    top_k: int = 0                    # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)      # token id -> added to its logit; -inf forbids it
+    seed: int | None = None           # None: a different reply each time
+    logprobs: int | None = None       # None: none; N: log probability of each token, and of the N likeliest
+
+    def __post_init__(self):
+        def check(name, valid, rule, kind=(int, float)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not valid(value):
+                raise UserError(f"{name} is {value!r}; it must be {rule}")
+        check("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number")
+        check("top_k", lambda v: v >= 0, "0 (off) or a positive whole number", int)
+        check("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1 (off)")
+        check("min_p", lambda v: 0 <= v <= 1, "from 0 (off) to 1")
+        check("repetition_penalty", lambda v: 0 < v < math.inf, "a positive number; 1 is off")
+        check("frequency_penalty", math.isfinite, "a finite number; 0 is off")
+        check("presence_penalty", math.isfinite, "a finite number; 0 is off")
+        check("logit_bias", lambda v: all(isinstance(k, int) and k >= 0 and isinstance(b, (int, float)) and b < math.inf
+                                          for k, b in v.items()), "a dict of token ids to numbers below infinity", dict)
+        check("seed", lambda v: True, "a whole number or None", (int, type(None)))
+        check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (int, type(None)))
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probability of a chosen token, and of the likeliest tokens, most likely first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    prompt: int64 [n], for the repetition penalty; sample: number of this reply among those to the same prompt.
+    """
+
+    def __init__(self, options: SamplingOptions, prompt: np.ndarray, sample: int = 0):
+        self.options = options
+        self._random = random.Random() if options.seed is None else random.Random(f"{options.seed}/{sample}")
+        self._prompt = prompt
+        self._counts: np.ndarray | None = None                    # times each token is in the reply so far
+        self._seen: np.ndarray | None = None                      # whether it is in prompt or reply
+        self._penalized = (options.repetition_penalty != 1 or options.frequency_penalty != 0
+                           or options.presence_penalty != 0)
+        self._adjusts = self._penalized or bool(options.logit_bias)
+        self._greedy = options.temperature < _GREEDY_BELOW
+        self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token from float32 logits [vocab]. Raises UserError for logits that are not numbers."""
+        adjusted = self._adjust(logits) if self._adjusts else logits
+        best = int(adjusted.argmax())
+        peak = float(adjusted[best])
+        if not math.isfinite(peak):
+            raise UserError(f"the model's largest logit is {peak}: its weights are damaged or its number format "
+                            "overflows; run `python -m runtime.verify` on the bundle")
+        if self._greedy:
+            token = best
+        elif self._truncates:
+            ids, weights = self._candidates(adjusted, peak)
+            cumulative = np.cumsum(weights)
+            token = int(ids[_locate(cumulative, self._random.random() * cumulative[-1])])
+        else:
+            token = _draw(np.exp((adjusted - np.float32(peak)) / np.float32(self.options.temperature)), self._random.random())
+        if self._penalized:
+            self._counts[token] += 1
+            self._seen[token] = True
+        return token
+
+    def _adjust(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of the logits with bias and penalties applied."""
+        options, logits = self.options, logits.copy()
+        for token, bias in options.logit_bias.items():
+            if token >= len(logits):
+                raise UserError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
+            logits[token] += bias
+        if self._penalized:
+            if self._counts is None:
+                self._counts = np.zeros(len(logits), np.int32)
+                self._seen = np.zeros(len(logits), bool)
+                self._seen[self._prompt] = True
+            if options.repetition_penalty != 1:
+                seen = np.flatnonzero(self._seen)
+                values, penalty = logits[seen], np.float32(options.repetition_penalty)
+                logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+            used = np.flatnonzero(self._counts > 0)
+            logits[used] -= np.float32(options.presence_penalty) + np.float32(options.frequency_penalty) * self._counts[used]
+        return logits
+
+    def _candidates(self, logits: np.ndarray, peak: float) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights (exp((logit - peak) / temperature), float64) that top-k, top-p and min-p leave."""
+        options = self.options
+        if options.top_k:
+            ids = largest(logits, options.top_k)
+            weights = self._weights(logits[ids], peak)
+        elif options.top_p < 1:
+            mass = options.top_p * float(np.exp((logits - np.float32(peak)) / np.float32(options.temperature)).sum(dtype=np.float64))
+            count = 128
+            while True:                                       # most often the first 128 hold it; else 8 times as many
+                ids = largest(logits, count)
+                weights = self._weights(logits[ids], peak)
+                if count >= len(logits) or weights.sum() >= mass:
+                    break
+                count *= 8
+        else:
+            ids = np.flatnonzero(logits >= peak + options.temperature * math.log(options.min_p) - 1e-3)
+            weights = self._weights(logits[ids], peak)
+        if options.top_p < 1:
+            total = weights.sum() if options.top_k else mass / options.top_p
+            keep = 1 + int(np.searchsorted(np.cumsum(weights), options.top_p * total))
+            ids, weights = ids[:keep], weights[:keep]
+        if options.min_p:
+            keep = weights >= options.min_p                   # the likeliest has weight 1
+            ids, weights = ids[keep], weights[keep]
+        return ids, weights
+
+    def _weights(self, logits: np.ndarray, peak: float) -> np.ndarray:
+        return np.exp((logits.astype(np.float64) - peak) / self.options.temperature)
+
+
+def largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest logits [vocab], largest first, the lower id first among equals."""
+    count = min(count, len(logits))
+    blocks = len(logits) // _BLOCK
+    pool = np.maximum.reduce(logits[:blocks * _BLOCK].reshape(_BLOCK, blocks)) if count <= blocks else logits
+    floor = np.partition(pool, len(pool) - count)[len(pool) - count]    # `count` blocks reach it, so as many logits do
+    ids = np.flatnonzero(logits >= floor)
+    return ids[np.argsort(-logits[ids], kind="stable")[:count]]
+
+
+def token_logprobs(logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
+    """Log probabilities of `token` and of the `count` likeliest under float32 logits [vocab]."""
+    peak = float(logits.max())
+    log_total = peak + math.log(float(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
+    return TokenLogprobs(token, float(logits[token]) - log_total,
+                         [(int(i), float(logits[i]) - log_total) for i in (largest(logits, count) if count else ())])
+
+
+def _draw(weights: np.ndarray, uniform: float) -> int:
+    """The id in which `uniform` (0 <= uniform < 1) of the total weight falls, weights float32 [vocab] laid end to end.
+
+    Sums of blocks are searched first: a running sum over the whole vocabulary costs ten times as much.
+    """
+    starts = np.arange(0, len(weights), _SUMMED)
+    sums = np.add.reduceat(weights, starts, dtype=np.float64)
+    cumulative = np.cumsum(sums)
+    target = uniform * cumulative[-1]
+    block = _locate(cumulative, target)
+    inside = np.cumsum(weights[starts[block]:starts[block] + _SUMMED], dtype=np.float64)
+    return int(starts[block]) + _locate(inside, target - (cumulative[block] - sums[block]))
+
+
+def _locate(cumulative: np.ndarray, target: float) -> int:
+    """First index whose running sum exceeds `target`; where rounding leaves none, the last one of any weight."""
+    return int(min(np.searchsorted(cumulative, target, "right"), np.searchsorted(cumulative, cumulative[-1], "left")))
