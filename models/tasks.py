@@ -1,0 +1,174 @@
+"""What the labelled tasks of `models.evaluate` are made of: examples from a file, a few-shot prompt, a stop, a score.
+
+| task      | files                                                   | metrics                                    |
+|-----------|---------------------------------------------------------|--------------------------------------------|
+| qa        | SQuAD JSON                                              | exact_match, f1, rougeL                    |
+| summarize | JSONL with `text` and `summary`                         | rouge1, rouge2, rougeL                     |
+| translate | TSV: source TAB target                                  | bleu, chrf                                 |
+| generate  | Alpaca JSON, or JSONL with `instruction` and `output`   | bleu, rouge1, rouge2, rougeL, meteor       |
+| classify  | TSV: sentence TAB label                                 | accuracy, precision, recall, f1, confusion |
+
+A prompt is `instruction`, then `shots` solved examples, then the example to solve, each written with `example`, whose
+`{fields}` are the example's; the answer follows where the last line ends. `--prompt FILE` changes any of them (TOML with
+the same names). Classification does not generate: it asks which label is the likeliest continuation.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import random
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Fields for the prompt, and the answers that count as right (classification: one label)."""
+    fields: dict[str, str]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Few-shot prompt. `example` ends where the answer begins; `labels` renames classification labels in words."""
+    instruction: str
+    example: str
+    shots: int
+    stop: tuple[str, ...] = ("\n",)
+    max_new_tokens: int = 64
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+PROMPTS = {
+    "qa": Prompt("Answer each question with a few words taken from the text.\n\n",
+                 "Text: {context}\nQuestion: {question}\nAnswer:", shots=1, max_new_tokens=24),
+    "summarize": Prompt("Summarize each description in one short line.\n\n",
+                        "Description: {text}\nSummary:", shots=3, max_new_tokens=32),
+    "translate": Prompt("Translate English to Chinese.\n\n", "English: {source}\nChinese:", shots=4, max_new_tokens=48),
+    "generate": Prompt("", "Instruction: {instruction}\n{input}\nResponse:", shots=1, stop=("\nInstruction:",),
+                       max_new_tokens=128),
+    "classify": Prompt("Is the sentiment of each sentence negative or positive?\n\n", "Sentence: {sentence}\nSentiment:",
+                       shots=4, labels={"0": "negative", "1": "positive"}),
+}
+
+
+def load_prompt(task: str, file: Path | None) -> Prompt:
+    """The task's prompt, with the entries of a TOML file put over it."""
+    prompt = PROMPTS[task]
+    if file is None:
+        return prompt
+    try:
+        changes = tomllib.loads(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a TOML prompt ({error})") from None
+    known = {f.name for f in dataclasses.fields(Prompt)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise UserError(f"{file}: unknown entry {unknown[0]!r}; a prompt has {', '.join(sorted(known))}")
+    for name in ("instruction", "example"):
+        if not isinstance(changes.get(name, ""), str):
+            raise UserError(f"{file}: {name} must be text")
+    if not isinstance(changes.get("shots", 0), int) or changes.get("shots", 0) < 0:
+        raise UserError(f"{file}: shots must be a whole number, 0 or more")
+    return dataclasses.replace(prompt, **{k: tuple(v) if k == "stop" else v for k, v in changes.items()})
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 text file, refused in words when it is missing, binary or empty."""
+    try:
+        raw = Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if b"\0" in raw[:65536]:
+        raise UserError(f"{file}: is a binary file; give UTF-8 text")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); convert it first") from None
+    if not text.strip():
+        raise UserError(f"{file}: is empty")
+    return text
+
+
+def read_examples(task: str, file: Path) -> list[Example]:
+    """Every example of a task's file, in the file's order."""
+    text = read_text(file)
+    try:
+        examples = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions,
+                    "classify": _labelled}[task](text, file)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{file}: is not in the format of task {task} ({what}); see python -m models.evaluate --help") from None
+    if not examples:
+        raise UserError(f"{file}: has no example for task {task}")
+    return examples
+
+
+def _squad(text, file):
+    return [Example({"context": p["context"], "question": q["question"]}, tuple(dict.fromkeys(a["text"] for a in q["answers"])))
+            for article in json.loads(text)["data"] for p in article["paragraphs"] for q in p["qas"] if q["answers"]]
+
+
+def _summaries(text, file):
+    records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [Example({"text": r["text"]}, (r["summary"],)) for r in records]
+
+
+def _instructions(text, file):
+    records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+    return [Example({"instruction": r["instruction"], "input": r.get("input", "")}, (r["output"],)) for r in records]
+
+
+def _columns(text, file):
+    rows = list(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    for number, row in enumerate(rows, 1):
+        if row and len(row) != 2:
+            raise UserError(f"{file}: line {number} has {len(row)} columns, not 2 separated by a tab")
+    return [row for row in rows if row]
+
+
+def _pairs(text, file):
+    return [Example({"source": a}, (b,)) for a, b in _columns(text, file)]
+
+
+def _labelled(text, file):
+    return [Example({"sentence": a}, (b,)) for a, b in _columns(text, file)]
+
+
+def split_shots(examples: list[Example], shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:
+    """Draw `shots` solved examples and up to `limit` others to solve, by seed. Labels take turns among the shots."""
+    if len(examples) <= shots:
+        raise UserError(f"{len(examples)} examples are too few for {shots} shots and one to solve")
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    by_answer: dict[str, list[Example]] = {}
+    for example in order:
+        by_answer.setdefault(example.answers[0], []).append(example)
+    if len(by_answer) <= max(shots, 1):                         # labels: one of each in turn
+        groups = list(by_answer.values())
+        solved = [groups[i % len(groups)][i // len(groups)] for i in range(shots) if i // len(groups) < len(groups[i % len(groups)])]
+    else:
+        solved = order[:shots]
+    rest = [e for e in order if not any(e is s for s in solved)]
+    return solved, rest[:limit]
+
+
+def answer_text(prompt: Prompt, answer: str) -> str:
+    """An answer as the prompt spells it."""
+    return prompt.labels.get(answer, answer)
+
+
+def render(prompt: Prompt, solved: list[Example], example: Example) -> str:
+    """The whole prompt, up to and excluding the answer."""
+    def fill(e: Example) -> str:
+        try:
+            return prompt.example.format(**e.fields)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"the prompt's example asks for {error}; this task has {', '.join(e.fields)}") from None
+    shown = [f"{fill(e)} {answer_text(prompt, e.answers[0])}\n\n" for e in solved]
+    return prompt.instruction + "".join(shown) + fill(example)
