@@ -247,7 +247,8 @@ def _to_llama(config: ModelConfig) -> dict:
           "hidden_act": _published_activation(config), "max_position_embeddings": config.context_length,
           "rms_norm_eps": config.norm_eps,
           # both spellings: transformers 5 reads rope_parameters, 4 the other two (and would fall back to theta 10000)
-          "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "rope_parameters": rope}
+          "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling and dict(config.rope_scaling),
+          "rope_parameters": rope}
     if config.family in ("llama", "qwen3"):
         hf["attention_bias"] = config.attention_bias
     if config.family == "llama":
