@@ -8,11 +8,13 @@ Every stage that writes a checkpoint appends its entry to those of the checkpoin
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from runtime.errors import UserError
 
@@ -46,6 +48,15 @@ def read(folder: Path) -> list[dict]:
 def write(folder: Path, stages: list[dict]) -> None:
     text = json.dumps({"version": VERSION, "stages": stages}, indent=2, ensure_ascii=False)
     (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def add_metrics(folder: Path, metrics: dict) -> None:
+    """Add what was measured on the finished result to its newest stage, for instance its perplexity."""
+    stages = read(folder)
+    stages[-1]["metrics"] |= metrics
+    with TemporaryDirectory(dir=Path(folder).parent, prefix=".lineage.") as temporary:
+        write(Path(temporary), stages)
+        os.replace(Path(temporary) / FILE, Path(folder) / FILE)
 
 
 def _versions() -> dict[str, str]:
