@@ -194,14 +194,14 @@ def write_checkpoint(out: Path | str, hf_config: dict, tensors: Iterable[tuple[s
             open_checkpoint(partial)
         except UserError as error:
             raise ValueError(f"these are not the tensors of the configuration: {error}") from None
-        _replace(partial, out, old)
+        replace_folder(partial, out, old)
     except OSError as error:
         raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(new: Path, out: Path, old: Path) -> None:
+def replace_folder(new: Path, out: Path, old: Path) -> None:
     """Put folder `new` at `out`. A folder cannot be replaced in one step: the older one waits as `old` meanwhile."""
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
