@@ -1,0 +1,174 @@
+"""GGUF files, against transformers: the model a file was made from, and transformers' own reading of the file."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from models.decoder import Decoder, tensor_shapes
+from models.gguf_file import PLAIN, QUANTIZED, GGUFFile
+from runtime.errors import UserError
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_gguf import encode, write_gguf
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SHAPES = {"llama": dict(rope_parameters=LLAMA3, head_dim=64, max_position_embeddings=16384),
+          "mistral": dict(sliding_window=None)}             # GGUF has no place for Mistral's window
+IDS = torch.tensor([[1, 57, 300, 12, 99, 41, 200, 5, 17, 350, 8, 2]])
+
+
+def model_of(family, **config):
+    return tiny_model(family, **SHAPES.get(family, {}), **config)
+
+
+def read(path) -> Decoder:
+    file = GGUFFile(path)
+    decoder = Decoder(file.config)
+    missing, extra = decoder.load_state_dict(dict(file.tensors()), strict=False)
+    assert not missing and not extra
+    return decoder
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    out = model(ids)
+    return getattr(out, "logits", out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_computes_what_the_model_it_was_made_from_computes(family, tmp_path):
+    model = model_of(family)
+    decoder = read(write_gguf(tmp_path / "model.gguf", model, tiny_tokenizer()))
+    torch.testing.assert_close(logits(decoder), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PLAIN + QUANTIZED)
+def test_every_type_reads_as_transformers_reads_it(kind, tmp_path):
+    width = 256                                              # a K-quant's block
+    model = tiny_model("smollm2", hidden_size=width, intermediate_size=width, num_attention_heads=4)
+    path = write_gguf(tmp_path / "model.gguf", model, tiny_tokenizer(), kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32,
+                                                  quantization_config=GgufConfig(dequantize=True))
+    want = theirs.state_dict()
+    for name, tensor in GGUFFile(path).tensors():
+        assert tensor.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
+            kind if tensor.ndim == 2 else "F32", torch.float32)
+        torch.testing.assert_close(tensor.float(), want[name].float(), atol=0, rtol=1e-6)
+    torch.testing.assert_close(logits(read(path)), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind, relative_error", [
+    ("F16", 0.001), ("BF16", 0.01), ("Q8_0", 0.01), ("Q5_1", 0.06), ("Q5_0", 0.07), ("Q4_1", 0.12), ("Q4_0", 0.13)])
+def test_a_quantized_file_is_close_to_the_weights_it_was_made_from(kind, relative_error, tmp_path):
+    model = tiny_model("qwen2")
+    read_back = dict(GGUFFile(write_gguf(tmp_path / "model.gguf", model, kind=kind)).tensors())
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = model.state_dict()[name]
+    error = ((read_back[name].float() - weight).norm() / weight.norm()).item()
+    assert 0 < error < relative_error
+
+
+def test_six_bit_blocks_by_the_formula(tmp_path):
+    """Q6_K worked out by hand in float64: value = d * scale[16 values] * (six bits - 32)."""
+    data = encode(np.ones((2, 512), np.float32), "Q6_K")
+    got = gguf.dequantize(data, gguf.GGMLQuantizationType.Q6_K)
+    for number, block in enumerate(data.reshape(-1, 210)):
+        low, high, scales = block[:128], block[128:192], block[192:208].view(np.int8)
+        d = block[208:].view(np.float16).astype(np.float64)[0]
+        for i in range(256):
+            half, within = divmod(i, 128)
+            quarter, lane = divmod(within, 32)
+            nibble = low[half * 64 + (quarter % 2) * 32 + lane] >> (4 * (quarter // 2)) & 15
+            code = int(nibble) | (int(high[half * 32 + lane]) >> (2 * quarter) & 3) << 4
+            assert got.reshape(-1)[number * 256 + i] == pytest.approx(d * int(scales[i // 16]) * (code - 32), rel=1e-6)
+
+
+def test_config_holds_what_the_file_says(tmp_path):
+    model = model_of("llama")
+    config = GGUFFile(write_gguf(tmp_path / "model.gguf", model, tiny_tokenizer())).config
+    assert (config.family, config.vocab_size, config.head_dim, config.tied_embeddings) == ("llama", 384, 64, False)
+    assert config.norm_eps == model.config.rms_norm_eps        # exactly: a float32 read as the decimal it came from
+    assert config.rope_theta == 500000.0 and config.rope_scaling == {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2,), 2)
+    assert tensor_shapes(config) == {name: tuple(t.shape) for name, t in GGUFFile(tmp_path / "model.gguf").tensors()}
+
+
+def test_an_output_matrix_equal_to_the_embedding_counts_as_tied(tmp_path):
+    model = tiny_model("gpt2", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.transformer.wte.weight)
+    assert read(write_gguf(tmp_path / "equal.gguf", model)).config.tied_embeddings
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1
+    decoder = read(write_gguf(tmp_path / "different.gguf", model))
+    assert not decoder.config.tied_embeddings
+    torch.testing.assert_close(logits(decoder), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(share, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), tiny_tokenizer())
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data) * share)])
+    with pytest.raises(UserError, match="model.gguf is not a whole GGUF file"):
+        GGUFFile(path)
+
+
+def test_corrupt_headers_end_in_a_sentence_or_in_a_model(tmp_path):
+    """Any one byte of the header may be wrong: no other exception, no endless reading of a count gone mad."""
+    tokenizer = tiny_tokenizer()
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), tokenizer,
+                      extra={"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1, 1],
+                             "tokenizer.ggml.merges": ["a b"]})
+    data = path.read_bytes()
+    header = data.index(b"blk.1.")
+    random, refused = np.random.default_rng(0), 0
+    for offset in random.choice(header, 200, replace=False):
+        broken = bytearray(data)
+        broken[offset] ^= int(random.integers(1, 256))
+        path.write_bytes(broken)
+        try:
+            GGUFFile(path)
+        except UserError:
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"general.architecture": "gemma"}, "architecture 'gemma' is not supported.*llama, qwen2, qwen3, gpt2"),
+    ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
+    ({"llama.embedding_length": 0}, "llama.embedding_length is 0"),
+    ({"llama.attention.head_count": [4, 4]}, r"head_count is \[4, 4\], which should be one positive number"),
+    ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
+    ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
+    ({"llama.rope.dimension_count": 8}, "8 of a head's 16 dimensions rotate"),
+    ({"split.count": 3}, "one of 3 parts; join them"),
+])
+def test_what_is_not_supported_is_named(change, sentence, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), extra=change)
+    with pytest.raises(UserError, match=sentence):
+        GGUFFile(path)
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path):
+    model = tiny_model("smollm2", hidden_size=256, intermediate_size=256)
+    path = write_gguf(tmp_path / "model.gguf", model, layer_types={"blk.1.attn_v.weight": "TQ2_0"})
+    with pytest.raises(UserError, match="blk.1.attn_v.weight is stored as TQ2_0, which is not read; .* Q6_K"):
+        GGUFFile(path)
+
+
+def test_rope_factors_that_are_not_llama_3s_are_refused(tmp_path):
+    model = model_of("llama")
+    model.config.rope_parameters["original_max_position_embeddings"] = 4096
+    with pytest.raises(UserError, match="RoPE factors are not Llama 3's"):
+        GGUFFile(write_gguf(tmp_path / "model.gguf", model))
+
+
+def test_not_a_gguf_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match="is not a whole GGUF file: GGUF magic invalid"):
+        GGUFFile(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="missing.gguf cannot be read: No such file"):
+        GGUFFile(tmp_path / "missing.gguf")
