@@ -188,10 +188,6 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         if need(graph, where, "role", str) not in ROLES:
             raise UserError(f"{path}: {where}role is {graph['role']!r}; known: {', '.join(ROLES)}")
         listed(need(graph, where, "file", str), where + "file")
-        graph.setdefault("derived", [])
-        for derived in need_all(graph, where, "derived", dict):
-            for key in ("name", "from", "op"):
-                need(derived, f"{where}derived.", key, str)
     listed(need(manifest, "", "tokenizer", str), "tokenizer")
     for key in ("chat_template", "golden"):
         if need(manifest, "", key, str, type(None)) is not None:

@@ -1,0 +1,154 @@
+"""The decode loop: prompts go into the cache, then every sequence gains a token a step until all are finished.
+
+Deals in token ids, above the backend interface alone; it knows nothing of text and nothing of engines. A server that
+lets sequences come and go can be written from the same parts: `prefill` rows, `step` a view, `Sequence.accept` each row.
+
+Prompts are right-padded and run together as long as the padded tokens of a call stay within `PREFILL_TOKENS`, which
+bounds the activations' memory; a longer one goes through in chunks, on its row's own view. Several samples of one
+prompt share its prefill: the row is forked. Rows of finished sequences are filled from the end, so that a step costs
+only what the live rows cost. Every row sees only itself, so what a prompt gives does not depend on its neighbours,
+except that kernels may round differently for another number of rows: where two logits are nearly equal, a greedy token
+may then differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.backend import Backend, Cache
+from runtime.sampling import Sampler, TokenLogprobs, token_logprobs
+
+PREFILL_TOKENS = 512              # padded tokens of one call
+CAPACITY_STEP = 64                # capacities are multiples of this
+FIRST_TOKENS = 256                # room for new tokens that a cache begins with; it grows when a reply outlasts it
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One reply in the making.
+
+    prompt: int64 [n], n >= 1. stop_tokens end the reply and are not part of it. finish_reason: None while it goes on,
+    "stop", or "length" at max_new_tokens; whoever consumes the loop may set it, and the sequence ends there.
+    """
+
+    prompt: np.ndarray
+    sampler: Sampler
+    max_new_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def accept(self, logits: np.ndarray) -> None:
+        """Choose the next token from float32 logits [vocab]; append it or finish."""
+        token = self.sampler.choose(logits)
+        if token in self.stop_tokens:
+            self.finish_reason = "stop"
+            return
+        self.tokens.append(token)
+        if self.sampler.options.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, self.sampler.options.logprobs))
+        if len(self.tokens) >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+def first_capacity(sequences: list[Sequence]) -> int:
+    """Slots a cache for these sequences begins with."""
+    return _rounded(max(len(s.prompt) + min(s.max_new_tokens, FIRST_TOKENS) for s in sequences))
+
+
+def last_capacity(sequences: list[Sequence]) -> int:
+    """Slots it has grown to when every sequence is as long as it may become."""
+    return _rounded(max(len(s.prompt) + s.max_new_tokens for s in sequences))
+
+
+def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int = 1) -> Iterator[Sequence]:
+    """Decode all sequences to their end; yields a sequence each time it gained a token or finished.
+
+    cache: empty, one row for each sequence. With several samples of each of P prompts, `sequences` holds all first
+    samples, then all second ones: sequences[i] continues the prompt of sequences[i % P].
+    """
+    prompts = len(sequences) // samples
+    logits = prefill(backend, cache.view(0, prompts), [s.prompt for s in sequences[:prompts]])
+    for row in range(prompts, len(sequences)):
+        cache.fork(row % prompts, row)
+    if samples > 1:
+        logits = logits[np.arange(len(sequences)) % prompts]
+    live, rows = list(sequences), cache
+    while True:
+        for row, sequence in enumerate(live):
+            sequence.accept(logits[row])
+            yield sequence
+        if any(sequence.finish_reason for sequence in live):
+            _close_gaps(cache, live)
+            if not live:
+                return
+            rows = cache.view(0, len(live))
+        if int(rows.lengths.max()) >= rows.capacity:
+            cache.grow(min(2 * cache.capacity, last_capacity(live)))
+            rows = cache.view(0, len(live))
+        logits = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
+
+
+def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
+    """Append prompts[r] (int64, not empty) to row r of `cache`; float32 logits [rows, vocab] after each last token.
+
+    The result may be the backend's buffer, valid until its next call.
+    """
+    parts, start = [], 0
+    while start < len(prompts):
+        stop, longest = start + 1, len(prompts[start])
+        while stop < len(prompts) and _together(backend, cache, start, stop + 1, max(longest, len(prompts[stop]))):
+            longest, stop = max(longest, len(prompts[stop])), stop + 1
+        parts.append((cache.view(start, stop), prompts[start:stop]))
+        start = stop
+    if len(parts) == 1:
+        return _feed(backend, *parts[0])
+    return np.concatenate([_feed(backend, view, some).copy() for view, some in parts])
+
+
+def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
+    """Append one token (int64 [rows]) to every row; float32 logits [rows, vocab], the backend's buffer."""
+    lengths = cache.lengths
+    logits = backend.forward(tokens[:, None], lengths[:, None], lengths, np.zeros((len(tokens), 1), np.int64), cache)
+    lengths += 1
+    return logits[:, 0]
+
+
+def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:
+    """Whether one call may take these rows' prompts, padded to `longest`."""
+    if (stop - start) * longest > PREFILL_TOKENS:
+        return False
+    return not cache.lengths[start:stop].any() or backend.max_chunk_rows is None or stop - start <= backend.max_chunk_rows
+
+
+def _feed(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
+    """`prefill` of rows that go together, in chunks where they (then it) are too long for one call."""
+    longest = max(map(len, prompts))
+    for start in range(0, longest, PREFILL_TOKENS):
+        chunks = [prompt[start:start + PREFILL_TOKENS] for prompt in prompts]
+        counts = np.array([len(chunk) for chunk in chunks])
+        tokens = np.zeros((len(chunks), counts.max()), np.int64)
+        for row, chunk in enumerate(chunks):
+            tokens[row, :len(chunk)] = chunk
+        positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
+        logits = backend.forward(tokens, positions, cache.lengths, counts[:, None] - 1, cache)
+        cache.lengths += counts
+    return logits[:, 0]
+
+
+def _close_gaps(cache: Cache, live: list[Sequence]) -> None:
+    """Drop finished sequences from `live`, and move the last rows into theirs, so that live rows come first."""
+    for row in reversed(range(len(live))):
+        if live[row].finish_reason:
+            last = live.pop()
+            if row < len(live):                   # everything behind `row` is live by now
+                cache.fork(len(live), row)
+                live[row] = last
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP

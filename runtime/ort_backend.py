@@ -1,0 +1,217 @@
+"""The reference backend: a bundle's graph on ONNX Runtime, on the CPU or, with onnxruntime-gpu, on an NVIDIA GPU.
+
+Which graph: "fast" (ONNX Runtime's fused attention and norms) where the bundle has it, else "portable". `exact=True`
+takes the portable one and keeps ONNX Runtime from fusing quantized weights into its int8 kernels: slow, and equal to
+PyTorch up to float32 rounding. It is what `export.verify` holds the graph's arithmetic against.
+
+The cache is one buffer [rows, kv_heads, capacity, head_dim] per layer and key or value, ours, and bound as past and as
+present at once, so that a step writes its slots in place. Rows are outermost: a view of some rows is a pointer into
+the same buffer. Pages of a CPU cache that hold no token yet take no memory. A step copies nothing: inputs, caches and
+logits are bound once for a view and a shape, and each call only writes the few numbers of its inputs.
+
+On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_MOST_BINDINGS = 8                # shapes a view remembers; a decoding sequence uses one
+
+
+class OrtBackend:
+    """See `runtime.backend.Backend`. Raises UserError where onnxruntime, the device or the graph cannot be had.
+
+    role: "portable" or "fast" insists on that graph. threads: of the CPU's pool.
+    """
+
+    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int = 1, exact: bool = False,
+                 role: str | None = None):
+        onnxruntime = _import_onnxruntime()
+        if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
+            raise UserError(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
+                            "install onnxruntime-gpu in place of onnxruntime")
+        graph = _choose_graph(bundle, exact, role)
+        self.name = f"onnxruntime-{provider}"
+        self.graph = graph["file"]
+        self._device = provider
+        self._onnxruntime = onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3            # errors; what ORT warns of here is by design
+        if exact:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(str(bundle.path(graph["file"])), options,
+                                                         providers=[_PROVIDERS[provider]])
+        except Exception as error:                # one class per ORT status, with no useful common one
+            raise UserError(f"{bundle.path(graph['file'])}: ONNX Runtime cannot load it: {error}") from None
+        if self._session.get_providers()[0] != _PROVIDERS[provider]:
+            raise UserError(f"onnxruntime found no usable {provider.upper()} device (driver or libraries missing)")
+        inputs = {i.name: i for i in self._session.get_inputs()}
+        self._token_inputs = [name for name in _Binding.TOKEN_INPUTS if name in inputs]
+        self._caches = [(name, name.replace("past_", "present_", 1), i.shape[1], i.shape[3], i.shape[2])
+                        for name, i in inputs.items() if name.startswith("past_")]
+        self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
+        self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
+        self.max_chunk_rows = 1 if graph["role"] == "fast" else None
+
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        slot = sum(heads * size for _, _, heads, size, _ in self._caches) * np.dtype(self._dtype).itemsize
+        return rows * capacity * slot
+
+    def new_cache(self, rows: int, capacity: int) -> OrtCache:
+        fixed = self._caches[0][4]
+        if isinstance(fixed, int) and fixed != capacity:
+            raise UserError(f"{self.graph} has a cache of {fixed} slots fixed in it; {capacity} cannot be had")
+        return OrtCache(self, [self.allocate(rows, heads, capacity, size) for _, _, heads, size, _ in self._caches],
+                        np.zeros(rows, np.int64))
+
+    def allocate(self, *shape: int) -> np.ndarray:
+        """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError out of memory."""
+        try:
+            zeros = np.zeros(shape, self._dtype)
+            return zeros if self._device == "cpu" else self._onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self._device, 0)
+        except (MemoryError, RuntimeError) as error:
+            raise UserError(f"no memory for a KV cache of {shape} on {self._device}: {error}; use fewer or shorter "
+                            "sequences") from None
+
+    def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
+                logits_positions: np.ndarray, cache: OrtCache) -> np.ndarray:
+        binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
+        binding.input_ids[...] = input_ids
+        binding.position_ids[...] = position_ids
+        binding.write_index[...] = write_index
+        binding.logits_positions[...] = logits_positions
+        if self._device != "cpu":
+            binding.bind_tokens()                 # for a device, binding is what copies
+        self._session.run_with_iobinding(binding.io)
+        if self._device != "cpu":
+            binding.io.synchronize_outputs()
+        return binding.logits
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OrtCache:
+    """See `runtime.backend.Cache`. After `grow`, take views anew: old ones show the smaller buffers."""
+
+    def __init__(self, backend: OrtBackend, buffers: list, lengths: np.ndarray, start: int = 0):
+        """buffers: one for each of the backend's past inputs, of any number of rows; `lengths` [rows] are those of
+        the rows from `start` on that this cache shows."""
+        self._backend, self._start = backend, start
+        self._buffers = buffers
+        self.lengths = lengths
+        self.rows = len(lengths)
+        self.capacity = _shape(buffers[0])[2]
+        self._bindings: dict[tuple[int, int], _Binding] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self._backend.cache_bytes(self.rows, self.capacity)
+
+    def truncate(self, row: int, length: int) -> None:
+        self.lengths[row] = min(length, self.lengths[row])
+
+    def fork(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for buffer in self._buffers:
+            array = _read(buffer)
+            array[self._start + target, :, :length] = array[self._start + source, :, :length]
+            _write(buffer, array)
+        self.lengths[target] = length
+
+    def view(self, start: int, stop: int) -> OrtCache:
+        return OrtCache(self._backend, self._buffers, self.lengths[start:stop], self._start + start)
+
+    def grow(self, capacity: int) -> None:
+        for i, buffer in enumerate(self._buffers):          # one at a time, so that only one exists twice
+            rows, heads, old, size = _shape(buffer)
+            larger = self._backend.allocate(rows, heads, capacity, size)
+            array = _read(larger)
+            array[:, :, :old] = _read(buffer)
+            _write(larger, array)
+            self._buffers[i] = larger
+        self.capacity = capacity
+        self._bindings.clear()
+
+    def binding(self, tokens: int, positions: int) -> _Binding:
+        """The binding for inputs [rows, tokens] and logits of `positions` a row, made on first use."""
+        binding = self._bindings.get((tokens, positions))
+        if binding is None:
+            if len(self._bindings) == _MOST_BINDINGS:
+                self._bindings.clear()
+            binding = self._bindings[tokens, positions] = _Binding(self._backend, self._buffers, self._start, self.rows,
+                                                                   tokens, positions)
+        return binding
+
+
+class _Binding:
+    """Every input and output of the session, bound to memory for one view and one shape."""
+
+    TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
+
+    def __init__(self, backend: OrtBackend, buffers: list, start: int, rows: int, tokens: int, positions: int):
+        self.input_ids = np.zeros((rows, tokens), np.int64)
+        self.position_ids = np.zeros((rows, tokens), np.int64)
+        self.write_index = np.zeros(rows, np.int64)
+        self.logits_positions = np.zeros((rows, positions), np.int64)
+        self.logits = np.empty((rows, positions, backend._vocab), np.float32)
+        self.io = backend._session.io_binding()
+        self._token_inputs = backend._token_inputs
+        self.bind_tokens()
+        self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+        for (past, present, heads, size, _), buffer in zip(backend._caches, buffers):
+            capacity = _shape(buffer)[2]
+            shape, dtype = (rows, heads, capacity, size), backend._dtype
+            pointer = _pointer(buffer) + start * heads * capacity * size * np.dtype(dtype).itemsize
+            self.io.bind_input(past, backend._device, 0, dtype, shape, pointer)
+            self.io.bind_output(present, backend._device, 0, dtype, shape, pointer)
+        self._buffers = list(buffers)             # the pointers' owners
+
+    def bind_tokens(self) -> None:
+        for name in self._token_inputs:
+            array = getattr(self, name)
+            self.io.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+
+
+# A cache buffer is a numpy array, or an OrtValue on a device.
+
+def _shape(buffer) -> tuple[int, ...]:
+    return tuple(buffer.shape if isinstance(buffer, np.ndarray) else buffer.shape())
+
+
+def _pointer(buffer) -> int:
+    return buffer.ctypes.data if isinstance(buffer, np.ndarray) else buffer.data_ptr()
+
+
+def _read(buffer) -> np.ndarray:
+    return buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
+
+
+def _write(buffer, array: np.ndarray) -> None:
+    if not isinstance(buffer, np.ndarray):
+        buffer.update_inplace(array)
+
+
+def _import_onnxruntime():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"onnxruntime cannot be imported ({error}); install edgewright[cpu] or edgewright[gpu]") from None
+    return onnxruntime
+
+
+def _choose_graph(bundle: Bundle, exact: bool, role: str | None) -> dict:
+    roles = [role] if role else ["portable", "fast"] if exact else ["fast", "portable"]
+    for wanted in roles:
+        if graph := bundle.graph(wanted):
+            return graph
+    raise UserError(f"{bundle.folder}: no {' or '.join(roles)} graph for ONNX Runtime in this bundle; "
+                    f"`python -m export.{'ort' if role == 'fast' else 'onnx'}` adds it")
