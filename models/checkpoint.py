@@ -55,9 +55,9 @@ class Checkpoint:
     """An open checkpoint folder; made by `open_checkpoint`. Names are the Decoder's."""
 
     def __init__(self, path: Path, hf_config: dict, config: ModelConfig, quantization: Quantization | None,
-                 files: dict[Path, safe_open], places: dict[str, _Place]):
+                 files: dict[Path, safe_open], places: dict[str, _Place], shapes: dict[str, tuple[int, ...]]):
         self.path, self.hf_config, self.config, self.quantization = path, hf_config, config, quantization
-        self._files, self._places = files, places
+        self._files, self._places, self._shapes = files, places, shapes
 
     def names(self) -> list[str]:
         """Every stored tensor: `M.weight`, or `M.codes`, `M.scales` (, `M.zeros`) where module M is quantized."""
@@ -65,6 +65,10 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The type a tensor is stored in, as safetensors calls it: F32, F16, BF16 or U8."""
+        return self._places[name].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""
@@ -79,7 +83,7 @@ class Checkpoint:
 
     def modules(self) -> list[str]:
         """Modules with a matrix that can be quantized: the linears, the token embedding, the untied head."""
-        return [name.removesuffix(".weight") for name, shape in tensor_shapes(self.config).items()
+        return [name.removesuffix(".weight") for name, shape in self._shapes.items()
                 if len(shape) == 2 and name != "model.embed_positions.weight"]
 
     def weight(self, module: str) -> torch.Tensor:
@@ -92,8 +96,7 @@ class Checkpoint:
         form = self.quantization and self.quantization.tensors.get(module)
         if not form:
             return None
-        columns = tensor_shapes(self.config)[f"{module}.weight"][1]
-        codes = unpack(self.read(f"{module}.codes"), form.bits, columns)
+        codes = unpack(self.read(f"{module}.codes"), form.bits, self._shapes[f"{module}.weight"][1])
         scales = self.read(f"{module}.scales")
         zeros = None if form.symmetric else self.read(f"{module}.zeros")
         if not torch.isfinite(scales).all():
@@ -131,8 +134,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         files[file] = _open_safetensors(file)
         for stored in sorted(files[file].keys()) if listed is None else listed:
             places |= _places(file, files[file], stored, config)
-    _check_tensors(path, config, quantization, places)
-    return Checkpoint(path, hf_config, config, quantization, files, places)
+    shapes = tensor_shapes(config)
+    _check_tensors(path, shapes, quantization, places)
+    return Checkpoint(path, hf_config, config, quantization, files, places, shapes)
 
 
 def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -268,11 +272,11 @@ def _places(file: Path, opened, stored: str, config: ModelConfig) -> dict[str, _
             if not (name == "lm_head.weight" and config.tied_embeddings)}
 
 
-def _check_tensors(path: Path, config: ModelConfig, quantization: Quantization | None,
+def _check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], quantization: Quantization | None,
                    places: dict[str, _Place]) -> None:
     """Every tensor the configuration asks for is there, in shape and dtype, and no other."""
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        name: (tuple(_FLOATS), shape) for name, shape in tensor_shapes(config).items()}
+        name: (tuple(_FLOATS), shape) for name, shape in shapes.items()}
     for module, form in quantization.tensors.items() if quantization else ():
         shape = expected.pop(f"{module}.weight", (None, ()))[1]
         if len(shape) != 2 or module == "model.embed_positions":
