@@ -1,0 +1,69 @@
+"""Grids: rounding against a float64 reference, clipping against brute force over scales."""
+
+import pytest
+import torch
+
+from compress.clipping import clipped_grid
+from compress.grid import fp16, grid_of
+from models.quantized import TensorFormat
+from runtime.errors import UserError
+
+FORMS = [TensorFormat(bits, group, symmetric) for bits in range(2, 9) for group, symmetric in ((32, True), (0, False))]
+
+
+def error(weight, grid, importance):
+    return ((grid.values(grid.codes(weight)) - weight).square() * importance).sum(1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_are_the_nearest_values_of_the_grid(form):
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(form.bits)) * 0.1
+    grid = clipped_grid(weight, form)
+    codes = grid.codes(weight)
+    scales, zeros = (t.double() for t in grid.columns(64))
+    every = (torch.arange(2.0**form.bits)[:, None, None] - zeros) * scales            # all values of each weight's grid
+    distance = (every - weight.double()).abs()
+    chosen = distance.gather(0, codes.long()[None])[0]
+    assert torch.allclose(chosen, distance.amin(0), atol=1e-7)
+    tensor = grid.tensor(codes)
+    assert torch.equal(tensor.dequantize(), grid.values(codes))
+    again = grid_of(tensor)
+    assert torch.equal(again.scales, grid.scales) and torch.equal(again.zeros, grid.zeros)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_near_the_best_scale_that_brute_force_finds(bits):
+    generator = torch.Generator().manual_seed(bits)
+    weight, importance = torch.randn(24, 32, generator=generator), torch.rand(32, generator=generator) + 0.01
+    found = error(weight, clipped_grid(weight, TensorFormat(bits, 0), importance), importance)
+    half = 2 ** (bits - 1)
+    largest = weight.abs().amax(1, keepdim=True)
+    best = torch.full((24,), float("inf"))
+    for fraction in torch.linspace(0.2, 1.3, 1200):
+        for sign in (1, -1):
+            scale = fp16(sign * fraction * largest / half)
+            values = (weight / scale).round().clamp(-half, half - 1) * scale
+            best = torch.minimum(best, ((values - weight).square() * importance).sum(1))
+    assert found.sum() < 1.08 * best.sum()
+
+
+def test_importance_moves_the_grid_to_what_matters():
+    weight = torch.tensor([[3.0] + [0.1, -0.2, 0.3, 0.15] * 4 + [0.0] * 15])
+    small = torch.ones(32)
+    small[0] = 0.001
+    low = clipped_grid(weight, TensorFormat(3, 0), small)
+    plain = clipped_grid(weight, TensorFormat(3, 0))
+    assert error(weight, low, small) < error(weight, plain, small)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_all_zero_stay_zero(symmetric):
+    weight = torch.zeros(2, 32)
+    grid = clipped_grid(weight, TensorFormat(4, 32, symmetric))
+    assert torch.equal(grid.values(grid.codes(weight)), weight)
+    assert torch.isfinite(grid.scales).all() and (grid.scales != 0).all()
+
+
+def test_a_group_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="group of 32 does not divide the 48 inputs"):
+        clipped_grid(torch.randn(2, 48), TensorFormat(4, 32))
