@@ -140,16 +140,20 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model in memory, its weights in `dtype`; quantized weights hold exactly the values their codes stand for."""
+    """The model, its weights in `dtype`; quantized weights hold exactly the values their codes stand for.
+
+    Weights stored in `dtype` are mapped from the file, not copied: they load as they are first used, and changing them
+    in memory leaves the file alone.
+    """
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
     state = {}
-    for name, tensor in decoder.state_dict().items():
+    for name in decoder.state_dict():
         module = name.removesuffix(".weight")
         quantized = checkpoint.quantized(module) if name.endswith(".weight") else None
         source = checkpoint.read(name) if quantized is None else quantized.dequantize()
-        state[name] = torch.empty(tensor.shape, dtype=dtype).copy_(source)
+        state[name] = source.to(dtype).contiguous()
     decoder.load_state_dict(state, assign=True)
     return decoder
 

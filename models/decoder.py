@@ -91,15 +91,25 @@ def _norm(config: ModelConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.norm_eps)
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        """Left to `Decoder`, which initializes every weight once."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Left to `Decoder`, which initializes every weight once."""
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
         self.head_dim, self.grouped = config.head_dim, layer.heads != layer.kv_heads
         queries, keys = layer.heads * config.head_dim, layer.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.output_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.output_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -122,9 +132,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
         self.activation = _ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(layer.mlp_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias)
+        self.down_proj = Linear(layer.mlp_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
@@ -153,8 +163,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.window = config.sliding_window
         self.frequencies = inverse_frequencies(config) if config.positions == "rope" else None   # fp32 whatever .to()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = (nn.Embedding(config.context_length, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (Embedding(config.context_length, config.hidden_size)
                                 if config.positions == "learned" else None)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = _norm(config)
@@ -202,8 +212,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._initialize()
+        self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.model.embed_tokens.weight.is_meta:
+            self._initialize()
 
     @torch.no_grad()
     def _initialize(self):

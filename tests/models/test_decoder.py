@@ -138,7 +138,7 @@ def test_half_precision_keeps_rope_in_float32():
     half = decoder(ids, positions)
     full = decoder.float()(ids, positions)
     assert half.dtype == torch.float32
-    assert (half - full).abs().mean() < 0.02 * full.std()
+    assert (half - full).abs().mean() < 0.05 * full.std()
 
 
 @pytest.mark.real
