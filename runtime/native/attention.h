@@ -1,0 +1,143 @@
+/* Attention over a cache in chunks of 128 slots with an online softmax (Milakov and Gimelshein, 2018; FlashAttention,
+ * Dao et al., 2022), compiled by each isa_*.c after kernels.h.
+ *
+ * Chunks begin at multiples of 128 slots whatever is asked, each yields (maximum, sum, accumulator) for itself, and
+ * these are merged in slot order: threads may take chunks as they like without changing a bit of the result. Keys lie
+ * transposed in blocks of 16 slots, so the scores of W slots are one vector and need no sum across lanes.
+ */
+#define NO_SCORE (-1e30f)
+
+INLINE vf load_cached(const void *base, size_t index, const int kind) {
+    if (kind == EW_FLOAT32) return load((const float *)base + index);
+    if (kind == EW_FLOAT16) return load_half((const uint16_t *)base + index);
+    return load_bytes((const int8_t *)base + index);
+}
+
+/* N queries (from the job's i-th) over the chunk. */
+INLINE void attend_some(const attention_job *job, int first, const int N, const int kind, int start, float *state, size_t stride) {
+    const cache_layer *c = job->cache;
+    const int dim = c->dim, padded = c->padded;
+    const size_t head = (size_t)job->row * c->kv_heads + job->head;
+    const size_t element = kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1;
+    const uint8_t *k = c->k + head * c->capacity * dim * element, *v = c->v + head * c->capacity * padded * element;
+    const float *k_scale = c->k_scale + (kind == EW_INT8 ? head * c->capacity : 0);
+    const float *v_scale = c->v_scale + (kind == EW_INT8 ? head * c->capacity : 0);
+    int low = start + CHUNK, high = start;
+    for (int i = first; i < first + N; i++) {
+        if (job->low[i] < low) low = job->low[i];
+        if (job->high[i] > high) high = job->high[i];
+    }
+    if (low < start) low = start;
+    if (high > start + CHUNK) high = start + CHUNK;
+    if (high > c->capacity) high = c->capacity;
+    float score[N][CHUNK];
+    vf most[N], lanes = {0};
+    for (int i = 0; i < W; i++) lanes[i] = i;
+    for (int i = 0; i < N; i++) most[i] = splat(NO_SCORE);
+    const int from = low / TILE * TILE;
+    for (int slot = from; slot < high; slot += TILE) {
+        vf s[N][PARTS];
+        for (int i = 0; i < N; i++) for (int p = 0; p < PARTS; p++) s[i][p] = splat(0);
+        for (int d = 0; d < dim; d++) {
+            size_t at = ((size_t)slot / TILE * dim + d) * TILE;
+            for (int p = 0; p < PARTS; p++) {
+                vf key = load_cached(k, at + p * W, kind);
+                for (int i = 0; i < N; i++) s[i][p] = key * splat(job->query[first + i][d]) + s[i][p];
+            }
+        }
+        for (int p = 0; p < PARTS; p++) {
+            vf at = lanes + (float)(slot + p * W);           /* exact: slots are far below 2^24 */
+            for (int i = 0; i < N; i++) {
+                vf x = kind == EW_INT8 ? s[i][p] * load(k_scale + slot + p * W) : s[i][p];
+                x = pick((at >= splat(job->low[first + i])) & (at < splat(job->high[first + i])), x, splat(NO_SCORE));
+                store(&score[i][slot - start + p * W], x);
+                most[i] = maximum(most[i], x);
+            }
+        }
+    }
+    for (int i = 0; i < N; i++) {
+        float *out = state + (size_t)(first + i) * stride, top = largest(most[i]);
+        vf sum = splat(0);
+        for (int slot = from - start; slot < high - start; slot += W) {
+            vf x = load(&score[i][slot]), e = exponential(x - top);
+            e = pick(x > splat(NO_SCORE), e, splat(0));
+            sum += e;
+            store(&score[i][slot], kind == EW_INT8 ? e * load(v_scale + start + slot) : e);
+        }
+        out[0] = top, out[1] = total(sum);
+    }
+    for (int d = 0; d < padded; d += 64) {
+        const int vectors = 64 / W, used = padded - d < 64 ? (padded - d) / W : vectors;
+        vf acc[N][64 / W];
+        for (int i = 0; i < N; i++) for (int n = 0; n < vectors; n++) acc[i][n] = splat(0);
+        if (used == vectors)
+            for (int slot = low; slot < high; slot++)
+                for (int n = 0; n < vectors; n++) {
+                    vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
+                    for (int i = 0; i < N; i++) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                }
+        else
+            for (int slot = low; slot < high; slot++)
+                for (int n = 0; n < used; n++) {
+                    vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
+                    for (int i = 0; i < N; i++) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                }
+        for (int i = 0; i < N; i++)
+            for (int n = 0; n < used; n++) store(state + (size_t)(first + i) * stride + 2 + d + n * W, acc[i][n]);
+    }
+}
+
+#define ATTEND_KERNEL(N, kind) \
+    static void attend_##N##_##kind(const attention_job *job, int first, int start, float *state, size_t stride) { \
+        attend_some(job, first, N, kind, start, state, stride); }
+#define ATTEND_KINDS(N) ATTEND_KERNEL(N, EW_FLOAT32) ATTEND_KERNEL(N, EW_FLOAT16) ATTEND_KERNEL(N, EW_INT8)
+ATTEND_KINDS(1) ATTEND_KINDS(2) ATTEND_KINDS(3) ATTEND_KINDS(4)
+#define KINDS_OF(N) {[EW_FLOAT32] = attend_##N##_EW_FLOAT32, [EW_FLOAT16] = attend_##N##_EW_FLOAT16, [EW_INT8] = attend_##N##_EW_INT8}
+static void (*const attend_by[5][EW_INT8 + 1])(const attention_job *, int, int, float *, size_t) = {
+    [1] = KINDS_OF(1), [2] = KINDS_OF(2), [3] = KINDS_OF(3), [4] = KINDS_OF(4)};
+
+static void attend(const attention_job *job, int start, float *state, size_t stride) {
+    for (int i = 0, n; i < job->queries; i += n) {
+        n = job->queries - i >= 4 ? 4 : job->queries - i;
+        attend_by[n][job->cache->kind](job, i, start, state, stride);
+    }
+}
+
+/* The state of an earlier chunk takes in that of the next one. */
+static void merge(float *into, const float *from, int padded) {
+    float top = into[0] > from[0] ? into[0] : from[0];
+    float a = exponential(splat(into[0] - top))[0], b = exponential(splat(from[0] - top))[0];
+    into[0] = top;
+    into[1] = into[1] * a + from[1] * b;
+    for (int d = 2; d < 2 + padded; d += W) store(into + d, load(into + d) * a + load(from + d) * b);
+}
+
+/* Put the key (or value) of one slot of one head into the cache. */
+static void append(const cache_layer *c, int row, int head, int slot, const float *x, int value) {
+    const size_t at = (size_t)row * c->kv_heads + head;
+    float scale = 1;
+    if (c->kind == EW_INT8) {
+        float top = 0;
+        for (int d = 0; d < c->dim; d++) top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
+        (value ? c->v_scale : c->k_scale)[at * c->capacity + slot] = top / 127;
+        scale = top > 0 ? 127 / top : 0;
+    }
+    for (int d = 0; d < c->dim; d += W) {
+        int n = c->dim - d < W ? c->dim - d : W;
+        float f[W] = {0};
+        uint16_t h[W];
+        memcpy(f, x + d, n * sizeof(float));
+        vi rounded = round_int(load(f) * scale);
+        store_half(h, load(f));
+        for (int i = 0; i < n; i++) {
+            size_t index = value ? (at * c->capacity + slot) * c->padded + d + i
+                                 : ((at * c->capacity + slot / TILE * TILE) * c->dim) + (size_t)(d + i) * TILE + slot % TILE;
+            uint8_t *base = value ? c->v : c->k;
+            if (c->kind == EW_FLOAT32) ((float *)base)[index] = f[i];
+            else if (c->kind == EW_FLOAT16) ((uint16_t *)base)[index] = h[i];
+            else ((int8_t *)base)[index] = (int8_t)rounded[i];
+        }
+    }
+}
+
+#define KERNELS(variable, title) const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append}

@@ -1,0 +1,14 @@
+/* AVX2: 8 floats a vector. The including file defines dot4_256 (VNNI or pairs). */
+#include <immintrin.h>
+#define W 8
+#include "kernels.h"
+
+INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return (vi)dot4_256((__m256i)acc, (__m256i)w, _mm256_set1_epi32(four), bits);
+}
+INLINE vf load_half(const uint16_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void store_half(uint16_t *p, vf x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, 0)); }
+
+#include "attention.h"

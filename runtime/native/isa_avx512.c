@@ -1,0 +1,19 @@
+/* AVX-512 with VNNI: 16 floats a vector, vpdpbusd for u8 x s8. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#include <immintrin.h>
+#define W 16
+#define CODE_BIAS(bits) 0
+#include "kernels.h"
+
+INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(four));
+}
+INLINE vf load_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void store_half(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, 0)); }
+
+#include "attention.h"
+KERNELS(kernels_avx512, "avx512-vnni");
+#endif

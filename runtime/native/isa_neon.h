@@ -1,0 +1,12 @@
+/* NEON: 4 floats a vector. The including file defines CODE_BIAS and dot4. */
+#include <arm_neon.h>
+#define W 4
+#include "kernels.h"
+
+INLINE vf load_half(const uint16_t *p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16 *)p)); }
+INLINE void store_half(uint16_t *p, vf x) { vst1_f16((__fp16 *)p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE int8x16_t four_times(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}

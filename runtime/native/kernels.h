@@ -1,0 +1,283 @@
+/* The arithmetic of a step, written once over vectors of W floats and compiled by each isa_*.c for its instruction set.
+ *
+ * The including file defines W and the functions marked "isa" below. Products of codes and int8 activations are exact
+ * integers, and floats are added per output in a fixed order (groups along the inputs, slots along the cache), so a
+ * result does not depend on how many rows, threads or tiles a call has. Multiply and add fuse where the CPU has FMA.
+ */
+#include "core.h"
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define PARTS (TILE / W)
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vu __attribute__((vector_size(W)));
+
+/* isa: dot4(acc, w, x): acc[i] += sum over 4 of (w.byte[4i+j] - CODE_BIAS(bits)) * x[j]; bytes of w are unsigned. */
+INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits);
+INLINE vf load_half(const uint16_t *p);              /* isa: W halves */
+INLINE void store_half(uint16_t *p, vf x);           /* isa */
+
+INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vi load_int(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vi splat_int(int32_t x) { return x - (vi){0}; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
+INLINE vf load_bytes(const int8_t *p) { vb b; memcpy(&b, p, W); return __builtin_convertvector(b, vf); }
+INLINE vi load_zeros(const uint8_t *p) { vu b; memcpy(&b, p, W); return __builtin_convertvector(b, vi); }
+INLINE vi round_int(vf x) { return (vi)(x + 12582912.f) - 0x4B400000; }          /* nearest even, |x| < 2^22 */
+
+INLINE float total(vf x) {                           /* pairwise, always in the same order */
+    float a[W];
+    store(a, x);
+    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] += a[i + n];
+    return a[0];
+}
+INLINE float largest(vf x) {
+    float a[W];
+    store(a, x);
+    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+    return a[0];
+}
+INLINE vf exponential(vf x) {                        /* Cephes' expf: 2 ulp; exactly 1 at 0; x clamped to +-87 */
+    x = maximum(x, splat(-87.f));
+    x = pick(x < splat(87.f), x, splat(87.f));
+    vi n = round_int(x * 1.44269504f);
+    vf m = to_float(n), r = x - m * 0.693359375f;
+    r = r + m * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.f;
+    return (vf)((vi)p + (n << 23));
+}
+
+/* Step j (inputs 4j..4j+3) of a block of `bits`-wide codes, W rows of a tile: see layout.c for the planes. */
+INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
+    if (bits == 8) return load_int(block + 64 * j);
+    vi c = {0};
+    int line = 0, shift = 0;
+    if (bits & 4) {
+        vi v = load_int(block + 64 * (j >> 1));
+        c = (j & 1 ? v >> 4 : v) & 0x0f0f0f0f;
+        line = 4, shift = 4;
+    }
+    if (bits & 2) {
+        vi v = load_int(block + 64 * (line + (j >> 2))), s = j & 3 ? v >> (2 * (j & 3)) : v;
+        c |= (s & 0x03030303) << shift;
+        line += 2, shift += 2;
+    }
+    if (bits & 1) c |= ((j ? load_int(block + 64 * line) >> j : load_int(block + 64 * line)) & 0x01010101) << shift;
+    return c;
+}
+
+/* R rows of activations times W rows of a tile. */
+INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
+                           const int bits, int part, float *y, size_t y_stride) {
+    const uint16_t *scales = (const uint16_t *)tile + part * W;
+    const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
+    const int8_t *q = x->q + (size_t)row0 * x->blocks * BLOCK;
+    const float *scale = x->scale + (size_t)row0 * x->blocks;
+    const int32_t *sum = x->sum + (size_t)row0 * x->blocks;
+    const int zero_bits = CODE_BIAS(bits) ? -1 : bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
+    const size_t stride = x->blocks;
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    for (int g = 0, b = 0; g < m->groups; g++) {
+        vf group[R];
+        for (int r = 0; r < R; r++) group[r] = splat(0);
+        const vi zero = asymmetric ? load_zeros(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
+        for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits) {
+            vi s[R];
+            if (R == 1) for (int i = 0; i < bits; i++) __builtin_prefetch(block + 64 * (8 * 4 + i));
+            for (int r = 0; r < R; r++) {                    /* sum holds minus the sum of q */
+                vi minus = splat_int(sum[r * stride + b]);
+                s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : minus << zero_bits;
+            }
+            #pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                vi w = codes_of(block, bits, j);
+                #pragma GCC unroll 8
+                for (int r = 0; r < R; r++) s[r] = dot4(s[r], w, q + (r * stride + b) * BLOCK + 4 * j, bits);
+            }
+            #pragma GCC unroll 8
+            for (int r = 0; r < R; r++) group[r] = to_float(s[r]) * splat(scale[r * stride + b]) + group[r];
+        }
+        vf weight = load_half(scales + g * TILE);
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = group[r] * weight + acc[r];
+    }
+    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+}
+
+/* The same with activations in float32. */
+INLINE void multiply_codes_exact(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
+                                 const int bits, int part, float *y, size_t y_stride) {
+    const uint16_t *scales = (const uint16_t *)tile + part * W;
+    const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
+    const size_t stride = (size_t)x->blocks * BLOCK;
+    const float *f = x->f + row0 * stride;
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    for (int g = 0, b = 0; g < m->groups; g++) {
+        vf group[R], zero = m->asymmetric ? to_float(load_zeros(zeros + g * TILE)) : splat(1 << (bits - 1));
+        for (int r = 0; r < R; r++) group[r] = splat(0);
+        for (int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks; b < end; b++, block += 64 * bits)
+            for (int j = 0; j < 8; j++) {
+                vi w = codes_of(block, bits, j);
+                for (int i = 0; i < 4; i++) {
+                    vf value = to_float((w >> 8 * i) & 255) - zero;
+                    for (int r = 0; r < R; r++) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
+                }
+            }
+        vf weight = load_half(scales + g * TILE);
+        for (int r = 0; r < R; r++) acc[r] = group[r] * weight + acc[r];
+    }
+    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+}
+
+INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
+                            const int kind, int part, float *y, size_t y_stride) {
+    const size_t stride = (size_t)x->blocks * BLOCK;
+    const float *f = x->f + row0 * stride;
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    for (int k = 0; k < m->inputs; k++) {
+        vf w;
+        if (kind == KIND_F32) w = load((const float *)tile + k * TILE + part * W);
+        else if (kind == KIND_F16) w = load_half((const uint16_t *)tile + k * TILE + part * W);
+        else {
+            uint16_t h[W];
+            memcpy(h, (const uint16_t *)tile + k * TILE + part * W, sizeof h);
+            vi wide = {0};
+            for (int i = 0; i < W; i++) wide[i] = (int32_t)((uint32_t)h[i] << 16);
+            w = (vf)wide;
+        }
+        for (int r = 0; r < R; r++) acc[r] = w * splat(f[r * stride + k]) + acc[r];
+    }
+    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+}
+
+typedef void tile_kernel(const matrix *, const uint8_t *, const activations *, int, float *, size_t);
+#define TILE_KERNEL(body, kind, R) \
+    static void body##_##kind##_##R(const matrix *m, const uint8_t *tile, const activations *x, int row, float *y, size_t stride) { \
+        _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) body(m, tile, x, row, R, kind, part, y, stride); }
+#ifdef FEW_REGISTERS                                 /* plain C: 1 or 2 rows at once */
+enum { MOST_INT8 = 1, MOST_FLOAT = 1 };
+#define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2)
+#define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2)
+#define LIST_INT8(kind) {multiply_codes_##kind##_1, multiply_codes_##kind##_2}
+#define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2}
+#else                                                /* 1, 2, 4 and, where activations are int8, 8 */
+enum { MOST_INT8 = 3, MOST_FLOAT = 2 };
+#define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2) \
+    TILE_KERNEL(multiply_codes, kind, 4) TILE_KERNEL(multiply_codes, kind, 8)
+#define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2) TILE_KERNEL(body, kind, 4)
+#define LIST_INT8(kind) {multiply_codes_##kind##_1, multiply_codes_##kind##_2, multiply_codes_##kind##_4, multiply_codes_##kind##_8}
+#define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2, body##_##kind##_4}
+#endif
+#define BOTH(bits) MAKE_INT8(bits) MAKE_FLOAT(multiply_codes_exact, bits)
+BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6) BOTH(7) BOTH(8)
+MAKE_FLOAT(multiply_floats, KIND_F16) MAKE_FLOAT(multiply_floats, KIND_BF16) MAKE_FLOAT(multiply_floats, KIND_F32)
+#define EXACT(bits) [bits] = LIST_FLOAT(multiply_codes_exact, bits)
+static tile_kernel *const by_int8[9][4] = {[2] = LIST_INT8(2), [3] = LIST_INT8(3), [4] = LIST_INT8(4), [5] = LIST_INT8(5),
+    [6] = LIST_INT8(6), [7] = LIST_INT8(7), [8] = LIST_INT8(8)};
+static tile_kernel *const by_float[KIND_F32 + 1][3] = {EXACT(2), EXACT(3), EXACT(4), EXACT(5), EXACT(6), EXACT(7), EXACT(8),
+    [KIND_F16] = LIST_FLOAT(multiply_floats, KIND_F16), [KIND_BF16] = LIST_FLOAT(multiply_floats, KIND_BF16),
+    [KIND_F32] = LIST_FLOAT(multiply_floats, KIND_F32)};
+
+/* y[rows][.] at columns tile0*16 .. of x[row0..] times the tiles: a tile is read from memory once and serves all rows. */
+static void multiply(const matrix *m, const activations *x, int row0, int rows, float *y, size_t y_stride, int tile0, int tile1) {
+    const int int8 = x->q && m->kind < KIND_F16, most = int8 ? MOST_INT8 : MOST_FLOAT;
+    tile_kernel *const *kernel = int8 ? by_int8[m->kind] : by_float[m->kind];
+    for (int t = tile0; t < tile1; t++) {
+        const uint8_t *tile = m->data + t * m->tile_bytes;
+        int columns = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE;
+        for (int r = 0, n; r < rows; r += n) {
+            int size = rows - r >= 8 ? 3 : rows - r >= 4 ? 2 : rows - r >= 2;
+            if (size > most) size = most;
+            float *out = y + r * y_stride + t * TILE, edge[8 * TILE];
+            n = 1 << size;
+            if (columns == TILE) kernel[size](m, tile, x, row0 + r, out, y_stride);
+            else {
+                kernel[size](m, tile, x, row0 + r, edge, TILE);
+                for (int i = 0; i < n; i++) memcpy(out + i * y_stride, edge + i * TILE, columns * sizeof(float));
+            }
+            if (m->bias) for (int i = 0; i < n; i++) for (int c = 0; c < columns; c++) out[i * y_stride + c] += m->bias[t * TILE + c];
+        }
+    }
+}
+
+/* int8 per block of 32 inputs and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it. */
+static void quantize(activations *x, int row0, int rows) {
+    for (int i = row0 * x->blocks; i < (row0 + rows) * x->blocks; i++) {
+        const float *f = x->f + (size_t)i * BLOCK;
+        vf most = splat(0);
+        for (int k = 0; k < BLOCK; k += W) most = maximum(most, (vf)((vi)load(f + k) & 0x7fffffff));
+        float top = largest(most), inverse = top > 0 ? 127 / top : 0;
+        vi sum = splat_int(0);
+        for (int k = 0; k < BLOCK; k += W) {
+            vi n = round_int(load(f + k) * inverse);
+            vb bytes = __builtin_convertvector(n, vb);
+            memcpy(x->q + (size_t)i * BLOCK + k, &bytes, W);
+            sum += n;
+        }
+        int32_t minus = 0;
+        for (int k = 0; k < W; k++) minus -= sum[k];
+        x->scale[i] = top / 127;
+        x->sum[i] = minus;
+    }
+}
+
+static void normalize(const float *x, const float *weight, const float *bias, float eps, int layer_norm, float *y, int n) {
+    vf sum = splat(0);
+    float mean = 0, rest = 0;
+    int whole = n / W * W;
+    if (layer_norm) {
+        for (int i = 0; i < whole; i += W) sum += load(x + i);
+        for (int i = whole; i < n; i++) rest += x[i];
+        mean = (total(sum) + rest) / n;
+        sum = splat(0), rest = 0;
+    }
+    for (int i = 0; i < whole; i += W) { vf d = load(x + i) - mean; sum = d * d + sum; }
+    for (int i = whole; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf((total(sum) + rest) / n + eps);
+    for (int i = 0; i < whole; i += W) {
+        vf v = (load(x + i) - mean) * scale * load(weight + i);
+        store(y + i, bias ? v + load(bias + i) : v);
+    }
+    for (int i = whole; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+}
+
+INLINE vf activation_of(vf g, int kind) {
+    if (kind == EW_SILU) return g / (exponential(-g) + 1.f);
+    if (kind == EW_GELU_TANH) return g / (exponential((g * g * g * 0.044715f + g) * -1.59576912f) + 1.f);
+    for (int i = 0; i < W; i++) g[i] = 0.5f * g[i] * (1 + erff(g[i] * 0.70710678f));
+    return g;
+}
+
+/* y = activation(gate) * up, or activation(up) where gate is NULL; n is a multiple of 16. */
+static void activate(const float *gate, const float *up, float *y, int n, int kind) {
+    for (int i = 0; i < n; i += W)
+        store(y + i, gate ? activation_of(load(gate + i), kind) * load(up + i) : activation_of(load(up + i), kind));
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int half) {
+    int i = 0;
+    for (; i + W <= half; i += W) {
+        vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        float a = x[i], b = x[half + i];
+        x[i] = a * cos[i] - b * sin[i], x[half + i] = b * cos[i] + a * sin[i];
+    }
+}

@@ -1,0 +1,179 @@
+/* Repacking a matrix from a weights file into tiles of 16 output rows.
+ *
+ * A block is 16 rows x 32 inputs of unsigned codes in `bits` lines of 64 bytes. Step j of a block is inputs 4j..4j+3 of
+ * every row; byte 4r + i of a step is row r, input 4j + i, the order in which dot-product instructions take them. A
+ * width is a sum of planes, lowest bits first: 4 bits (four lines: steps 2u and 2u+1 in the low and high half of a
+ * byte of line u), 2 bits (two lines: steps 4u..4u+3), 1 bit (one line: eight steps); 8 bits are eight plain lines.
+ * Rows and inputs beyond the matrix have scale 0 and code 0.
+ */
+#include "core.h"
+#include <math.h>
+
+int dtype_bits(int dtype) {
+    static const int bits[] = {32, 16, 16, 8, 8, 4, 4, 2, 3, 5, 6, 7};
+    return dtype >= 0 && dtype <= EW_UINT7 ? bits[dtype] : 0;
+}
+
+float half_to_float(uint16_t h) {
+    int exponent = h >> 10 & 31, fraction = h & 1023;
+    float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                : exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    return h & 0x8000 ? -value : value;
+}
+
+size_t matrix_shape(matrix *m, int rows, int inputs, int kind, int group, int asymmetric) {
+    memset(m, 0, sizeof *m);
+    m->rows = rows, m->inputs = inputs, m->kind = kind, m->asymmetric = asymmetric;
+    m->tiles = ceil_div(rows, TILE), m->blocks = ceil_div(inputs, BLOCK);
+    if (kind >= KIND_F16) m->tile_bytes = (size_t)inputs * TILE * (kind == KIND_F32 ? 4 : 2);
+    else {
+        m->groups = group ? inputs / group : 1;
+        m->group_blocks = group ? group / BLOCK : m->blocks;
+        m->zeros_at = align64((size_t)m->groups * TILE * 2);
+        m->codes_at = m->zeros_at + (asymmetric ? align64((size_t)m->groups * TILE) : 0);
+        m->tile_bytes = m->codes_at + (size_t)m->blocks * 64 * kind;
+    }
+    m->tile_bytes = align64(m->tile_bytes);
+    return m->tile_bytes * m->tiles;
+}
+
+/* Unsigned element `index` of a flat nibble or byte tensor; signed types are shifted up by half their range. */
+static inline int element(const uint8_t *p, int dtype, size_t index) {
+    if (dtype == EW_INT8 || dtype == EW_UINT8) return dtype == EW_INT8 ? p[index] ^ 128 : p[index];
+    int nibble = index & 1 ? p[index / 2] >> 4 : p[index / 2] & 15;
+    return dtype == EW_INT4 ? nibble ^ 8 : nibble;
+}
+
+/* Inputs k0..k0+31 of the rows of a tile, as unsigned codes. */
+static void gather(const matrix *m, const source *s, int tile, int k0, uint8_t codes[TILE][BLOCK]) {
+    int rows = m->rows - tile * TILE < TILE ? m->rows - tile * TILE : TILE, n0 = s->row0 + tile * TILE;
+    int inputs = m->inputs - k0 < BLOCK ? m->inputs - k0 : BLOCK;
+    if (rows < TILE || inputs < BLOCK) memset(codes, 0, TILE * BLOCK);
+    if (s->by_input && dtype_bits(s->dtype) == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0) {
+        uint8_t flip = s->dtype == EW_INT4 ? 8 : 0;
+        for (int k = 0; k < inputs; k++) {
+            const uint8_t *p = s->codes + ((size_t)(k0 + k) * s->stride + n0) / 2;
+            for (int r = 0; r < TILE; r += 2) codes[r][k] = (p[r / 2] & 15) ^ flip, codes[r + 1][k] = (p[r / 2] >> 4) ^ flip;
+        }
+    } else if (s->by_input) {
+        for (int k = 0; k < inputs; k++)
+            for (int r = 0; r < rows; r++) codes[r][k] = element(s->codes, s->dtype, (size_t)(k0 + k) * s->stride + n0 + r);
+    } else if (m->kind == 8) {
+        uint8_t flip = s->dtype == EW_INT8 ? 128 : 0;
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < inputs; k++) codes[r][k] = s->codes[(size_t)(n0 + r) * m->inputs + k0 + k] ^ flip;
+    } else {                                                 /* rows of little-endian bit streams */
+        int bits = m->kind;
+        size_t row_bytes = ((size_t)m->inputs * bits + 7) / 8;
+        for (int r = 0; r < rows; r++) {
+            uint8_t window[BLOCK + 4] = {0};
+            memcpy(window, s->codes + (n0 + r) * row_bytes + (size_t)k0 * bits / 8, (inputs * bits + 7) / 8);
+            for (int k = 0; k < inputs; k++)
+                codes[r][k] = ((window[k * bits / 8] | window[k * bits / 8 + 1] << 8) >> k * bits % 8) & ((1 << bits) - 1);
+        }
+    }
+}
+
+static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out) {
+    for (int r = 0; r < TILE; r++) {
+        uint32_t step[8], *lines = (uint32_t *)out + r;      /* line l is lines[16 * l] */
+        memcpy(step, codes[r], BLOCK);
+        if (bits == 8) {
+            for (int j = 0; j < 8; j++) lines[16 * j] = step[j];
+            continue;
+        }
+        if (bits & 4) {
+            for (int u = 0; u < 4; u++, lines += 16) lines[0] = (step[2 * u] & 0x0f0f0f0f) | (step[2 * u + 1] & 0x0f0f0f0f) << 4;
+            for (int j = 0; j < 8; j++) step[j] = step[j] >> 4 & 0x0f0f0f0f;
+        }
+        if (bits & 2) {
+            for (int u = 0; u < 2; u++, lines += 16) {
+                lines[0] = 0;
+                for (int i = 0; i < 4; i++) lines[0] |= (step[4 * u + i] & 0x03030303) << 2 * i;
+            }
+            for (int j = 0; j < 8; j++) step[j] = step[j] >> 2 & 0x3f3f3f3f;
+        }
+        if (bits & 1) {
+            lines[0] = 0;
+            for (int j = 0; j < 8; j++) lines[0] |= (step[j] & 0x01010101) << j;
+        }
+    }
+}
+
+static int pack_floats(matrix *m, const source *s, int t) {
+    int rows = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE, bad = 0;
+    uint8_t *tile = m->data + t * m->tile_bytes;
+    memset(tile, 0, m->tile_bytes);
+    for (int k = 0; k < m->inputs; k++)
+        for (int r = 0; r < rows; r++) {
+            size_t n = s->row0 + t * TILE + r, from = s->by_input ? (size_t)k * s->stride + n : n * m->inputs + k;
+            size_t to = (size_t)k * TILE + r;
+            if (m->kind == KIND_F32) {
+                uint32_t v = ((const uint32_t *)s->codes)[from];
+                bad |= (v & 0x7f800000) == 0x7f800000;
+                ((uint32_t *)tile)[to] = v;
+            } else {
+                uint16_t v = ((const uint16_t *)s->codes)[from], top = m->kind == KIND_F16 ? 0x7c00 : 0x7f80;
+                bad |= (v & top) == top;
+                ((uint16_t *)tile)[to] = v;
+            }
+        }
+    return bad ? -1 : 0;
+}
+
+int matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
+    int bad = 0;
+    for (int t = tile0; t < tile1; t++) {
+        if (m->kind >= KIND_F16) {
+            bad |= pack_floats(m, s, t);
+            continue;
+        }
+        uint8_t *tile = m->data + t * m->tile_bytes, codes[TILE][BLOCK];
+        uint16_t *scales = (uint16_t *)tile;
+        int rows = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE, n0 = s->row0 + t * TILE;
+        memset(tile, 0, m->codes_at);
+        for (int g = 0; g < m->groups; g++)
+            for (int r = 0; r < rows; r++) {
+                size_t from = s->by_input ? (size_t)g * s->stride + n0 + r : (size_t)(n0 + r) * m->groups + g;
+                uint16_t v = s->scales[from];
+                bad |= (v & 0x7c00) == 0x7c00;
+                scales[g * TILE + r] = v;
+                if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, s->by_input ? s->dtype : EW_UINT8, from);
+            }
+        for (int b = 0; b < m->blocks; b++) {
+            gather(m, s, t, b * BLOCK, codes);
+            pack_block((const uint8_t (*)[BLOCK])codes, m->kind, tile + m->codes_at + (size_t)b * 64 * m->kind);
+        }
+    }
+    return bad ? -1 : 0;
+}
+
+static int code_at(const uint8_t *block, int bits, int row, int input) {
+    int j = input / 4, byte = row * 4 + input % 4, code = 0, line = 0, shift = 0;
+    if (bits == 8) return block[64 * j + byte];
+    if (bits & 4) code = block[64 * (j / 2) + byte] >> 4 * (j % 2) & 15, line = 4, shift = 4;
+    if (bits & 2) code |= (block[64 * (line + j / 4) + byte] >> 2 * (j % 4) & 3) << shift, line += 2, shift += 2;
+    if (bits & 1) code |= (block[64 * line + byte] >> j & 1) << shift;
+    return code;
+}
+
+void matrix_read_row(const matrix *m, int row, float *out) {
+    const uint8_t *tile = m->data + row / TILE * m->tile_bytes;
+    int r = row % TILE;
+    if (m->kind >= KIND_F16) {
+        for (int k = 0; k < m->inputs; k++) {
+            size_t i = (size_t)k * TILE + r;
+            uint32_t wide = (uint32_t)((const uint16_t *)tile)[i] << 16;
+            if (m->kind == KIND_F32) out[k] = ((const float *)tile)[i];
+            else if (m->kind == KIND_F16) out[k] = half_to_float(((const uint16_t *)tile)[i]);
+            else memcpy(out + k, &wide, 4);
+        }
+        return;
+    }
+    for (int b = 0; b < m->blocks; b++) {
+        int g = b / m->group_blocks, zero = m->asymmetric ? tile[m->zeros_at + g * TILE + r] : 1 << (m->kind - 1);
+        float scale = half_to_float(((const uint16_t *)tile)[g * TILE + r]);
+        for (int k = b * BLOCK; k < m->inputs && k < (b + 1) * BLOCK; k++)
+            out[k] = (code_at(tile + m->codes_at + (size_t)b * 64 * m->kind, m->kind, r, k % BLOCK) - zero) * scale;
+    }
+}

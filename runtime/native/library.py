@@ -1,0 +1,64 @@
+"""The C core as ctypes sees it: native.h, declaration for declaration.
+
+`load()` opens the shared library that `pip install` built beside this file. ctypes releases the GIL for every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+from runtime.errors import UserError
+
+PASS = 128                        # EW_PASS: tokens of one ew_forward
+ERROR_BYTES = 256
+DTYPES = {name: i for i, name in enumerate(
+    ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6", "uint7"))}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+PARTS = ("qkv", "attention", "output", "gate_up", "down", "head", "other")
+TOKEN_CALLBACK = ctypes.CFUNCTYPE(c_int, c_int)
+
+
+class Config(ctypes.Structure):
+    _fields_ = [(name, c_int32) for name in ("vocab", "hidden", "layers", "head_dim", "layer_norm", "learned_positions",
+                                             "activation", "qk_norm", "max_context", "sliding_window")]
+    _fields_ += [("norm_eps", c_float)] + [(name, POINTER(c_int32)) for name in ("heads", "kv_heads", "mlp")]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("dtype", c_int32), ("dims", c_int32), ("shape", c_int64 * 2),
+                ("offset", c_int64), ("bytes", c_int64)]
+
+
+_FUNCTIONS = {
+    "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p),
+    "ew_close": (None, c_void_p),
+    "ew_isa": (c_char_p, c_void_p),
+    "ew_weight_bytes": (c_int64, c_void_p),
+    "ew_cache_bytes": (c_int64, c_void_p, c_int, c_int, c_int),
+    "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
+    "ew_cache_free": (None, c_void_p),
+    "ew_cache_copy": (None, c_void_p, c_int, c_void_p, c_int, c_int),
+    "ew_forward": (c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
+    "ew_top_k": (c_int, c_void_p, c_int, c_int, c_void_p, c_void_p),
+    "ew_decode": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_int, TOKEN_CALLBACK, c_char_p),
+    "ew_profile": (None, c_void_p, c_int, POINTER(c_double)),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library. Raises UserError where it was not built (no compiler at installation) or cannot be opened."""
+    found = sorted(Path(__file__).parent.glob("_core*.so"))
+    if not found:
+        raise UserError("the native core was not built (no C compiler when edgewright was installed); install again with one")
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        for name, (result, *arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{found[0]}: the native core cannot be opened ({error}); install edgewright again") from None
+    return library

@@ -1,0 +1,63 @@
+/* The C interface of the native core. Every function that can fail returns NULL or -1 and writes one sentence to `error`
+ * (256 bytes). A model may be used from several threads (calls take turns), and after fork in the child as well. */
+#ifndef EDGEWRIGHT_NATIVE_H
+#define EDGEWRIGHT_NATIVE_H
+
+#include <stdint.h>
+
+#define EW_VERSION 1
+#define EW_PASS 128       /* tokens of one ew_forward at most */
+enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6, EW_UINT7 };
+enum { EW_SILU, EW_GELU, EW_GELU_TANH };
+enum { EW_PART_QKV, EW_PART_ATTENTION, EW_PART_OUTPUT, EW_PART_GATE_UP, EW_PART_DOWN, EW_PART_HEAD, EW_PART_OTHER, EW_PARTS };
+
+typedef struct ew_model ew_model;
+typedef struct ew_cache ew_cache;
+
+typedef struct {
+    int32_t vocab, hidden, layers, head_dim, layer_norm, learned_positions, activation, qk_norm, max_context;
+    int32_t sliding_window;                          /* 0: none */
+    float norm_eps;
+    const int32_t *heads, *kv_heads, *mlp;           /* [layers]; copied */
+} ew_config;
+
+typedef struct {                                     /* one row of the manifest's table of tensors */
+    const char *name;
+    int32_t dtype, dims;
+    int64_t shape[2], offset, bytes;                 /* dims 1: shape[1] is 1 */
+} ew_tensor;
+
+/* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. */
+ew_model *ew_open(const char *path, const ew_config *, const ew_tensor *, int tensors, int threads, int fp32,
+                  const char *isa, char *error);
+void ew_close(ew_model *);
+const char *ew_isa(const ew_model *);                /* model NULL: the best of this CPU */
+int64_t ew_weight_bytes(const ew_model *);
+
+/* Caches of `rows` sequences; kind EW_FLOAT32, EW_FLOAT16 or EW_INT8. ew_cache_copy copies row `from` of `source` over row
+ * `to` of `target` (another cache of the model, or the same one): the first `length` slots. */
+int64_t ew_cache_bytes(const ew_model *, int rows, int capacity, int kind);
+ew_cache *ew_cache_new(const ew_model *, int rows, int capacity, int kind, char *error);
+void ew_cache_free(ew_cache *);
+void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, int length);
+
+/* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
+ * of its earlier slots. Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
+int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
+               int n_wanted, const int32_t *wanted, float *logits, char *error);
+
+/* The k largest of logits[n] in order, ties to the lower index; returns how many (fewer when n < k). */
+int ew_top_k(const float *logits, int n, int k, int32_t *index, float *value);
+
+/* Greedy decoding of one row inside the core: feeds `token` at `slot`, then its own answers, until `limit` tokens, a
+ * token of `stop`, or the callback returns non-zero. Returns the number of tokens given to the callback, or -1. */
+int ew_decode(ew_model *, ew_cache *, int row, int slot, int token, int limit, const int32_t *stop, int stops,
+              int (*callback)(int token), char *error);
+
+/* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
+void ew_profile(ew_model *, int on, double *microseconds);
+
+/* For tests: y[rows][n] = x[rows][k] by the kernels of `isa`, from tensors in memory as in a weights file. */
+int ew_test_multiply(const char *isa, const ew_tensor *codes, const void *code_data, const void *scale_data,
+                     const void *zero_data, int group, int n, int k, int rows, const float *x, int fp32, float *y);
+#endif

@@ -1,0 +1,26 @@
+"""Builds the native core (runtime/native/*.c), if there is a C compiler: everything else is in pyproject.toml.
+
+The core is a shared library that Python opens with ctypes, so it is not bound to one version of Python, and a wheel is
+tagged py3-none-PLATFORM. Each isa_*.c names its own instruction set in a pragma; the flags below are for all.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+NATIVE = Path("runtime/native")
+
+
+class AnyPython(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    cmdclass={"bdist_wheel": AnyPython},
+    ext_modules=[Extension(
+        "runtime.native._core", sorted(str(path) for path in NATIVE.glob("*.c")),
+        depends=[str(path) for path in NATIVE.glob("*.h")], optional=True, libraries=["m", "pthread"],
+        extra_compile_args=["-std=gnu11", "-O2", "-fno-math-errno", "-fvisibility=default"])],
+)
