@@ -1,0 +1,301 @@
+"""Text in, text out: the object an app holds.
+
+    engine = Engine("build/smollm2-135m-int4")
+    for piece in engine.stream("Once upon a time", max_new_tokens=64, temperature=0.8, seed=7): ...
+    reply = engine.chat([{"role": "user", "content": "Hi"}])       # .text .tokens .finish_reason .timings
+    replies = engine.generate(["a", "b"], n=2, logprobs=5)         # a's two, then b's two
+
+An engine opens a bundle, chooses a backend, and joins the parts: chat template, tokenizer, decode loop, sampling,
+detokenizer, stop strings. It keeps no conversation and no cache between requests. What a request can need is computed
+before anything is allocated, and refused with a sentence where it exceeds the model's context or the memory.
+
+Memory counted against `max_memory_mb` is that of the weights as stored and of the request's KV cache at its longest;
+the backend's own working memory (for SmolLM2-135M about 100 MB) comes on top. Without `max_memory_mb`, the cache must
+fit what the machine has free.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime import decode
+from runtime.backend import Backend
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import UserError
+from runtime.machine import available_cpus, available_memory
+from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs
+from runtime.text import Detokenizer, StopStrings, Tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+PROVIDERS = ("cpu", "cuda")
+_MB = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SamplingOptions):
+    """How a reply is made; the keyword arguments of `generate`, `stream`, `chat` and `stream_chat`."""
+
+    max_new_tokens: int | None = None         # None: 256, or as many as the context leaves
+    stop: str | tuple[str, ...] = ()          # the reply ends before the first of these to be complete
+    stop_tokens: tuple[int, ...] = ()         # token ids that end the reply, besides the model's own
+    ignore_model_stop: bool = False           # go on past the model's own end-of-text tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        count = self.max_new_tokens
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise UserError(f"max_new_tokens is {count!r}; it must be a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one reply, from the call on; in a batch its steps are shared with its neighbours."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float                    # until the first token was chosen: tokenizing is not in it, prefill is
+    total_ms: float                   # until the last one
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first, per second; None where there are none."""
+        return (self.new_tokens - 1) / (self.total_ms - self.ttft_ms) * 1e3 if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    tokens: list[int]                         # of the reply; a stop token is not among them, a stop string's are
+    finish_reason: str | None                 # "stop", "length"; None: still going, or given up
+    logprobs: list[TokenLogprobs]             # one for each token where `logprobs` was asked for, else empty
+    timings: Timings
+
+
+class Engine:
+    """An opened bundle.
+
+    bundle: its folder. provider: "cpu", "cuda", or None for CUDA where it can be had, else the CPU (`explain()` tells
+    why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
+    Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
+    """
+
+    def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
+                 max_memory_mb: float | None = None, verify: bool = False):
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise UserError(f"threads is {threads!r}; it must be a whole number of at least 1")
+        if max_memory_mb is not None and not max_memory_mb > 0:
+            raise UserError(f"max_memory_mb is {max_memory_mb!r}; it must be a positive number")
+        self.bundle: Bundle = open_bundle(bundle, verify=verify)
+        if max_memory_mb is not None and self.bundle.weights_bytes > max_memory_mb * _MB:
+            raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
+                            f"more than max_memory_mb={max_memory_mb:g}")
+        self._max_memory_mb = max_memory_mb
+        self.backend, self._explanation = _open_backend(self.bundle, provider, threads or available_cpus())
+        self.tokenizer = Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"]))
+        self._template = None
+
+    def explain(self) -> str:
+        """Which backend runs and, line by line, why nothing better does."""
+        return "\n".join(self._explanation)
+
+    def generate(self, prompts: str | list, *, n: int = 1, **options) -> list[Reply]:
+        """`n` replies to each prompt, the first prompt's first; ragged prompts run together.
+
+        prompts: a text, a list of texts, or token ids in place of a text. options: see GenerationOptions. Sample j of
+        a prompt is the same whatever the other prompts are, near ties of logits aside. Raises UserError.
+        """
+        drafts = self._drafts(_as_list(prompts), n, GenerationOptions(**options))
+        for _ in self._run(drafts, n):
+            pass
+        return [drafts[sample * (len(drafts) // n) + prompt].reply()
+                for prompt in range(len(drafts) // n) for sample in range(n)]
+
+    def stream(self, prompt, **options) -> Stream:
+        """The reply to one prompt (a text, or token ids) as it is made: iterate over its pieces of text."""
+        return Stream(self, self._drafts([prompt], 1, GenerationOptions(**options)))
+
+    def chat(self, messages: list[dict], **options) -> Reply:
+        """The assistant's reply to `messages`: dicts with "role" (user, assistant, system) and "content"."""
+        stream = self.stream_chat(messages, **options)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def stream_chat(self, messages: list[dict], **options) -> Stream:
+        """`chat` as a stream."""
+        return self.stream(self.chat_tokens(messages), **options)
+
+    def chat_tokens(self, messages: list[dict]) -> np.ndarray:
+        """Token ids (int64) of the prompt that the bundle's chat template makes of `messages`. Raises UserError."""
+        if self._template is None:
+            self._template = self._load_template()
+        return self.tokenizer.encode(self._template.render(messages), special_tokens=False)
+
+    def close(self) -> None:
+        """Free the model's memory; the engine must not be used after."""
+        self.backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _load_template(self):
+        name = self.bundle.manifest["chat_template"]
+        if name is None:
+            raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
+                            "prompt of its own making with `generate` or `stream`")
+        from runtime.template import ChatTemplate
+        model, path = self.bundle.model, self.bundle.path(name)
+        ids = {"bos_token": model["bos_token_id"], "eos_token": next(iter(model["eos_token_ids"]), None),
+               "pad_token": model["pad_token_id"]}
+        tokens = {key: text for key, i in ids.items() if i is not None and (text := self.tokenizer.token_text(i))}
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), str(path), tokens)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 text ({error}); export the bundle again") from None
+
+    def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
+        """One draft for each reply: first samples of every prompt, then second ones."""
+        if not isinstance(n, int) or n < 1:
+            raise UserError(f"n is {n!r}; it must be a whole number of at least 1")
+        if not prompts:
+            raise UserError("there is no prompt: the batch is empty")
+        encoded = [self._encode(prompt, options) for prompt in prompts]
+        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
+        stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop
+                                                                 else self.bundle.model["eos_token_ids"])
+        drafts = []
+        for sample in range(n):
+            for ids in encoded:
+                limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
+                sequence = decode.Sequence(ids, Sampler(options, ids, sample), limit, stop_tokens)
+                drafts.append(_Draft(sequence, Detokenizer(self.tokenizer), StopStrings(stop)))
+        self._check_memory([draft.sequence for draft in drafts])
+        return drafts
+
+    def _encode(self, prompt, options: GenerationOptions) -> np.ndarray:
+        """Token ids of a prompt that leaves room for the reply asked for."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt) if prompt else np.empty(0, np.int64)
+        elif isinstance(prompt, np.ndarray) or isinstance(prompt, list) and all(isinstance(i, int) for i in prompt):
+            ids = np.asarray(prompt)
+        else:
+            raise UserError(f"a prompt must be a text or a list of token ids, not {prompt!r:.60}")
+        if not ids.size:
+            raise UserError("the prompt is empty; give at least one character")
+        vocab = self.bundle.model["config"]["vocab_size"]
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise UserError(f"the prompt has a token id outside 0..{vocab - 1}")
+        context = self.bundle.max_context
+        if len(ids) + (options.max_new_tokens or 1) > context:
+            raise UserError(f"the prompt has {len(ids)} tokens and the reply may have {options.max_new_tokens or 1}, but "
+                            f"the model's context is {context}; shorten the prompt or lower max_new_tokens")
+        return ids.astype(np.int64)
+
+    def _check_memory(self, sequences: list[decode.Sequence]) -> None:
+        needed = self.backend.cache_bytes(len(sequences), decode.last_capacity(sequences))
+        if self._max_memory_mb is not None:
+            free, whose = self._max_memory_mb * _MB - self.bundle.weights_bytes, "max_memory_mb leaves"
+        else:
+            free, whose = available_memory(), "this machine has free"
+        if free is not None and needed > free:
+            raise UserError(f"the KV cache of {len(sequences)} x {decode.last_capacity(sequences)} tokens needs "
+                            f"{needed / _MB:.0f} MB, but {whose} {max(0, free) / _MB:.0f} MB; lower max_new_tokens, "
+                            "shorten the prompt or ask for fewer replies at once")
+
+    def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:
+        """Decode; yields each draft with the text it gained."""
+        sequences = [draft.sequence for draft in drafts]
+        by_sequence = dict(zip(sequences, drafts))
+        start = time.perf_counter()
+        cache = self.backend.new_cache(len(drafts), decode.first_capacity(sequences))
+        for sequence in decode.run(self.backend, cache, sequences, samples):
+            draft = by_sequence[sequence]
+            yield draft, draft.advance((time.perf_counter() - start) * 1e3)
+
+
+class Stream:
+    """Pieces of a reply's text, as they are made; whole characters, never an empty piece. They join to `reply.text`.
+
+    `reply` is the reply so far, complete when the iteration has ended. Leaving the loop early costs nothing more.
+    """
+
+    def __init__(self, engine: Engine, drafts: list[_Draft]):
+        self._draft, = drafts
+        self._pieces = (piece for _, piece in engine._run(drafts, 1) if piece)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def reply(self) -> Reply:
+        return self._draft.reply()
+
+
+class _Draft:
+    """A reply in the making: a sequence of tokens, and the text it has become."""
+
+    def __init__(self, sequence: decode.Sequence, detokenizer: Detokenizer, stops: StopStrings):
+        self.sequence = sequence
+        self._detokenizer, self._stops = detokenizer, stops
+        self._pieces: list[str] = []
+        self._decoded = 0                         # tokens that have gone through the detokenizer
+        self._ttft_ms = self._total_ms = 0.0
+
+    def advance(self, elapsed_ms: float) -> str:
+        """Text that may be shown since the last call; ends the sequence at a stop string."""
+        sequence, text, stopped = self.sequence, "", False
+        if len(sequence.tokens) > self._decoded:
+            self._decoded += 1
+            text, stopped = self._stops.push(self._detokenizer.push(sequence.tokens[-1]))
+        if not stopped and sequence.finish_reason:
+            tail, stopped = self._stops.push(self._detokenizer.finish())
+            text += tail if stopped else tail + self._stops.finish()
+        if stopped:
+            sequence.finish_reason = "stop"
+        self._pieces.append(text)
+        self._ttft_ms = self._ttft_ms or elapsed_ms
+        self._total_ms = elapsed_ms
+        return text
+
+    def reply(self) -> Reply:
+        sequence = self.sequence
+        return Reply("".join(self._pieces), sequence.tokens, sequence.finish_reason, sequence.logprobs,
+                     Timings(len(sequence.prompt), len(sequence.tokens), self._ttft_ms, self._total_ms))
+
+
+def _as_list(prompts) -> list:
+    """A single prompt, a text or token ids, as a batch of one."""
+    single = isinstance(prompts, (str, np.ndarray)) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
+    return [prompts] if single else list(prompts)
+
+
+def _open_backend(bundle: Bundle, provider: str | None, threads: int) -> tuple[Backend, list[str]]:
+    """The best backend that can be had, and the lines that explain it. Raises UserError where `provider` cannot."""
+    if provider is not None and provider not in PROVIDERS:
+        raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
+    from runtime.ort_backend import OrtBackend
+    explanation = []
+    if provider in (None, "cuda"):
+        try:
+            backend = OrtBackend(bundle, provider="cuda", threads=threads)
+            return backend, [f"{backend.name} runs {backend.graph}"]
+        except UserError as error:
+            if provider == "cuda":
+                raise
+            explanation.append(f"no CUDA: {error}")
+            _log.info("no CUDA: %s", error)
+    backend = OrtBackend(bundle, provider="cpu", threads=threads)
+    return backend, [f"{backend.name} runs {backend.graph} on {threads} threads", *explanation]
