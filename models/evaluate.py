@@ -1,0 +1,220 @@
+"""Judge a checkpoint (in PyTorch) or a bundle (through the runtime) by the same lines of code.
+
+    python -m models.evaluate CKPT --task perplexity --data wiki.txt speeches.txt --reference ORIGINAL
+    python -m models.evaluate BUNDLE --task qa --data xquad-en.json --limit 100 --examples answers.jsonl
+
+`perplexity` reports perplexity and bits per byte and, with a reference, its KL divergence and top-1 agreement, for each
+text apart and pooled (models/fidelity.py). The labelled tasks and their files are in models/tasks.py; every number has
+its 95% bootstrap interval beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from models import fidelity, metrics, tasks
+from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+
+TASKS = ("perplexity", *tasks.PROMPTS)
+EXAMPLES = """tasks and their files:
+  perplexity   plain UTF-8 text; with --reference also kl and top1_agreement
+  qa           SQuAD JSON                     summarize  JSONL with text, summary
+  translate    TSV: source TAB target         generate   Alpaca JSON or JSONL with instruction, output
+  classify     TSV: sentence TAB label
+
+examples:
+  python -m models.evaluate build/smollm2-135m-int4 --task perplexity --data wiki.txt --reference build/smollm2-135m
+  python -m models.evaluate build/smollm2-135m --task classify --data sst2-dev.tsv --shots 4 --limit 200
+  python -m models.evaluate build/smollm2-135m --task qa --data xquad-en.json --show-prompt
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a model: perplexity and fidelity to a reference, or a labelled task."""
+    model: Path = arg(positional=True, help="checkpoint or bundle folder")
+    data: tuple[Path, ...] = arg(help="files to measure on")
+    task: str = arg("perplexity", help="what to measure", choices=TASKS)
+    reference: Path | None = arg(None, help="checkpoint or bundle whose predictions the model's are held against")
+    json: Path | None = arg(None, help="write the metrics to this file")
+    window: int = arg(512, help="perplexity: tokens a window")
+    stride: int | None = arg(None, help="perplexity: tokens between windows (default: half a window)")
+    max_windows: int | None = arg(None, help="perplexity: windows a text, at most")
+    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
+    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/tasks.py)")
+    show_prompt: bool = arg(False, help="print the first prompt and stop")
+    limit: int | None = arg(None, help="solve this many examples at most, drawn by seed")
+    seed: int = arg(0, help="draws the shots and the examples")
+    examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file")
+    graph: str | None = arg(None, help="which graph of a bundle", choices=("portable", "fast"))
+    exact: bool = arg(False, help="bundle: no fused int8 kernels, PyTorch's numbers up to rounding")
+    threads: int | None = arg(None, help="CPU threads (default: those available)")
+
+
+def evaluate(options: Options) -> int:
+    for name in ("limit", "max_windows", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 1 or more")
+    if options.shots is not None and options.shots < 0:
+        raise UserError(f"--shots is {options.shots}, which should be 0 or more")
+    texts = [(file, tasks.read_text(file)) for file in options.data] if options.task == "perplexity" else []
+    if options.task != "perplexity" and options.reference:
+        raise UserError(f"--reference belongs to task perplexity, not to {options.task}")
+    if options.task != "perplexity" and options.show_prompt:
+        print(_prompts(options)[1][0])
+        return 0
+    model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact)
+    result = perplexity(options, model, texts) if options.task == "perplexity" else labelled(options, model)
+    result = {"model": options.model.name, "task": options.task, **result}
+    print(report(result))
+    if options.json:
+        write_json(options.json, result)
+    return 0
+
+
+def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, str]]) -> dict:
+    """Pooled metrics, and those of each text under "texts"."""
+    reference = None
+    if options.reference:
+        reference = open_model(options.reference, threads=options.threads)
+        check_same_tokenizer(model, reference)
+    window = min(options.window, model.context)
+    stride = window // 2 if options.stride is None else options.stride
+    pooled, per_text = fidelity.Fidelity([], [], [], [], [], []), {}
+    tokenizer = model.raw_tokenizer
+    for file, text in texts:
+        windows = fidelity.cut_windows(tokenizer, text, window, stride, options.max_windows)
+        part = fidelity.measure(model.backend, windows, reference and reference.backend, label=file.name)
+        per_text[file.name] = part.metrics()
+        for name in vars(pooled):
+            getattr(pooled, name).extend(getattr(part, name))
+    return {**pooled.metrics(), "texts": per_text}
+
+
+def _prompts(options: Options) -> tuple[list[tasks.Example], list[str], tasks.Prompt]:
+    prompt = tasks.load_prompt(options.task, options.prompt)
+    shots = prompt.shots if options.shots is None else options.shots
+    examples = [e for file in options.data for e in tasks.read_examples(options.task, file)]
+    solved, rest = tasks.split_shots(examples, shots, options.limit, options.seed)
+    return rest, [tasks.render(prompt, solved, e) for e in rest], prompt
+
+
+def labelled(options: Options, model: LanguageModel) -> dict:
+    """Metrics of a task with right answers."""
+    examples, prompts, prompt = _prompts(options)
+    if options.task == "classify":
+        known = Counter(e.answers[0] for file in options.data for e in tasks.read_examples("classify", file))
+        labels = sorted(known)
+        unnamed = [x for x in labels if prompt.labels and x not in prompt.labels]
+        if unnamed:
+            raise UserError(f"label {unnamed[0]!r} has no words in the prompt; it names {', '.join(prompt.labels)}: "
+                            "give its labels with --prompt")
+        words = [" " + tasks.answer_text(prompt, label) for label in labels]
+        answers = []
+        for text in tqdm(prompts, desc="classify", unit="example"):
+            answers.append(labels[int(np.argmax(model.continuation_logprobs(text, words)))])
+    else:
+        answers = [a.strip() for a in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
+    result, rows = score(options.task, answers, examples)
+    if options.examples:
+        _write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return result
+
+
+def score(task: str, answers: list[str], examples: list[tasks.Example]) -> tuple[dict, list[dict]]:
+    """A task's metrics with intervals, and a row an example."""
+    rights = [list(e.answers) for e in examples]
+    rows = [{"fields": e.fields, "references": r, "answer": a} for e, r, a in zip(examples, rights, answers)]
+    result = {"examples": len(rows)}
+
+    def mean(name, values):
+        result[name], result[f"{name}_interval"] = float(np.mean(values)), list(metrics.bootstrap(values))
+        for row, value in zip(rows, values):
+            row[name] = value
+
+    def corpus(name, function):
+        pairs = list(zip(answers, (r[0] for r in rights)))
+        statistic = lambda some: function([a for a, _ in some], [b for _, b in some])    # noqa: E731
+        result[name] = statistic(pairs)
+        result[f"{name}_interval"] = list(metrics.bootstrap(pairs, statistic, resamples=200))
+
+    if task == "qa":
+        mean("exact_match", [metrics.exact_match(a, r) for a, r in zip(answers, rights)])
+        mean("f1", [metrics.token_f1(a, r) for a, r in zip(answers, rights)])
+    if task == "classify":
+        actual = [r[0] for r in rights]
+        whole = metrics.classification(answers, actual)
+        for name in ("accuracy", "precision", "recall", "f1"):
+            result[name] = whole[name]
+            result[f"{name}_interval"] = list(metrics.bootstrap(
+                list(zip(answers, actual)), lambda some, n=name: metrics.classification(*zip(*some))[n]))
+        result |= {"labels": whole["labels"], "confusion": whole["confusion"]}
+    if task in ("qa", "summarize", "generate"):
+        scores = [metrics.rouge(a, r) for a, r in zip(answers, rights)]
+        for kind in ("rougeL",) if task == "qa" else ("rouge1", "rouge2", "rougeL"):
+            mean(kind, [s[kind] for s in scores])
+    if task in ("translate", "generate"):
+        chinese = any("\u4e00" <= c <= "\u9fff" for r in rights for c in r[0])
+        corpus("bleu", lambda a, r: metrics.bleu(a, r, chinese=chinese))
+    if task == "translate":
+        corpus("chrf", metrics.chrf)
+    if task == "generate":
+        mean("meteor", [metrics.meteor(a, r[0]) for a, r in zip(answers, rights)])
+    return result, rows
+
+
+def report(result: dict) -> str:
+    """The metrics as a table, a row a text where there are several."""
+    def shown(part):
+        for name, value in part.items():
+            if f"{name}_interval" in part:
+                low, high = part[f"{name}_interval"]
+                yield name, f"{value:.4f} [{low:.4f}, {high:.4f}]"
+    texts = result.get("texts", {})
+    lines = []
+    if len(texts) > 1:
+        lines.append(table([{"text": name, "tokens": part["tokens"], **dict(shown(part))} for name, part in texts.items()]))
+    title = f"{result['model']}: {result['task']}, " + (f"{result['tokens']} tokens" if "tokens" in result else f"{result['examples']} examples")
+    lines.append(table([{"metric": name, "value [95% interval]": text} for name, text in shown(result)], title=title))
+    if "confusion" in result:
+        lines.append(table([{"actual \\ predicted": label, **dict(zip(result["labels"], row))}
+                            for label, row in zip(result["labels"], result["confusion"])]))
+    return "\n\n".join(lines)
+
+
+def write_json(file: Path, result: dict) -> None:
+    """Metrics as JSON; a figure that does not exist (an interval of one window) becomes null, as JSON has no NaN."""
+    def clean(value):
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+    _write(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def main(argv=None) -> int:
+    return run(Options, evaluate, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

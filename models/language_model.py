@@ -1,0 +1,137 @@
+"""A checkpoint or a bundle, opened for measuring: one face for both kinds of luggage.
+
+A folder with a manifest.json is a bundle and runs through `runtime`; any other is a checkpoint and runs in PyTorch. Both
+end in a `runtime.backend.Backend`, so whatever is measured above it is measured by the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tqdm import tqdm
+
+from models.checkpoint import load_decoder, open_checkpoint
+from models.torch_backend import TorchBackend
+from runtime import decode
+from runtime.backend import Backend
+from runtime.bundle import open_bundle
+from runtime.errors import UserError
+from runtime.machine import available_cpus
+from runtime.sampling import Sampler, SamplingOptions
+from runtime.text import Tokenizer
+
+BATCH = 8                # prompts decoded together
+
+
+@dataclass
+class LanguageModel:
+    folder: Path
+    backend: Backend
+    tokenizer: Tokenizer
+    context: int                     # most tokens of prompt and reply
+    eos: frozenset[int]
+
+    @property
+    def raw_tokenizer(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` object itself, for offsets and comparison."""
+        return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """int64 ids [n], n >= 1. Raises UserError for an empty prompt or one as long as the context."""
+        ids = self.tokenizer.encode(prompt)
+        if not 1 <= len(ids) < self.context:
+            raise UserError(f"a prompt has {len(ids)} tokens; {self.folder.name} takes 1 to {self.context - 1}: "
+                            "use fewer shots or shorter examples")
+        return ids
+
+    def generate(self, prompts: Items[str], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
+                 progress: bool = True) -> list[str]:
+        """Greedy replies, cut at the first stop string. Similar lengths are decoded together."""
+        encoded = [self.encode(p) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        replies = [""] * len(prompts)
+        with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress) as bar:
+            for start in range(0, len(order), BATCH):
+                batch = order[start:start + BATCH]
+                for i, text in zip(batch, self._decode([encoded[i] for i in batch], max_new_tokens, stop)):
+                    replies[i] = text
+                bar.update(len(batch))
+        return replies
+
+    def _decode(self, prompts: list[np.ndarray], max_new_tokens: int, stop: Items[str]) -> list[str]:
+        greedy = SamplingOptions()
+        sequences = [decode.Sequence(p, Sampler(greedy, p), min(max_new_tokens, self.context - len(p)), self.eos)
+                     for p in prompts]
+        cache = self.backend.new_cache(len(sequences), decode.first_capacity(sequences))
+        for sequence in decode.run(self.backend, cache, sequences):
+            if stop and any(s in self.tokenizer.decode(sequence.tokens) for s in stop):
+                sequence.finish_reason = sequence.finish_reason or "stop"
+        texts = [self.tokenizer.decode(s.tokens) for s in sequences]
+        return [min((t.split(s, 1)[0] for s in stop), key=len) if stop else t for t in texts]
+
+    def continuation_logprobs(self, prompt: str, continuations: Items[str]) -> list[float]:
+        """ln p(continuation | prompt) of each, summed over its tokens; the prompt is read once.
+
+        Prompt and continuation are tokenized apart, so the same prompt tokens serve all of them.
+        """
+        ids = self.encode(prompt)
+        tails = [self.tokenizer.encode(c, special_tokens=False) for c in continuations]
+        longest = max(map(len, tails))
+        if min(map(len, tails)) == 0:
+            raise UserError("a continuation has no tokens")
+        cache = self.backend.new_cache(1, len(ids) + longest)
+        first = _log_softmax(self._run(ids, np.array([len(ids) - 1]), cache))[0]
+        scores = []
+        for tail in tails:
+            score = float(first[tail[0]])
+            if len(tail) > 1:
+                cache.lengths[0] = len(ids)
+                rest = _log_softmax(self._run(tail[:-1], np.arange(len(tail) - 1), cache))
+                score += float(rest[np.arange(len(tail) - 1), tail[1:]].sum())
+            scores.append(score)
+        return scores
+
+    def _run(self, ids: np.ndarray, wanted: np.ndarray, cache) -> np.ndarray:
+        """Append ids [s] to the one row of `cache`; logits [k, vocab] at `wanted` [k]."""
+        start = cache.lengths.copy()
+        logits = self.backend.forward(ids[None], start[:, None] + np.arange(len(ids)), start, wanted[None], cache)
+        cache.lengths += len(ids)
+        return logits[0].copy()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+
+
+def open_model(folder: Path | str, *, threads: int | None = None, graph: str | None = None,
+               exact: bool = False) -> LanguageModel:
+    """Open a checkpoint or a bundle. `graph` and `exact` choose a bundle's graph (runtime/ort_backend.py).
+
+    Raises UserError where the folder is neither, or its tokenizer is missing.
+    """
+    folder = Path(folder)
+    threads = threads or available_cpus()
+    if (folder / "manifest.json").is_file():
+        from runtime.ort_backend import OrtBackend
+        bundle = open_bundle(folder)
+        backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
+        context, eos = bundle.max_context, bundle.model["eos_token_ids"]
+    else:
+        if graph or exact:
+            raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs to choose from")
+        config = open_checkpoint(folder).config
+        torch.set_num_threads(threads)
+        backend = TorchBackend(load_decoder(folder))
+        context, eos = config.context_length, config.eos_token_ids
+    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos))
+
+
+def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> None:
+    """Raises UserError unless both give every token the same id: their distributions could not be compared."""
+    if model.raw_tokenizer.get_vocab() != reference.raw_tokenizer.get_vocab():
+        raise UserError(f"{reference.folder}: has another tokenizer than {model.folder}; a reference must share the vocabulary")

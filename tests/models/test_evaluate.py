@@ -1,0 +1,145 @@
+"""The evaluate command: both kinds of luggage, the labelled tasks, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from models import evaluate, tasks
+from models.language_model import open_model
+from runtime.errors import UserError
+
+TEXT = "A small engine reads a sentence and answers in another. 然后 🙂\n" * 10
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return tiny_checkpoint("smollm2")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, "utf-8")
+    return str(tmp_path / "text.txt")
+
+
+def run(*args) -> int:
+    return evaluate.main([str(a) for a in args])
+
+
+def test_perplexity_and_fidelity_as_json(model, tiny_checkpoint, text_file, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper(), "utf-8")
+    assert run(model, "--data", text_file, other, "--reference", tiny_checkpoint("smollm2", seed=1), "--window", 32,
+               "--json", tmp_path / "out.json") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["texts"]) == {"text.txt", "other.txt"}
+    parts = result["texts"].values()
+    tokens = sum(p["tokens"] for p in parts)
+    assert result["tokens"] == tokens
+    assert result["kl"] == pytest.approx(sum(p["kl"] * p["tokens"] for p in parts) / tokens)
+    for name in ("perplexity", "bits_per_byte", "kl", "top1_agreement"):
+        low, high = result[f"{name}_interval"]
+        assert low <= result[name] <= high
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_model_agrees_with_itself(model, text_file, tmp_path):
+    assert run(model, "--data", text_file, "--reference", model, "--window", 32, "--json", tmp_path / "out.json") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["top1_agreement"] == 1 and abs(result["kl"]) < 1e-6
+
+
+FILES = {"qa": ("qa.json", json.dumps({"data": [{"paragraphs": [{"context": "Ann has a cat.", "qas": [
+             {"question": f"Who {i}?", "answers": [{"text": "Ann"}]} for i in range(5)]}]}]})),
+         "summarize": ("s.jsonl", "".join(json.dumps({"text": f"long text {i}", "summary": "short"}) + "\n" for i in range(6))),
+         "translate": ("t.tsv", "".join(f"Hello {i}.\t你好。\n" for i in range(7))),
+         "generate": ("g.json", json.dumps([{"instruction": f"Say {i}", "input": "", "output": "it is said"} for i in range(4)])),
+         "classify": ("c.tsv", "".join(f"a sentence {i}\t{i % 2}\n" for i in range(9)))}
+NAMES = {"qa": {"exact_match", "f1", "rougeL"}, "summarize": {"rouge1", "rouge2", "rougeL"}, "translate": {"bleu", "chrf"},
+         "generate": {"bleu", "meteor", "rouge1", "rouge2", "rougeL"}, "classify": {"accuracy", "precision", "recall", "f1"}}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_every_task_runs_and_keeps_its_examples(task, model, tmp_path):
+    name, content = FILES[task]
+    (tmp_path / name).write_text(content, "utf-8")
+    assert run(model, "--task", task, "--data", tmp_path / name, "--shots", 1, "--limit", 3, "--json", tmp_path / "out.json",
+               "--examples", tmp_path / "rows.jsonl") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert NAMES[task] <= set(result) and all(f"{n}_interval" in result for n in NAMES[task])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == result["examples"] == 3 and all(r["references"] for r in rows)
+
+
+def test_label_likelihood_equals_scoring_the_whole_text(model):
+    """A continuation's score is the sum of its tokens' log probabilities in prompt + continuation read at once."""
+    import torch
+
+    from models.checkpoint import load_decoder
+    opened = open_model(model, threads=1)
+    prompt, tails = "Sentence: a sentence\nSentiment:", [" negative", " positive and more"]
+    decoder = load_decoder(model)
+    for tail, got in zip(tails, opened.continuation_logprobs(prompt, tails)):
+        head, rest = opened.encode(prompt), opened.tokenizer.encode(tail)
+        with torch.no_grad():
+            logp = torch.log_softmax(decoder(torch.from_numpy(np.concatenate([head, rest]))[None])[0].double(), -1)
+        assert got == pytest.approx(sum(logp[len(head) - 1 + i, t].item() for i, t in enumerate(rest)), abs=1e-4)
+
+
+def test_generation_stops_and_does_not_depend_on_its_batch(model):
+    opened = open_model(model, threads=1)
+    prompts = ["A small", "The engine reads a sentence and", "x"]
+    together = opened.generate(prompts, 12, progress=False)
+    assert together == [opened.generate([p], 12, progress=False)[0] for p in prompts]
+    stop = together[0][3:5]
+    assert opened.generate(prompts[:1], 12, [stop], progress=False)[0] == together[0].split(stop)[0]
+
+
+def test_prompt_can_be_seen_and_changed(model, tmp_path, capsys):
+    (tmp_path / "c.tsv").write_text(FILES["classify"][1])
+    (tmp_path / "p.toml").write_text('instruction = "Judge.\\n"\nexample = "{sentence} ->"\nshots = 2\n')
+    assert run(model, "--task", "classify", "--data", tmp_path / "c.tsv", "--prompt", tmp_path / "p.toml", "--show-prompt") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Judge.\n") and shown.count(" ->") == 3 and "negative" in shown and "positive" in shown
+
+
+@pytest.mark.parametrize("content, task, says", [
+    (b"", "perplexity", "is empty"), (b"\0\1", "perplexity", "binary"), (b"\xff\xfe text", "perplexity", "not UTF-8"),
+    (b"a\tb\nc\n", "classify", "line 2 has 1 columns"), (b'{"data": 3}', "qa", "not in the format of task qa"),
+    (b'{"text": "x"}\n', "summarize", "no 'summary'"),
+    (b"good\t1\nbad\t0\nodd\t7\nx\t1\ny\t0\nz\t1\n", "classify", "label '7' has no words"),
+    (b"good\t1\n", "classify", "too few")])
+def test_unusable_files(content, task, says, model, tmp_path, capsys):
+    (tmp_path / "f").write_bytes(content)
+    assert run(model, "--task", task, "--data", tmp_path / "f", "--json", tmp_path / "out.json") == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_refusals(model, tiny_checkpoint, text_file, tmp_path, capsys):
+    import shutil
+    stranger = shutil.copytree(model, tmp_path / "stranger")
+    tokenizer = json.loads((stranger / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run(model, "--data", text_file, "--reference", stranger) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert run(model, "--data", tmp_path / "missing.txt") == 2
+    assert run(tmp_path / "nothing", "--data", text_file) == 2
+    assert run(model, "--data", text_file, "--stride", 600) == 2
+    assert run(model, "--data", text_file, "--max-windows", 0) == 2
+    long = "word " * 9000
+    (tmp_path / "c.tsv").write_text("".join(f"{long}\t{i % 2}\n" for i in range(6)))
+    assert run(model, "--task", "classify", "--data", tmp_path / "c.tsv", "--shots", 0, "--limit", 1) == 2
+    assert "tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown entry 'shot'"):
+        (tmp_path / "p.toml").write_text("shot = 3\n")
+        tasks.load_prompt("qa", tmp_path / "p.toml")
+
+
+def test_a_rare_odd_line_is_left_out_and_said(tmp_path, capsys):
+    (tmp_path / "t.tsv").write_text("a\tb\n" * 150 + "a\tb\tc\n", "utf-8")
+    assert len(tasks.read_examples("translate", tmp_path / "t.tsv")) == 150
+    assert "line 151" in capsys.readouterr().err
