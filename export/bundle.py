@@ -1,0 +1,174 @@
+"""Write a bundle: the folder an app ships. Reading one is `runtime/bundle.py`; the format is in the README.
+
+A new bundle is written into a temporary sibling and renamed into place. A file is added to an existing one (a graph,
+an engine, golden outputs) in an order that never leaves a manifest that disagrees with the files: it is written as
+NAME.part, then renamed, then `manifest.json` is replaced; where a file of that name was listed before, a manifest
+without it comes first. So whatever interrupts this, the bundle opens, with the new file or without.
+
+`WeightsWriter` writes `weights.bin` as a stream: one tensor in memory at a time, each aligned to 64 bytes (a vector
+register), those over 1 MiB to 4096 (a page, so that they can be mapped), hashed on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from export.graph import StoredTensor
+from models.checkpoint import Checkpoint, replace_folder
+from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
+from runtime.errors import UserError
+
+WEIGHTS, TOKENIZER, CHAT_TEMPLATE, GOLDEN = "weights.bin", "tokenizer.json", "chat_template.jinja", "golden.json"
+_PAGE, _VECTOR, _LARGE = 4096, 64, 1 << 20
+
+
+class WeightsWriter:
+    """An open weights file. `tensors` lists what has been written."""
+
+    def __init__(self, path: Path):
+        self._file, self._hash, self._size = open(path, "wb"), hashlib.sha256(), 0
+        self.tensors: list[StoredTensor] = []
+
+    def add(self, name: str, dtype: str, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> None:
+        """Append a tensor, given as consecutive pieces of its bytes. dtype: a key of runtime.bundle.DTYPE_BITS."""
+        shape = tuple(int(size) for size in shape)
+        expected = tensor_bytes(dtype, shape)
+        self._write(bytes(-self._size % (_PAGE if expected > _LARGE else _VECTOR)))
+        offset = self._size
+        for chunk in chunks:
+            self._write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+        if self._size - offset != expected:
+            raise ValueError(f"{name} {dtype} {shape} takes {expected} bytes, got {self._size - offset}")
+        self.tensors.append(StoredTensor(name, dtype, shape, offset, expected))
+
+    def _write(self, data) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    def close(self) -> dict:
+        """Finish; returns the file's entry for the manifest's "files"."""
+        self._file.close()
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a stored tensor. int4 and uint4 are packed over the whole tensor as ONNX does, odd widths row by row."""
+    rows, row = (1, int(np.prod(shape))) if DTYPE_BITS[dtype] % 4 == 0 or not shape else (
+        int(np.prod(shape[:-1])), shape[-1])
+    return rows * -(-row * DTYPE_BITS[dtype] // 8)
+
+
+def check_output(out: Path) -> None:
+    """Refuse early a target that is neither new, nor empty, nor a bundle to replace."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a bundle: choose another folder, or remove it")
+
+
+@contextmanager
+def new_bundle(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends without an error.
+
+    Raises UserError where the target cannot be replaced or the disk is full; then nothing at `out` has changed.
+    """
+    check_output(out)
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)          # left by a killed run
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, out, old)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict, lineage: list[dict]) -> dict:
+    """A manifest without graphs; `add` and `describe_companions` fill in the rest."""
+    return {"format": FORMAT, "version": VERSION, "name": name, "model": model, "graphs": [], "engines": [],
+            "weights": {"file": WEIGHTS, "bytes": weights_entry["bytes"],
+                        "tensors": [asdict(tensor) for tensor in weights.tensors]},
+            "files": {WEIGHTS: weights_entry}, "tokenizer": TOKENIZER, "chat_template": None, "golden": None,
+            "lineage": lineage}
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path, manifest: dict) -> None:
+    """Tokenizer and chat template of a checkpoint, copied into the bundle and entered in its manifest."""
+    shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
+    manifest["files"][TOKENIZER] = file_entry(folder / TOKENIZER)
+    template = chat_template(checkpoint.path)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        manifest["chat_template"] = CHAT_TEMPLATE
+        manifest["files"][CHAT_TEMPLATE] = file_entry(folder / CHAT_TEMPLATE)
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint folder, from its own file or from tokenizer_config.json."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):            # several by name, an older form
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def stored_tensors(manifest: dict) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor in a manifest's weights file."""
+    return {tensor["name"]: StoredTensor(**tensor | {"shape": tuple(tensor["shape"])})
+            for tensor in manifest["weights"]["tensors"]}
+
+
+def add_file(folder: Path, manifest: dict, name: str, data) -> None:
+    """Write one file, given as bytes, into an existing bundle and replace its manifest last.
+
+    manifest: the new one, which names the file already; its entry in "files" is added here.
+    Raises UserError where the disk is full or the folder cannot be written; the bundle stays as it was.
+    """
+    part = folder / f"{name}.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        manifest["files"][name] = file_entry(part)
+        previous = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if name in previous["files"]:
+            write_manifest(folder, without_file(previous, name))
+        os.replace(part, folder / name)
+        write_manifest(folder, manifest)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({error.strerror or error})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def without_file(manifest: dict, name: str) -> dict:
+    """The manifest of the same bundle without one of its graphs or engines, or without golden outputs."""
+    return manifest | {"files": {file: entry for file, entry in manifest["files"].items() if file != name},
+                       "graphs": [graph for graph in manifest["graphs"] if graph["file"] != name],
+                       "engines": [engine for engine in manifest["engines"] if engine["file"] != name],
+                       "golden": None if manifest["golden"] == name else manifest["golden"]}
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Replace manifest.json atomically."""
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / MANIFEST)
+
+
+def file_entry(path: Path) -> dict:
+    """Size and sha256 of a file, for the manifest's "files"."""
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,107 @@
+"""What the portable and the fast graph have in common: inputs, caches, linears, the MLP and the choice of positions.
+
+The interface of both (README, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
+logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacity, head_dim]; logits float32
+[b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i.
+
+A quantized linear is `DequantizeLinear` + `MatMul`: standard operators, which ONNX Runtime fuses into MatMulNBits while
+loading and TensorRT keeps as a weight-only quantized product.
+"""
+
+from __future__ import annotations
+
+from export.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from models.config import ModelConfig
+
+
+class DecoderGraph(GraphBuilder):
+    """A graph builder that knows the model's shape and the type it computes in ("float32" or "float16")."""
+
+    def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str):
+        super().__init__(stored)
+        self.config, self.dtype = config, dtype
+
+    def tokens(self, *, positions: bool = True) -> None:
+        """Declare the token inputs; `positions` False leaves out position_ids, for a graph that does not read them."""
+        self.input("input_ids", "int64", ["b", "s"])
+        if positions:
+            self.input("position_ids", "int64", ["b", "s"])
+        self.input("write_index", "int64", ["b"])
+        self.input("logits_positions", "int64", ["b", "k"])
+        self.output("logits", "float32", ["b", "k", self.config.vocab_size])
+
+    def cache(self, layer: int) -> list[tuple[str, str]]:
+        """Declare a layer's caches: (past, present) of the keys and of the values."""
+        shape = ["b", self.config.layers[layer].kv_heads, "capacity", self.config.head_dim]
+        return [(self.input(f"past_{kind}.{layer}", self.dtype, shape),
+                 self.output(f"present_{kind}.{layer}", self.dtype, shape)) for kind in ("key", "value")]
+
+    def cast(self, value: str, dtype: str, output: str) -> str:
+        return self.op("Cast", [value], output, to=ELEMENT_TYPES[dtype])
+
+    def dequantized(self, name: str, axis: int) -> str:
+        """A stored matrix as `dtype`. axis: of the inputs of its product, along which scales repeat over a group."""
+        if self.has_weight(f"{name}.weight"):
+            return self.weight(f"{name}.weight")
+        codes, scales = self.stored(f"{name}.codes"), self.stored(f"{name}.scales")
+        scale = self.weight(f"{name}.scales")
+        if self.dtype != "float16":           # stored as float16, which the type of the result must equal
+            scale = self.cast(scale, self.dtype, f"{name}.scales.cast")
+        inputs = [self.weight(f"{name}.codes"), scale]
+        if self.has_weight(f"{name}.zeros"):
+            inputs.append(self.weight(f"{name}.zeros"))
+        blocks = {"axis": axis, "block_size": codes.shape[axis] // scales.shape[axis]} if len(scales.shape) == 2 else \
+            {"axis": 1 - axis}
+        return self.op("DequantizeLinear", inputs, f"{name}.dequantized", **blocks)
+
+    def linear(self, x: str, name: str, *, bias: bool = True) -> str:
+        """x @ W, plus the bias where there is one and the caller does not add it."""
+        product = self.op("MatMul", [x, self.dequantized(name, 0)], f"{name}.product")
+        if not (bias and self.has_weight(f"{name}.bias")):
+            return product
+        return self.op("Add", [product, self.weight(f"{name}.bias")], f"{name}.sum")
+
+    def split_linear(self, x: str, name: str, parts: dict[str, int]) -> list[str]:
+        """Linears of one input, fused as `name` or stored one by one: {part: outputs} -> one value a part."""
+        prefix = name.rpartition(".")[0]
+        if self.has_weight(f"{name}.weight") or self.has_weight(f"{name}.codes"):
+            return self.op("Split", [self.linear(x, name), self.constant(list(parts.values()))],
+                           [f"{prefix}.{part}.split" for part in parts], axis=-1)
+        return [self.linear(x, f"{prefix}.{part}") for part in parts]
+
+    def mlp(self, x: str, layer: int, *, bias: bool = True) -> str:
+        """down(act(gate(x)) * up(x)), or down(act(up(x))); `bias` False leaves down's to the caller."""
+        prefix, size = f"layers.{layer}", self.config.layers[layer].mlp_size
+        if self.config.gated_mlp:
+            gate, up = self.split_linear(x, f"{prefix}.gate_up", {"gate": size, "up": size})
+            hidden = self.op("Mul", [self.activation(gate, f"{prefix}.activated"), up], f"{prefix}.gated")
+        else:
+            hidden = self.activation(self.linear(x, f"{prefix}.up"), f"{prefix}.activated")
+        return self.linear(hidden, f"{prefix}.down", bias=bias)
+
+    def activation(self, x: str, output: str) -> str:
+        if self.config.activation == "silu":
+            return self.op("Mul", [x, self.op("Sigmoid", [x], f"{output}.sigmoid")], output)
+        return self.op("Gelu", [x], output, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+
+    def norm(self, x: str, name: str, output: str) -> str:
+        """RMSNorm or LayerNorm over the last axis, by whether a bias is stored."""
+        inputs = [x, self.weight(f"{name}.weight")]
+        if self.has_weight(f"{name}.bias"):
+            return self.op("LayerNormalization", [*inputs, self.weight(f"{name}.bias")], output, axis=-1,
+                           epsilon=self.config.norm_eps)
+        return self.op("RMSNormalization", inputs, output, axis=-1, epsilon=self.config.norm_eps)
+
+    def head_norm(self, x: str, name: str, heads: int) -> str:
+        """x [b, s, heads * head_dim] as [b, s, heads, head_dim], normalized over head_dim where the model does that."""
+        x = self.op("Reshape", [x, self.constant([0, -1, heads, self.config.head_dim])], f"{name}.heads")
+        return self.norm(x, name, f"{name}.normed") if self.config.qk_norm and self.has_weight(f"{name}.weight") else x
+
+    def selected(self, x: str) -> str:
+        """Rows of x [b, s, hidden] at logits_positions: [b, k, hidden]."""
+        index = self.op("Unsqueeze", ["logits_positions", self.constant([-1])], "logits_index")
+        return self.op("GatherND", [x, index], "selected", batch_dims=1)
+
+    def logits(self, value: str) -> None:
+        """Name the output, in float32 whatever the graph computes in."""
+        self.cast(value, "float32", "logits") if self.dtype != "float32" else self.op("Identity", [value], "logits")

@@ -1,0 +1,105 @@
+"""A small ONNX graph builder whose weights stay in another file.
+
+`GraphBuilder` collects nodes, inputs and outputs, and initializers of two kinds: small constants, kept inside the ONNX
+file, and weights, which are `TensorProto`s that only point at an offset of a bundle's weights file. So building a graph
+costs no memory for weights, and several graphs can read one file. It knows nothing of language models; the decoder's
+graphs are in `portable.py` and `ort.py`.
+
+It does not check the graph: `check` runs ONNX's own checker, full shape inference included, on the written file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+OPSET = 24
+IR_VERSION = 11
+MICROSOFT = "com.microsoft"       # the domain of ONNX Runtime's fused operators
+
+ELEMENT_TYPES = {
+    "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL,
+    "int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "int4": TensorProto.INT4, "uint4": TensorProto.UINT4,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a weights file; one entry of the manifest's "tensors"."""
+
+    name: str
+    dtype: str                    # a key of ELEMENT_TYPES, or a width only the native core reads ("uint3")
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class GraphBuilder:
+    """Nodes, inputs, outputs and initializers of one graph, in the order they are added."""
+
+    def __init__(self, weights: dict[str, StoredTensor], weights_file: str = "weights.bin"):
+        self._stored, self._weights_file = weights, weights_file
+        self._nodes, self._inputs, self._outputs = [], [], []
+        self._initializers: dict[str, TensorProto] = {}
+
+    def input(self, name: str, dtype: str, shape) -> str:
+        """A graph input; a dimension is a number or a symbol."""
+        self._inputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], shape))
+        return name
+
+    def output(self, name: str, dtype: str, shape) -> str:
+        """Declare the value `name` a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], shape))
+        return name
+
+    def has_weight(self, name: str) -> bool:
+        return name in self._stored
+
+    def stored(self, name: str) -> StoredTensor:
+        return self._stored[name]
+
+    def weight(self, name: str) -> str:
+        """The stored tensor `name` as an initializer that points into the weights file."""
+        if name not in self._initializers:
+            stored = self._stored[name]
+            tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[stored.dtype], dims=stored.shape,
+                                 data_location=TensorProto.EXTERNAL)
+            place = {"location": self._weights_file, "offset": stored.offset, "length": stored.bytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self._initializers[name] = tensor
+        return name
+
+    def constant(self, values, dtype=np.int64) -> str:
+        """A small constant kept in the ONNX file; equal constants are stored once."""
+        array = np.asarray(values, dtype)
+        name = f"const.{array.dtype.name}." + ("x".join(map(str, array.shape)) or "scalar") + "." + "_".join(
+            map(str, array.ravel().tolist()))
+        if name not in self._initializers:
+            self._initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def op(self, kind: str, inputs, output, domain: str = "", **attributes):
+        """Add a node. `output` is a name, or a list of names ("" for one left out); it is returned."""
+        outputs = [output] if isinstance(output, str) else list(output)
+        name = next(o for o in outputs if o) + "/" + kind
+        self._nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return output
+
+    def serialize(self, name: str) -> bytes:
+        """The contents of the ONNX file, a few hundred kB: no weights."""
+        domains = {node.domain for node in self._nodes}
+        opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(MICROSOFT, 1)] if MICROSOFT in domains else [])
+        graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgewright")
+        return model.SerializeToString(deterministic=True)
+
+
+def check(path: Path) -> None:
+    """Run ONNX's checker with full, strict shape inference. Raises onnx.checker.ValidationError or InferenceError."""
+    onnx.checker.check_model(str(path), full_check=True)

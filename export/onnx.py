@@ -1,0 +1,117 @@
+"""Export a checkpoint as a bundle with the portable ONNX graph: `python -m export.onnx CKPT -o BUNDLE`.
+
+The bundle holds the weights (`export/weights.py`), the graph (`export/portable.py`), tokenizer, chat template and a
+manifest that says what the model is and where it came from. Codes of a quantized checkpoint are written value for
+value. `python -m export.ort BUNDLE` then adds ONNX Runtime's fused graph, `export.verify` the proof.
+
+--dtype is the type of activations, caches and whatever is not quantized; logits are float32 in any case. A checkpoint
+with weights of 2, 3, 5 or 6 bits gives a bundle without graphs, because ONNX has no such types: the native core runs it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from export import bundle as bundles
+from export.graph import OPSET, check
+from export.portable import portable_graph
+from export.weights import GRAPH_BITS, write_weights
+from models import lineage
+from models.checkpoint import Checkpoint, open_checkpoint
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+DEFAULT_CONTEXT = 8192
+GRAPH = "portable.onnx"
+EXAMPLES = """examples:
+  python -m export.onnx build/smollm2-135m-int4-checkpoint -o build/smollm2-135m-int4
+  python -m export.onnx build/smollm2-135m -o build/smollm2-135m-fp16 --dtype fp16 --max-context 2048
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export a checkpoint as a bundle with one portable ONNX graph."""
+    checkpoint: Path = arg(positional=True, help="folder of the checkpoint, quantized or not")
+    out: Path = arg(short="-o", help="folder of the bundle; an older bundle there is replaced")
+    dtype: str = arg("fp32", choices=tuple(DTYPES), help="type of activations, caches and what is not quantized")
+    max_context: int | None = arg(None, help=f"tokens a sequence may have (default: the model's, at most {DEFAULT_CONTEXT})")
+
+
+def export(options: Options) -> None:
+    """Write the bundle. Raises UserError for a checkpoint, context or folder that cannot be used."""
+    checkpoint = open_checkpoint(options.checkpoint)
+    config = checkpoint.config
+    max_context = options.max_context or min(config.context_length, DEFAULT_CONTEXT)
+    if not 1 <= max_context <= config.context_length:
+        raise UserError(f"--max-context {max_context}: the model's context is {config.context_length} tokens, so give 1 "
+                        f"to {config.context_length}")
+    if not (checkpoint.path / bundles.TOKENIZER).is_file():
+        raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
+                        f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
+    bundles.check_output(options.out)
+    source = checkpoint.sha256()
+    stage = lineage.stage("export.onnx", options, {"checkpoint": source})
+    with bundles.new_bundle(options.out) as folder:
+        weights = bundles.WeightsWriter(folder / bundles.WEIGHTS)
+        write_weights(checkpoint, weights, DTYPES[options.dtype], max_context)
+        manifest = bundles.manifest(options.out.resolve().name, model_facts(checkpoint, max_context), weights,
+                                    weights.close(), [*lineage.read(checkpoint.path), stage])
+        bundles.copy_companions(checkpoint, folder, manifest)
+        widths = sorted({form.bits for form in checkpoint.quantization.tensors.values()} if checkpoint.quantization else ())
+        if set(widths) <= set(GRAPH_BITS):
+            graph = portable_graph(config, bundles.stored_tensors(manifest), DTYPES[options.dtype])
+            (folder / GRAPH).write_bytes(graph.serialize(manifest["name"]))
+            check(folder / GRAPH)
+            manifest["files"][GRAPH] = bundles.file_entry(folder / GRAPH)
+            size = manifest["files"][GRAPH]["bytes"]
+            manifest["graphs"].append(graph_entry("portable", GRAPH, size, options.dtype, max_context, source))
+        bundles.write_manifest(folder, manifest)
+    print(summary(options.out, manifest))
+    if not manifest["graphs"]:
+        print(f"no graph: ONNX has no weights of {', '.join(str(b) for b in widths if b not in GRAPH_BITS)} bits; the "
+              "native core runs this bundle")
+    elif any(name.endswith(".zeros") for name in bundles.stored_tensors(manifest)):
+        print("note: asymmetric weights run on ONNX Runtime; TensorRT takes only symmetric ones")
+
+
+def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
+    """The manifest's "model": the configuration, and what generation_config.json adds."""
+    config = checkpoint.config
+    file = checkpoint.path / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    listed = generation.get("eos_token_id")
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    eos = list(dict.fromkeys([*listed, *config.eos_token_ids]))       # either file may know one that the other lacks
+
+    def special(name: str) -> int | None:
+        value = getattr(config, name)
+        return value if value is not None else generation.get(name)
+
+    return {"config": config.to_dict(), "max_context": max_context, "bos_token_id": special("bos_token_id"),
+            "eos_token_ids": eos, "pad_token_id": special("pad_token_id"), "generation": generation}
+
+
+def graph_entry(role: str, file: str, size: int, dtype: str, max_context: int, source: str) -> dict:
+    """A graph's entry for the manifest. The profile gives the smallest and largest value of each symbolic dimension."""
+    tokens = [1, max_context]
+    return {"role": role, "file": file, "bytes": size, "dtype": dtype, "opset": OPSET, "weights": bundles.WEIGHTS,
+            "source_checkpoint": source, "profile": {"b": [1, None], "s": tokens, "k": tokens, "capacity": tokens}}
+
+
+def summary(folder: Path, manifest: dict) -> str:
+    """One line on a bundle."""
+    graphs = ", ".join(graph["file"] for graph in manifest["graphs"]) or "no graph"
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    return f"{folder}: {graphs}; {total / 1e6:.1f} MB, of which weights {manifest['weights']['bytes'] / 1e6:.1f} MB"
+
+
+def main(argv=None) -> int:
+    return run(Options, export, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

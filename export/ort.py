@@ -1,0 +1,213 @@
+"""Add ONNX Runtime's fast graph to a bundle: `python -m export.ort BUNDLE`.
+
+`fast.onnx` reads the same weights.bin, to the byte, and has the interface of the portable graph. What it fuses:
+
+- attention, rotation and cache update in `GroupQueryAttention`, whose lengths are computed in the graph from
+  write_index; QK-norm stays a norm of its own before it;
+- residual addition, bias and norm in `SkipSimplifiedLayerNormalization` or `SkipLayerNormalization`;
+- quantized linears: left as DequantizeLinear + MatMul, which ONNX Runtime makes MatMulNBits while loading;
+- a tied quantized table. ONNX Runtime would unfold DequantizeLinear -> Transpose -> MatMul at every step, so the head is
+  a MatMulNBits over unsigned codes, computed in the graph from the same initializer: ONNX Runtime folds that once,
+  while loading, packs the result and frees it. Rows of an 8-bit table are looked up in the mapped file, so that only
+  the rows used take memory.
+
+GroupQueryAttention takes several new tokens on top of a filled cache only at batch 1; one new token, or prompts into
+empty rows, at any batch. Tables with zero points, or of a width no block divides, keep the portable form: right, but slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export import bundle as bundles
+from export.decoder_graph import DecoderGraph
+from export.graph import MICROSOFT, StoredTensor
+from export.onnx import DTYPES, graph_entry, summary
+from models import lineage
+from models.config import ModelConfig
+from runtime.bundle import open_bundle
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+GRAPH = "fast.onnx"
+BLOCKS = (64, 32, 16)             # inputs that share a scale in MatMulNBits, tried in this order
+INT8_COMPUTE = 4                  # MatMulNBits' accuracy level: activations in int8 per block, as for the other linears
+EXAMPLES = """example:
+  python -m export.ort build/smollm2-135m-int4
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Add ONNX Runtime's fast graph to a bundle, over the same weights file."""
+    bundle: Path = arg(positional=True, help="folder of the bundle")
+
+
+def add_fast_graph(options: Options) -> None:
+    """Run the stage. Raises UserError for a bundle that cannot be opened or has no portable graph."""
+    opened = open_bundle(options.bundle)
+    portable = opened.graph("portable")
+    if portable is None:
+        raise UserError(f"{options.bundle} has no portable graph to lower: its weights have widths that ONNX lacks")
+    config = ModelConfig.from_dict(opened.model["config"])
+    graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]])
+    data = graph.serialize(opened.name)
+    stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})
+    manifest = bundles.without_file(opened.manifest, GRAPH)
+    entry = graph_entry("fast", GRAPH, len(data), portable["dtype"], opened.max_context, portable["source_checkpoint"])
+    manifest |= {"graphs": [*manifest["graphs"], entry], "lineage": [*manifest["lineage"], stage]}
+    bundles.add_file(options.bundle, manifest, GRAPH, data)
+    print(summary(options.bundle, manifest))
+
+
+def fast_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str) -> DecoderGraph:
+    """Build the graph over stored tensors. dtype: "float32" or "float16", of activations and caches."""
+    graph = DecoderGraph(config, stored, dtype)
+    graph.tokens(positions=config.positions == "learned")
+    table = Table(graph)
+    x = table.rows()
+    if config.positions == "learned":
+        positions = graph.op("Gather", [graph.weight("position_embed.weight"), "position_ids"], "positions")
+        x = graph.op("Add", [x, positions], "embedded.positions")
+    lengths = _lengths(graph)
+    normed = graph.norm(x, "layers.0.attn_norm", "layers.0.attn_input")
+    for layer in range(len(config.layers)):
+        name = f"layers.{layer}"
+        following = f"layers.{layer + 1}.attn_norm" if layer + 1 < len(config.layers) else "final_norm"
+        normed, x = _add_norm(graph, x, _attention(graph, normed, lengths, layer), f"{name}.o", f"{name}.mlp_norm")
+        normed, x = _add_norm(graph, x, graph.mlp(normed, layer, bias=False), f"{name}.down", following)
+    selected = graph.selected(normed)
+    graph.logits(table.head(selected) if config.tied_embeddings else graph.linear(selected, "head"))
+    return graph
+
+
+def _lengths(graph: DecoderGraph) -> list[str]:
+    """GroupQueryAttention's seqlens_k int32 [b] (a row's last slot) and total_sequence_length int32 scalar."""
+    tokens = graph.op("Shape", ["input_ids"], "tokens", start=1, end=2)
+    after = graph.op("Add", ["write_index", tokens], "lengths")
+    last = graph.cast(graph.op("Sub", [after, graph.constant(1)], "last_slots"), "int32", "seqlens_k")
+    longest = graph.op("ReduceMax", [after], "longest", keepdims=0)
+    return [last, graph.cast(longest, "int32", "total_sequence_length")]
+
+
+def _add_norm(graph: DecoderGraph, x: str, delta: str, linear: str, norm: str) -> tuple[str, str]:
+    """(norm(x + delta + bias), x + delta + bias) as one operator; the bias is that of `linear`, which gave delta."""
+    names = f"{norm}.normed", f"{norm}.residual"
+    bias = [graph.weight(f"{linear}.bias")] if graph.has_weight(f"{linear}.bias") else []
+    inputs = [x, delta, graph.weight(f"{norm}.weight")]
+    if graph.has_weight(f"{norm}.bias"):
+        kind, inputs = "SkipLayerNormalization", [*inputs, graph.weight(f"{norm}.bias")]
+    else:
+        kind = "SkipSimplifiedLayerNormalization"
+    graph.op(kind, [*inputs, *bias], [names[0], "", "", names[1]], domain=MICROSOFT, epsilon=graph.config.norm_eps)
+    return names
+
+
+def _attention(graph: DecoderGraph, x: str, lengths: list[str], layer: int) -> str:
+    """Output of the o projection, without its bias."""
+    config, shape, name = graph.config, graph.config.layers[layer], f"layers.{layer}"
+    fused = graph.has_weight(f"{name}.qkv.codes") or graph.has_weight(f"{name}.qkv.weight")
+    if fused and not config.qk_norm:
+        inputs = [graph.linear(x, f"{name}.qkv"), "", ""]
+    else:
+        sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+        inputs = graph.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
+        if config.qk_norm:
+            for i, (part, heads) in enumerate(list(sizes.items())[:2]):
+                normed = graph.head_norm(inputs[i], f"{name}.{part}_norm", heads)
+                inputs[i] = graph.op("Reshape", [normed, graph.constant([0, -1, heads * config.head_dim])],
+                                     f"{name}.{part}_norm.rows")
+    (past_key, present_key), (past_value, present_value) = graph.cache(layer)
+    rope = [graph.weight("rope.cos"), graph.weight("rope.sin")] if config.positions == "rope" else []
+    window = {"local_window_size": config.sliding_window} if config.sliding_window else {}
+    attended = graph.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *rope],
+                        [f"{name}.attended", present_key, present_value], domain=MICROSOFT, num_heads=shape.heads,
+                        kv_num_heads=shape.kv_heads, do_rotary=int(bool(rope)), scale=config.head_dim ** -0.5, **window)
+    return graph.linear(attended[0], f"{name}.o", bias=False)
+
+
+class Table:
+    """The token table: its rows as the network's input, and the head where it is tied."""
+
+    def __init__(self, graph: DecoderGraph):
+        self.graph, self.block = graph, None
+        if graph.has_weight("embed.codes") and not graph.has_weight("embed.zeros"):
+            hidden, scales = graph.config.hidden_size, graph.stored("embed.scales").shape
+            self.groups = scales[1] if len(scales) == 2 else 1
+            self.four_bits = graph.stored("embed.codes").dtype == "int4"
+            # inputs that share a scale in MatMulNBits' form of the table, whose kernels take these
+            self.block = next((block for block in BLOCKS if hidden // self.groups % block == 0), None)
+
+    def rows(self) -> str:
+        """Embeddings [b, s, hidden] of input_ids."""
+        graph = self.graph
+        if self.block is None:
+            return graph.op("Gather", [graph.dequantized("embed", 1), "input_ids"], "embedded")
+        if self.four_bits:
+            return graph.op("GatherBlockQuantized", [graph.weight("embed.codes"), "input_ids", self._block_scales()],
+                            "embedded", domain=MICROSOFT, bits=4, block_size=self.block, gather_axis=0, quantize_axis=1)
+        hidden = graph.config.hidden_size
+        codes = graph.op("Gather", [graph.weight("embed.codes"), "input_ids"], "embedded.codes")
+        codes = graph.cast(codes, graph.dtype, "embedded.cast")
+        scales = graph.op("Gather", [self._scales(), "input_ids"], "embedded.scales")        # [b, s, groups, 1]
+        codes = graph.op("Reshape", [codes, graph.constant([0, 0, self.groups, hidden // self.groups])],
+                         "embedded.groups")
+        scaled = graph.op("Mul", [codes, scales], "embedded.scaled")
+        return graph.op("Reshape", [scaled, graph.constant([0, 0, hidden])], "embedded")
+
+    def head(self, x: str) -> str:
+        """Logits [b, k, vocab] of x [b, k, hidden] by the tied table."""
+        graph = self.graph
+        vocabulary, hidden = graph.config.vocab_size, graph.config.hidden_size
+        if graph.has_weight("embed.weight"):
+            return graph.op("FusedMatMul", [x, graph.weight("embed.weight")], "head.product", domain=MICROSOFT, transB=1)
+        if self.block is None:
+            turned = graph.op("Transpose", [graph.dequantized("embed", 1)], "embed.turned", perm=[1, 0])
+            return graph.op("MatMul", [x, turned], "head.product")
+        return graph.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales()], "head.product",
+                        domain=MICROSOFT, K=hidden, N=vocabulary, bits=4 if self.four_bits else 8,
+                        block_size=self.block, accuracy_level=INT8_COMPUTE)
+
+    # ONNX Runtime computes what follows once, while loading.
+
+    def _unsigned_codes(self) -> str:
+        """Codes + 2^(bits-1) as MatMulNBits reads them: uint8 [vocab, hidden / block, bytes of a block]."""
+        graph, half = self.graph, 8 if self.four_bits else 128
+        codes = graph.cast(graph.weight("embed.codes"), "uint8", "embed.bytes")
+        codes = graph.op("BitwiseXor", [codes, graph.constant(half, np.uint8)], "embed.unsigned")
+        if self.four_bits:                  # two codes a byte, the first in the low half; Cast has extended the sign
+            codes = graph.op("BitwiseAnd", [codes, graph.constant(15, np.uint8)], "embed.nibbles")
+            pairs = graph.op("Reshape", [codes, graph.constant([-1, 2])], "embed.pairs")
+            low, high = graph.op("Split", [pairs], ["embed.low", "embed.high"], axis=1, num_outputs=2)
+            high = graph.op("BitShift", [high, graph.constant(4, np.uint8)], "embed.shifted", direction="LEFT")
+            codes = graph.op("BitwiseOr", [low, high], "embed.packed")
+        shape = [graph.config.vocab_size, graph.config.hidden_size // self.block, -1]
+        return graph.op("Reshape", [codes, graph.constant(shape)], "embed.blocks")
+
+    def _scales(self) -> str:
+        """Scales [vocab, groups, 1]."""
+        graph = self.graph
+        scales = graph.weight("embed.scales")
+        if graph.dtype != "float16":
+            scales = graph.cast(scales, graph.dtype, "embed.scales.cast")
+        shape = [graph.config.vocab_size, self.groups, 1]
+        return graph.op("Reshape", [scales, graph.constant(shape)], "embed.scales.groups")
+
+    def _block_scales(self) -> str:
+        """Scales [vocab, hidden / block], a group's repeated for each of its blocks."""
+        graph = self.graph
+        blocks = graph.config.hidden_size // self.block
+        shape = [graph.config.vocab_size, self.groups, blocks // self.groups]
+        repeated = graph.op("Expand", [self._scales(), graph.constant(shape)], "embed.scales.repeated")
+        return graph.op("Reshape", [repeated, graph.constant([shape[0], blocks])], "embed.scales.blocks")
+
+
+def main(argv=None) -> int:
+    return run(Options, add_fast_graph, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

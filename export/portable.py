@@ -1,0 +1,76 @@
+"""The portable graph of a decoder: opset 24, standard operators only.
+
+One file serves ONNX Runtime's CPU, which is how its numbers are checked, and TensorRT, where RotaryEmbedding,
+TensorScatter and Attention become native layers. So it keeps to what TensorRT's parser reads rightly
+(design: "One portable graph"): the mask is explicit and built in the graph (slot <= position, and slot > position -
+window), never `is_causal` or `nonpad_kv_seqlen`; Attention has one output, because TensorScatter updates the caches; a
+quantized table is one DequantizeLinear that feeds both Gather and, where the head is tied, Transpose and MatMul.
+The cache's capacity is symbolic; `export.trt` fixes it.
+
+What TensorRT refuses and ONNX Runtime runs is written all the same: zero points other than zero, and a width that
+differs from what a target builds.
+"""
+
+from __future__ import annotations
+
+from export.decoder_graph import DecoderGraph
+from export.graph import StoredTensor
+from models.config import ModelConfig
+
+
+def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str) -> DecoderGraph:
+    """Build the graph over stored tensors. dtype: "float32" or "float16", of activations and caches."""
+    graph = DecoderGraph(config, stored, dtype)
+    graph.tokens()
+    table = graph.dequantized("embed", 1)
+    x = graph.op("Gather", [table, "input_ids"], "embedded")
+    if config.positions == "learned":
+        positions = graph.op("Gather", [graph.weight("position_embed.weight"), "position_ids"], "positions")
+        x = graph.op("Add", [x, positions], "embedded.positions")
+    visible = _mask(graph)
+    for layer in range(len(config.layers)):
+        name = f"layers.{layer}"
+        normed = graph.norm(x, f"{name}.attn_norm", f"{name}.attn_input")
+        x = graph.op("Add", [x, _attention(graph, normed, visible, layer)], f"{name}.after_attention")
+        normed = graph.norm(x, f"{name}.mlp_norm", f"{name}.mlp_input")
+        x = graph.op("Add", [x, graph.mlp(normed, layer)], f"{name}.after_mlp")
+    x = graph.norm(graph.selected(x), "final_norm", "final")
+    if config.tied_embeddings:
+        turned = graph.op("Transpose", [table], "embed.turned", perm=[1, 0])
+        graph.logits(graph.op("MatMul", [x, turned], "head.product"))
+    else:
+        graph.logits(graph.linear(x, "head"))
+    return graph
+
+
+def _mask(graph: DecoderGraph) -> str:
+    """Which cache slots each new token may look at: bool [b, 1, s, capacity]."""
+    capacity = graph.op("Squeeze", [graph.op("Shape", ["past_key.0"], "capacity.shape", start=2, end=3)], "capacity")
+    slots = graph.op("Range", [graph.constant(0), capacity, graph.constant(1)], "slots")
+    own = graph.op("Unsqueeze", ["position_ids", graph.constant([1, 3])], "position")          # [b, 1, s, 1]
+    visible = graph.op("LessOrEqual", [slots, own], "mask.past")
+    if graph.config.sliding_window is None:
+        return visible
+    oldest = graph.op("Sub", [own, graph.constant(graph.config.sliding_window)], "mask.before")
+    return graph.op("And", [visible, graph.op("Greater", [slots, oldest], "mask.recent")], "mask")
+
+
+def _attention(graph: DecoderGraph, x: str, visible: str, layer: int) -> str:
+    config, shape, name = graph.config, graph.config.layers[layer], f"layers.{layer}"
+    sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+    parts = graph.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
+    turned = {}
+    for (part, heads), value in zip(sizes.items(), parts):
+        value = graph.head_norm(value, f"{name}.{part}_norm", heads)
+        value = graph.op("Transpose", [value], f"{name}.{part}.turned", perm=[0, 2, 1, 3])
+        if part != "v" and config.positions == "rope":
+            tables = [graph.weight("rope.cos"), graph.weight("rope.sin")]
+            value = graph.op("RotaryEmbedding", [value, *tables, "position_ids"], f"{name}.{part}.rotated")
+        turned[part] = value
+    for (past, present), part in zip(graph.cache(layer), "kv"):
+        turned[part] = graph.op("TensorScatter", [past, turned[part], "write_index"], present, axis=2)
+    attended = graph.op("Attention", [turned["q"], turned["k"], turned["v"], visible], f"{name}.attended",
+                        scale=config.head_dim ** -0.5)
+    rows = graph.op("Transpose", [attended], f"{name}.attended.turned", perm=[0, 2, 1, 3])
+    rows = graph.op("Reshape", [rows, graph.constant([0, -1, shape.heads * config.head_dim])], f"{name}.attended.rows")
+    return graph.linear(rows, f"{name}.o")

@@ -1,0 +1,169 @@
+"""A checkpoint's tensors, laid out as a bundle's weights file: what every graph and the native core read.
+
+    embed.weight [V, H]                     or embed.codes + embed.scales [V] or [V, H/G]
+    position_embed.weight [max_context, H]  rope.cos, rope.sin [max_context, head_dim/2]
+    layers.L.attn_norm, .mlp_norm, final_norm: .weight [H] (, .bias);  layers.L.q_norm.weight, .k_norm.weight [head_dim]
+    linears layers.L.qkv, .o, .gate_up, .down, and head where it is not tied:
+        X.weight [K, N]    or X.codes [K, N] + X.scales [K/G, N] ([N] for one scale per output);  X.bias [N]
+
+q, k and v (gate and up) are one linear where they are stored alike, else layers.L.q, .k, .v (.gate, .up); a plain MLP
+has only .up. Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
+asymmetric weights add zeros of the codes' type and the scales' shape. Codes of other widths (2, 3, 5, 6 bits), which
+ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by row, scales [N, K/G].
+Everything else is float32 or float16, as the graph computes.
+
+Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew for each layer, which gives
+back the pages mapped for the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from export.bundle import WeightsWriter
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.decoder import inverse_frequencies, rotations
+from models.quantized import QuantizedTensor, pack
+from runtime.errors import UserError
+
+GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold
+_PIECE = 8 << 20                  # elements converted at a time
+
+
+def linears(config, layer: int) -> dict[str, tuple[str, ...]]:
+    """The groups of one layer's linears that may be fused: name in the bundle -> modules of the checkpoint."""
+    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+    first = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+    return {"qkv": tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+            "o": (f"{attention}.o_proj",),
+            "gate_up" if config.gated_mlp else "up": tuple(f"{mlp}.{name}" for name in first),
+            "down": (f"{mlp}.down_proj",)}
+
+
+def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_context: int) -> None:
+    """Write every tensor. dtype: "float32" or "float16", of what is not quantized.
+
+    Raises UserError where a weight is not finite, or too large for float16.
+    """
+    config = checkpoint.config
+    writer = _Writer(checkpoint, out, dtype)
+    writer.embedding()
+    if config.positions == "learned":
+        writer.dense("position_embed.weight", checkpoint.read("model.embed_positions.weight")[:max_context])
+    else:
+        for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
+            writer.dense(name, table)
+    for layer in tqdm(range(len(config.layers)), desc="writing weights", unit="layer"):
+        writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
+        prefix, ours = f"model.layers.{layer}", f"layers.{layer}"
+        writer.norm(f"{ours}.attn_norm", f"{prefix}.input_layernorm")
+        if config.qk_norm:
+            writer.norm(f"{ours}.q_norm", f"{prefix}.self_attn.q_norm")
+            writer.norm(f"{ours}.k_norm", f"{prefix}.self_attn.k_norm")
+        writer.norm(f"{ours}.mlp_norm", f"{prefix}.post_attention_layernorm")
+        for name, modules in linears(config, layer).items():
+            writer.linear(f"{ours}.{name}", modules)
+    writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
+    writer.norm("final_norm", "model.norm")
+    if not config.tied_embeddings:
+        writer.linear("head", ("lm_head",))
+
+
+class _Writer:
+    """Writes the tensors of one opening of the checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, out: WeightsWriter, dtype: str):
+        self.checkpoint, self.out, self.dtype = checkpoint, out, dtype
+        self.formats = checkpoint.quantization.tensors if checkpoint.quantization else {}
+        self.names = set(checkpoint.names())
+
+    def dense(self, name: str, *tensors: torch.Tensor, turned: bool = False) -> None:
+        """Float tensors of any dtype stacked along the first axis, or the transpose of that stack."""
+        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+        self.out.add(name, self.dtype, shape[::-1] if turned else shape,
+                     (self._converted(name, piece) for piece in _pieces(tensors, turned)))
+
+    def _converted(self, name: str, piece: torch.Tensor) -> np.ndarray:
+        piece = piece.to(getattr(torch, self.dtype))
+        if not torch.isfinite(piece).all():
+            raise UserError(f"{self.checkpoint.path}: {name} has values that are not finite in {self.dtype}: mend the "
+                            f"checkpoint, or if they are only too large, export with --dtype fp32")
+        return piece.contiguous().numpy()
+
+    def norm(self, name: str, module: str) -> None:
+        for suffix in ("weight", "bias"):
+            if f"{module}.{suffix}" in self.names:
+                self.dense(f"{name}.{suffix}", self.checkpoint.read(f"{module}.{suffix}"))
+
+    def embedding(self) -> None:
+        module = "model.embed_tokens"
+        if module in self.formats:
+            self._codes("embed", [self.checkpoint.quantized(module)], turned=False)
+        else:
+            self.dense("embed.weight", self.checkpoint.read(f"{module}.weight"))
+
+    def linear(self, name: str, modules: tuple[str, ...]) -> None:
+        """Linears that read the same input: as one where they are stored alike, else one by one."""
+        if len({self.formats.get(module) for module in modules}) > 1:
+            for module in modules:
+                part = module.rsplit(".", 1)[1].removesuffix("_proj")
+                self.linear(f"{name.rpartition('.')[0]}.{part}", (module,))
+            return
+        if modules[0] in self.formats:
+            self._codes(name, [self.checkpoint.quantized(module) for module in modules], turned=True)
+        else:
+            self.dense(f"{name}.weight", *(self.checkpoint.read(f"{module}.weight") for module in modules), turned=True)
+        if f"{modules[0]}.bias" in self.names:
+            self.dense(f"{name}.bias", *(self.checkpoint.read(f"{module}.bias") for module in modules))
+
+    def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
+        """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
+        bits, group = parts[0].bits, parts[0].group
+        rows, columns = sum(len(part.codes) for part in parts), parts[0].codes.shape[1]
+        scales, zeros = [part.scales for part in parts], [part.zeros for part in parts]
+        if bits not in GRAPH_BITS:
+            self.out.add(f"{name}.codes", f"uint{bits}", (rows, columns), (pack(part.codes, bits).numpy() for part in parts))
+            self.out.add(f"{name}.scales", "float16", (rows, scales[0].shape[1]), (part.numpy() for part in scales))
+            if not parts[0].symmetric:
+                self.out.add(f"{name}.zeros", "uint8", (rows, scales[0].shape[1]), (part.numpy() for part in zeros))
+            return
+        if not group:
+            scales, zeros = [part[:, 0] for part in scales], [part if part is None else part[:, 0] for part in zeros]
+        self._turned(f"{name}.codes", f"int{bits}", [part.codes for part in parts], turned, bits)
+        self._turned(f"{name}.scales", "float16", scales, turned and group)
+        if not parts[0].symmetric:
+            self._turned(f"{name}.zeros", f"int{bits}", zeros, turned and group, bits)
+
+    def _turned(self, name: str, dtype: str, tensors: list[torch.Tensor], turned: bool, bits: int | None = None) -> None:
+        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+        pieces = (piece.contiguous().numpy() for piece in _pieces(tensors, turned))
+        self.out.add(name, dtype, shape[::-1] if turned else shape,
+                     pieces if bits is None else (_signed(piece, bits) for piece in pieces))
+
+
+def _pieces(tensors: Sequence[torch.Tensor], turned: bool) -> Iterator[torch.Tensor]:
+    """Tensors [N, ...] stacked along N, in consecutive pieces of rows; `turned`: of the stack's transpose [K, N]."""
+    row = sum(len(tensor) for tensor in tensors) if turned else math.prod(tensors[0].shape[1:])
+    step = max(2, _PIECE // max(row, 1) // 2 * 2)           # even, so that a piece of int4 ends on a byte
+    if turned:
+        for start in range(0, tensors[0].shape[1], step):
+            yield torch.cat([tensor[:, start:start + step] for tensor in tensors]).T
+    else:
+        for tensor in tensors:
+            for start in range(0, len(tensor), step):
+                yield tensor[start:start + step]
+
+
+def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes to the bytes of signed ones (code - 2^(bits-1)); two int4 a byte, the first in the low half."""
+    codes = (codes ^ (1 << (bits - 1))).reshape(-1)
+    if bits == 8:
+        return codes
+    if len(codes) % 2:
+        codes = np.append(codes, np.uint8(0))
+    return codes[0::2] | codes[1::2] << 4
