@@ -4,7 +4,7 @@ One file serves ONNX Runtime's CPU, which is how its numbers are checked, and Te
 TensorScatter and Attention become native layers. So it keeps to what TensorRT's parser reads rightly
 (design: "One portable graph"): the mask is explicit and built in the graph (slot <= position, and slot > position -
 window), never `is_causal` or `nonpad_kv_seqlen`; Attention has one output, because TensorScatter updates the caches; a
-quantized table is one DequantizeLinear that feeds both Gather and, where the head is tied, Transpose and MatMul.
+quantized table is one DequantizeLinear that feeds both Gather and, where the head is tied, the head's MatMul.
 The cache's capacity is symbolic; `export.trt` fixes it.
 
 What TensorRT refuses and ONNX Runtime runs is written all the same: zero points other than zero, and a width that
@@ -36,8 +36,10 @@ def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: 
         x = graph.op("Add", [x, graph.mlp(normed, layer)], f"{name}.after_mlp")
     x = graph.norm(graph.selected(x), "final_norm", "final")
     if config.tied_embeddings:
-        turned = graph.op("Transpose", [table], "embed.turned", perm=[1, 0])
-        graph.logits(graph.op("MatMul", [x, turned], "head.product"))
+        # (table xᵀ)ᵀ, not x tableᵀ: for the latter TensorRT keeps a second, transposed table where the batch is dynamic.
+        columns = graph.op("Transpose", [x], "head.columns", perm=[0, 2, 1])
+        product = graph.op("MatMul", [table, columns], "head.product")
+        graph.logits(graph.op("Transpose", [product], "head.rows", perm=[0, 2, 1]))
     else:
         graph.logits(graph.linear(x, "head"))
     return graph
