@@ -1,0 +1,156 @@
+"""Quantize a checkpoint's weights: linears, embedding and head become integer codes with fp16 scales.
+
+Weights only: activations, norms, biases and learned positions stay as they are. The codes are decided here once, stored
+(models/quantized.py), and used as they are by PyTorch and by every export. The token embedding and the head have bits of
+their own, since both read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer
+bits take the linears' group. One tensor is in memory at a time.
+
+Method: round to nearest (compress/rtn.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other
+widths run in PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from compress.rtn import round_to_nearest
+from models import lineage
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.data_formats import as_text, find_sources, read_records
+from models.fidelity import Window, cut_windows, measure
+from models.quantized import Quantization, TensorFormat
+from models.torch_backend import TorchBackend
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+
+VOCABULARY = ("model.embed_tokens", "lm_head")
+EXAMPLES = """examples:
+  python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
+  python -m compress.quantize CKPT -o OUT --bits 8 --group 0 --eval-text TEXT
+  python -m compress.quantize CKPT -o OUT --skip "model.layers.0.*" "*.down_proj"
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Quantize a checkpoint's weights by rounding to nearest."""
+
+    checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
+    out: Path = arg(help="checkpoint folder to write", short="-o")
+    bits: int = arg(4, help="bits of the linears' weights", choices=(2, 3, 4, 5, 6, 8))
+    group: int = arg(32, help="inputs that share a scale; 0: one scale for each output", choices=(0, 32, 64, 128))
+    symmetric: bool = arg(True, help="no zero points (TensorRT takes nothing else); the vocabulary is always symmetric")
+    embedding_bits: int = arg(8, help="bits of the embedding and the head; 0: leave them alone",
+                              choices=(0, 2, 3, 4, 5, 6, 8))
+    skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
+    eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after")
+    eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all")
+
+
+def quantize(options: Options) -> None:
+    """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
+    checkpoint = open_checkpoint(options.checkpoint)
+    if checkpoint.quantization is not None:
+        raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
+                        f"checkpoint it was made from")
+    check_output(options.out, options.checkpoint)
+    formats = choose_formats(checkpoint, options)
+    windows = _windows(checkpoint, options) if options.eval_text else None
+    before = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names())}
+    if windows:
+        before["perplexity"] = _perplexity(options.checkpoint, windows, "before")
+
+    stage = lineage.stage("compress.quantize", options, {"checkpoint": checkpoint.sha256()})
+    config = checkpoint.hf_config | {"quantization_config": Quantization(formats).to_dict()}
+    write_checkpoint(options.out, config, _quantized(checkpoint, formats), options.checkpoint, stage)
+
+    result = open_checkpoint(options.out)
+    after = {"bytes": sum(result.nbytes(name) for name in result.names())}
+    if windows:
+        after["perplexity"] = _perplexity(options.out, windows, "after")
+    weights = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+    for figures in (before, after):
+        figures["bits_per_weight"] = 8 * figures["bytes"] / weights
+    lineage.add_metrics(options.out, {"before": before, "after": after})
+    print(_report(formats, before, after))
+
+
+def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, TensorFormat]:
+    """Module -> format. Raises UserError for a group that does not divide, or a pattern that matches nothing."""
+    modules = checkpoint.modules()
+    for pattern in options.skip:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            raise UserError(f"--skip {pattern!r} matches no module: they are named like {modules[1]} and {modules[-1]}")
+    formats = {}
+    for module in modules:
+        vocabulary = module in VOCABULARY
+        bits = options.embedding_bits if vocabulary else options.bits
+        if bits == 0 or any(fnmatchcase(module, pattern) for pattern in options.skip):
+            continue
+        group = 0 if vocabulary and bits == 8 else options.group
+        formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary)
+        try:
+            formats[module].groups(checkpoint.shape(f"{module}.weight")[1])
+        except UserError as error:
+            raise UserError(f"{module}: {error}; choose another --group, 0 for one scale a row, or --skip it") from None
+    if not formats:
+        raise UserError("--skip and --embedding-bits leave nothing to quantize")
+    return formats
+
+
+def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
+        module = name.removesuffix(".weight")
+        if module not in formats or module == name:
+            yield name, checkpoint.read(name)
+            continue
+        weight = checkpoint.weight(module)
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{checkpoint.path}: {name} holds values that are not finite: the checkpoint is broken")
+        yield from round_to_nearest(weight, formats[module]).tensors(module).items()
+
+
+def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:
+    file = checkpoint.path / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{checkpoint.path} has no tokenizer.json, which --eval-text needs")
+    if options.eval_windows < 0:
+        raise UserError(f"--eval-windows is {options.eval_windows}, which should be 0 (all) or more")
+    text = "\n".join(as_text(record) for record in read_records(find_sources([options.eval_text])))
+    window = min(512, checkpoint.config.context_length)
+    return cut_windows(Tokenizer.from_file(str(file)), text, window, window // 2, options.eval_windows or None)
+
+
+def _perplexity(folder: Path, windows: list[Window], label: str) -> float:
+    return measure(TorchBackend(load_decoder(folder)), windows, label=f"perplexity {label}").metrics()["perplexity"]
+
+
+def _report(formats: dict[str, TensorFormat], before: dict, after: dict) -> str:
+    rows = [{"": "weights, MB", "before": f"{before['bytes'] / 1e6:.1f}", "after": f"{after['bytes'] / 1e6:.1f}"},
+            {"": "bits per weight", "before": f"{before['bits_per_weight']:.2f}",
+             "after": f"{after['bits_per_weight']:.2f}"}]
+    if "perplexity" in before:
+        rows.append({"": "perplexity", "before": f"{before['perplexity']:.3f}", "after": f"{after['perplexity']:.3f}"})
+    kinds = {}
+    for form in formats.values():
+        kinds[form] = kinds.get(form, 0) + 1
+    lines = [f"{count} matrices at {form.bits} bits, "
+             + (f"groups of {form.group}" if form.group else "one scale a row")
+             + ("" if form.symmetric else ", with zero points") for form, count in kinds.items()]
+    return "\n".join([*lines, "", table(rows)])
+
+
+def main(argv=None) -> int:
+    return run(Options, quantize, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

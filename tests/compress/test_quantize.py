@@ -1,0 +1,168 @@
+"""The quantization stage, end to end on small models: what is written is what the codes say, and bad input is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, SENTENCES
+
+from compress.quantize import main
+from compress.rtn import round_to_nearest
+from models.checkpoint import load_decoder, open_checkpoint
+from models.quantized import TensorFormat
+
+
+def quantize(checkpoint, out, *options) -> int:
+    return main([str(checkpoint), "-o", str(out), *map(str, options)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tiny_checkpoint, tmp_path):
+    """Each matrix becomes its own rounding and nothing else changes; PyTorch computes with the codes' values."""
+    assert quantize(tiny_checkpoint(family), tmp_path / "q", "--bits", 4, "--group", 32) == 0
+    before, after = open_checkpoint(tiny_checkpoint(family)), open_checkpoint(tmp_path / "q")
+    assert after.config == before.config and set(after.quantization.tensors) == set(before.modules())
+    decoder = load_decoder(tmp_path / "q").state_dict()
+    for name in before.names():
+        module = name.removesuffix(".weight")
+        expected = before.read(name)
+        if module in before.modules():
+            vocabulary = module in ("model.embed_tokens", "lm_head")
+            expected = round_to_nearest(expected.contiguous(), TensorFormat(8, 0) if vocabulary else TensorFormat(4, 32))
+            assert torch.equal(after.quantized(module).codes, expected.codes)
+            expected = expected.dequantize()
+            assert torch.equal(after.weight(module), expected)
+        assert torch.equal(decoder[name], expected), name
+
+
+def test_sizes_and_bits_per_weight(tiny_checkpoint, tmp_path, capsys):
+    """The printed figures are those of the files."""
+    source = tiny_checkpoint("smollm2")
+    assert quantize(source, tmp_path / "q") == 0
+    shapes = [tensor.shape for tensor in load_file(source / "model.safetensors").values()]
+    weights = sum(shape.numel() for shape in shapes)
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "q" / "model.safetensors").values())
+    embedding, norms = 384 * 64, 5 * 64
+    assert stored == (weights - embedding - norms) * (4 + 16 / 32) / 8 + embedding + 384 * 2 + norms * 4
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bits per weight"))
+    assert row.split()[-2:] == ["32.00", f"{8 * stored / weights:.2f}"]
+    stage = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]
+    assert stage["stage"] == "compress.quantize" and stage["options"]["bits"] == 4
+    assert stage["inputs"] == {"checkpoint": open_checkpoint(source).sha256()}
+    assert stage["metrics"]["after"]["bytes"] == stored
+
+
+def test_widths_groups_zero_points_and_patterns(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("llama")
+    assert quantize(source, tmp_path / "q", "--bits", 3, "--group", 64, "--no-symmetric", "--embedding-bits", 6,
+                    "--skip", "*.down_proj", "lm_head") == 0
+    formats = open_checkpoint(tmp_path / "q").quantization.tensors
+    assert formats["model.layers.1.self_attn.q_proj"] == TensorFormat(3, 64, False)
+    assert formats["model.embed_tokens"] == TensorFormat(6, 64, True)
+    assert not {name for name in formats if name.endswith(("down_proj", "lm_head"))}
+    assert quantize(source, tmp_path / "r", "--bits", 8, "--group", 0, "--embedding-bits", 0) == 0
+    formats = open_checkpoint(tmp_path / "r").quantization.tensors
+    assert set(formats.values()) == {TensorFormat(8, 0, True)} and "lm_head" not in formats
+
+
+def test_more_bits_are_nearer(tiny_checkpoint, tmp_path):
+    """Output error falls by about half with every bit, whichever the family's arithmetic."""
+    source = tiny_checkpoint("qwen3")
+    ids = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(0))
+    errors = []
+    with torch.no_grad():
+        exact = load_decoder(source)(ids)
+        for bits in (3, 4, 5, 6, 8):
+            assert quantize(source, tmp_path / str(bits), "--bits", bits) == 0
+            errors.append(float((load_decoder(tmp_path / str(bits))(ids) - exact).std()))
+    assert all(next_one < 0.7 * error for error, next_one in zip(errors, errors[1:]))
+
+
+def test_perplexity_is_printed(tiny_checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES) * 8, encoding="utf-8")
+    assert quantize(tiny_checkpoint("smollm2"), tmp_path / "q", "--bits", 8, "--eval-text", text,
+                    "--eval-windows", 2) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
+    before, after = map(float, row.split()[1:])
+    assert before == pytest.approx(after, rel=0.02) and before > 100           # a random model knows nothing
+    metrics = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]["metrics"]
+    assert metrics["before"]["perplexity"] == pytest.approx(before, abs=1e-3)
+
+
+def test_memory_holds_one_tensor_at_a_time(tiny_checkpoint, tmp_path, monkeypatch):
+    """No weight is alive when the next one is read."""
+    import weakref
+
+    from models.checkpoint import Checkpoint
+    alive, read = [], Checkpoint.weight
+
+    def watched(self, module):
+        assert all(reference() is None for reference in alive[:-1])      # the last is the loop variable's
+        weight = read(self, module).clone()
+        alive.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(Checkpoint, "weight", watched)
+    assert quantize(tiny_checkpoint("smollm2"), tmp_path / "q") == 0
+    assert len(alive) == 15
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--skip", "*.nonesuch"], "--skip '*.nonesuch' matches no module"),
+    (["--group", "128"], "model.layers.0.self_attn.q_proj: the group of 128 does not divide the 64 inputs"),
+    (["--skip", "*", "--embedding-bits", "0"], "nothing to quantize"),
+    (["--eval-text", "absent.txt"], "absent.txt"),
+    (["--eval-windows", "-1", "--eval-text", __file__], "--eval-windows is -1"),
+    (["--bits", "7"], "invalid choice"),
+])
+def test_bad_options(options, words, tiny_checkpoint, tmp_path, capsys):
+    try:
+        code = quantize(tiny_checkpoint("smollm2"), tmp_path / "q", *options)
+    except SystemExit as error:             # refused by the command line itself
+        code = error.code
+    assert code == 2 and words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_are_not_decided_twice(tiny_checkpoint, tmp_path, capsys):
+    assert quantize(tiny_checkpoint("smollm2"), tmp_path / "q") == 0
+    assert quantize(tmp_path / "q", tmp_path / "again") == 2
+    assert "quantized already" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def test_weights_that_are_not_finite(tiny_checkpoint, tmp_path, capsys):
+    broken = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    assert quantize(broken, tmp_path / "q") == 2
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_the_source_is_not_overwritten(tiny_checkpoint, capsys):
+    source = tiny_checkpoint("smollm2")
+    assert quantize(source, source) == 2
+    assert "is the checkpoint being read" in capsys.readouterr().err
+    assert open_checkpoint(source).quantization is None
+
+
+def test_evaluation_needs_a_tokenizer(tiny_checkpoint, tmp_path, capsys):
+    bare = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    assert quantize(bare, tmp_path / "q", "--eval-text", __file__) == 2
+    assert "no tokenizer.json" in capsys.readouterr().err and not (tmp_path / "q").exists()
+
+
+@pytest.mark.real
+def test_the_real_model(smollm2, shared_data, tmp_path, capsys):
+    """Off the grid, 4 bits cost something and not the model's mind; the size is llama.cpp's Q4_0 class."""
+    assert quantize(smollm2, tmp_path / "q", "--eval-text", shared_data / "text" / "wikitext2-valid.txt",
+                    "--eval-windows", 8) == 0
+    metrics = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]["metrics"]
+    before, after = metrics["before"], metrics["after"]
+    assert before["bytes"] == 134_515_008 * 4 and after["bytes"] < 89e6
+    assert 1.02 < after["perplexity"] / before["perplexity"] < 1.5
