@@ -35,6 +35,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     context: int                     # most tokens of prompt and reply
     eos: frozenset[int]
+    bos: int | None = None
 
     @property
     def raw_tokenizer(self) -> tokenizers.Tokenizer:
@@ -79,8 +80,11 @@ class LanguageModel:
 
         Prompt and continuation are tokenized apart, so the same prompt tokens serve all of them.
         """
-        ids = self.encode(prompt)
-        tails = [self.tokenizer.encode(c, special_tokens=False) for c in continuations]
+        return [score for score, _ in self.score_tails(
+            self.encode(prompt), [self.tokenizer.encode(c, special_tokens=False) for c in continuations])]
+
+    def score_tails(self, ids: np.ndarray, tails: Items[np.ndarray]) -> list[tuple[float, bool]]:
+        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it."""
         longest = max(map(len, tails))
         if min(map(len, tails)) == 0:
             raise UserError("a continuation has no tokens")
@@ -88,12 +92,13 @@ class LanguageModel:
         first = _log_softmax(self._run(ids, np.array([len(ids) - 1]), cache))[0]
         scores = []
         for tail in tails:
-            score = float(first[tail[0]])
+            score, greedy = float(first[tail[0]]), bool(first.argmax() == tail[0])
             if len(tail) > 1:
                 cache.lengths[0] = len(ids)
                 rest = _log_softmax(self._run(tail[:-1], np.arange(len(tail) - 1), cache))
                 score += float(rest[np.arange(len(tail) - 1), tail[1:]].sum())
-            scores.append(score)
+                greedy = greedy and bool((rest.argmax(-1) == tail[1:]).all())
+            scores.append((score, greedy))
         return scores
 
     def _run(self, ids: np.ndarray, wanted: np.ndarray, cache) -> np.ndarray:
@@ -120,15 +125,15 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         from runtime.ort_backend import OrtBackend
         bundle = open_bundle(folder)
         backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
-        context, eos = bundle.max_context, bundle.model["eos_token_ids"]
+        context, eos, bos = bundle.max_context, bundle.model["eos_token_ids"], bundle.model["bos_token_id"]
     else:
         if graph or exact:
             raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs to choose from")
         config = open_checkpoint(folder).config
         torch.set_num_threads(threads)
         backend = TorchBackend(load_decoder(folder))
-        context, eos = config.context_length, config.eos_token_ids
-    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos))
+        context, eos, bos = config.context_length, config.eos_token_ids, config.bos_token_id
+    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos), bos)
 
 
 def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> None:
