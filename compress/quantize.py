@@ -109,13 +109,17 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
 def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> Iterator[tuple[str, torch.Tensor]]:
     for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
         module = name.removesuffix(".weight")
-        if module not in formats or module == name:
+        if module in formats and name != module:
+            yield from _tensors(checkpoint, module, formats[module]).items()
+        else:
             yield name, checkpoint.read(name)
-            continue
-        weight = checkpoint.weight(module)
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{checkpoint.path}: {name} holds values that are not finite: the checkpoint is broken")
-        yield from round_to_nearest(weight, formats[module]).tensors(module).items()
+
+
+def _tensors(checkpoint: Checkpoint, module: str, form: TensorFormat) -> dict[str, torch.Tensor]:
+    weight = checkpoint.weight(module)
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{checkpoint.path}: {module}.weight holds values that are not finite: the checkpoint is broken")
+    return round_to_nearest(weight, form).tensors(module)
 
 
 def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:

@@ -37,6 +37,7 @@ def write_safetensors(file: Path, tensors: Iterable[tuple[str, torch.Tensor]], h
             dtype = _DTYPES[tensor.dtype]
             header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, out.tell() - start]}
             sizes[dtype] = sizes.get(dtype, 0) + data.nbytes
+            del tensor, data                       # free it before the next one is made
         text = json.dumps(header, separators=(",", ":")).encode()
         if len(text) > start - 8:
             raise ValueError(f"the header takes {len(text)} bytes of {start - 8}: more tensors than the model has")

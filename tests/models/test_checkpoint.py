@@ -1,0 +1,425 @@
+"""Checkpoints against transformers and safetensors, and everything a folder can have wrong with it."""
+
+import errno
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES
+from transformers import AutoModelForCausalLM
+
+from models import checkpoint as module
+from models import lineage
+from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.quantized import Quantization, QuantizedTensor
+from runtime.errors import UserError
+
+STAGE = lineage.stage("test", {}, {})
+IDS = torch.arange(40)[None] * 9 % 384
+
+
+@torch.no_grad()
+def logits(folder) -> torch.Tensor:
+    """What transformers computes, in the dtype it finds in the folder."""
+    return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+def rewrite(source, out, **changes):
+    """Write what was read, with changes to config.json."""
+    checkpoint = open_checkpoint(source)
+    tensors = ((name, checkpoint.read(name)) for name in checkpoint.names())
+    write_checkpoint(out, checkpoint.config.to_hf() | changes, tensors, source, STAGE)
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path) -> Path:
+    """A checkpoint that a test may break."""
+    return shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def quantized(tiny_checkpoint, tmp_path) -> Path:
+    from compress.quantize import main
+    assert main([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "quantized"), "--no-symmetric"]) == 0
+    return tmp_path / "quantized"
+
+
+# Reading and writing what is right
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_opens_in_transformers_with_equal_logits(family, tiny_checkpoint, tmp_path):
+    rewrite(tiny_checkpoint(family), tmp_path / "out")
+    assert torch.equal(logits(tmp_path / "out"), logits(tiny_checkpoint(family)))
+    published = set(load_file(tiny_checkpoint(family) / "model.safetensors"))
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == published
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_decoder_is_written_from_its_state(family, tiny_checkpoint, tmp_path):
+    """Weights that PyTorch holds, not a file: the way of training; a tied head is not written."""
+    decoder = load_decoder(tiny_checkpoint(family))
+    write_checkpoint(tmp_path / "out", decoder.config.to_hf(), decoder.state_dict().items(), None, STAGE)
+    assert torch.equal(logits(tmp_path / "out"), logits(tiny_checkpoint(family)))
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert ("lm_head.weight" in names) != decoder.config.tied_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_is_that_of_the_tensors(dtype, tiny_checkpoint, tmp_path):
+    source = open_checkpoint(tiny_checkpoint("qwen3"))
+    write_checkpoint(tmp_path / "half", source.hf_config, ((n, source.read(n).to(dtype)) for n in source.names()),
+                     source.path, STAGE)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == dtype
+    assert load_decoder(tmp_path / "half").model.norm.weight.dtype == torch.float32
+    assert load_decoder(tmp_path / "half", dtype).model.norm.weight.dtype == dtype
+    rewrite(tmp_path / "half", tmp_path / "again")
+    for name in source.names():
+        assert torch.equal(open_checkpoint(tmp_path / "again").read(name), source.read(name).to(dtype))
+        assert torch.equal(open_checkpoint(tmp_path / "again").read(name).float(),
+                           load_decoder(tmp_path / "half").state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_shards(family, tiny_checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, parts = open_checkpoint(tiny_checkpoint(family)), open_checkpoint(tmp_path / "shards")
+    assert set(whole.names()) == set(parts.names())
+    assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.names())
+
+
+def test_gpt2_as_the_hub_has_it(tiny_checkpoint, tmp_path):
+    """Names without a prefix, causal masks stored as buffers."""
+    folder = shutil.copytree(tiny_checkpoint("gpt2"), tmp_path / "gpt2")
+    tensors = {name.removeprefix("transformer."): tensor
+               for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256).tril() for i in range(2)}
+    save_file(tensors, folder / "model.safetensors")
+    ours, theirs = load_decoder(folder).state_dict(), load_decoder(tiny_checkpoint("gpt2")).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_tied_model_that_stores_its_head_all_the_same(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert "lm_head.weight" not in open_checkpoint(folder).names()
+
+
+@pytest.mark.parametrize("family", ["smollm2", "gpt2"])
+def test_layers_of_different_shapes(family, tiny_checkpoint, tmp_path):
+    config = open_checkpoint(tiny_checkpoint(family)).config
+    layers = [{"heads": 2, "kv_heads": 2, "mlp_size": 96}, {"heads": 4, "kv_heads": 4, "mlp_size": 64}]
+    decoder = Decoder(ModelConfig.from_dict(config.to_dict() | {"layers": layers}))
+    write_checkpoint(tmp_path / "out", decoder.config.to_hf(), decoder.state_dict().items(), None, STAGE)
+    again = load_decoder(tmp_path / "out")
+    assert again.config == decoder.config
+    with torch.no_grad():
+        assert torch.equal(again(IDS), decoder(IDS))
+
+
+def test_weights_are_mapped_and_the_file_is_safe(folder):
+    """Loading allocates nothing; changing the loaded weights leaves file and other loads as they were."""
+    before = open_checkpoint(folder).sha256()
+    decoder = load_decoder(folder)
+    with torch.no_grad():
+        decoder.model.norm.weight.add_(1)
+    assert open_checkpoint(folder).sha256() == before
+    assert not torch.equal(load_decoder(folder).model.norm.weight, decoder.model.norm.weight)
+
+
+def test_the_hash_names_configuration_and_weights(folder, tiny_checkpoint):
+    first = open_checkpoint(folder).sha256()
+    assert first == open_checkpoint(tiny_checkpoint("smollm2")).sha256()
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    second = open_checkpoint(folder).sha256()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert len({first, second, open_checkpoint(folder).sha256()}) == 3
+
+
+def test_companions_and_lineage_travel(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("smollm2")
+    rewrite(source, tmp_path / "a")
+    rewrite(tmp_path / "a", tmp_path / "b")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes()
+    stages = lineage.read(tmp_path / "b")
+    assert [stage["stage"] for stage in stages] == ["test", "test"]
+    assert {"python", "torch", "numpy"} <= set(stages[0]["versions"])
+    lineage.add_metrics(tmp_path / "b", {"perplexity": 1.5})
+    assert lineage.read(tmp_path / "b")[-1]["metrics"] == {"perplexity": 1.5}
+
+
+def test_tensors_are_streamed(tiny_checkpoint, tmp_path):
+    """When a tensor is asked for, none of those before it is still held (GPT-2's q, k and v apart)."""
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    alive = []
+
+    def tensors():
+        for name in source.names():
+            assert all(reference() is None for reference in alive)
+            tensor = source.read(name).clone()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    write_checkpoint(tmp_path / "out", source.hf_config, tensors(), source.path, STAGE)
+    assert len(alive) == len(source.names()) == 21
+
+
+# Interrupted writing
+
+class Kill(BaseException):
+    pass
+
+
+def failing(source, error):
+    """Half of the tensors, then `error`."""
+    checkpoint = open_checkpoint(source)
+    for number, name in enumerate(checkpoint.names()):
+        if number == 10:
+            raise error
+        yield name, checkpoint.read(name)
+
+
+@pytest.mark.parametrize("error, raised", [
+    (Kill(), Kill), (KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), UserError)])
+@pytest.mark.parametrize("replacing", [True, False])
+def test_interrupted_half_way(error, raised, replacing, tiny_checkpoint, tmp_path):
+    out, source = tmp_path / "out", tiny_checkpoint("smollm2")
+    if replacing:
+        rewrite(source, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if replacing else None
+    with pytest.raises(raised, match="No space left.*nothing was changed" if raised is UserError else None):
+        write_checkpoint(out, open_checkpoint(source).hf_config, failing(source, error), source, STAGE)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if replacing else [])
+    if replacing:
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_interrupted_while_renaming(step, tiny_checkpoint, tmp_path, monkeypatch):
+    """Renaming the old result away, then the new one into place: either may be the last thing that happens."""
+    out, source = tmp_path / "out", tiny_checkpoint("smollm2")
+    rewrite(source, out)
+    before, calls, rename = open_checkpoint(out).sha256(), [], Path.rename
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == step + 1:
+            raise Kill
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(Kill):
+        rewrite(source, out, rms_norm_eps=1e-3)
+    assert open_checkpoint(out).sha256() == before
+
+
+def test_what_a_killed_run_left_is_cleared(tiny_checkpoint, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    rewrite(tiny_checkpoint("smollm2"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_targets_that_would_lose_something(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("smollm2")
+    with pytest.raises(UserError, match="is the checkpoint being read"):
+        rewrite(source, source / ".." / source.name)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to-anna.txt").write_text("dear")
+    for target in (tmp_path / "letters", tmp_path / "letters" / "to-anna.txt"):
+        with pytest.raises(UserError, match="is not a checkpoint"):
+            rewrite(source, target)
+    assert (tmp_path / "letters" / "to-anna.txt").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors[:-1], lambda tensors: tensors + [("model.extra.weight", torch.zeros(2))],
+    lambda tensors: tensors + tensors[:1], lambda tensors: [(name, tensor[:1]) for name, tensor in tensors]])
+def test_a_stage_that_writes_other_tensors_is_a_bug(change, tiny_checkpoint, tmp_path):
+    source = open_checkpoint(tiny_checkpoint("smollm2"))
+    with pytest.raises(ValueError):
+        write_checkpoint(tmp_path / "out", source.hf_config, change([(n, source.read(n)) for n in source.names()]),
+                         None, STAGE)
+    assert not list(tmp_path.iterdir())
+
+
+# What is refused when reading
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def only_pickle(name):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / name)
+    return change
+
+
+def shard_index(content):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return change
+
+
+def cut(bytes_left):
+    def change(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:bytes_left])
+    return change
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read as JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds list"),
+    "architecture": (lambda f: edit_config(f, model_type="bert"),
+                     "config.json: model_type 'bert' is not supported: supported are llama, mistral"),
+    "other quantization": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "'awq'"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+    "pickle": (only_pickle("pytorch_model.bin"), "pytorch_model.bin.*pickles can run code.*save it again"),
+    "pt pickle": (only_pickle("weights.pt"), "weights.pt"),
+    "empty weights": (cut(0), "model.safetensors is truncated or not a safetensors file"),
+    "truncated header": (cut(100), "model.safetensors is truncated or not"),
+    "truncated data": (cut(-4), "model.safetensors is truncated or not"),
+    "a pickle inside": (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000)), "truncated or not"),
+    "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(Q)), f"lacks {Q}, which config.json asks for"),
+    "many missing": (lambda f: edit_config(f, num_hidden_layers=3), "layers.2.*and 6 more tensors"),
+    "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update({"a.weight": torch.zeros(1)})), "has a.weight, for which"),
+    "wrong shape": (lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q][:-1]})),
+                    rf"{Q} has shape \[63, 64\], where config.json asks for \[64, 64\]"),
+    "wrong rank": (lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q].flatten()})), r"has shape \[4096\]"),
+    "absurd vocabulary": (lambda f: edit_config(f, vocab_size=2_000_000_000), r"asks for \[2000000000, 64\]"),
+    "integers": (lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q].long()})), f"{Q} is of type I64"),
+    "shard outside": (shard_index({"weight_map": {Q: "../part.safetensors"}}), "'../part.safetensors', which leaves"),
+    "shard absolute": (shard_index({"weight_map": {Q: "/etc/passwd"}}), "'/etc/passwd', which leaves"),
+    "shard missing": (shard_index({"weight_map": {Q: "other.safetensors"}}), "other.safetensors is missing"),
+    "shard without": (shard_index({"weight_map": {"b.weight": "part.safetensors"}}), "lacks b.weight"),
+    "no weight map": (shard_index({"metadata": {}}), "has no weight_map"),
+    "weight map of numbers": (shard_index({"weight_map": {Q: 1}}), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused(name, folder):
+    change, words = BROKEN[name]
+    change(folder)
+    with pytest.raises(UserError, match=words) as error:
+        open_checkpoint(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match="has no config.json"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="python -m models.get"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_gpt2_fused_tensor_of_the_wrong_shape(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("gpt2"), tmp_path / "gpt2")
+    name = "transformer.h.0.attn.c_attn.weight"
+    edit_tensors(folder, lambda t: t.update({name: t[name][:, :-1].contiguous()}))
+    with pytest.raises(UserError, match=r"q_proj.weight has shape \[191, 64\]"):
+        open_checkpoint(folder)
+
+
+def edit_quantization(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+M = "model.layers.0.self_attn.q_proj"
+FORMAT = {"bits": 4, "group": 32, "symmetric": False}
+BROKEN_QUANTIZED = {
+    "version": (lambda f: edit_quantization(f, version=0), "version 0 is not supported"),
+    "stray module": (lambda f: edit_quantization(f, tensors={"model.norm": FORMAT}), "names model.norm"),
+    "group": (lambda f: edit_quantization(f, tensors={M: FORMAT | {"group": 48}}), "48 does not divide the 64"),
+    "not all described": (lambda f: edit_quantization(f, tensors={M: FORMAT}), "k_proj.weight"),
+    "other bits": (lambda f: edit_config(f, quantization_config=described(f, M, bits=3)), r"codes has shape \[64, 32\]"),
+    "codes missing": (lambda f: edit_tensors(f, lambda t: t.pop(f"{M}.codes")), f"lacks {M}.codes"),
+    "zeros unasked": (lambda f: edit_config(f, quantization_config=described(f, M, symmetric=True)), f"has {M}.zeros"),
+    "scales of float32": (lambda f: edit_tensors(f, lambda t: t.update({f"{M}.scales": t[f"{M}.scales"].float()})),
+                          f"{M}.scales is of type F32, which should be F16"),
+    "codes too short": (lambda f: edit_tensors(f, lambda t: t.update({f"{M}.codes": t[f"{M}.codes"][:, 1:].clone()})),
+                        f"{M}.codes has shape"),
+}
+
+
+def described(folder, name, **changes):
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config["tensors"][name] |= changes
+    return config
+
+
+@pytest.mark.parametrize("name", BROKEN_QUANTIZED)
+def test_a_broken_quantized_folder_is_refused(name, quantized):
+    change, words = BROKEN_QUANTIZED[name]
+    change(quantized)
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(quantized)
+
+
+@pytest.mark.parametrize("suffix, value, words", [
+    ("scales", float("nan"), "not finite"), ("scales", float("inf"), "not finite"), ("zeros", 16, "holds 16, which 4 bits")])
+def test_corrupt_scales_and_zeros_are_refused(suffix, value, words, quantized):
+    edit_tensors(quantized, lambda t: t[f"{M}.{suffix}"].view(-1)[7:8].fill_(value))
+    with pytest.raises(UserError, match=words):
+        load_decoder(quantized)
+
+
+def test_quantized_tensors_round_trip(quantized, tiny_checkpoint, tmp_path):
+    """Copying a quantized checkpoint tensor by tensor keeps every code."""
+    source = open_checkpoint(quantized)
+    write_checkpoint(tmp_path / "copy", source.hf_config, ((n, source.read(n)) for n in source.names()), quantized, STAGE)
+    copy = open_checkpoint(tmp_path / "copy")
+    assert isinstance(copy.quantization, Quantization) and copy.quantization == source.quantization
+    for name in source.modules():
+        ours, theirs = copy.quantized(name), source.quantized(name)
+        assert isinstance(ours, QuantizedTensor) and torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales, theirs.scales) and torch.equal(copy.weight(name), theirs.dequantize())
+
+
+def test_a_broken_lineage_is_refused(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "a")
+    for text, words in (("{", "cannot be read"), ('{"version": 9, "stages": []}', "version 9"), ("[]", "cannot be read")):
+        (folder / "lineage.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            rewrite(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_shapes_are_checked_before_anything_is_allocated(folder, monkeypatch):
+    """An absurd configuration costs no memory: nothing is read before the shapes agree."""
+    edit_config(folder, hidden_size=2**20, intermediate_size=2**22, head_dim=16)
+    monkeypatch.setattr(module.Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(UserError, match="has shape"):
+        load_decoder(folder)
