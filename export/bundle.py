@@ -32,33 +32,33 @@ _PAGE, _VECTOR, _LARGE = 4096, 64, 1 << 20
 
 
 class WeightsWriter:
-    """An open weights file. `tensors` lists what has been written."""
+    """An open weights file. `tensors` lists what has been written, `size` is its bytes so far."""
 
     def __init__(self, path: Path):
-        self._file, self._hash, self._size = open(path, "wb"), hashlib.sha256(), 0
+        self._file, self._hash, self.size = open(path, "wb"), hashlib.sha256(), 0
         self.tensors: list[StoredTensor] = []
 
     def add(self, name: str, dtype: str, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> None:
         """Append a tensor, given as consecutive pieces of its bytes. dtype: a key of runtime.bundle.DTYPE_BITS."""
         shape = tuple(int(size) for size in shape)
         expected = tensor_bytes(dtype, shape)
-        self._write(bytes(-self._size % (_PAGE if expected > _LARGE else _VECTOR)))
-        offset = self._size
+        self._write(bytes(-self.size % (_PAGE if expected > _LARGE else _VECTOR)))
+        offset = self.size
         for chunk in chunks:
             self._write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
-        if self._size - offset != expected:
-            raise ValueError(f"{name} {dtype} {shape} takes {expected} bytes, got {self._size - offset}")
+        if self.size - offset != expected:
+            raise ValueError(f"{name} {dtype} {shape} takes {expected} bytes, got {self.size - offset}")
         self.tensors.append(StoredTensor(name, dtype, shape, offset, expected))
 
     def _write(self, data) -> None:
         self._file.write(data)
         self._hash.update(data)
-        self._size += len(data)
+        self.size += len(data)
 
     def close(self) -> dict:
         """Finish; returns the file's entry for the manifest's "files"."""
         self._file.close()
-        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

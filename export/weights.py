@@ -12,8 +12,8 @@ asymmetric weights add zeros of the codes' type and the scales' shape. Codes of 
 ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by row, scales [N, K/G].
 Everything else is float32 or float16, as the graph computes.
 
-Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew for each layer, which gives
-back the pages mapped for the last one.
+Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew now and then, which gives
+back the pages mapped so far.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from runtime.errors import UserError
 
 GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold
 _PIECE = 8 << 20                  # elements converted at a time
+_REOPEN = 64 << 20                # bytes written between two openings of the checkpoint
 
 
 def linears(config, layer: int) -> dict[str, tuple[str, ...]]:
@@ -58,8 +59,10 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
     else:
         for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
             writer.dense(name, table)
+    opened = 0
     for layer in tqdm(range(len(config.layers)), desc="writing weights", unit="layer"):
-        writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
+        if out.size - opened > _REOPEN:
+            writer, opened = _Writer(open_checkpoint(checkpoint.path), out, dtype), out.size
         prefix, ours = f"model.layers.{layer}", f"layers.{layer}"
         writer.norm(f"{ours}.attn_norm", f"{prefix}.input_layernorm")
         if config.qk_norm:
@@ -68,7 +71,6 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
         writer.norm(f"{ours}.mlp_norm", f"{prefix}.post_attention_layernorm")
         for name, modules in linears(config, layer).items():
             writer.linear(f"{ours}.{name}", modules)
-    writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
     writer.norm("final_norm", "model.norm")
     if not config.tied_embeddings:
         writer.linear("head", ("lm_head",))
