@@ -16,10 +16,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 
+from models import lineage
 from models.data import DataOptions, read_documents
-from models.data_formats import find_sources
+from models.data_formats import find_sources, source_digest
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
@@ -47,7 +49,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
         raise UserError(f"{options.out} already exists; choose another -o or remove it")
     if options.vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"--vocab-size {options.vocab_size}: the bytes and special tokens alone are {SMALLEST_VOCABULARY}")
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,14 +57,16 @@ def train_tokenizer(options: TokenizerOptions) -> None:
                                   special_tokens=list(SPECIAL_TOKENS), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     counts: Counter = Counter()
-    tokenizer.train_from_iterator(read_documents(options, find_sources(options.data), counts, "read"), trainer)
+    sources = find_sources(options.data)
+    tokenizer.train_from_iterator(read_documents(options, sources, counts, "read"), trainer)
     if not counts["kept"]:
         raise UserError(f"{options.data[0]}: cleaning left no document: {dict(counts)}")
-    _write_folder(options.out, tokenizer)
+    inputs = {source: source_digest(source) for source in sources}
+    _write_folder(options.out, tokenizer, lineage.stage("tokenizer", options, inputs, dict(counts)))
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
 
 
-def _write_folder(out: Path, tokenizer: Tokenizer) -> None:
+def _write_folder(out: Path, tokenizer: Tokenizer, stage: dict) -> None:
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -72,6 +76,7 @@ def _write_folder(out: Path, tokenizer: Tokenizer) -> None:
                   "clean_up_tokenization_spaces": False}
         (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
         (temporary / "chat_template.jinja").write_text(CHATML)
+        lineage.write(temporary, [stage])
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

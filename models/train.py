@@ -1,0 +1,153 @@
+"""Train a language model, from scratch or continued: `python -m models.train`.
+
+From scratch, `--preset 5m` derives the model's shape, learning rate, batch and number of steps (20 tokens a
+parameter; Hoffmann et al. 2022); any of them can be given instead. `--checkpoint` continues a checkpoint on
+new text. Validation data is `--valid`, or a `--valid-share` of the documents set aside by the hash of their text.
+
+The run's folder holds best/ and last/ (Hugging Face folders), metrics.jsonl and TensorBoard logs/. After a crash or
+kill -9, the same command with --resume continues from last/ with the losses an uninterrupted run would have had.
+Many processes: `accelerate launch --num_processes 2 -m models.train ...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tokenizers import Tokenizer
+
+from models import lineage
+from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.data import Blocks, Corpus, DataOptions, Split, build_corpus
+from models.data_formats import source_digest
+from models.decoder import Decoder
+from models.gru import gru_of_size, write_gru
+from models.memory import memory_line, training_bytes
+from models.presets import parameter_target, preset
+from models.trainer import Trainer, TrainerOptions
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+TOKENS_PER_PARAMETER = 20
+LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
+EXAMPLES = """examples:
+  python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
+  python -m models.train --preset 5m --tokenizer build/sotu-tokenizer --data ../shared/data/text/sotu-train.txt \\
+      --valid ../shared/data/text/sotu-valid.txt --steps 600 -o build/sotu-5m
+  python -m models.train --checkpoint build/smollm2-135m --data corpus/ --learning-rate 1e-4 --steps 200 -o build/more
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(DataOptions, TrainerOptions):
+    """Train a language model on text, from scratch or continued."""
+    valid: tuple[str, ...] = arg((), help="files to evaluate on (by default a share of --data)")
+    valid_share: float = arg(0.02, help="share of documents set aside where --valid is not given")
+    preset: str | None = arg(None, help="size of a new model in parameters, such as 5m, 15m, 60m, 135m")
+    architecture: str = arg("decoder", help="of a new model; gru is a recurrent baseline", choices=("decoder", "gru"))
+    tokenizer: Path | None = arg(None, help="tokenizer folder of a new model (see models.tokenizer)")
+    checkpoint: Path | None = arg(None, help="checkpoint to continue, in place of --preset and --tokenizer")
+    context: int = arg(256, help="tokens of a block, and the context of a new model")
+    boundaries: str = arg("eos", help="documents follow each other after EOS, or each starts a block of its own",
+                          choices=("eos", "block"))
+
+
+def train(options: TrainOptions) -> None:
+    """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss that is not finite."""
+    folder = options.checkpoint or options.tokenizer
+    if (options.checkpoint is None) == (options.preset is None) or folder is None:
+        raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
+    check_output(options.out / "last", options.checkpoint)
+    torch.manual_seed(options.seed)
+    model, options, eos = _model_and_options(options, folder)
+    state = PartialState()
+    with state.main_process_first():
+        train_corpus, valid_corpus = _corpora(options, folder / "tokenizer.json", eos)
+    train_rows, valid_rows = (Blocks(c, options.context, options.boundaries) for c in (train_corpus, valid_corpus))
+    inputs = {"data": train_corpus.digest, "valid": valid_corpus.digest,
+              "tokenizer": source_digest(str(folder / "tokenizer.json"))}
+    if options.checkpoint:
+        inputs["checkpoint"] = open_checkpoint(options.checkpoint).sha256()
+    trainer = Trainer(model, options, train_rows, valid_rows, partial(_save, model, folder, options, inputs), inputs)
+    if state.is_main_process:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training "
+              f"and {len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x {options.context} tokens")
+        if isinstance(model, Decoder):
+            print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
+                                             options.checkpointing)))
+    metrics = trainer.fit()
+    if state.is_main_process:
+        bits = metrics["valid_loss"] / 0.6931471805599453 * len(valid_corpus.tokens) / valid_corpus.text_bytes
+        print(f"{options.out / 'last'}: step {trainer.step}, validation loss {metrics['valid_loss']:.4f} nats a token "
+              f"({bits:.3f} bits a byte); lowest {trainer.best:.4f} in {options.out / 'best'}")
+
+
+def _model_and_options(options: TrainOptions, folder: Path):
+    """(module, options with every default filled in, EOS id)."""
+    if options.checkpoint is not None:
+        checkpoint = open_checkpoint(options.checkpoint)
+        if not checkpoint.config.eos_token_ids:
+            raise UserError(f"{options.checkpoint}/config.json has no eos_token_id to end documents with; add one")
+        eos, vocab, limit = checkpoint.config.eos_token_ids[0], checkpoint.config.vocab_size, checkpoint.config.context_length
+        if checkpoint.quantization:
+            raise UserError(f"{options.checkpoint} is quantized; continue from the checkpoint it was made of")
+        if options.context > limit:
+            raise UserError(f"--context {options.context}: the model's context is {limit} tokens")
+        model, rate, tokens = load_decoder(options.checkpoint), 1e-4, 8192
+    else:
+        eos, vocab = _tokenizer_facts(folder)
+        shape = preset(options.preset, vocab, options.context, eos)
+        rate, tokens = shape.learning_rate, shape.batch_tokens
+        if options.architecture == "gru":
+            model = gru_of_size(parameter_target(options.preset), vocab)
+        else:
+            model = Decoder(shape.config)
+    batch = max(1, tokens // options.context) if options.batch is None else options.batch
+    steps = options.steps
+    if steps is None:
+        steps = -(-TOKENS_PER_PARAMETER * sum(p.numel() for p in model.parameters()) // (batch * options.context))
+    micro = min(batch, max(1, LOGIT_FLOATS // (vocab * options.context)))
+    filled = {"batch": batch, "steps": steps, "micro_batch": micro, "learning_rate": rate, "warmup": steps // 20}
+    return model, dataclasses.replace(options, **{k: v for k, v in filled.items() if getattr(options, k) is None}), eos
+
+
+def _tokenizer_facts(folder: Path) -> tuple[int, int]:
+    """(EOS id, vocabulary size) of a tokenizer folder."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = folder / "tokenizer_config.json"
+    token = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+    eos = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "<|endoftext|>")
+    if eos is None:
+        raise UserError(f"{config}: no eos_token that tokenizer.json knows; add one to end documents with")
+    return eos, tokenizer.get_vocab_size()
+
+
+def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, Corpus]:
+    if options.valid:
+        return tuple(build_corpus(options, names, tokenizer, eos) for names in (options.data, options.valid))
+    return tuple(build_corpus(options, options.data, tokenizer, eos, Split(part, options.valid_share, options.seed))
+                 for part in ("train", "valid"))
+
+
+def _save(model, source: Path, options: TrainOptions, inputs: dict, folder: Path, metrics: dict) -> None:
+    stage = lineage.stage("train", options, inputs, metrics, options.seed)
+    if isinstance(model, Decoder):
+        hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()
+        write_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)
+    else:
+        write_gru(folder, model, source, stage)
+
+
+def main(argv=None) -> int:
+    return run(TrainOptions, train, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

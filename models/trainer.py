@@ -1,0 +1,264 @@
+"""The training loop that training and fine-tuning share.
+
+    trainer = Trainer(module, options, train, valid, save, inputs)
+    metrics = trainer.fit()
+
+`module(input_ids, logits_positions=)` gives float32 logits. `train` and `valid` have `len()` and
+`rows(indices) -> (input_ids, labels)` (int64 [r, s], labels IGNORE where there is no loss), as models.data.Blocks does.
+`save(folder, metrics)` writes the module as a checkpoint. The loss is the mean over the labels of the whole global batch, however it
+is cut into micro-batches and processes, in nats per token.
+
+Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
+processes with DDP, each on its share of every batch; losses equal one process's up to the order of summation. FSDP is refused:
+its sharded optimizer state does not fit the state kept here. Loops on one device are reproducible to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.data import IGNORE, batch_indices
+from models.optimizer import adamw, learning_rate
+from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, replace_folder, save_state)
+from runtime.cli import arg
+from runtime.errors import CheckFailed, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How to learn: the options shared by training and fine-tuning."""
+    out: Path = arg(short="-o", help="folder for last/, best/, metrics.jsonl and TensorBoard logs/")
+    steps: int | None = arg(None, help="updates of the weights")
+    batch: int | None = arg(None, help="rows (blocks or examples) that one update learns from")
+    micro_batch: int | None = arg(None, help="rows run at once on one device; the rest of the batch is accumulated")
+    learning_rate: float | None = arg(None, help="peak learning rate")
+    schedule: str = arg("cosine", help="what follows the warm-up", choices=("cosine", "wsd"))
+    warmup: int | None = arg(None, help="steps of linear warm-up (by default a twentieth)")
+    floor: float = arg(0.1, help="last learning rate, as a share of the peak")
+    decay_share: float = arg(0.2, help="share of the steps in which wsd decays")
+    weight_decay: float = arg(0.1, help="AdamW's decay of matrices")
+    clip: float = arg(1.0, help="largest norm of the gradient")
+    precision: str = arg("auto", help="auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = arg(False, help="torch.compile the network")
+    checkpointing: bool = arg(False, help="recompute activations in the backward pass, to save memory")
+    eval_every: int = arg(100, help="steps between evaluations; each also saves last/")
+    eval_rows: int = arg(256, help="validation rows to evaluate on (0: all)")
+    patience: int | None = arg(None, help="stop after this many evaluations without a better loss")
+    seed: int = arg(0, help="seed of the initial weights and the order of the data")
+    resume: bool = arg(False, help="continue the run in --out exactly where its last/ stands")
+
+
+class Rows(Protocol):
+    def __len__(self) -> int: ...
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def summed_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of the labels, in nats; logits are made only where some row has a label."""
+    columns = int((labels != IGNORE).sum(1).max())
+    if columns < labels.shape[1]:
+        order = (labels == IGNORE).to(torch.uint8).argsort(dim=1, stable=True)[:, :columns]
+        logits, labels = model(input_ids, logits_positions=order), labels.gather(1, order)
+    else:
+        logits = model(input_ids)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+class Trainer:
+    def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
+                 save: Callable[[Path, dict], None], inputs: dict[str, str]):
+        self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
+        check_options(options)
+        self.accelerator = Accelerator(mixed_precision=_precision(options.precision))
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise UserError("training under FSDP is not supported; launch with DDP (the default of several processes)")
+        self.processes = self.accelerator.num_processes
+        if options.batch % self.processes:
+            raise UserError(f"--batch {options.batch} does not divide among {self.processes} processes")
+        self.module, self.optimizer = module, adamw(module, options.weight_decay)
+        if options.checkpointing:
+            _checkpoint_layers(module)
+        model = torch.compile(module) if options.compile else module
+        self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        self.step, self.best, self.bad_evaluations = 0, math.inf, 0
+        self.saved: int | None = None
+        if options.resume:
+            self._resume()
+        elif (options.out / "last").exists() or (options.out / "metrics.jsonl").exists():
+            raise UserError(f"{options.out} already holds a run; continue it with --resume or choose another -o")
+
+    def fit(self) -> dict:
+        """Train to the last step or until patience ends; returns the last evaluation's metrics.
+
+        Raises CheckFailed at the first loss or gradient that is not finite, naming the step and the batch's rows.
+        """
+        options = self.options
+        if self.accelerator.is_main_process:
+            options.out.mkdir(parents=True, exist_ok=True)
+            keep_metrics_until(options.out / "metrics.jsonl", self.step)
+        self.board = SummaryWriter(options.out / "logs", purge_step=self.step) if self.accelerator.is_main_process else None
+        metrics = {"valid_loss": self.best} if self.step else self._evaluate()
+        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", mininterval=1.0,
+                   disable=not self.accelerator.is_main_process)
+        with bar:
+            while self.step < options.steps and not self._out_of_patience():
+                start = time.perf_counter()
+                loss, norm, tokens = self.train_step()
+                speed = tokens / (time.perf_counter() - start)
+                rate = self.optimizer.param_groups[0]["lr"]
+                self._log("train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_s=speed)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", valid=f"{self.best:.3f}", refresh=False)
+                if self.step % options.eval_every == 0 or self.step == options.steps:
+                    metrics = self._evaluate()
+                    self._save(metrics)
+        if self.board:
+            self.board.close()
+        return metrics
+
+    def train_step(self) -> tuple[float, float, int]:
+        """One update. Returns (mean loss, gradient norm before clipping, tokens of the global batch)."""
+        options, accelerator = self.options, self.accelerator
+        indices = batch_indices(len(self.train), options.batch, options.seed, self.step)
+        share = len(indices) // self.processes
+        mine = indices[accelerator.process_index * share:][:share]
+        pieces = [mine[i:i + options.micro_batch] for i in range(0, share, options.micro_batch)]
+        batches = [[torch.from_numpy(part).to(accelerator.device) for part in self.train.rows(piece)] for piece in pieces]
+        count = self._sum(sum((labels != IGNORE).sum() for _, labels in batches))
+        total = torch.zeros((), device=accelerator.device)
+        for number, (input_ids, labels) in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                loss = summed_loss(self.model, input_ids, labels)
+                accelerator.backward(loss * (self.processes / count))        # DDP averages over the processes
+            total += loss.detach()
+        loss = float(self._sum(total) / count)
+        norm = float(accelerator.clip_grad_norm_(self.module.parameters(), options.clip))
+        scaled = accelerator.scaler is not None                              # fp16: an overflow only skips a step
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
+            raise self._diverged(f"loss {loss} and gradient norm {norm} at step {self.step + 1}, in the batch of rows "
+                                 f"{', '.join(map(str, indices))}")
+        rate = learning_rate(self.step, steps=options.steps, warmup=options.warmup, peak=options.learning_rate,
+                             schedule=options.schedule, floor=options.floor, decay_share=options.decay_share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.prepared.step()
+        self.prepared.zero_grad()
+        self.step += 1
+        return loss, norm, sum(input_ids.numel() for input_ids, _ in batches) * self.processes
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss over the first `eval_rows` validation rows, in nats per token."""
+        count = len(self.valid) if self.options.eval_rows == 0 else min(len(self.valid), self.options.eval_rows)
+        mine = np.arange(self.accelerator.process_index, count, self.processes)
+        total, labelled = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        self.module.eval()
+        for start in range(0, len(mine), self.options.micro_batch):
+            input_ids, labels = (torch.from_numpy(part).to(self.accelerator.device)
+                                 for part in self.valid.rows(mine[start:start + self.options.micro_batch]))
+            with self.accelerator.autocast():
+                total += summed_loss(self.module, input_ids, labels)
+            labelled += (labels != IGNORE).sum()
+        self.module.train()
+        return float(self._sum(total) / self._sum(labelled))
+
+    def _sum(self, value):
+        return self.accelerator.reduce(value, "sum") if self.processes > 1 else value
+
+    def _evaluate(self) -> dict:
+        loss = self.validation_loss()
+        if not math.isfinite(loss):
+            raise self._diverged(f"validation loss {loss} after step {self.step}")
+        self.bad_evaluations = 0 if loss < self.best else self.bad_evaluations + 1
+        metrics = {"valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        self._log("valid", **metrics)
+        return metrics
+
+    def _diverged(self, what: str) -> CheckFailed:
+        kept = "nothing was saved yet" if self.saved is None else f"{self.options.out / 'last'} keeps step {self.saved}"
+        return CheckFailed(f"{what}; {kept}. Lower --learning-rate, or look at those rows")
+
+    def _out_of_patience(self) -> bool:
+        return self.options.patience is not None and self.bad_evaluations >= self.options.patience
+
+    def _log(self, kind: str, **values: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.options.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, self.step)
+
+    def _save(self, metrics: dict) -> None:
+        """Write best/ where the loss is the lowest yet, and last/ with the state to continue from."""
+        better = metrics["valid_loss"] < self.best
+        self.best = min(self.best, metrics["valid_loss"])
+        if self.accelerator.is_main_process:
+            if better:
+                replace_folder(self.options.out / "best", partial(self.save_module, metrics=metrics))
+            replace_folder(self.options.out / "last", partial(self._write_last, metrics))
+        self.accelerator.wait_for_everyone()
+        self.saved = self.step
+
+    def _write_last(self, metrics: dict, folder: Path) -> None:
+        self.save_module(folder, metrics=metrics)
+        scaler = self.accelerator.scaler
+        save_state(folder, self.module, self.optimizer, {
+            "step": self.step, "best": self.best, "bad_evaluations": self.bad_evaluations,
+            "loss_scale": scaler.state_dict() if scaler else None,
+            "options": comparable(self.options), "inputs": self.inputs})
+
+    def _resume(self) -> None:
+        with self.accelerator.main_process_first():
+            state = load_state(self.options.out, self.options, self.inputs)
+        if state is None:
+            raise UserError(f"{self.options.out}: no run to resume there; leave --resume out to start one")
+        load_tensors(self.options.out, self.module, self.optimizer, state["updates"])
+        if state["loss_scale"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["loss_scale"])
+        self.step = self.saved = state["step"]
+        self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
+
+
+def check_options(options: TrainerOptions) -> None:
+    """Raises UserError for numbers that cannot train."""
+    for name in ("steps", "batch", "micro_batch", "eval_every", "learning_rate", "clip"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
+    if not 0 <= options.warmup <= options.steps:
+        raise UserError(f"--warmup {options.warmup}: give a number from 0 to --steps {options.steps}")
+
+
+def _precision(asked: str) -> str:
+    """accelerate's name for the precision, refused where the device does not compute in it."""
+    cuda = torch.cuda.is_available()
+    bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    if asked == "fp16" and not cuda:
+        raise UserError("--precision fp16 needs a GPU; this machine has none: use fp32")
+    if asked == "bf16" and not bf16:
+        raise UserError("--precision bf16: this device does not compute in bf16: use fp32")
+    return {"auto": "bf16" if cuda and bf16 else "no", "fp32": "no"}.get(asked, asked)
+
+
+def _checkpoint_layers(module: torch.nn.Module) -> None:
+    """Make every layer forget its activations and compute them again in the backward pass (Chen et al. 2016)."""
+    layers = next((m for name, m in module.named_modules() if name.split(".")[-1] == "layers"), ())
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

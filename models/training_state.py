@@ -1,0 +1,122 @@
+"""What a training run keeps on disk, and how it comes back after kill -9.
+
+    OUT/last/                            newest checkpoint (a Hugging Face folder), and beside its weights:
+    OUT/last/training_state/state.json   step, options, inputs, best loss, loss scale
+    OUT/last/training_state/state.safetensors   parameters in training, AdamW's two moments
+    OUT/best/                            checkpoint with the lowest validation loss
+    OUT/metrics.jsonl                    one line a step and an evaluation
+    OUT/logs/                            TensorBoard
+
+A checkpoint is written whole beside the old one (`last.new`), then takes its place. The old one is removed only after
+that, so a missing `last` with a `last.old` beside it means that the process died between two renames: the new one is
+whole. The order of the data is a function of the step, and nothing random is drawn after initialization, so this
+state is all that an exact continuation needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from runtime.errors import UserError
+
+FOLDER, STATE, TENSORS = "training_state", "state.json", "state.safetensors"
+MAY_CHANGE = {"out", "resume", "cache"}      # options that do not change what is learned
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, then put it in place of `target`. A failed write leaves `target` as it was."""
+    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+    finish_replacement(target)
+    try:
+        write(new)
+    except (OSError, SafetensorError, UserError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kept = f"the previous one in {target} is whole" if target.exists() else "none was saved before"
+        raise UserError(f"{target}: the checkpoint could not be written ({error}); {kept}. Free some space and "
+                        "continue with --resume") from None
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacement(target: Path) -> None:
+    """Complete or undo a replacement that a dying process left half-done."""
+    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+    if not target.exists() and old.exists():
+        os.replace(new, target)              # `target` only makes way for a `new` that is complete
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def comparable(options) -> dict:
+    """The options that decide what is learned, as plain JSON."""
+    plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return {key: value for key, value in plain.items() if key not in MAY_CHANGE}
+
+
+def save_state(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write `checkpoint`/training_state: trainable parameters and moments by name, and `state` with the update count."""
+    folder = checkpoint / FOLDER
+    folder.mkdir()
+    tensors, updates = {}, 0
+    for name, parameter in _trainable(module):
+        tensors[f"parameter.{name}"] = parameter.detach()
+        moments = optimizer.state.get(parameter, {})
+        updates = int(moments.get("step", 0))
+        tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(state | {"updates": updates}, indent=1))
+
+
+def load_state(out: Path, options, inputs: dict) -> dict | None:
+    """The state of OUT/last, or None. Raises UserError where `options` or `inputs` differ, naming them."""
+    finish_replacement(out / "last")
+    file = out / "last" / FOLDER / STATE
+    if not file.is_file():
+        return None
+    state = json.loads(file.read_text())
+    now, before = comparable(options), state["options"]
+    changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | before.keys())
+               if now.get(key) != before.get(key)]
+    changed += [f"the contents of {key} changed" for key in sorted(inputs) if inputs[key] != state["inputs"].get(key)]
+    if changed:
+        raise UserError(f"{out}: cannot resume with changed options: {'; '.join(changed)}. Give the old ones, or "
+                        "another -o for a new run")
+    return state
+
+
+def load_tensors(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Put the parameters and moments of OUT/last back, in place."""
+    with safe_open(out / "last" / FOLDER / TENSORS, framework="pt") as file, torch.no_grad():
+        held = set(file.keys())
+        for name, parameter in _trainable(module):
+            parameter.copy_(file.get_tensor(f"parameter.{name}"))
+            if f"exp_avg.{name}" in held:
+                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter) for moment in MOMENTS}
+                step = torch.tensor(float(updates), device=parameter.device)
+                optimizer.state[parameter] = {"step": step, **moments}
+
+
+def keep_metrics_until(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`: they will be measured again."""
+    if not file.is_file():
+        return
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, file)
+
+
+def _trainable(module):
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
