@@ -44,12 +44,26 @@ class _Reader(gguf.GGUFReader):
     """A reader that notices the end of the file: the package's own takes a corrupt count at its word, for ever."""
 
     def _get(self, offset, dtype, count=1, override_order=None):
+        if self.byte_order != "I":
+            raise ValueError("its byte order is not this machine's (gguf's convert_endian turns it round)")
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)      # slicing a memmap itself is several times slower
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > self.data.size:
             raise ValueError(f"it ends at byte {self.data.size}, but its contents should reach byte {end}")
-        if isinstance(self.data, np.memmap):
-            self.data = self.data.view(np.ndarray)      # slicing a memmap itself is several times slower
-        return super()._get(offset, dtype, count, override_order)
+        return self.data[int(offset):end].view(dtype)
+
+
+def read_header(path: Path) -> tuple[dict, dict]:
+    """Metadata (key -> value) and tensors (name -> gguf's ReaderTensor, its data mapped). Raises UserError."""
+    try:
+        reader = _Reader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole GGUF file: {error}; get it again") from None
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 class GGUFFile:
@@ -61,15 +75,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            reader = _Reader(path)
-            self.metadata = {key: field.contents() for key, field in reader.fields.items()}
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{path} is not a whole GGUF file: {error}; get it again") from None
-        if reader.byte_order != "I":
-            raise UserError(f"{path} is a GGUF file of the other byte order; convert it with gguf's convert_endian")
+        self.metadata, self._tensors = read_header(path)
         if self.metadata.get("split.count", 1) not in (0, 1):
             raise UserError(f"{path} is one of {self.metadata['split.count']} parts; join them with "
                             "llama-gguf-split --merge")
@@ -77,7 +83,6 @@ class GGUFFile:
         if self.architecture not in ARCHITECTURES:
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported in GGUF; supported are "
                             f"{', '.join(ARCHITECTURES)} (SmolLM and Mistral are 'llama' there)")
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
         self._check_tensors()
 

@@ -7,8 +7,9 @@ that a forgotten one shows. The tokenizer is a byte-level BPE trained on the sen
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import _LLAMA3_SPLIT, _QWEN2_SPLIT   # its own copies
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 384
@@ -41,11 +42,19 @@ FAMILIES = {   # name: (Hugging Face's model_type, what sets it apart)
 }
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCAB_SIZE tokens; <|endoftext|> 0, <|im_start|> 1 (BOS), <|im_end|> 2 (EOS, PAD)."""
+def tiny_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB_SIZE tokens; <|endoftext|> 0, <|im_start|> 1 (BOS), <|im_end|> 2 (EOS, PAD).
+
+    pre: whose pre-tokenizer it has, by llama.cpp's name for it: smollm, gpt-2, llama-bpe or qwen2.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("smollm", "gpt-2"))
+    first = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": [],
+             "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")],
+             "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")]}[pre]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -80,5 +89,6 @@ def tiny_model(family: str, seed: int = 0, **config):
 def write_tiny(folder: Path, family: str, seed: int = 0, **config) -> Path:
     """Save `tiny_model` and `tiny_tokenizer` as a Hugging Face folder; returns it."""
     tiny_model(family, seed, **config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    # transformers splits a Qwen2 model's text by Qwen2's pattern, whatever its tokenizer.json says
+    tiny_tokenizer("qwen2" if family == "qwen2" else "smollm").save_pretrained(folder)
     return folder

@@ -1,0 +1,99 @@
+"""What a checkpoint holds and what it needs: `python -m models.info CKPT`.
+
+Prints shape, parameters, bytes by storage type (with bits per weight, scales and zero points counted), KV-cache bytes
+per token, and memory at 1k, 4k and full context: weights as stored plus one sequence's cache in float32, as the CPU
+graphs keep it, or float16. Activations and the runtime itself come on top. Layers of different shapes are listed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.config import ModelConfig
+from models.decoder import tensor_shapes
+from runtime.cli import arg, run, table
+
+MIB = 2**20
+EXAMPLES = """examples:
+  python -m models.info build/smollm2-135m
+"""
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Show a checkpoint's shape, sizes and memory needs."""
+    checkpoint: Path = arg(positional=True, help="folder to read")
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights of the model; a tied output matrix counts once."""
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
+
+
+def kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
+    """Bytes of keys and values that one token of one sequence takes over all layers."""
+    return sum(2 * layer.kv_heads * config.head_dim * element_bytes for layer in config.layers)
+
+
+def storage(checkpoint: Checkpoint) -> list[dict]:
+    """One row a storage type: how many matrices and vectors, their weights and bytes, and bits per weight."""
+    shapes, formats = tensor_shapes(checkpoint.config), checkpoint.quantization.tensors if checkpoint.quantization else {}
+    rows: dict[str, dict] = {}
+    for name in checkpoint.names():
+        module, suffix = name.rsplit(".", 1)
+        form = None if suffix in ("weight", "bias") else formats[module]
+        if form is None:
+            kind, whole = checkpoint.dtype(name), math.prod(shapes[name])
+        else:
+            kind = f"{form.bits}-bit " + (f"group {form.group}" if form.group else "per channel")
+            kind += "" if form.symmetric else " asymmetric"
+            whole = math.prod(shapes[f"{module}.weight"]) if suffix == "codes" else 0       # scales count as bytes only
+        row = rows.setdefault(kind, {"stored as": kind, "tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += whole > 0
+        row["weights"] += whole
+        row["bytes"] += checkpoint.nbytes(name)
+    total = {"stored as": "all"} | {key: sum(row[key] for row in rows.values()) for key in ("tensors", "weights", "bytes")}
+    listed = [*rows.values(), total] if len(rows) > 1 else [*rows.values()]
+    return [row | {"bits per weight": round(8 * row["bytes"] / row["weights"], 3)} for row in listed]
+
+
+def memory(checkpoint: Checkpoint) -> list[dict]:
+    """One row a context length: MiB of the cache of one sequence, and with the weights, for both cache types."""
+    config = checkpoint.config
+    weights = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    rows = []
+    for tokens in sorted({min(length, config.context_length) for length in (1024, 4096, config.context_length)}):
+        row = {"context": tokens, "weights MiB": round(weights / MIB, 1)}
+        for name, size in (("fp32", 4), ("fp16", 2)):
+            cache = tokens * kv_bytes_per_token(config, size)
+            row |= {f"{name} cache MiB": round(cache / MIB, 1), f"with {name} cache MiB": round((weights + cache) / MIB, 1)}
+        rows.append(row)
+    return rows
+
+
+def info(options: InfoOptions) -> None:
+    checkpoint = open_checkpoint(options.checkpoint)
+    config, first = checkpoint.config, checkpoint.config.layers[0]
+    same = f"{first.heads} heads, {first.kv_heads} key/value heads, MLP {first.mlp_size}" if config.uniform else "see below"
+    print(f"{options.checkpoint}: {config.family}, {len(config.layers)} layers, {parameters(config):,} parameters")
+    print(f"hidden {config.hidden_size}, head_dim {config.head_dim}, vocabulary {config.vocab_size}, "
+          f"context {config.context_length}; layers: {same}\n")
+    print(table(storage(checkpoint)), "\n")
+    print(f"KV cache: {kv_bytes_per_token(config, 4):,} bytes a token in fp32, "
+          f"{kv_bytes_per_token(config, 2):,} in fp16\n")
+    print(table(memory(checkpoint)))
+    if not config.uniform:
+        print()
+        print(table([{"layer": number, "heads": layer.heads, "kv heads": layer.kv_heads, "mlp size": layer.mlp_size}
+                     for number, layer in enumerate(config.layers)]))
+
+
+def main(argv=None) -> int:
+    return run(InfoOptions, info, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
