@@ -32,8 +32,8 @@ from models.quantized import QuantizedTensor, pack
 from runtime.errors import UserError
 
 GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold
-_PIECE = 8 << 20                  # elements converted at a time
-_REOPEN = 64 << 20                # bytes written between two openings of the checkpoint
+_PIECE = 1 << 20                  # elements converted at a time
+_REOPEN = 32 << 20                # bytes written between two openings of the checkpoint
 
 
 def linears(config, layer: int) -> dict[str, tuple[str, ...]]:
@@ -52,10 +52,10 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
     Raises UserError where a weight is not finite, or too large for float16.
     """
     config = checkpoint.config
-    writer = _Writer(checkpoint, out, dtype)
+    writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
     writer.embedding()
     if config.positions == "learned":
-        writer.dense("position_embed.weight", checkpoint.read("model.embed_positions.weight")[:max_context])
+        writer.dense("position_embed.weight", writer.checkpoint.read("model.embed_positions.weight")[:max_context])
     else:
         for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
             writer.dense(name, table)
