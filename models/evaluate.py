@@ -126,7 +126,7 @@ def labelled(options: Options, model: LanguageModel) -> dict:
         answers = [a.strip() for a in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
     result, rows = score(options.task, answers, examples)
     if options.examples:
-        _write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return result
 
 
@@ -199,10 +199,11 @@ def write_json(file: Path, result: dict) -> None:
         if isinstance(value, (list, tuple)):
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
-    _write(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
+    write_text(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a whole file or nothing. Raises UserError where it cannot be written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         temporary.write_text(text, "utf-8")

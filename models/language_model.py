@@ -23,6 +23,7 @@ from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.machine import available_cpus
 from runtime.sampling import Sampler, SamplingOptions
+from runtime.template import ChatTemplate
 from runtime.text import Tokenizer
 
 BATCH = 8                # prompts decoded together
@@ -42,15 +43,25 @@ class LanguageModel:
         """The `tokenizers` object itself, for offsets and comparison."""
         return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 
-    def encode(self, prompt: str) -> np.ndarray:
-        """int64 ids [n], n >= 1. Raises UserError for an empty prompt or one as long as the context."""
-        ids = self.tokenizer.encode(prompt)
+    def encode(self, prompt: str | np.ndarray) -> np.ndarray:
+        """int64 ids [n], n >= 1 (ids pass through). Raises UserError for an empty prompt or one as long as the context."""
+        ids = prompt if isinstance(prompt, np.ndarray) else self.tokenizer.encode(prompt)
         if not 1 <= len(ids) < self.context:
             raise UserError(f"a prompt has {len(ids)} tokens; {self.folder.name} takes 1 to {self.context - 1}: "
                             "use fewer shots or shorter examples")
         return ids
 
-    def generate(self, prompts: Items[str], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
+    def chat_prompt(self, text: str) -> np.ndarray:
+        """int64 ids of one user message in the model's chat template, or of the text itself where it has none."""
+        file = self.folder / "chat_template.jinja"
+        if not file.is_file():
+            return self.tokenizer.encode(text + "\n")
+        ids = {"bos_token": self.bos, "eos_token": min(self.eos, default=None)}
+        tokens = {name: self.tokenizer.token_text(i) for name, i in ids.items() if i is not None}
+        template = ChatTemplate(file.read_text("utf-8"), str(file), tokens)
+        return self.tokenizer.encode(template.render([{"role": "user", "content": text}]), special_tokens=False)
+
+    def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
                  progress: bool = True) -> list[str]:
         """Greedy replies, cut at the first stop string. Similar lengths are decoded together."""
         encoded = [self.encode(p) for p in prompts]
