@@ -18,6 +18,7 @@ empty rows, at any batch. Tables with zero points, or of a width no block divide
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +148,12 @@ class Table:
         if self.block is None:
             return graph.op("Gather", [graph.dequantized("embed", 1), "input_ids"], "embedded")
         if self.four_bits:
-            return graph.op("GatherBlockQuantized", [graph.weight("embed.codes"), "input_ids", self._block_scales()],
+            return graph.op("GatherBlockQuantized", [graph.weight("embed.codes"), "input_ids", self._block_scales],
                             "embedded", domain=MICROSOFT, bits=4, block_size=self.block, gather_axis=0, quantize_axis=1)
         hidden = graph.config.hidden_size
         codes = graph.op("Gather", [graph.weight("embed.codes"), "input_ids"], "embedded.codes")
         codes = graph.cast(codes, graph.dtype, "embedded.cast")
-        scales = graph.op("Gather", [self._scales(), "input_ids"], "embedded.scales")        # [b, s, groups, 1]
+        scales = graph.op("Gather", [self._scales, "input_ids"], "embedded.scales")        # [b, s, groups, 1]
         codes = graph.op("Reshape", [codes, graph.constant([0, 0, self.groups, hidden // self.groups])],
                          "embedded.groups")
         scaled = graph.op("Mul", [codes, scales], "embedded.scaled")
@@ -167,7 +168,7 @@ class Table:
         if self.block is None:
             turned = graph.op("Transpose", [graph.dequantized("embed", 1)], "embed.turned", perm=[1, 0])
             return graph.op("MatMul", [x, turned], "head.product")
-        return graph.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales()], "head.product",
+        return graph.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales], "head.product",
                         domain=MICROSOFT, K=hidden, N=vocabulary, bits=4 if self.four_bits else 8,
                         block_size=self.block, accuracy_level=INT8_COMPUTE)
 
@@ -187,6 +188,7 @@ class Table:
         shape = [graph.config.vocab_size, graph.config.hidden_size // self.block, -1]
         return graph.op("Reshape", [codes, graph.constant(shape)], "embed.blocks")
 
+    @cached_property
     def _scales(self) -> str:
         """Scales [vocab, groups, 1]."""
         graph = self.graph
@@ -196,12 +198,13 @@ class Table:
         shape = [graph.config.vocab_size, self.groups, 1]
         return graph.op("Reshape", [scales, graph.constant(shape)], "embed.scales.groups")
 
+    @cached_property
     def _block_scales(self) -> str:
         """Scales [vocab, hidden / block], a group's repeated for each of its blocks."""
         graph = self.graph
         blocks = graph.config.hidden_size // self.block
         shape = [graph.config.vocab_size, self.groups, blocks // self.groups]
-        repeated = graph.op("Expand", [self._scales(), graph.constant(shape)], "embed.scales.repeated")
+        repeated = graph.op("Expand", [self._scales, graph.constant(shape)], "embed.scales.repeated")
         return graph.op("Reshape", [repeated, graph.constant([shape[0], blocks])], "embed.scales.blocks")
 
 
