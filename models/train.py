@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from tokenizers import Tokenizer
 
 from models import lineage
@@ -29,7 +28,7 @@ from models.decoder import Decoder
 from models.gru import gru_of_size, write_gru
 from models.memory import memory_line, training_bytes
 from models.presets import parameter_target, preset
-from models.trainer import Trainer, TrainerOptions
+from models.trainer import Trainer, TrainerOptions, process_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
@@ -67,7 +66,7 @@ def train(options: TrainOptions) -> None:
     check_output(options.out / "last", options.checkpoint)
     torch.manual_seed(options.seed)
     model, options, eos = _model_and_options(options, folder)
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():
         train_corpus, valid_corpus = _corpora(options, folder / "tokenizer.json", eos)
     train_rows, valid_rows = (Blocks(c, options.context, options.boundaries) for c in (train_corpus, valid_corpus))

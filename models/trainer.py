@@ -28,7 +28,8 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -80,11 +81,17 @@ def summed_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.T
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def process_state() -> PartialState:
+    """This process among those launched with it. Without a GPU (or with ACCELERATE_USE_CPU=true) they speak gloo."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 class Trainer:
     def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
                  save: Callable[[Path, dict], None], inputs: dict[str, str]):
         self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
         check_options(options)
+        process_state()                              # before Accelerator, which would not look for gloo
         self.accelerator = Accelerator(mixed_precision=_precision(options.precision))
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise UserError("training under FSDP is not supported; launch with DDP (the default of several processes)")
@@ -102,6 +109,7 @@ class Trainer:
             self._resume()
         elif (options.out / "last").exists() or (options.out / "metrics.jsonl").exists():
             raise UserError(f"{options.out} already holds a run; continue it with --resume or choose another -o")
+        self.accelerator.wait_for_everyone()         # no process writes there before all have looked
 
     def fit(self) -> dict:
         """Train to the last step or until patience ends; returns the last evaluation's metrics.
