@@ -1,0 +1,271 @@
+"""Compile an ONNX model to TensorRT engines, on a machine with or without a GPU: `python -m export.trt MODEL`.
+
+MODEL is a bundle, a graph of a bundle, or any ONNX file. It is linted first (`trt_lint.py`), its capacity fixed and
+its profiles set (`trt_profiles.py`), then parsed, checked against the model and built (`trt_build.py`). A bundle's
+engine goes into the bundle, one for each capacity, and into its manifest; any other beside the model, with a record
+(`trt_record.py`). Nothing is written before an engine is complete.
+
+The backend `rtx` (TensorRT for RTX) builds for a list of compute capabilities with no GPU. A Jetson Orin (SM87) and
+data-centre GPUs are none of its targets: for them the one command to run on the device is printed, and kept in the
+bundle's manifest as "on_device". It has not been shown here that an engine runs: that takes a GPU.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from export import bundle as bundles
+from export import trt_lint, trt_profiles, trt_record
+from export.trt_build import Settings, build, load_backend, predicted_bytes, targets
+from runtime.bundle import MANIFEST, Bundle, open_bundle
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+from runtime.machine import available_memory
+
+ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
+RTX_GPUS = {75: "RTX 20, T4", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 120: "RTX 50", 121: "DGX Spark"}
+DEFAULT_SM, DEFAULT_CAPACITY = "86,89,120", 1024
+EXAMPLES = """examples:
+  python -m export.trt build/smollm2-135m-int4                                   an RTX engine, into the bundle
+  python -m export.trt build/smollm2-135m-int4 --sm 89 --capacity 1024,4096
+  python -m export.trt encoder.onnx --shapes input_ids:1x1,1x64,8x512 attention_mask:1x1,1x64,8x512
+  python -m export.trt build/smollm2-135m-int4 --backend trt                     on a Jetson or a data-centre GPU
+  python -m export.trt --list
+  python -m export.trt inspect encoder.engine
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile an ONNX model to TensorRT engines. No GPU is needed for RTX targets."""
+    model: Path | None = arg(None, positional=True, help="bundle, a bundle's graph, or any ONNX model")
+    out: Path | None = arg(None, short="-o", help="engine file (.gz: compressed) or folder (default: into the bundle, "
+                                                  "or beside the model)")
+    sm: str = arg("", help=f"compute capabilities, rtx only (default: {DEFAULT_SM})", metavar="86,89,120")
+    backend: str | None = arg(None, choices=("rtx", "trt"), help="rtx: ahead of time; trt: for the GPU of this machine "
+                                                                 "(default: trt where it and a GPU are, else rtx)")
+    capacity: str = arg("", help=f"slots of the KV cache, one engine each (default: {DEFAULT_CAPACITY}, or the model's "
+                                 "context where that is less)", metavar="1024,4096")
+    rows: int = arg(4, help="sequences an engine of a decoder runs at once")
+    chunk: int = arg(512, help="prompt tokens of a row in one step, decoders only")
+    shapes: tuple[str, ...] = arg((), help="profile of other models: name:min,opt,max, shapes written as 1x128")
+    workspace_mb: int | None = arg(None, help="limit of the GPU memory a layer may use while running")
+    timing_cache: Path | None = arg(None, help="file of timings to read and extend, trt only")
+    hardware_compatibility: str | None = arg(None, choices=("ampere_plus", "same_compute_capability"),
+                                             help="let the engine run on other GPUs than this one, trt only")
+    list: bool = arg(False, help="print the targets and dtypes the installed backend builds")
+    verbose: bool = arg(False, help="print TensorRT's own log")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Print the record of an engine, and its layers where a GPU can load it."""
+    engine: Path = arg(positional=True, help="engine that export.trt wrote")
+
+
+def compile(options: Options) -> None:
+    """Build the engines asked for. Raises UserError for input that cannot be used, CheckFailed for a wrong network."""
+    backend = options.backend or _present_backend()
+    if options.list:
+        return print(_listing(backend))
+    if options.model is None:
+        raise UserError("give a bundle or an ONNX model (or --list)")
+    path, bundle = _find(options.model)
+    wanted, on_device = _targets(backend, options)
+    command = _device_command(options)
+    if on_device:
+        names = ", ".join(f"SM{t} ({ON_DEVICE[t]})" for t in on_device)
+        print(f"{names}: built on the device only, by: {command}")
+        if not wanted and bundle:
+            bundles.write_manifest(bundle.folder, bundle.manifest | {"on_device": _device_command(options, ".")})
+        if not wanted:
+            return
+    settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
+                        options.verbose)
+    model = _load(path)
+    _refuse_faults(model, path, settings)
+    _refuse_memory(model, path)
+    for capacity in _capacities(options, model, bundle):
+        _one(options, settings, path, bundle, capacity)
+        bundle = open_bundle(bundle.folder) if bundle else None
+
+
+def _one(options, settings, path, bundle, capacity) -> None:
+    """Build and write the engine of one capacity (None: not a decoder)."""
+    model = _load(path)
+    if capacity is None:
+        profiles = trt_profiles.given_profiles(model, options.shapes)
+    else:
+        trt_profiles.fix_dimension(model, "capacity", capacity)
+        profiles = trt_profiles.decoder_profiles(model, options.rows, min(options.chunk, capacity))
+    name = _name(settings, path, bundle, capacity)
+    inside = bundle is not None and options.out is None
+    out = bundle.folder / name if inside else _out(options.out, path, name)
+    trt_record.check_writable(out)
+    engine = build(model, path, profiles, settings)
+    facts = trt_record.record(engine, settings, model, path, profiles, capacity)
+    if inside:
+        manifest = trt_record.add_to_bundle(bundle, name, engine.plan, facts)
+        bundles.write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
+    else:
+        trt_record.write(out, engine.plan, facts)
+    print(f"{out}: {settings.backend} {facts['version']}, SM {','.join(facts['compute_capabilities'])}, "
+          f"{out.stat().st_size / 1e6:.1f} MB ({facts['bytes'] / 1e6:.1f} in memory), {facts['build_s']} s, "
+          f"peak {facts['peak_rss_mb']} MB; native layers {facts['native_layers'] or 'none'}")
+    if bundle and settings.backend == "rtx":
+        print(f"on a Jetson or a data-centre GPU: {_device_command(options)}")
+
+
+def _find(model: Path) -> tuple[Path, Bundle | None]:
+    """The ONNX file meant, and the bundle it belongs to."""
+    if model.is_dir():
+        bundle = open_bundle(model)
+        graph = bundle.graph("portable")
+        if graph is None:
+            raise UserError(f"{model}: no portable graph in this bundle; export it with `python -m export.onnx`")
+        return bundle.path(graph["file"]), bundle
+    if not model.is_file():
+        raise UserError(f"{model}: no such file or folder; give a bundle or an ONNX model")
+    if (model.parent / MANIFEST).is_file():
+        bundle = open_bundle(model.parent)
+        if model.name in bundle.manifest["files"]:
+            return model, bundle
+    return model, None
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    """The model without its external data, which must be there."""
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:                  # the protobuf parser's errors have no common type
+        raise UserError(f"{path}: not an ONNX model ({error or 'unreadable'})") from None
+    if not model.graph.node:
+        raise UserError(f"{path}: not an ONNX model (it has no nodes)")
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            file = path.parent / place.get("location", "")
+            need = int(place.get("offset", 0)) + int(place.get("length", 0))
+            if not file.is_file() or file.stat().st_size < need:
+                raise UserError(f"{file}: the weights of {path.name} are missing or too short (the tensor {tensor.name} "
+                                f"ends at byte {need}); put the file beside the model")
+    return model
+
+
+def _targets(backend: str, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Compute capabilities to build for now, and those left to the device."""
+    for name, flag in (("timing_cache", "--timing-cache"), ("hardware_compatibility", "--hardware-compatibility")):
+        if backend == "rtx" and getattr(options, name):
+            raise UserError(f"{flag} is for --backend trt: TensorRT-RTX times nothing while building and compiles on the "
+                            "device")
+    known = targets(load_backend(backend))
+    if backend == "trt":
+        from runtime.trt_device import present_gpu
+        own = present_gpu().compute_capability
+        if options.sm and options.sm != str(own):
+            raise UserError(f"--sm {options.sm}: --backend trt builds for the GPU of this machine, SM{own}")
+        return (own,), ()
+    try:
+        asked = tuple(dict.fromkeys(int(text.strip().upper().removeprefix("SM").replace(".", ""))
+                                    for text in (options.sm or DEFAULT_SM).split(",")))
+    except ValueError:
+        raise UserError(f"--sm {options.sm}: give compute capabilities with commas between, as in 86,89") from None
+    unknown = [t for t in asked if t not in known and t not in ON_DEVICE]
+    if unknown:
+        raise UserError(f"--sm {unknown[0]}: no such target; TensorRT-RTX builds for {', '.join(map(str, known))}, and "
+                        f"{', '.join(map(str, ON_DEVICE))} are built on the device with --backend trt")
+    return tuple(t for t in asked if t in known), tuple(t for t in asked if t not in known)
+
+
+def _refuse_faults(model, path, settings) -> None:
+    tensorrt = load_backend(settings.backend)
+    log = tensorrt.Logger(tensorrt.Logger.INTERNAL_ERROR)
+    builder = tensorrt.Builder(log)
+    parser = tensorrt.OnnxParser(builder.create_network(0), log)
+    faults = trt_lint.lint(model, settings.targets, parser.supports_operator)
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise UserError(f"{path}: TensorRT cannot build this model{more}:\n  " + "\n  ".join(map(str, faults[:5])))
+
+
+def _refuse_memory(model, path) -> None:
+    needed, free = predicted_bytes(model, path.parent), available_memory()
+    if free is not None and needed > free:
+        raise UserError(f"{path}: building it will take about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+                        "free; close other programs, or build on a larger machine")
+
+
+def _capacities(options, model, bundle) -> list[int | None]:
+    """Cache capacities to build for; [None] for a model without a cache."""
+    if not trt_profiles.is_decoder(model):
+        if options.capacity:
+            raise UserError("--capacity is for the decoder of a bundle; this model has no KV cache of ours")
+        return [None]
+    if options.shapes:
+        raise UserError("--shapes is for other models: a decoder's follow from --capacity, --rows and --chunk")
+    if options.rows < 1 or options.chunk < 1:
+        raise UserError(f"--rows {options.rows} --chunk {options.chunk}: both must be at least 1")
+    context = bundle.max_context if bundle else None
+    try:
+        sizes = [int(text) for text in (options.capacity or str(min(DEFAULT_CAPACITY, context or DEFAULT_CAPACITY))).split(",")]
+    except ValueError:
+        raise UserError(f"--capacity {options.capacity}: give numbers with commas between, as in 1024,4096") from None
+    for size in sizes:
+        if size < 1 or context and size > context:
+            raise UserError(f"--capacity {size}: the cache must have 1 to {context or 'the context of the model'} slots")
+    return sizes
+
+
+def _name(settings: Settings, path: Path, bundle: Bundle | None, capacity: int | None) -> str:
+    where = "-".join(map(str, settings.targets))
+    if bundle is None:
+        return path.stem + (f"-c{capacity}" if capacity else "") + ".engine"
+    return f"engines/{settings.backend}-sm{where}" + (f"-c{capacity}" if capacity else "") + ".engine.gz"
+
+
+def _out(out: Path | None, path: Path, name: str) -> Path:
+    if out is None:
+        return path.with_name(name)
+    return out / Path(name).name if out.is_dir() else out
+
+
+def _device_command(options: Options, model: str | None = None) -> str:
+    words = ["python", "-m", "export.trt", model or str(options.model), "--backend", "trt"]
+    words += ["--capacity", options.capacity] if options.capacity else []
+    words += ["--shapes", *options.shapes] if options.shapes else []
+    return shlex.join(words)
+
+
+def _present_backend() -> str:
+    """trt where plain TensorRT and a GPU are, else rtx."""
+    try:
+        load_backend("trt")
+        return "trt"
+    except UserError:
+        return "rtx"
+
+
+def _listing(backend: str) -> str:
+    tensorrt = load_backend(backend)
+    known = targets(tensorrt)
+    if not known:
+        return f"{backend} {tensorrt.__version__}: builds for the GPU of this machine only"
+    rows = [{"target": f"SM{t}", "GPUs": RTX_GPUS.get(t, ""), "dtypes": ", ".join(trt_lint.dtypes_of(t))} for t in known]
+    return table(rows, title=f"{backend} {tensorrt.__version__}, ahead of time, no GPU needed; weights int4 and int8 are "
+                             "symmetric")
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["inspect"]:
+        return run(InspectOptions, lambda options: print(trt_record.inspect(options.engine)), argv[1:])
+    return run(Options, compile, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,263 @@
+"""Build a TensorRT engine from an ONNX model, checking after parsing that the network is the model.
+
+One builder serves two libraries with nearly one Python API: `rtx` (tensorrt_rtx) compiles ahead of time for a list of
+compute capabilities and needs no GPU; `trt` (tensorrt) compiles for the GPU it runs on, as on a Jetson or in a data
+centre. Networks are strongly typed: the dtypes of the ONNX model decide, there are no precision flags.
+
+`build` parses the model with its external weights, checks it, sets the profiles, and returns the serialized engine.
+The checks fail the build (CheckFailed) where the network differs from the model: an input that nothing reads, an input
+or output of another name, dtype or shape, a RotaryEmbedding, TensorScatter or Attention that did not become its native
+layer. What TensorRT refuses is a UserError with its own words.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+from tqdm import tqdm
+
+from runtime.errors import CheckFailed, UserError
+
+MODULES = {"rtx": ("tensorrt_rtx", "pip install 'edgewright[rtx]'"),
+           "trt": ("tensorrt", "pip install 'edgewright[gpu]' on the machine that has the GPU")}
+NATIVE_LAYERS = {"RotaryEmbedding": "ROTARY_EMBEDDING", "TensorScatter": "KV_CACHE_UPDATE",
+                 "Attention": "ATTENTION_INPUT"}
+DTYPES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "INT8": "INT8", "INT32": "INT32", "INT64": "INT64",
+          "BOOL": "BOOL", "UINT8": "UINT8", "FLOAT8E4M3FN": "FP8", "INT4": "INT4", "FLOAT4E2M1": "FP4"}
+# Peak resident memory of a build: what the library and the parser take, and a multiple of the weights (README).
+BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 700 << 20, 5.0
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Minimal, optimal and maximal shape of every input for one way of running the engine."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Builder settings; `targets` are compute capabilities (86 for 8.6), for `trt` the GPU's own."""
+
+    backend: str = "rtx"
+    targets: tuple[int, ...] = (86, 89, 120)
+    workspace_mb: int | None = None
+    timing_cache: Path | None = None
+    hardware_compatibility: str | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serialized engine and what is known of its making."""
+
+    plan: bytes
+    seconds: float
+    layers: dict[str, int]           # layers of the parsed network by type
+    native: dict[str, int]           # ONNX operators that became native layers
+
+
+def load_backend(name: str):
+    """The TensorRT module of a backend. Raises UserError where it is not installed or finds no GPU it needs."""
+    module, install = MODULES[name]
+    try:
+        tensorrt = importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise UserError(f"--backend {name}: {module} cannot be loaded ({error}); {install}") from None
+    if name == "trt":
+        try:
+            tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.INTERNAL_ERROR))
+        except Exception as error:
+            raise UserError(f"--backend trt: TensorRT found no NVIDIA GPU or driver here ({error}); run this on the "
+                            "device, or build for RTX GPUs with --backend rtx") from None
+    return tensorrt
+
+
+def targets(tensorrt) -> tuple[int, ...]:
+    """Compute capabilities that the library builds for ahead of time; () where it builds for the present GPU only."""
+    members = getattr(tensorrt, "ComputeCapability", None)
+    return tuple(sorted(int(n[2:]) for n in members.__members__ if n.startswith("SM"))) if members else ()
+
+
+def predicted_bytes(model: onnx.ModelProto, folder: Path) -> int:
+    """Peak memory a build of `model` will take: measured on SmolLM2 and on dense networks, rounded up."""
+    inside = sum(t.ByteSize() for t in model.graph.initializer)
+    files = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    outside = sum((folder / name).stat().st_size for name in files)
+    return int(BASE_BYTES + BYTES_PER_WEIGHT_BYTE * (inside + outside))
+
+
+def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings: Settings) -> Engine:
+    """Parse `model` (external data beside `path`), check it, and build an engine for `settings.targets`.
+
+    Raises UserError (TensorRT refuses the model, with its words), CheckFailed (the network differs from the model) and
+    KeyboardInterrupt (Ctrl-C stops the builder at its next step).
+    """
+    tensorrt = load_backend(settings.backend)
+    log = _logger(tensorrt, settings.verbose)
+    builder = tensorrt.Builder(log)
+    network = builder.create_network(0)
+    parser = tensorrt.OnnxParser(network, log)
+    if not parser.parse(model.SerializeToString(), str(path)):
+        raise UserError(f"{path}: " + "; ".join(_parser_errors(parser)))
+    layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    native = check_network(model, network)
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == tensorrt.LayerType.ATTENTION_INPUT:     # where no fused kernel fits (fp32): several kernels
+            layer.__class__ = tensorrt.IAttentionInputLayer
+            layer.attention.decomposable = True
+    config = _config(tensorrt, builder, network, profiles, settings)
+    started = time.perf_counter()
+    with _Interruptible(tensorrt) as monitor:
+        config.progress_monitor = monitor.reporter
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(f"{path}: TensorRT could not build it: {log.last_error()}")
+    if settings.timing_cache:
+        settings.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return Engine(bytes(plan), time.perf_counter() - started, dict(sorted(layers.items())), native)
+
+
+def check_network(model: onnx.ModelProto, network) -> dict[str, int]:
+    """Hold a parsed network against its model; returns how many operators became native layers.
+
+    Raises CheckFailed naming every difference.
+    """
+    faults = []
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    read = {x.name for layer in layers for x in map(layer.get_input, range(layer.num_inputs)) if x is not None}
+    constants = {t.name for t in model.graph.initializer}
+    got_inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    got_outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    expected_inputs = [i for i in model.graph.input if i.name not in constants]
+    passed_on = {x.name for x in got_outputs}
+    faults += [f"nothing reads the input {x.name}" for x in got_inputs if x.name not in read | passed_on]
+    for kind, expected, got in (("input", expected_inputs, got_inputs), ("output", model.graph.output, got_outputs)):
+        if [e.name for e in expected] != [g.name for g in got]:
+            faults.append(f"the {kind}s are {[g.name for g in got]}, not {[e.name for e in expected]}")
+            continue
+        for e, g in zip(expected, got):
+            dtype = DTYPES.get(TensorProto.DataType.Name(e.type.tensor_type.elem_type))
+            if g.dtype.name != dtype:
+                faults.append(f"the {kind} {e.name} is {g.dtype.name}, not {dtype}")
+            shape = shape_of(e)
+            if shape is not None and (len(shape) != len(g.shape) or any(
+                    isinstance(a, int) and b not in (a, -1) for a, b in zip(shape, g.shape))):
+                faults.append(f"the {kind} {e.name} is {tuple(g.shape)}, not {shape}")
+    operators = collections.Counter(node.op_type for node in model.graph.node)
+    types = collections.Counter(layer.type.name for layer in layers)
+    for operator, layer in NATIVE_LAYERS.items():
+        if operators[operator] != types[layer]:
+            faults.append(f"{types[layer]} of {operators[operator]} {operator} became {layer} layers")
+    if faults:
+        raise CheckFailed("the parsed network is not the model: " + "; ".join(faults))
+    return {operator: types[layer] for operator, layer in NATIVE_LAYERS.items() if operators[operator]}
+
+
+def shape_of(info: onnx.ValueInfoProto) -> tuple[int | str, ...] | None:
+    """Numbers and symbols ("?" for a nameless one) of an input or output; None where the rank is unknown."""
+    if not info.type.tensor_type.HasField("shape"):
+        return None
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in info.type.tensor_type.shape.dim)
+
+
+def _config(tensorrt, builder, network, profiles, settings):
+    config = builder.create_builder_config()
+    if settings.backend == "rtx":
+        config.num_compute_capabilities = len(settings.targets)
+        for i, target in enumerate(settings.targets):
+            config.set_compute_capability(getattr(tensorrt.ComputeCapability, f"SM{target}"), i)
+    if settings.workspace_mb:
+        config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
+    if settings.hardware_compatibility:
+        level = getattr(tensorrt.HardwareCompatibilityLevel, settings.hardware_compatibility.upper())
+        config.hardware_compatibility_level = level
+    if settings.timing_cache:
+        known = settings.timing_cache.read_bytes() if settings.timing_cache.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for name, (low, best, high) in profile.shapes.items():
+            shapes.set_shape(name, low, best, high)
+        if config.add_optimization_profile(shapes) < 0:
+            raise UserError(f"TensorRT refuses the profile {profile.name}: {profile.shapes}")
+    return config
+
+
+def _parser_errors(parser) -> list[str]:
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    return [f"{e.node_name() or 'the model'}{f' ({e.node_operator()})' if e.node_operator() else ''}: {e.desc()}"
+            for e in errors] or ["TensorRT could not parse it"]
+
+
+def _logger(tensorrt, verbose: bool):
+    """A logger that keeps errors for the message and prints only when asked."""
+    class Logger(tensorrt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.errors = []
+
+        def log(self, severity, text):
+            if severity <= tensorrt.ILogger.Severity.ERROR:
+                self.errors.append(text)
+            if verbose:
+                print(f"[{severity.name}] {text}", file=sys.stderr)
+
+        def last_error(self):
+            return self.errors[-1] if self.errors else "it gave no reason"
+    return Logger()
+
+
+class _Interruptible:
+    """A progress bar fed by TensorRT, and a Ctrl-C that asks the builder to stop at its next step.
+
+    Python handles signals between its own instructions, and the builder runs none for seconds; its progress reports
+    are where a signal is seen.
+    """
+
+    def __init__(self, tensorrt):
+        self.stop = stop = threading.Event()
+        self.bar = bar = tqdm(desc="building", unit=" steps", disable=None, leave=False)
+
+        class Reporter(tensorrt.IProgressMonitor):
+            def __init__(self):
+                super().__init__()
+
+            def phase_start(self, phase, parent, steps):
+                if parent is None:
+                    bar.total = (bar.total or 0) + steps
+                    bar.set_description_str(phase[:40])
+
+            def step_complete(self, phase, step):
+                bar.update()
+                return not stop.is_set()
+
+            def phase_finish(self, phase):
+                pass
+        self.reporter = Reporter()
+
+    def __enter__(self):
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGINT, lambda *_: self.stop.set())
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if self.main:
+            signal.signal(signal.SIGINT, self.previous)
+        if self.stop.is_set():
+            raise KeyboardInterrupt

@@ -1,0 +1,195 @@
+"""What TensorRT refuses or silently misreads in an ONNX model, found before the parser sees it.
+
+`lint(model, targets)` returns one `Finding` per fault: the node, what is wrong, and the mend. The faults are those seen
+with TensorRT-RTX 1.7; the parser's own `supports_operator` answers True for several of them, and two are worse than a
+refusal: opset-24 Attention's `nonpad_kv_seqlen` is ignored and its `is_causal` is read as an upper-left mask, so that
+such a model builds and decodes wrongly. Types are those of ONNX shape inference. It reads no external data: only
+constants kept inside the file can be judged by value (small ones, as zero points and scales of one value are), and
+others are left to the checks after parsing (`trt_build.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+NEWEST_OPSET, OLDEST_OPSET = 24, 9
+INT32 = np.iinfo(np.int32)
+# Dtypes that not every target computes with, and the first compute capability that does.
+FIRST_TARGET = {
+    "BFLOAT16": 80, "INT4": 80, "FLOAT8E4M3FN": 89, "FLOAT4E2M1": 120,
+}
+REFUSED_DTYPES = ("UINT4", "UINT16", "UINT32", "UINT64", "INT16", "STRING", "COMPLEX64", "COMPLEX128",
+                  "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "UINT2", "INT2")
+REFUSED_OPERATORS = {
+    "DynamicQuantizeLinear": "quantize weights only, or export with static activation scales",
+    "MatMulInteger": "store the weights as DequantizeLinear + MatMul",
+    "ConvInteger": "store the weights as DequantizeLinear + Conv",
+    "QLinearMatMul": "use QuantizeLinear and DequantizeLinear around MatMul",
+    "QLinearConv": "use QuantizeLinear and DequantizeLinear around Conv",
+}
+MATRIX_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "LSTM", "GRU", "RNN")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. `node` is "name (Operator)" or the name of a tensor."""
+
+    node: str
+    problem: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.problem}; {self.mend}"
+
+
+def lint(model: onnx.ModelProto, targets: tuple[int, ...], supports=lambda operator: True) -> list[Finding]:
+    """Faults of `model` for compute capabilities such as (75, 86); `supports(operator)` is the parser's own answer."""
+    return list(_Linter(model, targets, supports).findings())
+
+
+class _Linter:
+    def __init__(self, model, targets, supports):
+        self.model, self.targets, self.supports = model, targets, supports
+        self.types = _types(model)
+        self.constants = {t.name: t for graph in _graphs(model.graph) for t in graph.initializer}
+        for node in self._nodes():
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR:
+                self.constants[node.output[0]] = node.attribute[0].t
+
+    def findings(self) -> Iterator[Finding]:
+        opset = max((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), default=None)
+        if opset is not None and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+            yield Finding("the model", f"opset {opset} is not supported",
+                          f"export it with an opset from {OLDEST_OPSET} to {NEWEST_OPSET}")
+        functions = {(f.domain, f.name) for f in self.model.functions}
+        for node in self._nodes():
+            if (node.domain, node.op_type) not in functions:
+                yield from self._node(node)
+        yield from self._dtypes()
+
+    def _nodes(self):
+        for graph in _graphs(self.model.graph):
+            yield from graph.node
+
+    def _node(self, node):
+        where = f"{node.name or node.output[0]} ({node.op_type})"
+        if node.domain not in ("", "ai.onnx"):
+            yield Finding(where, f"operator of the domain {node.domain}",
+                          "export the portable graph: standard ONNX operators only")
+        elif node.op_type in REFUSED_OPERATORS:
+            yield Finding(where, f"{node.op_type} is not supported", REFUSED_OPERATORS[node.op_type])
+        elif not self.supports(node.op_type):
+            yield Finding(where, f"{node.op_type} is not supported", "replace it by operators that TensorRT has")
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from self._quantized(node, where)
+        elif node.op_type == "Attention":
+            yield from self._attention(node, where)
+        elif node.op_type == "TensorScatter":
+            yield from self._cache(node, where)
+        if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self._type(node.input[0]) == "FLOAT":
+            yield Finding(where, "SM75 has no float32 matrix products in TensorRT-RTX",
+                          "export with --dtype fp16, or leave 75 out of --sm")
+        if node.op_type != "Slice":             # whose ends may lie beyond: they are clamped, as ONNX says
+            yield from self._integers(node, where)
+
+    def _quantized(self, node, where):
+        source = self._type(node.input[0])
+        if node.op_type == "DequantizeLinear" and source in ("UINT8", "UINT4"):
+            yield Finding(where, f"{source} weights are not supported", "quantize symmetric: signed codes, no zero point")
+        zero = node.input[2] if len(node.input) > 2 else ""
+        if zero:
+            values = self._value(zero)
+            if values is None or np.any(values.astype(np.int32)):
+                yield Finding(where, "a non-zero zero point is not supported" if values is not None else
+                              f"the zero point {zero} is not known to be zero", "quantize symmetric")
+        scale = self._value(node.input[1])
+        if scale is not None and not np.all(scale.astype(np.float32) > 0):
+            yield Finding(where, f"the scale {node.input[1]} is not positive everywhere",
+                          "store 1 as the scale of a group whose codes are all zero")
+
+    def _attention(self, node, where):
+        present = [bool(name) for name in node.input] + [False] * 7
+        if len([o for o in node.output if o]) > 1 or present[4] or present[5]:
+            yield Finding(where, "Attention with past or present keys and values is not supported",
+                          "write the cache with TensorScatter and give the whole of it as K and V")
+        if present[6]:
+            yield Finding(where, "the input nonpad_kv_seqlen is ignored by TensorRT, so padding would be attended to",
+                          "give an explicit attn_mask")
+        if _attribute(node, "is_causal", 0):
+            yield Finding(where, "is_causal is read by TensorRT as an upper-left mask, which is wrong beside a cache",
+                          "give an explicit attn_mask")
+
+    def _cache(self, node, where):
+        if _attribute(node, "mode", b"linear") != b"linear":
+            yield Finding(where, "a circular cache is not supported", "use mode=linear")
+        if self._type(node.input[0]) in ("INT8", "UINT8"):
+            yield Finding(where, "an int8 cache is not supported", "keep the cache in fp16 or bf16")
+
+    def _integers(self, node, where):
+        for name in node.input:
+            values = self._value(name) if self._type(name) == "INT64" else None
+            if values is not None and values.size and (values.max() > INT32.max or values.min() < INT32.min):
+                worst = max(values.ravel().tolist(), key=abs)
+                yield Finding(where, f"the int64 constant {name} holds {worst}, beyond 32 bits",
+                              "clip it to the range of int32")
+
+    def _dtypes(self):
+        for name, dtype in sorted(self.types.items()):
+            if dtype in REFUSED_DTYPES:
+                yield Finding(name, f"{dtype} tensors are not supported", "export with another dtype")
+        seen = {dtype: name for name, dtype in sorted(self.types.items(), reverse=True)}
+        for dtype, first in FIRST_TARGET.items():
+            lacking = [str(t) for t in self.targets if t < first]
+            if dtype in seen and lacking:
+                yield Finding(seen[dtype], f"{dtype} needs compute capability {first} or later",
+                              f"leave {','.join(lacking)} out of --sm, or export with another dtype")
+
+    def _type(self, name: str) -> str | None:
+        return self.types.get(name)
+
+    def _value(self, name: str) -> np.ndarray | None:
+        tensor = self.constants.get(name)
+        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+            return None
+        return numpy_helper.to_array(tensor)
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and every body of an If, Loop or Scan inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in ([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs):
+                yield from _graphs(body)
+
+
+def _types(model: onnx.ModelProto) -> dict[str, str]:
+    """Dtype name of every tensor that ONNX can tell: inputs, initializers and inferred values."""
+    try:
+        model = onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError):   # over 2 GB, or operators without a schema
+        pass
+    types = {}
+    for graph in _graphs(model.graph):
+        for tensor in graph.initializer:
+            types[tensor.name] = TensorProto.DataType.Name(tensor.data_type)
+        for info in (*graph.input, *graph.value_info, *graph.output):
+            if info.type.HasField("tensor_type"):
+                types[info.name] = TensorProto.DataType.Name(info.type.tensor_type.elem_type)
+    return types
+
+
+def _attribute(node, name, default):
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def dtypes_of(target: int) -> list[str]:
+    """Names of the dtypes that can be computed with, or stored as weights, on a compute capability."""
+    floats = [] if target == 75 else ["fp32"]
+    named = {"BFLOAT16": "bf16", "INT4": "int4", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
+    return [*floats, "fp16", "int8"] + [name for dtype, name in named.items() if target >= FIRST_TARGET[dtype]]

@@ -1,0 +1,131 @@
+"""What is kept of an engine: its file, a JSON record beside it, and its entry in a bundle's manifest.
+
+`model.engine` (or `model.engine.gz`) has the record `model.engine.json`: backend and version, compute capabilities,
+profiles, inputs and outputs, sizes, build time and peak memory, the hash of the graph it was made from, layer counts.
+
+A name that ends in .gz is compressed, as the engines of a bundle are: TensorRT-RTX keeps the source text of every
+kernel it will compile on the device, 136 KB of it for each kernel and profile, nearly all the same (README, "Engine
+size"), and only the copy in memory needs that.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from export import bundle as bundles
+from export.trt_build import Engine, Profile, Settings, load_backend, shape_of
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+from runtime.machine import peak_rss_mb
+
+COMPRESSION = 1                  # of gzip: the weights do not compress, the text does at any level
+
+
+def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: Path, profiles: list[Profile],
+           capacity: int | None) -> dict:
+    """The facts of one build. source: the ONNX file; its external data is hashed too."""
+    files = [source.name, *sorted({e.value for t in model.graph.initializer for e in t.external_data
+                                   if e.key == "location"})]
+    constants = {t.name for t in model.graph.initializer}
+    return {
+        "backend": settings.backend, "version": load_backend(settings.backend).__version__,
+        "compute_capabilities": [str(t) for t in settings.targets], "capacity": capacity,
+        "profiles": [{"name": p.name, "shapes": {k: [list(s) for s in v] for k, v in p.shapes.items()}} for p in profiles],
+        "inputs": [_described(i) for i in model.graph.input if i.name not in constants],
+        "outputs": [_described(o) for o in model.graph.output],
+        "bytes": len(engine.plan), "build_s": round(engine.seconds, 2), "peak_rss_mb": round(peak_rss_mb()),
+        "source": {name: _sha256(source.parent / name) for name in files},
+        "layers": engine.layers, "native_layers": engine.native,
+    }
+
+
+def record_name(engine: str) -> str:
+    """Name of an engine file's record."""
+    return engine.removesuffix(".gz") + ".json"
+
+
+def check_writable(out: Path) -> None:
+    """Refuse before the build a place where the engine could not be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = out.with_name(out.name + ".part")
+        probe.touch()
+        probe.unlink()
+        if out.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another place with -o") from None
+
+
+def write(out: Path, plan: bytes, facts: dict) -> None:
+    """Engine and record side by side; each is complete or not there."""
+    for path, data in ((out, packed(out.name, plan)), (out.with_name(record_name(out.name)), _text(facts))):
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"{path} could not be written ({error.strerror or error})") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def add_to_bundle(bundle: Bundle, name: str, plan: bytes, facts: dict) -> dict:
+    """Put an engine and its record into a bundle, in place of one of the same name; returns the new manifest."""
+    manifest, data = json.loads(json.dumps(bundle.manifest)), packed(name, plan)
+    bundles.add_file(bundle.folder, manifest, record_name(name), _text(facts))
+    entry = {"file": name, "record": record_name(name), "file_bytes": len(data)} | {key: facts[key] for key in (
+        "backend", "version", "compute_capabilities", "capacity", "profiles", "bytes", "source")}
+    manifest["engines"] = [e for e in manifest["engines"] if e["file"] != name] + [entry]
+    bundles.add_file(bundle.folder, manifest, name, data)
+    return manifest
+
+
+def packed(name: str, plan: bytes) -> bytes:
+    return gzip.compress(plan, COMPRESSION, mtime=0) if name.endswith(".gz") else plan
+
+
+def inspect(engine: Path) -> str:
+    """The record of an engine as text, and the engine's own layer information where a GPU can load it."""
+    if not engine.is_file():
+        raise UserError(f"{engine}: no such file; give an engine that `python -m export.trt` wrote")
+    path = engine.with_name(record_name(engine.name))
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        backend = facts["backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the engine's record cannot be read ({error}); build the engine again") from None
+    lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
+    try:
+        lines.append(_layer_information(backend, engine))
+    except UserError as error:
+        lines.append(f"layer information: needs a GPU that can load the engine ({error})")
+    return "\n".join(lines)
+
+
+def _layer_information(backend: str, engine: Path) -> str:
+    tensorrt = load_backend(backend)
+    from runtime.trt_engine import read_plan, load_plan
+    loaded = load_plan(tensorrt, read_plan(engine), engine)
+    return loaded.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.ONELINE)
+
+
+def _described(info: onnx.ValueInfoProto) -> dict:
+    return {"name": info.name, "dtype": TensorProto.DataType.Name(info.type.tensor_type.elem_type).lower(),
+            "shape": shape_of(info)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(facts: dict) -> bytes:
+    return (json.dumps(facts, indent=1) + "\n").encode()
