@@ -1,0 +1,293 @@
+"""A bundle's TensorRT engines behind the backend interface (`runtime/backend.py`).
+
+One stream carries everything: the four token inputs go up from pinned memory, the engine runs, the logits come down.
+The cache is one device buffer per layer and key or value, [rows, kv_heads, capacity, head_dim], bound as past and as
+present at once, so that the engine updates it in place; a view of some rows is an offset into it. An engine's capacity
+is fixed: a cache gets the smallest engine that holds what was asked, and `grow` moves it to a larger one.
+
+An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more. A call
+that is larger than the profile (rows, tokens or logits) is split. The decode step of a view is recorded as a CUDA graph
+once it has run, and launched from then on.
+
+Written against the Python API of TensorRT-RTX 1.7 and cuda-python 13, and tested against a double of both; it has not
+run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+from runtime.trt_device import Device, DeviceError
+from runtime.trt_engine import fitting_engines, load_plan, read_plan
+
+TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
+ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
+
+
+class TrtBackend:
+    """See `runtime.backend.Backend`. Raises UserError with the reason where no engine of the bundle can run here.
+
+    cuda, modules: in place of cuda-python and of the TensorRT libraries (tests).
+    """
+
+    name = "tensorrt"
+    max_chunk_rows = None
+
+    def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
+        if not bundle.manifest["engines"]:
+            raise UserError("the bundle has no TensorRT engine; `python -m export.trt` adds one")
+        self.device = Device(cuda)
+        tensorrt, entries = fitting_engines(bundle, self.device.gpu, modules)
+        self.graph = entries[0]["file"]
+        self._engines = {entry["capacity"]: _Engine(tensorrt, self.device, bundle, entry) for entry in entries}
+        first = min(self._engines)
+        self._engines[first].load()               # an engine that cannot run is found now
+        self.caches = self._engines[first].caches
+        self.item_bytes = self._engines[first].item_bytes
+
+    def capacity_for(self, capacity: int) -> int:
+        """The smallest capacity of an engine that holds `capacity` slots."""
+        enough = [size for size in self._engines if size >= capacity]
+        if not enough:
+            raise UserError(f"the TensorRT engines of this bundle hold at most {max(self._engines)} tokens, and {capacity} "
+                            f"are needed; build one with `python -m export.trt --capacity {capacity}`")
+        return min(enough)
+
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        return rows * self.capacity_for(capacity) * self.item_bytes * sum(heads * size for _, heads, size in self.caches)
+
+    def new_cache(self, rows: int, capacity: int) -> TrtCache:
+        return TrtCache(self, self.capacity_for(capacity), np.zeros(rows, np.int64))
+
+    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
+        engine = self._engines[cache.capacity].load()
+        rows, tokens = input_ids.shape
+        wanted = logits_positions.shape[1]
+        if rows <= engine.rows and tokens <= engine.tokens and wanted <= engine.logits:
+            return engine.run(input_ids, position_ids, write_index, logits_positions, cache)
+        logits = np.empty((rows, wanted, engine.vocab), np.float32)
+        for start in range(0, rows, engine.rows):
+            part = slice(start, min(start + engine.rows, rows))
+            view = cache.view(part.start, part.stop)
+            for first in range(0, tokens, engine.tokens):
+                chunk = slice(first, min(first + engine.tokens, tokens))
+                self._chunk(engine, (input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first), view,
+                            logits_positions[part] - first, logits[part])
+        return logits
+
+    def _chunk(self, engine, inputs, view, positions, out) -> None:
+        """Run one chunk, and fill the logits whose positions (relative to it) lie inside it."""
+        tokens = inputs[0].shape[1]
+        inside = (positions >= 0) & (positions < tokens)
+        columns = np.flatnonzero(inside.any(axis=0))
+        groups = [columns[i:i + engine.logits] for i in range(0, len(columns), engine.logits)] or [np.empty(0, int)]
+        for group in groups:                      # a second run of the same tokens writes the same slots again
+            asked = np.clip(positions[:, group], 0, tokens - 1) if len(group) else np.zeros((len(out), 1), np.int64)
+            result = engine.run(*inputs, asked, view)
+            for i, column in enumerate(group):
+                rows = inside[:, column]
+                out[rows, column] = result[rows, i]
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self.device.close()
+
+
+class TrtCache:
+    """See `runtime.backend.Cache`. A view has the storage of the cache it was taken from."""
+
+    def __init__(self, backend: TrtBackend, capacity: int, lengths: np.ndarray, storage: _Storage | None = None,
+                 start: int = 0):
+        self._backend, self.capacity, self.lengths, self.start = backend, capacity, lengths, start
+        self._is_view = storage is not None
+        self.storage = storage or _Storage(backend, len(lengths), capacity)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.rows * size for size in self.storage.row_bytes)
+
+    def address(self, index: int) -> int:
+        """Where the first row of buffer `index` (in the order of the engine's caches) begins."""
+        return self.storage.addresses[index] + self.start * self.storage.row_bytes[index]
+
+    def truncate(self, row: int, length: int) -> None:
+        self.lengths[row] = length
+
+    def fork(self, source: int, target: int) -> None:
+        for index, size in enumerate(self.storage.row_bytes):
+            begin = self.address(index)
+            self._backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
+        self.lengths[target] = self.lengths[source]
+
+    def view(self, start: int, stop: int) -> TrtCache:
+        return TrtCache(self._backend, self.capacity, self.lengths[start:stop], self.storage, self.start + start)
+
+    def grow(self, capacity: int) -> None:
+        if self._is_view:
+            raise ValueError("a view cannot grow")
+        larger = self._backend.capacity_for(capacity)
+        if larger <= self.capacity:
+            return
+        storage = _Storage(self._backend, self.rows, larger)
+        for index, (_, heads, size) in enumerate(self._backend.caches):
+            old, new = (slots * size * self._backend.item_bytes for slots in (self.capacity, larger))
+            self._backend.device.copy_blocks(storage.addresses[index], new, self.storage.addresses[index], old, old,
+                                             self.rows * heads)
+        self._backend.device.synchronize()        # before the old storage is freed
+        self.capacity, self.storage = larger, storage
+
+
+class _Storage:
+    """Zeroed device buffers of a cache: what no token has written yet must not be NaN, since 0 x NaN is NaN."""
+
+    def __init__(self, backend: TrtBackend, rows: int, capacity: int):
+        self._device, self.addresses, self.graphs = backend.device, [], {}
+        self.row_bytes = [heads * capacity * size * backend.item_bytes for _, heads, size in backend.caches]
+        try:
+            for size in self.row_bytes:
+                self.addresses.append(self._device.allocate(rows * size))
+                self._device.zero(self.addresses[-1], rows * size)
+        except DeviceError as error:
+            self.free()
+            raise DeviceError(f"the KV cache of {rows} x {capacity} tokens ({rows * sum(self.row_bytes) / 1e6:.0f} MB) "
+                              f"does not fit the GPU: {error}") from None
+
+    def free(self) -> None:
+        for graph in self.graphs.values():
+            self._device.drop_graph(graph)
+        for address in self.addresses:
+            self._device.free(address)
+        self.graphs, self.addresses = {}, []
+
+    def __del__(self):
+        try:
+            self.free()
+        except DeviceError:                       # the device is gone, and its memory with it
+            pass
+
+
+class _Engine:
+    """One engine of one capacity, loaded when first needed."""
+
+    def __init__(self, tensorrt, device: Device, bundle: Bundle, entry: dict):
+        self._tensorrt, self._device, self._path = tensorrt, device, bundle.path(entry["file"])
+        self._contexts, self._engine, self._staging = {}, None, {}
+        high = {p["name"]: {k: v[2] for k, v in p["shapes"].items()} for p in entry["profiles"]}
+        self._profiles = [p["name"] for p in entry["profiles"]]
+        self.rows, self.tokens = high["prefill"]["input_ids"]
+        self.logits = high["prefill"]["logits_positions"][1]
+
+    def load(self) -> _Engine:
+        if self._engine is not None:
+            return self
+        engine = load_plan(self._tensorrt, read_plan(self._path), self._path)
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        pasts = [name for name in names if name.startswith("past_")]
+        dtype = engine.get_tensor_dtype(pasts[0]).name
+        self.item_bytes = ITEM_BYTES[dtype]
+        self.caches = [(name, engine.get_tensor_shape(name)[1], engine.get_tensor_shape(name)[3]) for name in pasts]
+        self.vocab = engine.get_tensor_shape("logits")[2]
+        for index, name in enumerate(self._profiles):
+            context = engine.create_execution_context()
+            if context is None:
+                raise DeviceError(f"{self._path}: the GPU has too little memory to run the engine")
+            if not context.set_optimization_profile_async(index, int(self._device.stream)):
+                raise DeviceError(f"{self._path}: the profile {name} cannot be set")
+            self._contexts[name] = context
+        self._device.synchronize()
+        self._engine = engine
+        return self
+
+    def run(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
+        """One call within the profiles; float32 logits [b, k, vocab] in pinned memory, valid until the next call."""
+        arrays = (input_ids, position_ids, write_index, logits_positions)
+        (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
+        decode = tokens == 1 and wanted == 1
+        context = self._contexts["decode" if decode else "prefill"]
+        staging = self._stage(rows, tokens, wanted)
+        for name, array in zip(TOKEN_INPUTS, arrays):
+            staging.host[name][...] = array
+
+        def work():
+            self._device.upload(staging.address, staging.flat)
+            if not context.execute_async_v3(int(self._device.stream)):
+                raise DeviceError(f"{self._path}: TensorRT could not run a step")
+            self._device.download(staging.logits, staging.logits_address)
+
+        key = (cache.start, rows)
+        graph = cache.storage.graphs.get(key) if decode else None
+        if graph is not None:
+            self._device.launch(graph)
+        else:
+            self._bind(context, staging, arrays, cache)
+            work()
+            if decode and self._capturable(context):
+                cache.storage.graphs[key] = self._device.capture(work)
+        self._device.synchronize()
+        return staging.logits
+
+    def _bind(self, context, staging, arrays, cache) -> None:
+        bound = [context.set_input_shape(name, array.shape) and
+                 context.set_tensor_address(name, staging.addresses[name]) for name, array in zip(TOKEN_INPUTS, arrays)]
+        for index, (name, heads, size) in enumerate(self.caches):
+            shape, address = (len(arrays[0]), heads, cache.capacity, size), cache.address(index)
+            bound += [context.set_input_shape(name, shape), context.set_tensor_address(name, address),
+                      context.set_tensor_address(name.replace("past_", "present_", 1), address)]
+        bound.append(context.set_tensor_address("logits", staging.logits_address))
+        if not all(bound):
+            raise DeviceError(f"{self._path}: TensorRT refused a shape or an address")
+
+    def _capturable(self, context) -> bool:
+        """TensorRT for RTX compiles kernels while it first runs, and cannot be recorded until it has."""
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or ask(int(self._device.stream))
+
+    def _stage(self, rows: int, tokens: int, wanted: int) -> _Staging:
+        """Buffers for calls of one shape; those of decode steps stay, since CUDA graphs hold their addresses."""
+        key = (rows, tokens, wanted)
+        if key not in self._staging:
+            for old in [k for k in self._staging if k[1:] != (1, 1)]:
+                self._staging.pop(old).free()
+            self._staging[key] = _Staging(self._device, rows, tokens, wanted, self.vocab)
+        return self._staging[key]
+
+    def close(self) -> None:
+        for staging in self._staging.values():
+            staging.free()
+        self._staging, self._contexts, self._engine = {}, {}, None
+
+
+class _Staging:
+    """Pinned and device memory of a call's token inputs, one block each, and of its logits."""
+
+    ALIGNMENT = 256                   # bytes that TensorRT wants addresses to be a multiple of
+
+    def __init__(self, device: Device, rows: int, tokens: int, wanted: int, vocab: int):
+        shapes = {"input_ids": (rows, tokens), "position_ids": (rows, tokens), "write_index": (rows,),
+                  "logits_positions": (rows, wanted)}
+        offsets, end = {}, 0
+        for name, shape in shapes.items():
+            offsets[name], end = end, end + -(-math.prod(shape) * 8 // self.ALIGNMENT) * self.ALIGNMENT
+        self._device = device
+        self.address = device.allocate(end)
+        self.logits_address = device.allocate(rows * wanted * vocab * 4)
+        self.flat = device.pinned((end // 8,), np.int64)
+        self.logits = device.pinned((rows, wanted, vocab), np.float32)
+        self.addresses = {name: self.address + offset for name, offset in offsets.items()}
+        self.host = {name: self.flat[offsets[name] // 8:][:math.prod(shape)].reshape(shape)
+                     for name, shape in shapes.items()}
+
+    def free(self) -> None:
+        for address in (self.address, self.logits_address):
+            self._device.free(address)
+        for array in (self.flat, self.logits):
+            self._device.unpin(array)

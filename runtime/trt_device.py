@@ -1,0 +1,121 @@
+"""The part of CUDA that the TensorRT backend needs, through cuda-python: one stream, buffers, copies, graphs.
+
+Addresses are ints, sizes bytes. Copies and launches are queued on the one stream, in order, and finish at
+`synchronize`. Every failure is a `DeviceError` with CUDA's own name for it. Pinned host memory is what a queued copy
+from or to numpy needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import UserError
+
+
+class DeviceError(UserError):
+    """The GPU, its driver or its memory failed; another backend may still serve."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    compute_capability: int           # 86 for 8.6
+
+
+class Device:
+    """The first CUDA device and one stream on it. Raises DeviceError where there is none."""
+
+    def __init__(self, cuda=None):
+        self.cuda = cuda or _import_cuda()
+        self._call(self.cuda.cudaSetDevice, 0)
+        attributes = self.cuda.cudaDeviceAttr
+        major, minor = (self._call(self.cuda.cudaDeviceGetAttribute, a, 0) for a in (
+            attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor))
+        name = self._call(self.cuda.cudaGetDeviceProperties, 0).name
+        self.gpu = Gpu(name.decode() if isinstance(name, bytes) else str(name), 10 * int(major) + int(minor))
+        self.stream = self._call(self.cuda.cudaStreamCreate)
+
+    def allocate(self, size: int) -> int:
+        return int(self._call(self.cuda.cudaMalloc, size))
+
+    def free(self, address: int) -> None:
+        self._call(self.cuda.cudaFree, address)
+
+    def pinned(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An array in page-locked memory; give it to `unpin` when done."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(self._call(self.cuda.cudaMallocHost, size))
+        return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+    def unpin(self, array: np.ndarray) -> None:
+        self._call(self.cuda.cudaFreeHost, array.ctypes.data)
+
+    def zero(self, address: int, size: int) -> None:
+        self._call(self.cuda.cudaMemsetAsync, address, 0, size, self.stream)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Queue a copy of a pinned array to the device."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call(self.cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self.stream)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """Queue a copy from the device to a pinned array."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call(self.cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self.stream)
+
+    def copy_blocks(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, count: int) -> None:
+        """Queue copies of `count` blocks of `width` bytes on the device, each a pitch after the last."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call(self.cuda.cudaMemcpy2DAsync, target, target_pitch, source, source_pitch, width, count, kind, self.stream)
+
+    def synchronize(self) -> None:
+        self._call(self.cuda.cudaStreamSynchronize, self.stream)
+
+    def capture(self, work) -> object:
+        """Record what `work()` queues as a CUDA graph, without running it."""
+        self._call(self.cuda.cudaStreamBeginCapture, self.stream,
+                   self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            work()
+        except BaseException:
+            self.cuda.cudaStreamEndCapture(self.stream)      # a failed capture must be ended too
+            raise
+        graph = self._call(self.cuda.cudaStreamEndCapture, self.stream)
+        try:
+            return self._call(self.cuda.cudaGraphInstantiate, graph, 0)
+        finally:
+            self._call(self.cuda.cudaGraphDestroy, graph)
+
+    def launch(self, graph) -> None:
+        self._call(self.cuda.cudaGraphLaunch, graph, self.stream)
+
+    def drop_graph(self, graph) -> None:
+        self._call(self.cuda.cudaGraphExecDestroy, graph)
+
+    def close(self) -> None:
+        self._call(self.cuda.cudaStreamDestroy, self.stream)
+
+    def _call(self, function, *args):
+        """Call CUDA; its functions return (error, *results)."""
+        error, *results = function(*args)
+        if error != self.cuda.cudaError_t.cudaSuccess:
+            raise DeviceError(f"the GPU failed: {error.name} in {function.__name__}")
+        return results[0] if results else None
+
+
+def present_gpu() -> Gpu:
+    """The GPU of this machine. Raises DeviceError where there is none."""
+    device = Device()
+    device.close()
+    return device.gpu
+
+
+def _import_cuda():
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except (ImportError, OSError) as error:
+        raise DeviceError(f"cuda-python cannot be loaded ({error}); pip install cuda-python") from None

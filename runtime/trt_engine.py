@@ -1,0 +1,82 @@
+"""Choose and load the TensorRT engines of a bundle: those made for this GPU by the library version installed here.
+
+Every reason why an engine does not fit is a UserError with that reason, so that the runtime can step down and say why.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import zlib
+from pathlib import Path
+
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+from runtime.trt_device import DeviceError, Gpu
+
+MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+
+
+def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tuple[object, list[dict]]:
+    """The TensorRT module, and manifest entries of engines it can load on `gpu`, smallest capacity first.
+
+    modules: backend -> module, in place of those installed. Raises UserError with the reason of every engine refused.
+    """
+    reasons = []
+    fitting: dict[str, list[dict]] = {}
+    for entry in bundle.manifest["engines"]:
+        backend, capabilities = entry["backend"], entry["compute_capabilities"]
+        try:
+            module = modules[backend] if modules else _import(backend)
+        except UserError as error:
+            reasons.append(f"{entry['file']}: {error}")
+            continue
+        if str(gpu.compute_capability) not in capabilities:
+            reasons.append(f"{entry['file']} is for SM {', '.join(capabilities)}, {gpu.name} is SM "
+                           f"{gpu.compute_capability}")
+        elif entry["version"] != module.__version__:
+            reasons.append(f"{entry['file']} was built by {MODULES[backend]} {entry['version']}, installed is "
+                           f"{module.__version__}")
+        else:
+            fitting.setdefault(backend, []).append(entry)
+    for backend, entries in fitting.items():
+        module = modules[backend] if modules else _import(backend)
+        return module, sorted(entries, key=lambda entry: entry["capacity"])
+    raise UserError("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+
+
+def read_plan(path: Path) -> bytes:
+    """The serialized engine of a file, decompressed where its name ends in .gz."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the engine cannot be read ({error}); build it again with `python -m export.trt`") from None
+
+
+def load_plan(tensorrt, plan: bytes, path: Path):
+    """An engine ready for execution contexts. Raises DeviceError with what TensorRT says against it."""
+    try:
+        runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.INTERNAL_ERROR))
+    except Exception as error:                    # pybind11 raises TypeError where the library finds no driver
+        raise DeviceError(f"TensorRT finds no usable GPU or driver ({error})") from None
+    if hasattr(runtime, "get_engine_validity"):   # TensorRT for RTX
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        if validity == tensorrt.EngineValidity.INVALID:
+            found = [name for name, flag in tensorrt.EngineInvalidityDiagnostics.__members__.items()
+                     if int(diagnostics) & int(flag.value)]
+            raise DeviceError(f"{path}: TensorRT refuses the engine: {', '.join(found) or 'invalid'}")
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU "
+                          "memory)")
+    return engine
+
+
+def _import(backend: str):
+    try:
+        return importlib.import_module(MODULES[backend])
+    except KeyError:
+        raise UserError(f"unknown engine backend {backend!r}") from None
+    except (ImportError, OSError) as error:
+        raise UserError(f"{MODULES[backend]} cannot be loaded ({error})") from None

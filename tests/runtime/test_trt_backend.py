@@ -1,0 +1,212 @@
+"""The TensorRT backend against a double that computes: what it gives, the calls it makes, every way it steps down."""
+
+import inspect
+import json
+import re
+
+import numpy as np
+import pytest
+
+real = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed ([rtx])")
+real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed ([rtx], [gpu])")
+
+import tensorrt_double as double                                    # noqa: E402
+from export import bundle as bundles                                # noqa: E402
+from export import onnx as export_onnx                              # noqa: E402
+from runtime import decode                                          # noqa: E402
+from runtime.bundle import open_bundle                              # noqa: E402
+from runtime.errors import UserError                                # noqa: E402
+from runtime.ort_backend import OrtBackend                          # noqa: E402
+from runtime.sampling import Sampler, SamplingOptions               # noqa: E402
+from runtime.trt_backend import TrtBackend                          # noqa: E402
+
+ROWS, TOKENS, LOGITS = 2, 8, 4
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint, tmp_path_factory):
+    """A tiny bundle with engines of 64 and 128 slots, which are its ONNX graph to the double."""
+    folder = tmp_path_factory.mktemp("trt") / "bundle"
+    assert export_onnx.main([str(tiny_checkpoint("smollm2")), "-o", str(folder)]) == 0
+    for capacity in (64, 128):
+        add_engine(folder, f"engines/c{capacity}.engine", capacity)
+    return open_bundle(folder)
+
+
+def add_engine(folder, name, capacity, **changes):
+    manifest = open_bundle(folder).manifest
+    high = {"input_ids": [ROWS, TOKENS], "logits_positions": [ROWS, LOGITS]}
+    profiles = [{"name": name, "shapes": {k: [None, None, v] for k, v in high.items()}} for name in ("decode", "prefill")]
+    manifest["engines"].append({"file": name, "backend": "rtx", "version": double.VERSION, "capacity": capacity,
+                                "compute_capabilities": ["86", "89"], "profiles": profiles, "bytes": 1} | changes)
+    plan = json.dumps({"onnx": str(folder / "portable.onnx"), "capacity": capacity})
+    bundles.add_file(folder, manifest, name, plan.encode())
+
+
+def opened(bundle, cuda=None, **kwargs):
+    cuda = cuda or double.Cuda()
+    module = double.TensorRT(cuda, **kwargs)
+    return TrtBackend(bundle, cuda=cuda, modules={"rtx": module}), cuda, module
+
+
+def feed(backend, cache, ids, lengths, positions):
+    ids, start = np.asarray(ids, np.int64), np.asarray(lengths, np.int64)
+    return backend.forward(ids, start[:, None] + np.arange(ids.shape[1]), start, np.asarray(positions, np.int64), cache)
+
+
+def parameters(function):
+    """Names of a double's parameters, self left out."""
+    return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def documented(function):
+    """Names of the parameters in the first line of a compiled function's documentation."""
+    inside = re.search(r"\((.*)\)", function.__doc__.strip().splitlines()[0]).group(1)
+    # pybind11 writes "name: type", Cython "type name" or "name: type"
+    names = [part.split(":")[0].split("=")[0].split()[-1] for part in re.sub(r"\[[^\]]*\]", "", inside).split(",") if part.strip()]
+    return [name for name in names if name != "self"]
+
+
+@pytest.mark.parametrize("owner", ["Runtime", "Engine", "Context"])
+def test_the_doubles_methods_are_those_of_tensorrt(owner):
+    real_class = {"Runtime": real.Runtime, "Engine": real.ICudaEngine, "Context": real.IExecutionContext}[owner]
+    methods = {n: f for n, f in vars(getattr(double, owner)).items() if inspect.isfunction(f) and n[0] != "_"}
+    assert methods
+    for name, method in methods.items():
+        overloads = getattr(real_class, name).__doc__
+        names = parameters(method)
+        if "Overloaded function" in overloads:
+            lines = [line for line in overloads.splitlines() if re.match(rf"\d+\. {name}\(", line)]
+            found = [documented(type("F", (), {"__doc__": line})) for line in lines]
+            assert any(got[:len(names)] == names for got in found), (name, found)
+        else:
+            assert documented(getattr(real_class, name))[:len(names)] == names, name
+    if owner == "Engine":
+        assert hasattr(real.ICudaEngine, "num_io_tensors")
+
+
+def test_the_doubles_functions_are_those_of_cuda():
+    functions = {n: f for n, f in vars(double.Cuda).items() if inspect.isfunction(f) and n.startswith("cuda")}
+    assert len(functions) > 15
+    for name, function in functions.items():
+        assert len(parameters(function)) == len(documented(getattr(real_cuda, name))), name
+
+
+def test_logits_equal_onnx_runtime_over_ragged_prefill_and_decode(bundle):
+    """Ragged rows, more rows, tokens and logits than a profile takes, forks, then decode steps: the reference's numbers."""
+    trt, cuda, _ = opened(bundle)
+    ort = OrtBackend(bundle, role="portable")
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 384, (3, 20))
+    positions = np.stack([np.arange(0, 20, 3), np.arange(1, 20, 3), np.arange(7)])        # 7 each, in three chunks
+    caches = [trt.new_cache(3, 64), ort.new_cache(3, 64)]
+    got, expected = (feed(b, c, ids, [0, 0, 0], positions) for b, c in zip((trt, ort), caches))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    for cache in caches:
+        cache.lengths[:] = [20, 13, 5]
+        cache.fork(2, 0)
+        assert cache.lengths.tolist() == [5, 13, 5]
+    for step in range(4):
+        token, lengths = rng.integers(0, 384, (3, 1)), caches[0].lengths.copy()
+        got, expected = (feed(b, c, token, lengths, np.zeros((3, 1))).copy() for b, c in zip((trt, ort), caches))
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+        for cache in caches:
+            cache.lengths += 1
+
+
+def test_the_decode_loop_gives_the_same_greedy_tokens_and_grows_the_cache(bundle):
+    prompts = [np.arange(5, 35), np.arange(40, 52), np.arange(7, 17)]
+    def tokens(backend, capacity):
+        sequences = [decode.Sequence(p, Sampler(SamplingOptions(temperature=0.0), p, 0), 50) for p in prompts]
+        list(decode.run(backend, backend.new_cache(3, capacity), list(sequences)))
+        return [s.tokens for s in sequences]
+    trt, cuda, _ = opened(bundle)
+    assert tokens(trt, 64) == tokens(OrtBackend(bundle, role="portable"), 128)
+
+
+def test_a_decode_step_is_recorded_once_and_then_launched(bundle):
+    trt, cuda, module = opened(bundle)
+    cache = trt.new_cache(2, 64)
+    for step in range(4):
+        feed(trt, cache, [[step], [step]], [step, step], [[0], [0]])
+    assert [(profile, recorded) for profile, _, _, recorded in module.calls] == [(0, False), (0, True)]
+    assert sum(name == "cudaGraphLaunch" for name, _ in cuda.calls) == 3
+    trt_plain, cuda, module = opened(bundle, refuse=["capture"])
+    for step in range(2):
+        feed(trt_plain, trt_plain.new_cache(1, 64), [[step]], [0], [[0]])
+    assert not any(name == "cudaStreamBeginCapture" for name, _ in cuda.calls)
+
+
+def test_profiles_shapes_and_addresses_of_a_call(bundle):
+    trt, cuda, module = opened(bundle)
+    cache = trt.new_cache(4, 64)
+    feed(trt, cache.view(1, 3), [[1, 2, 3]] * 2, [0, 0], [[2], [2]])
+    (profile, shapes, addresses, _), = module.calls
+    assert profile == 1 and shapes["input_ids"] == (2, 3) and shapes["past_key.0"] == (2, 2, 64, 16)
+    row = 2 * 64 * 16 * 4
+    assert addresses["past_key.0"] == addresses["present_key.0"] == cache.address(0) + row
+    assert cache.nbytes == trt.cache_bytes(4, 64) == 4 * 4 * row and cache.view(1, 3).nbytes == 2 * 4 * row
+    order = [name for name, _ in cuda.calls]
+    upload, download = (i for i, n in enumerate(order) if n == "cudaMemcpyAsync")
+    assert upload < download < len(order) - 1 - order[::-1].index("cudaStreamSynchronize")
+
+
+def test_capacities(bundle):
+    trt, *_ = opened(bundle)
+    assert trt.new_cache(1, 10).capacity == 64 and trt.new_cache(1, 65).capacity == 128
+    with pytest.raises(UserError, match="hold at most 128 tokens, and 129 are needed.*--capacity 129"):
+        trt.new_cache(1, 129)
+
+
+def test_device_memory_is_given_back(bundle):
+    trt, cuda, _ = opened(bundle)
+    cache = trt.new_cache(2, 64)
+    feed(trt, cache, [[1], [2]], [0, 0], [[0], [0]])
+    cache.grow(128)
+    del cache
+    trt.close()
+    assert not cuda.blocks and not cuda.pinned
+
+
+STEPS_DOWN = {
+    "no driver": (dict(fail=["cudaSetDevice"], error="cudaErrorInsufficientDriver"), {}, "cudaErrorInsufficientDriver"),
+    "another GPU": (dict(compute_capability=120), {}, "is for SM 86, 89, Double is SM 120"),
+    "another version": ({}, dict(version="1.0"), f"was built by tensorrt_rtx {double.VERSION}, installed is 1.0"),
+    "driver found late": ({}, dict(driver=False), "no usable GPU or driver"),
+    "invalid": ({}, dict(invalid=int(real.EngineInvalidityDiagnostics.UNSUPPORTED_CC)), "refuses the engine: UNSUPPORTED_CC"),
+    "corrupt": ({}, dict(refuse=["deserialize"]), "could not load the engine"),
+    "no memory for a context": ({}, dict(refuse=["context"]), "too little memory"),
+    "profile": ({}, dict(refuse=["profile"]), "profile decode cannot be set"),
+}
+
+
+@pytest.mark.parametrize("case", STEPS_DOWN)
+def test_opening_fails_with_the_reason(bundle, case):
+    cuda, module, reason = STEPS_DOWN[case]
+    with pytest.raises(UserError, match=re.escape(reason)):
+        opened(bundle, double.Cuda(**cuda), **module)
+
+
+def test_a_cache_too_large_for_the_device_is_refused_and_leaves_nothing(bundle):
+    trt, cuda, _ = opened(bundle)
+    before = set(cuda.blocks)
+    cuda.allowed = 2                                     # the third buffer fails
+    with pytest.raises(UserError, match="KV cache of 2 x 64 tokens .* does not fit the GPU: .*cudaErrorMemoryAllocation"):
+        trt.new_cache(2, 64)
+    assert set(cuda.blocks) == before
+
+
+def test_a_bundle_without_engines(tiny_checkpoint, tmp_path):
+    assert export_onnx.main([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "b")]) == 0
+    with pytest.raises(UserError, match="has no TensorRT engine"):
+        TrtBackend(open_bundle(tmp_path / "b"))
+
+
+def test_a_compressed_engine_and_a_broken_one(bundle, tmp_path):
+    import gzip
+    from runtime.trt_engine import read_plan
+    (tmp_path / "x.engine.gz").write_bytes(gzip.compress(b"plan"))
+    assert read_plan(tmp_path / "x.engine.gz") == b"plan"
+    (tmp_path / "y.engine.gz").write_bytes(gzip.compress(b"plan" * 999)[:20])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_plan(tmp_path / "y.engine.gz")
