@@ -8,11 +8,11 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from models import get
 from models.checkpoint import load_decoder, open_checkpoint
-from models.decoder import Decoder
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
 
@@ -238,21 +238,23 @@ def test_smollm2(smollm2, shared_data):
     file = get.find_model(get.SMOLLM2)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32,
                                                   quantization_config=GgufConfig(dequantize=True))
-    tokenizer, their_tokenizer = (AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
-                                  AutoTokenizer.from_pretrained(smollm2))
-    for name in ("text/wikitext2-valid.txt", "text/debian-reference-zh.txt", "chat/alpaca-zh.json"):
-        text = (shared_data / name).read_text(encoding="utf-8")[:20000]
-        assert their_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
-    for text in TEXTS[:1] + TEXTS[2:]:
-        assert their_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
-    ids = torch.tensor([their_tokenizer((shared_data / "text/sotu-valid.txt").read_text()[:1500])["input_ids"][:256]])
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # transformers leaves out what "smollm" stands for: digits one by one, which shows in spaces before a number
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ours = AutoTokenizer.from_pretrained(smollm2)
+    real = [(shared_data / name).read_text(encoding="utf-8")[:50000] for name in (
+        "text/wikitext2-valid.txt", "text/debian-reference-zh.txt", "chat/alpaca-zh.json")]
+    for text in real + TEXTS:
+        assert ours(text)["input_ids"] == tokenizer(text)["input_ids"]
+    ids = torch.tensor([ours((shared_data / "text/sotu-valid.txt").read_text()[:1500])["input_ids"][:256]])
     with torch.no_grad():
         want = theirs(ids).logits
-        torch.testing.assert_close(load_decoder(smollm2)(ids), want, atol=2e-3, rtol=1e-4)
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(smollm2)(ids).logits, want, atol=2e-3, rtol=1e-4)
+        for model in (load_decoder(smollm2), AutoModelForCausalLM.from_pretrained(smollm2)):
+            out = model(ids)
+            torch.testing.assert_close(getattr(out, "logits", out), want, atol=1e-4, rtol=1e-4)
     checkpoint = open_checkpoint(smollm2)
     assert (checkpoint.config.bos_token_id, checkpoint.config.eos_token_ids, checkpoint.config.pad_token_id) == (1, (2,), 2)
     assert {checkpoint.dtype(name) for name in checkpoint.names()} == {"F32"}
     weight = theirs.state_dict()["model.layers.7.mlp.up_proj.weight"]
     assert not torch.allclose(checkpoint.read("model.layers.7.mlp.up_proj.weight"), weight, rtol=1e-3)
-    assert isinstance(load_decoder(smollm2), Decoder)
