@@ -30,24 +30,24 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     if (low < start) low = start;
     if (high > start + CHUNK) high = start + CHUNK;
     if (high > c->capacity) high = c->capacity;
-    float score[N][CHUNK];
-    vf most[N], lanes = {0};
+    float score[4][CHUNK];
+    vf most[4], lanes = {0};
     for (int i = 0; i < W; i++) lanes[i] = i;
-    for (int i = 0; i < N; i++) most[i] = splat(NO_SCORE);
+    EACH(i, N) most[i] = splat(NO_SCORE);
     const int from = low / TILE * TILE;
     for (int slot = from; slot < high; slot += TILE) {
-        vf s[N][PARTS];
-        for (int i = 0; i < N; i++) for (int p = 0; p < PARTS; p++) s[i][p] = splat(0);
+        vf s[4][PARTS];
+        EACH(i, N) EACH(p, PARTS) s[i][p] = splat(0);
         for (int d = 0; d < dim; d++) {
             size_t at = ((size_t)slot / TILE * dim + d) * TILE;
-            for (int p = 0; p < PARTS; p++) {
+            EACH(p, PARTS) {
                 vf key = load_cached(k, at + p * W, kind);
-                for (int i = 0; i < N; i++) s[i][p] = key * splat(job->query[first + i][d]) + s[i][p];
+                EACH(i, N) s[i][p] = key * splat(job->query[first + i][d]) + s[i][p];
             }
         }
-        for (int p = 0; p < PARTS; p++) {
+        EACH(p, PARTS) {
             vf at = lanes + (float)(slot + p * W);           /* exact: slots are far below 2^24 */
-            for (int i = 0; i < N; i++) {
+            EACH(i, N) {
                 vf x = kind == EW_INT8 ? s[i][p] * load(k_scale + slot + p * W) : s[i][p];
                 x = pick((at >= splat(job->low[first + i])) & (at < splat(job->high[first + i])), x, splat(NO_SCORE));
                 store(&score[i][slot - start + p * W], x);
@@ -55,7 +55,7 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
             }
         }
     }
-    for (int i = 0; i < N; i++) {
+    EACH(i, N) {
         float *out = state + (size_t)(first + i) * stride, top = largest(most[i]);
         vf sum = splat(0);
         for (int slot = from - start; slot < high - start; slot += W) {
@@ -68,21 +68,21 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     }
     for (int d = 0; d < padded; d += 64) {
         const int vectors = 64 / W, used = padded - d < 64 ? (padded - d) / W : vectors;
-        vf acc[N][64 / W];
-        for (int i = 0; i < N; i++) for (int n = 0; n < vectors; n++) acc[i][n] = splat(0);
+        vf acc[4][64 / W];
+        EACH(i, N) EACH(n, vectors) acc[i][n] = splat(0);
         if (used == vectors)
             for (int slot = low; slot < high; slot++)
-                for (int n = 0; n < vectors; n++) {
+                EACH(n, vectors) {
                     vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
-                    for (int i = 0; i < N; i++) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                    EACH(i, N) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
                 }
         else
             for (int slot = low; slot < high; slot++)
                 for (int n = 0; n < used; n++) {
                     vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
-                    for (int i = 0; i < N; i++) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                    EACH(i, N) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
                 }
-        for (int i = 0; i < N; i++)
+        EACH(i, N)
             for (int n = 0; n < used; n++) store(state + (size_t)(first + i) * stride + 2 + d + n * W, acc[i][n]);
     }
 }

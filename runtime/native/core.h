@@ -34,9 +34,9 @@ typedef struct {
 typedef struct {
     int blocks;                                      /* of 32; inputs are padded with zeros to a whole block */
     float *f;                                        /* [rows][blocks * 32] */
-    int8_t *q;                                       /* [rows][blocks * 32], value = q * scale */
-    float *scale;                                    /* [rows][blocks] */
-    int32_t *sum;                                    /* [rows][blocks]: sum of q, which the zero point multiplies */
+    int8_t *q;                                       /* 32 a block and row, value = q * scale; order: kernels.h */
+    float *scale;                                    /* one a block and row */
+    int32_t *sum;                                    /* minus the sum of q, which the zero point multiplies */
 } activations;
 
 typedef struct {
@@ -72,8 +72,8 @@ typedef struct {
 /* What an instruction set provides. */
 typedef struct {
     const char *name;
-    void (*multiply)(const matrix *, const activations *, int row0, int rows, float *y, size_t y_stride, int tile0, int tile1);
-    void (*quantize)(activations *, int row0, int rows);
+    void (*multiply)(const matrix *, const activations *, int rows, float *y, size_t y_stride, int tile0, int tile1);
+    void (*quantize)(activations *, int rows, int first, int last);
     void (*normalize)(const float *x, const float *weight, const float *bias, float eps, int layer_norm, float *y, int n);
     void (*activate)(const float *gate, const float *up, float *y, int n, int kind);  /* gate NULL: plain */
     void (*attend)(const attention_job *, int start, float *state, size_t state_stride);

@@ -9,6 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define PARTS (TILE / W)
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)   /* n known: arrays over i stay in registers */
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
@@ -38,6 +39,11 @@ INLINE float total(vf x) {                           /* pairwise, always in the 
     for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] += a[i + n];
     return a[0];
 }
+INLINE int32_t total_int(vi x) {
+    int32_t sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
+}
 INLINE float largest(vf x) {
     float a[W];
     store(a, x);
@@ -59,6 +65,13 @@ INLINE vf exponential(vf x) {                        /* Cephes' expf: 2 ulp; exa
     return (vf)((vi)p + (n << 23));
 }
 
+/* How many rows the kernels take at once when `rows` are left. Rows taken together lie interleaved, block by block, in
+ * quantized activations: row r of the group that starts at row g has block b at index g * blocks + b * size + r - g. */
+INLINE int group_rows(int rows, int most) {
+    int size = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    return size > most ? most : size;
+}
+
 /* Step j (inputs 4j..4j+3) of a block of `bits`-wide codes, W rows of a tile: see layout.c for the planes. */
 INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
     if (bits == 8) return load_int(block + 64 * j);
@@ -78,7 +91,7 @@ INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
     return c;
 }
 
-/* R rows of activations times W rows of a tile. */
+/* A group of R rows of activations (the first is row0) times W rows of a tile. */
 INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
                            const int bits, int part, float *y, size_t y_stride) {
     const uint16_t *scales = (const uint16_t *)tile + part * W;
@@ -87,34 +100,29 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
     const float *scale = x->scale + (size_t)row0 * x->blocks;
     const int32_t *sum = x->sum + (size_t)row0 * x->blocks;
     const int zero_bits = CODE_BIAS(bits) ? -1 : bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
-    const size_t stride = x->blocks;
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    vf acc[8];
+    EACH(r, R) acc[r] = splat(0);
     for (int g = 0, b = 0; g < m->groups; g++) {
-        vf group[R];
-        for (int r = 0; r < R; r++) group[r] = splat(0);
+        vf group[8];
+        EACH(r, R) group[r] = splat(0);
         const vi zero = asymmetric ? load_zeros(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
-        for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits) {
-            vi s[R];
-            if (R == 1) for (int i = 0; i < bits; i++) __builtin_prefetch(block + 64 * (8 * 4 + i));
-            for (int r = 0; r < R; r++) {                    /* sum holds minus the sum of q */
-                vi minus = splat_int(sum[r * stride + b]);
+        for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R) {
+            vi s[8];
+            if (R == 1) EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
+            EACH(r, R) {                    /* sum holds minus the sum of q */
+                vi minus = splat_int(sum[r]);
                 s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : minus << zero_bits;
             }
-            #pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
+            EACH(j, 8) {
                 vi w = codes_of(block, bits, j);
-                #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) s[r] = dot4(s[r], w, q + (r * stride + b) * BLOCK + 4 * j, bits);
+                EACH(r, R) s[r] = dot4(s[r], w, q + r * BLOCK + 4 * j, bits);
             }
-            #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) group[r] = to_float(s[r]) * splat(scale[r * stride + b]) + group[r];
+            EACH(r, R) group[r] = to_float(s[r]) * splat(scale[r]) + group[r];
         }
         vf weight = load_half(scales + g * TILE);
-        #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r] = group[r] * weight + acc[r];
+        EACH(r, R) acc[r] = group[r] * weight + acc[r];
     }
-    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+    EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
 /* The same with activations in float32. */
@@ -124,31 +132,31 @@ INLINE void multiply_codes_exact(const matrix *m, const uint8_t *tile, const act
     const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
     const size_t stride = (size_t)x->blocks * BLOCK;
     const float *f = x->f + row0 * stride;
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    vf acc[8];
+    EACH(r, R) acc[r] = splat(0);
     for (int g = 0, b = 0; g < m->groups; g++) {
-        vf group[R], zero = m->asymmetric ? to_float(load_zeros(zeros + g * TILE)) : splat(1 << (bits - 1));
-        for (int r = 0; r < R; r++) group[r] = splat(0);
+        vf group[8], zero = m->asymmetric ? to_float(load_zeros(zeros + g * TILE)) : splat(1 << (bits - 1));
+        EACH(r, R) group[r] = splat(0);
         for (int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks; b < end; b++, block += 64 * bits)
-            for (int j = 0; j < 8; j++) {
+            EACH(j, 8) {
                 vi w = codes_of(block, bits, j);
-                for (int i = 0; i < 4; i++) {
+                EACH(i, 4) {
                     vf value = to_float((w >> 8 * i) & 255) - zero;
-                    for (int r = 0; r < R; r++) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
+                    EACH(r, R) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
                 }
             }
         vf weight = load_half(scales + g * TILE);
-        for (int r = 0; r < R; r++) acc[r] = group[r] * weight + acc[r];
+        EACH(r, R) acc[r] = group[r] * weight + acc[r];
     }
-    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+    EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
 INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
                             const int kind, int part, float *y, size_t y_stride) {
     const size_t stride = (size_t)x->blocks * BLOCK;
     const float *f = x->f + row0 * stride;
-    vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = splat(0);
+    vf acc[8];
+    EACH(r, R) acc[r] = splat(0);
     for (int k = 0; k < m->inputs; k++) {
         vf w;
         if (kind == KIND_F32) w = load((const float *)tile + k * TILE + part * W);
@@ -160,9 +168,9 @@ INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activati
             for (int i = 0; i < W; i++) wide[i] = (int32_t)((uint32_t)h[i] << 16);
             w = (vf)wide;
         }
-        for (int r = 0; r < R; r++) acc[r] = w * splat(f[r * stride + k]) + acc[r];
+        EACH(r, R) acc[r] = w * splat(f[r * stride + k]) + acc[r];
     }
-    for (int r = 0; r < R; r++) store(y + r * y_stride + part * W, acc[r]);
+    EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
 typedef void tile_kernel(const matrix *, const uint8_t *, const activations *, int, float *, size_t);
@@ -170,13 +178,13 @@ typedef void tile_kernel(const matrix *, const uint8_t *, const activations *, i
     static void body##_##kind##_##R(const matrix *m, const uint8_t *tile, const activations *x, int row, float *y, size_t stride) { \
         _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) body(m, tile, x, row, R, kind, part, y, stride); }
 #ifdef FEW_REGISTERS                                 /* plain C: 1 or 2 rows at once */
-enum { MOST_INT8 = 1, MOST_FLOAT = 1 };
+enum { MOST_INT8 = 2, MOST_FLOAT = 2 };
 #define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2)
 #define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2)
 #define LIST_INT8(kind) {multiply_codes_##kind##_1, multiply_codes_##kind##_2}
 #define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2}
 #else                                                /* 1, 2, 4 and, where activations are int8, 8 */
-enum { MOST_INT8 = 3, MOST_FLOAT = 2 };
+enum { MOST_INT8 = 8, MOST_FLOAT = 4 };
 #define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2) \
     TILE_KERNEL(multiply_codes, kind, 4) TILE_KERNEL(multiply_codes, kind, 8)
 #define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2) TILE_KERNEL(body, kind, 4)
@@ -193,21 +201,20 @@ static tile_kernel *const by_float[KIND_F32 + 1][3] = {EXACT(2), EXACT(3), EXACT
     [KIND_F16] = LIST_FLOAT(multiply_floats, KIND_F16), [KIND_BF16] = LIST_FLOAT(multiply_floats, KIND_BF16),
     [KIND_F32] = LIST_FLOAT(multiply_floats, KIND_F32)};
 
-/* y[rows][.] at columns tile0*16 .. of x[row0..] times the tiles: a tile is read from memory once and serves all rows. */
-static void multiply(const matrix *m, const activations *x, int row0, int rows, float *y, size_t y_stride, int tile0, int tile1) {
-    const int int8 = x->q && m->kind < KIND_F16, most = int8 ? MOST_INT8 : MOST_FLOAT;
+/* y[rows][.] at columns tile0*16 .. of x times the tiles: a tile is read from memory once and serves all rows. */
+static void multiply(const matrix *m, const activations *x, int rows, float *y, size_t y_stride, int tile0, int tile1) {
+    static const int index_of[9] = {[1] = 0, [2] = 1, [4] = 2, [8] = 3};
+    const int int8 = x->q && m->kind < KIND_F16;
     tile_kernel *const *kernel = int8 ? by_int8[m->kind] : by_float[m->kind];
     for (int t = tile0; t < tile1; t++) {
         const uint8_t *tile = m->data + t * m->tile_bytes;
         int columns = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE;
         for (int r = 0, n; r < rows; r += n) {
-            int size = rows - r >= 8 ? 3 : rows - r >= 4 ? 2 : rows - r >= 2;
-            if (size > most) size = most;
             float *out = y + r * y_stride + t * TILE, edge[8 * TILE];
-            n = 1 << size;
-            if (columns == TILE) kernel[size](m, tile, x, row0 + r, out, y_stride);
+            n = group_rows(rows - r, int8 ? MOST_INT8 : MOST_FLOAT);
+            if (columns == TILE) kernel[index_of[n]](m, tile, x, r, out, y_stride);
             else {
-                kernel[size](m, tile, x, row0 + r, edge, TILE);
+                kernel[index_of[n]](m, tile, x, r, edge, TILE);
                 for (int i = 0; i < n; i++) memcpy(out + i * y_stride, edge + i * TILE, columns * sizeof(float));
             }
             if (m->bias) for (int i = 0; i < n; i++) for (int c = 0; c < columns; c++) out[i * y_stride + c] += m->bias[t * TILE + c];
@@ -215,24 +222,28 @@ static void multiply(const matrix *m, const activations *x, int row0, int rows, 
     }
 }
 
-/* int8 per block of 32 inputs and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it. */
-static void quantize(activations *x, int row0, int rows) {
-    for (int i = row0 * x->blocks; i < (row0 + rows) * x->blocks; i++) {
-        const float *f = x->f + (size_t)i * BLOCK;
-        vf most = splat(0);
-        for (int k = 0; k < BLOCK; k += W) most = maximum(most, (vf)((vi)load(f + k) & 0x7fffffff));
-        float top = largest(most), inverse = top > 0 ? 127 / top : 0;
-        vi sum = splat_int(0);
-        for (int k = 0; k < BLOCK; k += W) {
-            vi n = round_int(load(f + k) * inverse);
-            vb bytes = __builtin_convertvector(n, vb);
-            memcpy(x->q + (size_t)i * BLOCK + k, &bytes, W);
-            sum += n;
-        }
-        int32_t minus = 0;
-        for (int k = 0; k < W; k++) minus -= sum[k];
-        x->scale[i] = top / 127;
-        x->sum[i] = minus;
+/* int8 per block of 32 inputs and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it. Rows first..last-1 of
+ * `rows`, which say how rows are grouped. */
+static void quantize(activations *x, int rows, int first, int last) {
+    for (int g = 0, n; g < last; g += n) {
+        n = group_rows(rows - g, MOST_INT8);
+        for (int r = g > first ? g : first; r < g + n && r < last; r++)
+            for (int b = 0; b < x->blocks; b++) {
+                const float *f = x->f + ((size_t)r * x->blocks + b) * BLOCK;
+                const size_t i = (size_t)g * x->blocks + b * n + r - g;
+                vf most = splat(0);
+                for (int k = 0; k < BLOCK; k += W) most = maximum(most, (vf)((vi)load(f + k) & 0x7fffffff));
+                float top = largest(most), inverse = top > 1e-30f ? 127 / top : 0;     /* 127 / top stays finite */
+                vi sum = splat_int(0);
+                for (int k = 0; k < BLOCK; k += W) {
+                    vi rounded = round_int(load(f + k) * inverse);
+                    vb bytes = __builtin_convertvector(rounded, vb);
+                    memcpy(x->q + i * BLOCK + k, &bytes, W);
+                    sum += rounded;
+                }
+                x->scale[i] = top / 127;
+                x->sum[i] = -total_int(sum);
+            }
     }
 }
 

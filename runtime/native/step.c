@@ -102,7 +102,7 @@ static activations prepare(step *s, int id, int rows, int n, const float *weight
         if (n % BLOCK) memset(f + n, 0, (a.blocks * BLOCK - n) * sizeof(float));
     }
     if (m->fp32) a.q = NULL;
-    else m->kernels->quantize(&a, first, last - first);
+    else m->kernels->quantize(&a, rows, first, last);
     if (!few) pool_barrier(m->pool, id);
     return a;
 }
@@ -125,7 +125,7 @@ static void project_heads(step *s, const activations *a, const layer *y, int whi
     const float *norm = which == 0 ? y->q_norm : y->k_norm;
     float *out = which == 0 ? s->s->y : which == 1 ? s->s->gate : s->s->middle, scale = 1 / sqrtf(m->config.head_dim);
     int dim = m->config.head_dim, half = dim / 2;
-    m->kernels->multiply(w, a, 0, s->tokens, out, m->widest, h0 * dim / TILE, ceil_div(h1 * dim, TILE));
+    m->kernels->multiply(w, a, s->tokens, out, m->widest, h0 * dim / TILE, ceil_div(h1 * dim, TILE));
     for (int i = 0; i < s->tokens; i++)
         for (int h = h0; h < h1; h++) {
             float *x = out + (size_t)i * m->widest + h * dim;
@@ -214,7 +214,7 @@ static void add_product(step *s, int id, const matrix *w) {
     activations a = prepare(s, id, s->tokens, w->inputs, NULL, NULL, NULL);
     int t0 = share(w->tiles, id, s->threads), t1 = share(w->tiles, id + 1, s->threads);
     int end = t1 * TILE < w->rows ? t1 * TILE : w->rows;
-    m->kernels->multiply(w, &a, 0, s->tokens, s->s->y, m->widest, t0, t1);
+    m->kernels->multiply(w, &a, s->tokens, s->s->y, m->widest, t0, t1);
     for (int i = 0; i < s->tokens; i++) {
         float *x = s->s->x + (size_t)i * m->widest, *y = s->s->y + (size_t)i * m->widest;
         for (int c = t0 * TILE; c < end; c++) x[c] += y[c];
@@ -226,8 +226,8 @@ static void widen(step *s, int id, const layer *y) {
     activations a = prepare(s, id, s->tokens, m->config.hidden, y->mlp_norm, y->mlp_norm_bias, NULL);
     int t0 = share(y->up.tiles, id, s->threads), t1 = share(y->up.tiles, id + 1, s->threads), gated = y->gate.rows > 0;
     int n = (t1 * TILE < y->mlp ? t1 * TILE : y->mlp) - t0 * TILE;
-    if (gated) m->kernels->multiply(&y->gate, &a, 0, s->tokens, s->s->gate, m->widest, t0, t1);
-    m->kernels->multiply(&y->up, &a, 0, s->tokens, s->s->y, m->widest, t0, t1);
+    if (gated) m->kernels->multiply(&y->gate, &a, s->tokens, s->s->gate, m->widest, t0, t1);
+    m->kernels->multiply(&y->up, &a, s->tokens, s->s->y, m->widest, t0, t1);
     for (int i = 0; i < s->tokens && n > 0; i++) {
         size_t at = (size_t)i * m->widest + t0 * TILE;
         m->kernels->activate(gated ? s->s->gate + at : NULL, s->s->y + at, s->s->middle + (size_t)i * y->down.blocks * BLOCK + t0 * TILE,
@@ -239,7 +239,7 @@ static void head(step *s, int id) {
     const ew_model *m = s->m;
     const matrix *w = m->head_matrix;
     activations a = prepare(s, id, s->n_wanted, m->config.hidden, m->final_norm, m->final_norm_bias, s->wanted);
-    m->kernels->multiply(w, &a, 0, s->n_wanted, s->logits, m->config.vocab, share(w->tiles, id, s->threads), share(w->tiles, id + 1, s->threads));
+    m->kernels->multiply(w, &a, s->n_wanted, s->logits, m->config.vocab, share(w->tiles, id, s->threads), share(w->tiles, id + 1, s->threads));
 }
 
 static void work(void *context, int id) {
