@@ -7,6 +7,7 @@ memory is unknown (None).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -51,6 +52,14 @@ def peak_rss_mb() -> float:
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def release_free_memory() -> None:
+    """Give the system back what the C library's heap keeps of freed memory: loading a model leaves holes in it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):          # another C library than glibc
+        pass
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

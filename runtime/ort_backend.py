@@ -14,6 +14,9 @@ On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import numpy as np
 
 from runtime.bundle import Bundle
@@ -44,6 +47,7 @@ class OrtBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3            # errors; what ORT warns of here is by design
+        options.enable_cpu_mem_arena = False      # it grows by powers of two, and is no faster here
         if exact:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
@@ -75,9 +79,11 @@ class OrtBackend:
     def allocate(self, *shape: int) -> np.ndarray:
         """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError out of memory."""
         try:
-            zeros = np.zeros(shape, self._dtype)
+            # A mapping of its own: unlike the heap's, its pages take memory only once they are written to.
+            pages = mmap.mmap(-1, math.prod(shape) * np.dtype(self._dtype).itemsize)
+            zeros = np.frombuffer(pages, self._dtype).reshape(shape)
             return zeros if self._device == "cpu" else self._onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self._device, 0)
-        except (MemoryError, RuntimeError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             raise UserError(f"no memory for a KV cache of {shape} on {self._device}: {error}; use fewer or shorter "
                             "sequences") from None
 

@@ -1,0 +1,90 @@
+"""Talk with a bundle in the terminal: `python -m runtime.chat BUNDLE`.
+
+The conversation so far goes into every reply. /reset forgets it, /exit or Ctrl-D ends, and Ctrl-C stops a reply that
+is being made: what has been said of it stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from runtime.cli import arg, run
+from runtime.engine import Engine, GenerationOptions
+from runtime.errors import UserError
+from runtime.generate import ReplyOptions, show, summary
+
+EXAMPLES = """examples:
+  python -m runtime.chat build/smollm2-135m-int4
+  python -m runtime.chat build/smollm2-135m-int4 --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
+"""
+COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a reply"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ReplyOptions):
+    """Talk with a bundle in the terminal."""
+    system: str | None = arg(None, help="instructions that begin the conversation")
+
+
+class Conversation:
+    """The messages so far, and how to go on."""
+
+    def __init__(self, engine: Engine, options: Options):
+        self._engine, self._options = engine, options
+        self.messages: list[dict] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self._options.system}] if self._options.system else []
+
+    def say(self, text: str) -> None:
+        """Print the reply to `text`. A message that cannot be answered, or a reply not begun, leaves no trace."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        stream = self._engine.stream_chat(messages, **self._options.generation())
+        try:
+            print(summary(show(stream)), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n[stopped]", file=sys.stderr)
+        if stream.reply.text:
+            self.messages = [*messages, {"role": "assistant", "content": stream.reply.text}]
+
+
+def chat(options: Options) -> None:
+    """Read lines and answer them until there are no more."""
+    GenerationOptions(**options.generation())             # refused before the bundle is loaded
+    try:
+        import readline                                   # noqa: F401  (line editing and history in input())
+    except ImportError:
+        pass
+    with options.open() as engine:
+        conversation = Conversation(engine, options)
+        print(f"{engine.bundle.name}: {COMMANDS}", file=sys.stderr)
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print(f"\n{COMMANDS}", file=sys.stderr)
+                continue
+            if text == "/exit":
+                return
+            if text == "/reset":
+                conversation.reset()
+            elif text.startswith("/"):
+                print(f"{text}: no such command; {COMMANDS}", file=sys.stderr)
+            elif text:
+                try:
+                    conversation.say(text)
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
+
+
+def main(argv=None) -> int:
+    return run(Options, chat, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
