@@ -16,7 +16,6 @@ fit what the machine has free.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,17 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from runtime import decode
-from runtime.backend import Backend
+from runtime.backend import Backend, Cache
+from runtime.backends import PROVIDERS, open_backend, step_down
 from runtime.bundle import Bundle, open_bundle
-from runtime.errors import UserError
+from runtime.errors import DeviceError, UserError
 from runtime.machine import available_cpus, available_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs
 from runtime.text import Detokenizer, StopStrings, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
-PROVIDERS = ("cpu", "cuda")
 _MB = 1 << 20
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Reply:
 class Engine:
     """An opened bundle.
 
-    bundle: its folder. provider: "cpu", "cuda", or None for CUDA where it can be had, else the CPU (`explain()` tells
+    bundle: its folder. provider: "tensorrt", "cuda" or "cpu"; None: the first of them that can be had (`explain()` tells
     why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
@@ -97,7 +95,8 @@ class Engine:
             raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
                             f"more than max_memory_mb={max_memory_mb:g}")
         self._max_memory_mb = max_memory_mb
-        self.backend, self._explanation = _open_backend(self.bundle, provider, threads or available_cpus())
+        self._provider, self._threads = provider, threads or available_cpus()
+        self.backend, self._explanation = open_backend(self.bundle, provider, self._threads)
         self.tokenizer = Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"]))
         self._template = None
 
@@ -212,12 +211,25 @@ class Engine:
                             f"{needed / _MB:.0f} MB, but {whose} {max(0, free) / _MB:.0f} MB; lower max_new_tokens, "
                             "shorten the prompt or ask for fewer replies at once")
 
+    def _new_cache(self, rows: int, capacity: int) -> Cache:
+        """A cache of the backend's, or of the next one where a device has too little memory or has failed."""
+        while True:
+            try:
+                return self.backend.new_cache(rows, capacity)
+            except DeviceError as error:
+                failed = self.backend.name
+                if self._provider is not None or failed not in PROVIDERS:
+                    raise
+                self.backend.close()
+                self.backend, lines = open_backend(self.bundle, None, self._threads, below=failed)
+                self._explanation = [*lines, step_down(failed, error)]
+
     def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:
         """Decode; yields each draft with the text it gained."""
         sequences = [draft.sequence for draft in drafts]
         by_sequence = dict(zip(sequences, drafts))
         start = time.perf_counter()
-        cache = self.backend.new_cache(len(drafts), decode.first_capacity(sequences))
+        cache = self._new_cache(len(drafts), decode.first_capacity(sequences))
         for sequence in decode.run(self.backend, cache, sequences, samples):
             draft = by_sequence[sequence]
             yield draft, draft.advance((time.perf_counter() - start) * 1e3)
@@ -280,22 +292,3 @@ def _as_list(prompts) -> list:
     """A single prompt, a text or token ids, as a batch of one."""
     single = isinstance(prompts, (str, np.ndarray)) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
     return [prompts] if single else list(prompts)
-
-
-def _open_backend(bundle: Bundle, provider: str | None, threads: int) -> tuple[Backend, list[str]]:
-    """The best backend that can be had, and the lines that explain it. Raises UserError where `provider` cannot."""
-    if provider is not None and provider not in PROVIDERS:
-        raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
-    from runtime.ort_backend import OrtBackend
-    explanation = []
-    if provider in (None, "cuda"):
-        try:
-            backend = OrtBackend(bundle, provider="cuda", threads=threads)
-            return backend, [f"{backend.name} runs {backend.graph}"]
-        except UserError as error:
-            if provider == "cuda":
-                raise
-            explanation.append(f"no CUDA: {error}")
-            _log.info("no CUDA: %s", error)
-    backend = OrtBackend(bundle, provider="cpu", threads=threads)
-    return backend, [f"{backend.name} runs {backend.graph} on {threads} threads", *explanation]

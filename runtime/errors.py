@@ -8,5 +8,9 @@ class UserError(Exception):
     """Input that cannot be used. The message is one sentence: the file or option, the value, and the mend."""
 
 
+class DeviceError(UserError):
+    """The GPU, its driver or its memory failed; another backend may still serve."""
+
+
 class CheckFailed(Exception):
     """The command ran, and what it checked does not hold (a wrong hash, a fidelity budget exceeded)."""

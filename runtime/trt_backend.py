@@ -20,8 +20,8 @@ import math
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
-from runtime.trt_device import Device, DeviceError
+from runtime.errors import DeviceError, UserError
+from runtime.trt_device import Device
 from runtime.trt_engine import fitting_engines, load_plan, read_plan
 
 TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import UserError
-
-
-class DeviceError(UserError):
-    """The GPU, its driver or its memory failed; another backend may still serve."""
+from runtime.errors import DeviceError
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,10 @@ class Device:
 
     def __init__(self, cuda=None):
         self.cuda = cuda or _import_cuda()
-        self._call(self.cuda.cudaSetDevice, 0)
+        try:
+            self._call(self.cuda.cudaSetDevice, 0)
+        except DeviceError as error:
+            raise DeviceError(f"no NVIDIA GPU or driver that CUDA can use is here ({error})") from None
         attributes = self.cuda.cudaDeviceAttr
         major, minor = (self._call(self.cuda.cudaDeviceGetAttribute, a, 0) for a in (
             attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor))

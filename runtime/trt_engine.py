@@ -11,8 +11,8 @@ import zlib
 from pathlib import Path
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
-from runtime.trt_device import DeviceError, Gpu
+from runtime.errors import DeviceError, UserError
+from runtime.trt_device import Gpu
 
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 

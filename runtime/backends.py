@@ -1,0 +1,67 @@
+"""Choose the backend that runs a bundle: a TensorRT engine that fits the GPU and the library, else CUDA, else the CPU.
+
+Each step down is logged once, in one line with its reason; `Engine.explain()` repeats them. A named provider is insisted
+on instead: its reason is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from runtime.backend import Backend
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+
+PROVIDERS = ("tensorrt", "cuda", "cpu")           # best first
+_log = logging.getLogger(__name__)
+
+
+def open_backend(bundle: Bundle, provider: str | None, threads: int,
+                 below: str | None = None) -> tuple[Backend, list[str]]:
+    """The best backend that can be had, and the lines that explain it.
+
+    provider: one of PROVIDERS to insist on, or None. below: consider only what comes after this provider, which has
+    failed while running. Raises UserError where `provider`, or every one of them, cannot be had.
+    """
+    if provider is not None and provider not in PROVIDERS:
+        raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
+    if provider is not None:
+        backend = _OPEN[provider](bundle, threads)
+        return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)"]
+    explanation = []
+    for name in PROVIDERS[PROVIDERS.index(below) + 1 if below else 0:]:
+        try:
+            backend = _OPEN[name](bundle, threads)
+            return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)", *explanation]
+        except UserError as error:
+            if name == PROVIDERS[-1]:
+                raise
+            explanation.append(step_down(name, error))
+    raise UserError(f"there is no backend below {below}")
+
+
+def step_down(provider: str, error: UserError) -> str:
+    """Log that `provider` is passed over; returns the line."""
+    line = f"no {provider}: {error}"
+    _log.info(line)
+    return line
+
+
+def _open_tensorrt(bundle: Bundle, threads: int) -> Backend:
+    from runtime.trt_backend import TrtBackend
+    return TrtBackend(bundle)
+
+
+def _open_cuda(bundle: Bundle, threads: int) -> Backend:
+    from runtime.ort_backend import OrtBackend
+    return OrtBackend(bundle, provider="cuda", threads=threads)
+
+
+def _open_cpu(bundle: Bundle, threads: int) -> Backend:
+    from runtime.ort_backend import OrtBackend
+    return OrtBackend(bundle, provider="cpu", threads=threads)
+
+
+_OPEN: dict[str, Callable[[Bundle, int], Backend]] = {
+    "tensorrt": _open_tensorrt, "cuda": _open_cuda, "cpu": _open_cpu}
