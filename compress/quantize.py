@@ -5,15 +5,20 @@ Weights only: activations, norms, biases and learned positions stay as they are.
 their own, since both read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer
 bits take the linears' group. One tensor is in memory at a time.
 
-Method: round to nearest (compress/rtn.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other
-widths run in PyTorch.
+Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data; "clip" (compress/clipping.py) and "gptq"
+(compress/gptq.py) are calibrated on text (--data), layer by layer (compress/calibrated.py), and resume where they were
+stopped. With --target-size or --target-bpw every module gets its own format (compress/mixed.py). ONNX and TensorRT
+bundles take 4 and 8 bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,9 +26,18 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from compress.awq import awq
+from compress.calibrated import calibrated
+from compress.calibration_text import corpus_windows
+from compress.mixed import BACKENDS, budget, candidates, check_backend, mixed_formats
+from compress.rotation import rotate_values
 from compress.rtn import round_to_nearest
+from compress.sensitivity import Sensitivity, measure_sensitivity
+from compress.smoothquant import smooth
 from models import lineage
+from models.activations import INT8_ROWS
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records
 from models.fidelity import Window, cut_windows, measure
 from models.quantized import Quantization, TensorFormat
@@ -31,17 +45,20 @@ from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
+FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
 VOCABULARY = ("model.embed_tokens", "lm_head")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
   python -m compress.quantize CKPT -o OUT --bits 8 --group 0 --eval-text TEXT
   python -m compress.quantize CKPT -o OUT --skip "model.layers.0.*" "*.down_proj"
+  python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt
+  python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt --target-size 92MB --backend onnx
 """
 
 
-@dataclass(frozen=True)
-class Options:
-    """Quantize a checkpoint's weights by rounding to nearest."""
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Quantize a checkpoint's weights."""
 
     checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
     out: Path = arg(help="checkpoint folder to write", short="-o")
@@ -51,6 +68,18 @@ class Options:
     embedding_bits: int = arg(8, help="bits of the embedding and the head; 0: leave them alone",
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
+    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "clip", "gptq"))
+    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD")
+    activations: int = arg(0, help="8: linears also round their inputs to int8, one scale a token; 0: they do not",
+                           choices=(0, 8))
+    data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT")
+    windows: int = arg(128, help="windows of calibration text, spread evenly over it")
+    length: int = arg(512, help="tokens in a window")
+    target_size: str | None = arg(None, help="bytes of all tensors, such as 92MB: formats are chosen for each module")
+    target_bpw: float | None = arg(None, help="the same as bits per weight")
+    backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS))
+    sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there")
+    sensitivity_windows: int = arg(24, help="windows the sensitivity is measured on")
     eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after")
     eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all")
 
@@ -62,15 +91,38 @@ def quantize(options: Options) -> None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")
     check_output(options.out, options.checkpoint)
-    formats = choose_formats(checkpoint, options)
+    mixed = _check(options)
+    formats = {} if mixed else choose_formats(checkpoint, options)
+    check_backend(formats, options.backend)
+    length = min(options.length, checkpoint.config.context_length)
+    ids = corpus_windows(checkpoint, options, options.windows, length) if options.data else None
     windows = _windows(checkpoint, options) if options.eval_text else None
     before = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names())}
     if windows:
         before["perplexity"] = _perplexity(options.checkpoint, windows, "before")
 
-    stage = lineage.stage("compress.quantize", options, {"checkpoint": checkpoint.sha256()})
-    config = checkpoint.hf_config | {"quantization_config": Quantization(formats).to_dict()}
-    write_checkpoint(options.out, config, _quantized(checkpoint, formats), options.checkpoint, stage)
+    inputs, found = {"checkpoint": checkpoint.sha256()}, None
+    if ids is not None:
+        inputs["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    if mixed or (options.method == "gptq" and options.embedding_bits):
+        found = _sensitivity(checkpoint, options, ids)
+    if mixed:
+        skip = _skipped(checkpoint.modules(), options.skip)
+        size = budget(checkpoint, options.target_size, options.target_bpw)
+        formats, damage = mixed_formats(checkpoint, found, size, options.backend, skip)
+        print(f"predicted divergence: {damage:.4f} nats a token")
+    stage = lineage.stage("compress.quantize", options, inputs)
+    config = checkpoint.hf_config | {"quantization_config": Quantization(
+        formats, INT8_ROWS if options.activations else {}).to_dict()}
+    if options.method == "rtn":
+        tensors, work = _quantized(checkpoint, formats), None
+    else:
+        work = _work_folder(options, inputs, formats)
+        tensors = calibrated(checkpoint, ids, formats, options.method, work, tuple(FOLDS[name] for name in options.fold),
+                             found and found.vocabulary)
+    write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
+    if work:
+        shutil.rmtree(work)
 
     result = open_checkpoint(options.out)
     after = {"bytes": sum(result.nbytes(name) for name in result.names())}
@@ -83,17 +135,61 @@ def quantize(options: Options) -> None:
     print(_report(formats, before, after))
 
 
+def _check(options: Options) -> bool:
+    """Raises UserError for options that do not go together; says whether the formats are to be mixed."""
+    if options.target_size is not None and options.target_bpw is not None:
+        raise UserError("--target-size and --target-bpw say the same thing twice: give one of them")
+    mixed = options.target_size is not None or options.target_bpw is not None
+    if mixed and not options.data:
+        raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
+    if options.method != "rtn" and not options.data:
+        raise UserError(f"--method {options.method} is calibrated on text: give --data FILES")
+    for name in options.fold:
+        if name not in FOLDS:
+            raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLDS)}")
+    if options.fold and options.method == "rtn":
+        raise UserError("--fold looks at calibration text, which --method rtn does not: choose --method clip or gptq")
+    for name in ("windows", "length", "sensitivity_windows"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be at least 1")
+    return mixed
+
+
+def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) -> Sensitivity:
+    """Read from --sensitivity, or measured and kept there."""
+    if options.sensitivity is not None and options.sensitivity.exists():
+        return Sensitivity.load(options.sensitivity, checkpoint.sha256())
+    rows = torch.linspace(0, len(ids) - 1, min(options.sensitivity_windows, len(ids))).round().long()
+    found = measure_sensitivity(checkpoint, ids[rows], candidates("native"))
+    if options.sensitivity is not None:
+        found.save(options.sensitivity)
+    return found
+
+
+def _work_folder(options: Options, inputs: dict, formats: dict[str, TensorFormat]) -> Path:
+    """Where finished layers of exactly this work wait, beside the result."""
+    plan = {"inputs": inputs, "method": options.method, "folds": options.fold, "formats": {name: asdict(form) for name, form in formats.items()}}
+    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    return options.out.with_name(f".{options.out.name}.{key}.work")
+
+
+def _skipped(modules: list[str], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules that match a pattern. Raises UserError for a pattern that matches nothing."""
+    for pattern in patterns:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            raise UserError(f"--skip {pattern!r} matches no module: they are named like {modules[1]} and {modules[-1]}")
+    return tuple(module for module in modules if any(fnmatchcase(module, pattern) for pattern in patterns))
+
+
 def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, TensorFormat]:
     """Module -> format. Raises UserError for a group that does not divide, or a pattern that matches nothing."""
     modules = checkpoint.modules()
-    for pattern in options.skip:
-        if not any(fnmatchcase(module, pattern) for module in modules):
-            raise UserError(f"--skip {pattern!r} matches no module: they are named like {modules[1]} and {modules[-1]}")
+    skip = _skipped(modules, options.skip)
     formats = {}
     for module in modules:
         vocabulary = module in VOCABULARY
         bits = options.embedding_bits if vocabulary else options.bits
-        if bits == 0 or any(fnmatchcase(module, pattern) for pattern in options.skip):
+        if bits == 0 or module in skip:
             continue
         group = 0 if vocabulary and bits == 8 else options.group
         formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary)
@@ -109,7 +205,7 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
 def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> Iterator[tuple[str, torch.Tensor]]:
     for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
         module = name.removesuffix(".weight")
-        if module in formats and name != module:
+        if module in formats:
             yield from _tensors(checkpoint, module, formats[module]).items()
         else:
             yield name, checkpoint.read(name)

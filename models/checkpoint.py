@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models import lineage
+from models.activations import round_inputs
 from models.config import ModelConfig
 from models.decoder import Decoder, tensor_shapes
 from models.quantized import Quantization, QuantizedTensor, unpack
@@ -155,6 +156,9 @@ def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decode
         source = checkpoint.read(name) if quantized is None else quantized.dequantize()
         state[name] = source.to(dtype).contiguous()
     decoder.load_state_dict(state, assign=True)
+    if checkpoint.quantization and checkpoint.quantization.activations:
+        linears = [module for module in checkpoint.quantization.tensors if module.startswith("model.layers.")]
+        round_inputs(decoder, linears, checkpoint.quantization.activations)
     return decoder
 
 

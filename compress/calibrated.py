@@ -1,0 +1,135 @@
+"""Codes chosen on calibration text, layer by layer: the driver of clipping, GPTQ and the folds that come before them.
+
+    tensors = calibrated(checkpoint, ids, formats, method="gptq", folds=("awq",), work=folder)
+    write_checkpoint(out, config, tensors, ...)
+
+Every layer is loaded, folded (compress/awq.py, compress/rotation.py: rewritten so that its function stays and its
+weights are easier to round), quantized in the order data flows through it, and then the calibration windows pass through
+what its codes stand for (compress/layerwise.py). A finished layer is kept in the folder `work` until the checkpoint is
+written, so an interrupted run goes on where it stopped.
+
+Methods: "clip" rounds to nearest on the clipped grid, the Hessian's diagonal being the importance. "gptq" takes the
+pivots of the Hessian as importance, then GPTQ in activation order, coordinate descent, the refit of scales and a last
+descent. The embedding and the head are fitted to the Hessian that compress/sensitivity.py gives for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from compress.clipping import clipped_grid
+from compress.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
+from compress.layerwise import Walk, second_moment
+from models.checkpoint import Checkpoint
+from models.decoder import Layer
+from models.quantized import QuantizedTensor, TensorFormat, unpack
+from runtime.errors import UserError
+
+DESCENTS = 2
+Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
+
+
+def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: str) -> QuantizedTensor:
+    """Codes of weight [N, K] for inputs of second moment hessian [K, K], by "clip" or "gptq"."""
+    if not torch.isfinite(weight).all():
+        raise UserError("the weight holds values that are not finite: the checkpoint is broken")
+    if method == "clip":
+        grid = clipped_grid(weight, form, damped(hessian).diagonal())
+        return grid.tensor(grid.codes(weight))
+    order = activation_order(hessian)
+    factor, damping = factorize(hessian, order)
+    if damping > DAMPING:
+        tqdm.write(f"note: a Hessian was not positive definite, and was dampened by {damping:g}", file=sys.stderr)
+    price = torch.empty(len(order))
+    price[order] = factor.diagonal() ** -2                 # what is left of an error after compensation
+    grid, steady = clipped_grid(weight, form, price), damped(hessian, damping)
+    codes = descend(weight, steady, grid, gptq(weight, hessian, grid, factor=factor), DESCENTS)
+    grid = refit(weight, steady, grid, codes)
+    return grid.tensor(descend(weight, steady, grid, codes))
+
+
+def calibrated(checkpoint: Checkpoint, ids: Tensor, formats: dict[str, TensorFormat], method: str, work: Path,
+               folds: tuple[Fold, ...] = (), vocabulary: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the quantized checkpoint, in a fixed order.
+
+    ids: int64 [windows, tokens]. formats: module -> format; modules left out stay as they are. work: folder for
+    finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden]
+    to which the embedding and the head are fitted (compress/sensitivity.py); None clips them by their values alone.
+    Raises UserError for a layer whose activations are zero or not finite.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    embedding = None
+    for module in ("model.embed_tokens", "lm_head"):
+        if module not in formats:
+            continue
+        known = vocabulary is not None
+        hessian = vocabulary[module] if known else torch.eye(checkpoint.config.hidden_size)
+        found = choose_codes(checkpoint.weight(module), hessian, formats[module], method if known else "clip")
+        embedding = found.dequantize() if module == "model.embed_tokens" else embedding
+        yield from found.tensors(module).items()
+    walk = Walk(checkpoint, ids, embedding)
+    for number in tqdm(range(len(checkpoint.config.layers)), desc="quantizing", unit="layer", file=sys.stderr):
+        file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
+        if not file.exists():
+            tensors = _layer(walk, number, formats, method, folds)
+            partial = file.with_suffix(".partial")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            partial.replace(file)
+        else:
+            tensors = load_file(file)
+            walk.step(_restored(walk, number, tensors, formats))
+        yield from ((prefix + name, tensor) for name, tensor in tensors.items())
+    written = {f"{module}.weight" for module in formats}
+    for name in checkpoint.names():
+        if not name.startswith("model.layers.") and name not in written:
+            yield name, checkpoint.read(name)
+
+
+def _layer(walk: Walk, number: int, formats: dict[str, TensorFormat], method: str, folds: tuple[Fold, ...]) -> dict[str, Tensor]:
+    """Fold and quantize one layer, and take the windows through it. Returns its stored tensors."""
+    layer, prefix = walk.load(number), f"model.layers.{number}."
+    for fold in folds:
+        fold(layer, walk, {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)})
+    stored: dict[str, Tensor] = {}
+
+    def visit(names: list[str], inputs: list[Tensor]) -> None:
+        hessian = second_moment(inputs)
+        for name in names:
+            if prefix + name not in formats:
+                continue
+            weight = layer.get_submodule(name).weight
+            try:
+                found = choose_codes(weight.data, hessian, formats[prefix + name], method)
+            except UserError as error:
+                raise UserError(f"{prefix}{name}: {error}") from None
+            weight.data = found.dequantize()
+            stored.update(found.tensors(name))
+
+    walk.step(layer, visit)
+    kept = {name: tensor for name, tensor in layer.state_dict().items() if prefix + name.removesuffix(".weight") not in formats}
+    original = {name: walk.checkpoint.read(prefix + name) for name in kept}
+    return stored | {name: original[name] if torch.equal(original[name].float(), tensor) else tensor
+                     for name, tensor in kept.items()}
+
+
+def _restored(walk: Walk, number: int, tensors: dict[str, Tensor], formats: dict[str, TensorFormat]):
+    """The layer that stored tensors stand for."""
+    layer, state = walk.load(number), {}
+    for name in layer.state_dict():
+        module = name.removesuffix(".weight")
+        form = formats.get(f"model.layers.{number}.{module}")
+        if form is None:
+            state[name] = tensors[name].float()
+        else:
+            codes = unpack(tensors[f"{module}.codes"], form.bits, layer.get_parameter(name).shape[1])
+            state[name] = QuantizedTensor(codes, tensors[f"{module}.scales"], tensors.get(f"{module}.zeros"), form.bits,
+                                          form.group, form.symmetric).dequantize()
+    layer.load_state_dict(state, assign=True)
+    return layer

@@ -1,0 +1,127 @@
+"""Calibration text on its way through a model, one layer in memory at a time.
+
+    walk = Walk(checkpoint, ids)                       # ids int64 [windows, tokens]
+    for number in range(len(checkpoint.config.layers)):
+        layer = walk.load(number)
+        walk.step(layer, visit)                        # visit(names, inputs) may change the layer's weights
+
+Within a layer the linears are visited in the order in which data reaches them, four at most: q, k and v together, o,
+gate and up together, down. `visit` is given the modules' names and their common inputs, in chunks [b, tokens, K], and
+what it writes into the layer is what the data then passes through: every later linear is calibrated on the errors of the
+earlier ones, as the finished model will make them.
+
+Peak memory is one layer in float32, one Hessian, and the activations: windows * tokens * (2 hidden + widest input) * 4
+bytes. Matrix products run in bfloat16 with float32 sums where the CPU has such units (`fast_matmul`): twice as fast, and
+the Hessian stays the exact second moment of inputs rounded to 8 bits of mantissa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import Checkpoint
+from models.decoder import Layer, inverse_frequencies, rotations
+
+ROWS = 4                # windows computed at once
+Visit = Callable[[list[str], list[Tensor]], None]
+
+
+@contextmanager
+def fast_matmul():
+    """Let float32 products use bfloat16 units inside; no effect on a CPU without them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Walk:
+    """The residual stream of all calibration windows, before the next layer."""
+
+    def __init__(self, checkpoint: Checkpoint, ids: Tensor, embedding: Tensor | None = None):
+        """embedding: float32 [vocab, hidden] in place of the checkpoint's, where it is quantized already."""
+        config = checkpoint.config
+        table = checkpoint.weight("model.embed_tokens") if embedding is None else embedding
+        self.checkpoint, self.x = checkpoint, table[ids]                            # float32 [windows, tokens, hidden]
+        positions = torch.arange(ids.shape[1])
+        self.rope = None
+        if config.positions == "learned":
+            self.x += checkpoint.read("model.embed_positions.weight").float()[positions]
+        else:
+            self.rope = tuple(part[None, :, None] for part in rotations(inverse_frequencies(config), positions))
+        self.mask = None
+        if config.sliding_window is not None and config.sliding_window < len(positions):
+            seen = positions <= positions[:, None]
+            self.mask = seen & (positions > positions[:, None] - config.sliding_window)
+
+    def load(self, number: int) -> Layer:
+        """One layer in float32, with the checkpoint's weights (those its codes stand for, where quantized)."""
+        config = self.checkpoint.config
+        with torch.device("meta"):
+            layer = Layer(config, config.layers[number])
+        names = {name: f"model.layers.{number}.{name}" for name in layer.state_dict()}
+        state = {}
+        for name, full in names.items():
+            dense = full in self.checkpoint.names()
+            state[name] = (self.checkpoint.read(full).float().clone() if dense
+                           else self.checkpoint.weight(full.removesuffix(".weight")))
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False)
+
+    @torch.no_grad()
+    def step(self, layer: Layer, visit: Visit | None = None) -> None:
+        """Take the stream through `layer`; `visit` sees each group of linears before their data passes on."""
+        first = ["mlp.up_proj"] if layer.mlp.gate_proj is None else ["mlp.gate_proj", "mlp.up_proj"]
+        self._block(layer.input_layernorm, layer.self_attn, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                    "self_attn.o_proj", visit, (self.rope, self.mask, None))
+        self._block(layer.post_attention_layernorm, layer.mlp, first, "mlp.down_proj", visit, ())
+
+    def inputs(self, layer: Layer, measure: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+        """measure(inputs) of each linear in `layer`, by name; the stream stays where it is."""
+        before, found = self.x.clone(), {}
+        self.step(layer, lambda names, inputs: found.update(dict.fromkeys(names, measure(inputs))))
+        self.x = before
+        return found
+
+    def _block(self, norm: nn.Module, block: nn.Module, first: list[str], last: str, visit: Visit | None,
+               arguments: tuple) -> None:
+        """Attention or MLP: x += last(mix(first(norm(x))))."""
+        chunks = range(0, len(self.x), ROWS)
+        normed = [norm(self.x[i:i + ROWS]) for i in chunks]
+        if visit:
+            visit(first, normed)
+        name = last.split(".")[1]
+        final = getattr(block, name)
+        setattr(block, name, nn.Identity())
+        try:
+            with fast_matmul():
+                mixed = [block(part, *arguments) for part in normed]
+        finally:
+            setattr(block, name, final)
+        if visit:
+            visit([last], mixed)
+        with fast_matmul():
+            for i, part in zip(chunks, mixed):
+                self.x[i:i + ROWS] += final(part)
+
+
+def second_moment(inputs: list[Tensor]) -> Tensor:
+    """E[x x^T] over all inputs x in chunks [..., K]: float32 [K, K]."""
+    total, count = torch.zeros(inputs[0].shape[-1], inputs[0].shape[-1]), 0
+    with fast_matmul():
+        for part in inputs:
+            part = part.flatten(0, -2)
+            total.addmm_(part.T, part)
+            count += len(part)
+    return total / count
+
+
+def largest(inputs: list[Tensor]) -> Tensor:
+    """max |x| of each input over chunks [..., K]: float32 [K]."""
+    return torch.stack([part.flatten(0, -2).abs().amax(0) for part in inputs]).amax(0)

@@ -1,0 +1,234 @@
+"""Quantization-aware distillation: train what surrounds the codes until the student says what its teacher says.
+
+    python -m compress.recover QUANTIZED --teacher ORIGINAL --data FILES -o OUT
+
+Scales (as factors of the ones they were) and norm gains are trained with Adam against the teacher's cached top-k
+predictions (compress/teacher.py); codes stay. With --weights the codes are trained too, afterwards, straight through:
+every weight has a latent value in units of its scale, starting at its code, whose rounding is what the forward pass
+uses and to which the gradient goes as if it had not been rounded. At the end scales are rounded to fp16 and codes are
+frozen: OUT is an ordinary quantized checkpoint of the same formats and size.
+
+Small steps matter: a learning rate of 1e-4 moves a scale by at most one part in a hundred over a hundred steps. The
+coarser the codes, the more there is to win. The embedding and the head keep their codes and scales.
+
+Sources: Liu et al. 2023, "LLM-QAT" (distillation of a quantized model); Chen et al. 2024, "EfficientQAT" (training the
+scales alone, end to end); Bengio et al. 2013 (straight-through estimator).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from compress.calibration_text import corpus_windows
+from compress.grid import fp16
+from compress.layerwise import fast_matmul
+from compress.teacher import TeacherCache, build_cache
+from models import lineage
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.data import DataOptions
+from models.decoder import Decoder
+from models.quantized import QuantizedTensor
+from models.optimizer import learning_rate
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+EXAMPLES = """examples:
+  python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
+  python -m compress.recover build/int3 --teacher build/smollm2-135m --data corpus.txt --weights 40 -o build/int3-recovered
+"""
+
+
+class _Scaled(torch.autograd.Function):
+    """(codes - zeros) * scales, remembering codes as bytes instead of floats. codes [N, G, K/G]; scales, zeros [N, G]."""
+
+    @staticmethod
+    def forward(context, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+        context.save_for_backward(codes, zeros)
+        return ((codes.float() - zeros[:, :, None]) * scales[:, :, None]).flatten(1)
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        codes, zeros = context.saved_tensors
+        grouped = gradient.view(codes.shape)
+        return None, None, (grouped * codes).sum(-1) - zeros * grouped.sum(-1)
+
+
+class _Rounded(torch.autograd.Function):
+    """round(latent) within 0 .. top; the gradient passes where the latent is within the range."""
+
+    @staticmethod
+    def forward(context, latent: Tensor, top: int) -> Tensor:
+        context.save_for_backward((latent > -0.5) & (latent < top + 0.5))
+        return latent.round().clamp_(0, top)
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        return gradient * context.saved_tensors[0], None
+
+
+class CodedLinear(nn.Module):
+    """A linear whose weight is made of codes; `log_factor` [N, G] changes its scales, `latent` its codes."""
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None):
+        super().__init__()
+        self.tensor, self.bias = tensor, bias
+        self.scales = tensor.scales.float()
+        half = 2.0 ** (tensor.bits - 1)
+        self.zeros = torch.full_like(self.scales, half) if tensor.zeros is None else tensor.zeros.float()
+        self.codes = tensor.codes.unflatten(1, (self.scales.shape[1], -1))
+        self.log_factor = nn.Parameter(torch.zeros_like(self.scales))
+        self.latent: nn.Parameter | None = None
+
+    def free_codes(self) -> None:
+        self.latent = nn.Parameter(self.codes.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self.scales * self.log_factor.exp()
+        if self.latent is None:
+            return F.linear(x, _Scaled.apply(self.codes, self.zeros, scales), self.bias)
+        codes = _Rounded.apply(self.latent, 2**self.tensor.bits - 1)
+        return F.linear(x, ((codes - self.zeros[:, :, None]) * scales[:, :, None]).flatten(1), self.bias)
+
+    def frozen(self) -> QuantizedTensor:
+        codes = self.codes if self.latent is None else self.latent.detach().round().clamp(0, 2**self.tensor.bits - 1).to(torch.uint8)
+        scales = fp16(self.scales * self.log_factor.detach().exp()).half()
+        old = self.tensor
+        return QuantizedTensor(codes.flatten(1), scales, old.zeros, old.bits, old.group, old.symmetric)
+
+
+def student_of(checkpoint: Checkpoint) -> tuple[Decoder, dict[str, CodedLinear]]:
+    """The decoder with every quantized linear of its layers replaced by a CodedLinear, and those by module name."""
+    decoder = load_decoder(checkpoint.path).requires_grad_(False)
+    coded = {}
+    for module in checkpoint.quantization.tensors:
+        if module.startswith("model.layers."):
+            parent, name = module.rsplit(".", 1)
+            linear = decoder.get_submodule(module)
+            coded[module] = CodedLinear(checkpoint.quantized(module), linear.bias)
+            setattr(decoder.get_submodule(parent), name, coded[module])
+    return decoder, coded
+
+
+def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int, batch: int, seed: int, label: str) -> list[float]:
+    """Adam over parameter groups [{"params", "peak"}]; returns the divergence of each step, nats a token.
+
+    Raises UserError where the divergence stops being finite.
+    """
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+    generator, order, losses = torch.Generator().manual_seed(seed), [], []
+    windows = len(cache.ids)
+    with fast_matmul(), tqdm(range(steps), desc=label, unit="step", file=sys.stderr) as bar:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps=steps, warmup=min(8, steps // 4), peak=group["peak"],
+                                            schedule="cosine", floor=0.05, decay_share=0.0)
+            if len(order) < batch:
+                order = torch.randperm(windows, generator=generator).tolist()
+            rows, order = order[:batch], order[batch:]
+            losses.append(_step(decoder, cache, rows))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.set_postfix(kl=f"{sum(losses[-10:]) / len(losses[-10:]):.4f}", refresh=False)
+    return losses
+
+
+def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
+    """Gradients of the mean divergence over some windows; logits of one window at a time."""
+    hidden = decoder.model(torch.from_numpy(cache.ids[rows].astype("int64")))
+    outer, total = torch.empty_like(hidden), 0.0
+    for place, row in enumerate(rows):
+        inner = hidden[place].detach().requires_grad_(True)
+        loss = cache.divergence(row, decoder.head(inner)).mean() / len(rows)
+        loss.backward()
+        outer[place], total = inner.grad, total + float(loss)
+    if not total < float("inf"):
+        raise UserError("the divergence from the teacher is no longer finite: lower --learning-rate")
+    hidden.backward(outer)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Train a quantized checkpoint's scales and norms against the model it was made from."""
+
+    checkpoint: Path = arg(positional=True, help="quantized checkpoint folder")
+    teacher: Path = arg(help="the checkpoint it was made from")
+    out: Path = arg(help="checkpoint folder to write", short="-o")
+    steps: int = arg(80, help="steps that train scales and norm gains")
+    weights: int = arg(0, help="further steps that train the codes too", metavar="STEPS")
+    batch: int = arg(4, help="windows in a step")
+    windows: int = arg(320, help="windows of the text to learn from, spread evenly")
+    length: int = arg(512, help="tokens in a window")
+    learning_rate: float = arg(1e-4, help="of scales (as factors) and norm gains")
+    code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code")
+    top: int = arg(64, help="teacher's log-probabilities kept for each token")
+    seed: int = arg(0, help="order of the windows")
+    teacher_cache: Path = arg(Path("~/.cache/edgewright/teacher"), help="where the teacher's predictions are kept")
+
+
+def recover(options: Options) -> None:
+    """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
+    checkpoint, teacher = open_checkpoint(options.checkpoint), open_checkpoint(options.teacher)
+    if checkpoint.quantization is None:
+        raise UserError(f"{options.checkpoint} is not quantized: give the result of compress.quantize")
+    if teacher.config.vocab_size != checkpoint.config.vocab_size:
+        raise UserError(f"teacher and student vocabularies differ ({teacher.config.vocab_size} and "
+                        f"{checkpoint.config.vocab_size} tokens): give the checkpoint the student was made from")
+    for name in ("steps", "batch", "windows", "length"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, which should be at least 1")
+    if not 0 < options.learning_rate < 1 or not 0 < options.code_rate < 1:
+        raise UserError("--learning-rate and --code-rate should be above 0 and below 1")
+    check_output(options.out, options.checkpoint)
+    length = min(options.length, checkpoint.config.context_length)
+    ids = corpus_windows(teacher, options, options.windows, length)
+    cache = build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top)
+
+    decoder, coded = student_of(checkpoint)
+    gains = [p for name, p in decoder.named_parameters() if p.ndim == 1 and "norm" in name]
+    factors = [module.log_factor for module in coded.values()]
+    groups = [{"params": factors, "peak": options.learning_rate}, {"params": gains, "peak": options.learning_rate}]
+    losses = train(decoder, groups, cache, options.steps, options.batch, options.seed, "scales")
+    if options.weights:
+        for module in coded.values():
+            module.free_codes()
+        latents = [module.latent for module in coded.values()]
+        losses += train(decoder, groups + [{"params": latents, "peak": options.code_rate}], cache, options.weights,
+                        options.batch, options.seed + 1, "codes")
+    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+    stage = lineage.stage("compress.recover", options, {"checkpoint": checkpoint.sha256(), "teacher": teacher.sha256(),
+                          "predictions": cache.folder.name}, {"kl_first_steps": first, "kl_last_steps": last}, options.seed)
+    write_checkpoint(options.out, checkpoint.hf_config, _tensors(checkpoint, decoder, coded), options.checkpoint, stage)
+    print(f"divergence from the teacher on the text learned from: {first:.4f} nats a token at first, {last:.4f} at last")
+
+
+def _tensors(checkpoint: Checkpoint, decoder: Decoder, coded: dict[str, CodedLinear]):
+    done = {}
+    for name in checkpoint.names():
+        module, suffix = name.rsplit(".", 1)
+        if module in coded:
+            if suffix == "codes":
+                done = coded[module].frozen().tensors(module)
+            yield name, done[name]
+        elif suffix == "weight" and "norm" in module.rsplit(".", 1)[-1]:
+            yield name, decoder.get_submodule(module).weight.detach()
+        else:
+            yield name, checkpoint.read(name)
+
+
+def main(argv=None) -> int:
+    return run(Options, recover, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

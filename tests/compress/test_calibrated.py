@@ -1,0 +1,144 @@
+"""Calibrated quantization end to end on small models: codes, sizes, resuming, and every bad input."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from compress import calibrated as module
+from compress.quantize import main
+from models.checkpoint import load_decoder, open_checkpoint
+from models.quantized import TensorFormat
+
+TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
+
+
+def quantize(checkpoint, out, text, *options) -> int:
+    cache = out.parent / "cache"
+    return main([str(checkpoint), "-o", str(out), "--data", str(text), "--cache", str(cache), "--windows", "24", "--length", "64",
+                 "--sensitivity-windows", "8", *map(str, options)])
+
+
+def text_ids(checkpoint):
+    tokens = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(TEXT).ids
+    return torch.tensor(tokens[20:20 + 8 * 60]).view(8, 60)
+
+
+def divergence(path, reference, ids):
+    with torch.no_grad():
+        p, q = (torch.log_softmax(load_decoder(folder)(ids), -1) for folder in (reference, path))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_calibration_keeps_more_of_the_model(family, tiny_checkpoint, text, tmp_path):
+    source, ids, found = tiny_checkpoint(family), text_ids(tiny_checkpoint(family)), {}
+    for method in ("rtn", "gptq"):      # at 5 bits: coarser ones leave nothing of a random model
+        assert quantize(source, tmp_path / method, text, "--method", method, "--bits", 5) == 0
+        found[method] = divergence(tmp_path / method, source, ids)
+    assert found["gptq"] < 0.8 * found["rtn"]
+    assert not list(tmp_path.glob(".*"))                       # the finished layers are gone
+
+
+def test_a_target_size_is_met_and_mixed_precision_pays(tiny_checkpoint, text, tmp_path, capsys):
+    source, ids = tiny_checkpoint("smollm2"), text_ids(tiny_checkpoint("smollm2"))
+    assert quantize(source, tmp_path / "even", text, "--method", "gptq", "--bits", 5, "--embedding-bits", 5) == 0
+    even = open_checkpoint(tmp_path / "even")
+    size = sum(even.nbytes(name) for name in even.names())
+    kept = tmp_path / "sensitivity.safetensors"
+    assert quantize(source, tmp_path / "mixed", text, "--method", "gptq", "--target-size", size, "--sensitivity", kept) == 0
+    mixed = open_checkpoint(tmp_path / "mixed")
+    assert 0.97 * size < sum(mixed.nbytes(name) for name in mixed.names()) <= size
+    assert len(set(mixed.quantization.tensors.values())) > 1
+    assert divergence(tmp_path / "mixed", source, ids) < divergence(tmp_path / "even", source, ids)
+    stamp = kept.stat().st_mtime_ns
+    assert quantize(source, tmp_path / "onnx", text, "--method", "clip", "--target-bpw", 6, "--backend", "onnx",
+                    "--sensitivity", kept) == 0
+    assert kept.stat().st_mtime_ns == stamp                    # measured once
+    assert {form.bits for form in open_checkpoint(tmp_path / "onnx").quantization.tensors.values()} == {4, 8}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tiny_checkpoint, text, tmp_path, monkeypatch):
+    source = tiny_checkpoint("smollm2")
+    assert quantize(source, tmp_path / "whole", text, "--method", "gptq") == 0
+    layer, visited = module._layer, []
+
+    def stops(walk, number, *rest):
+        visited.append(number)
+        if number == 1 and visited.count(1) == 1:
+            raise KeyboardInterrupt
+        return layer(walk, number, *rest)
+    monkeypatch.setattr(module, "_layer", stops)
+    assert quantize(source, tmp_path / "resumed", text, "--method", "gptq") == 130
+    assert not (tmp_path / "resumed").exists() and list(tmp_path.glob(".resumed.*.work"))
+    assert quantize(source, tmp_path / "resumed", text, "--method", "gptq") == 0
+    assert visited == [0, 1, 1]                                # layer 0 was not done again
+    whole, resumed = open_checkpoint(tmp_path / "whole"), open_checkpoint(tmp_path / "resumed")
+    for name in whole.names():
+        assert torch.equal(whole.read(name), resumed.read(name)), name
+
+
+def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
+    source = tiny_checkpoint("llama")
+    assert quantize(source, tmp_path / "q", text, "--method", "gptq", "--skip", "*.q_proj", "--embedding-bits", 0) == 0
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "q")
+    for name in before.names():
+        if "q_proj" in name or "norm" in name or "embed" in name or "lm_head" in name:
+            assert torch.equal(before.read(name), after.read(name)), name
+    assert after.quantization.tensors["model.layers.1.mlp.down_proj"] == TensorFormat(4, 32)
+    stage = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]
+    assert set(stage["inputs"]) == {"checkpoint", "calibration"}
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--method", "gptq", "--windows", 0], "--windows is 0"),
+    (["--method", "gptq", "--length", 100000, "--data", "short"], "less than one window"),
+    (["--target-size", "1kB"], "the smallest possible"),
+    (["--target-size", "many"], "should be a size such as 92MB"),
+    (["--target-size", "1MB", "--target-bpw", 4], "say the same thing twice"),
+    (["--target-bpw", -1], "should be above 0"),
+    (["--bits", 3, "--backend", "onnx"], "run 4 and 8 bits"),
+    (["--no-symmetric", "--backend", "tensorrt"], "zero points, and TensorRT runs none"),
+    (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
+    (["--method", "gptq", "--data", "empty"], "no document is left"),
+])
+def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "short").write_text("A few words.")
+    options = [str(tmp_path / o) if o in ("empty", "short") else o for o in options]
+    data = [] if "--data" in options else [text]
+    arguments = [str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "q"), "--cache", str(tmp_path / "cache"), "--length", "64",
+                 "--sensitivity-windows", "2", *map(str, options), *(["--data", str(text)] if data else [])]
+    assert main([a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error.splitlines()[-1] and "Traceback" not in error
+    assert not (tmp_path / "q").exists()
+
+
+def test_data_is_asked_for(tiny_checkpoint, tmp_path, capsys):
+    for options in (["--method", "gptq"], ["--target-size", "1MB"]):
+        assert main([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "q"), *options]) == 2
+        assert "give --data FILES" in capsys.readouterr().err
+
+
+def test_dead_and_broken_layers_are_named(tiny_checkpoint, text, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    import shutil
+    for value, words in ((0.0, "all zero"), (float("nan"), "not finite")):
+        broken = tmp_path / f"broken{value}"
+        shutil.copytree(tiny_checkpoint("smollm2"), broken)
+        tensors = load_file(broken / "model.safetensors")
+        tensors["model.layers.1.post_attention_layernorm.weight"].fill_(value)
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        assert quantize(broken, tmp_path / "q", text, "--method", "clip", "--embedding-bits", 0) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "model.layers.1.mlp.gate_proj" in error and words in error
+        assert not (tmp_path / "q").exists()

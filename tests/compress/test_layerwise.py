@@ -1,0 +1,73 @@
+"""The calibration walk against hooks on the whole model, for every family."""
+
+import pytest
+import torch
+from torch import nn
+
+from compress.calibration_text import calibration_windows
+from compress.layerwise import Walk, second_moment
+from models.checkpoint import load_decoder, open_checkpoint
+from runtime.errors import UserError
+
+FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2")
+
+
+def hooked_moments(decoder, ids):
+    """Second moments of every linear's inputs during an ordinary forward pass."""
+    found = {}
+    for name, module in decoder.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda m, x, name=name: found.__setitem__(name, second_moment([x[0].double()])))
+    with torch.no_grad():
+        hidden = decoder.model(ids)
+    return found, hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_and_stream_are_those_of_the_whole_model(family, tiny_checkpoint):
+    path = tiny_checkpoint(family)
+    checkpoint, decoder = open_checkpoint(path), load_decoder(path)
+    ids = torch.randint(0, 384, (6, 40), generator=torch.Generator().manual_seed(0))
+    expected, hidden = hooked_moments(decoder, ids)
+    walk, seen = Walk(checkpoint, ids), set()
+    for number in range(2):
+        layer = walk.load(number)
+        before = walk.x.clone()
+        for name, hessian in walk.inputs(layer, second_moment).items():
+            reference = expected[f"{number}.{name}"]
+            # Products may run in bfloat16 inside: 8 bits of mantissa, errors of the sum far below.
+            assert (hessian - reference).abs().max() <= 0.01 * reference.diagonal().max()
+            seen.add(f"{number}.{name}")
+        assert torch.equal(walk.x, before)
+        walk.step(layer)
+    assert seen == set(expected)
+    final = decoder.model.norm(walk.x)
+    assert (final - hidden).norm() <= 0.02 * hidden.norm()
+
+
+def test_what_a_visit_changes_is_what_the_data_passes_through(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint("smollm2"))
+    ids = torch.randint(0, 384, (3, 16), generator=torch.Generator().manual_seed(0))
+    walk, order = Walk(checkpoint, ids), []
+    layer = walk.load(0)
+    before = walk.x.clone()
+
+    def silence(names, inputs):
+        order.append(names)
+        for name in names:
+            if name.endswith(("o_proj", "down_proj")):
+                layer.get_submodule(name).weight.data.zero_()
+    walk.step(layer, silence)
+    assert torch.equal(walk.x, before)                         # nothing is added to the stream any more
+    assert order == [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+                     ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+
+
+def test_windows_are_spread_and_text_too_short_is_refused():
+    tokens = torch.arange(1000, dtype=torch.int32)
+    windows = calibration_windows(tokens, 3, 100)
+    assert windows.dtype == torch.int64 and windows[:, 0].tolist() == [0, 400, 900]
+    assert len(calibration_windows(tokens, 99, 100)) == 10
+    for short in (tokens[:99], tokens[:0]):
+        with pytest.raises(UserError, match=f"has {len(short)} tokens, which is less than one window of 100"):
+            calibration_windows(short, 4, 100)
