@@ -1,0 +1,215 @@
+"""Prove a bundle against its checkpoint: `python -m export.verify CKPT BUNDLE`.
+
+PyTorch writes the golden outputs (`export/golden.py`): eight prompts with greedy continuations. Those tokens are then fed
+again, teacher-forced, to PyTorch and to every graph of the bundle, on each of the ways a runtime uses a cache:
+
+    one prefill        the whole sequence in one call
+    chunked prefill    16 tokens a call, each on top of the cache so far
+    token by token     one token a call (the first tokens of a long prompt at once)
+    ragged batch       all prompts together, right-padded, then batched steps at rows of different lengths
+
+and the logits are compared over the whole vocabulary: KL(PyTorch || graph) in nats, mean and maximum; how often the
+likeliest token is the same; and the first token that differs. A token that differs where PyTorch's first two logits are
+closer than the noise (twice the largest difference among the 20 likeliest, a constant over all logits taken off) is
+a near tie, not an error.
+
+Rungs. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
+kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "fast", or "portable
+fused" in a bundle without a fast graph, is what users run: int8 activations, mean KL below 0.01. Past a budget the exit
+code is 1 and the bundle stays as it was; else the golden outputs go into it. TensorRT engines are listed, not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from export import bundle as bundles
+from export.golden import TOP, Golden, golden_outputs, to_json
+from models import lineage
+from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from models.torch_backend import TorchBackend
+from runtime.backend import Backend, Cache
+from runtime.bundle import Bundle, open_bundle
+from runtime.cli import arg, run, table
+from runtime.decode import prefill, step
+from runtime.errors import CheckFailed, UserError
+from runtime.machine import available_cpus
+from runtime.ort_backend import OrtBackend
+from runtime.text import Tokenizer
+
+BUDGETS = {"portable": {"fp32": 1e-6, "fp16": 1e-3}, "portable_fused": 0.01, "fast": 0.01}     # mean KL, nats
+TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast"}
+CHUNK = 16                        # tokens a call of the chunked prefill
+SINGLY = 64                       # tokens at the end of a prompt that go one by one
+SHORTEST_CONTEXT = 16
+EXAMPLES = """example:
+  python -m export.verify build/smollm2-135m-int4-checkpoint build/smollm2-135m-int4
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a bundle's golden outputs and check every graph against PyTorch."""
+    checkpoint: Path = arg(positional=True, help="checkpoint the bundle was exported from")
+    bundle: Path = arg(positional=True, help="folder of the bundle")
+    threads: int | None = arg(None, help="CPU threads of ONNX Runtime; default: the CPUs this process may use")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How logits differ from PyTorch's at each golden token; every field is an array [tokens]."""
+
+    kl: np.ndarray
+    differs: np.ndarray           # the likeliest token is another
+    near_tie: np.ndarray          # it is, and PyTorch's first two were closer than the noise
+
+
+def verify(options: Options) -> None:
+    """Run the stage. Raises UserError for input that does not belong together, CheckFailed past a budget."""
+    checkpoint, bundle = open_checkpoint(options.checkpoint), open_bundle(options.bundle)
+    source = check_source(checkpoint, bundle)
+    reference = TorchBackend(load_decoder(options.checkpoint))
+    tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
+    golden = golden_outputs(reference, tokenizer, bundle.max_context)
+    budgets = rung_budgets(bundle)
+    rows, failures = measure("pytorch", reference, golden, BUDGETS["portable"]["fp32"])
+    reference.close()
+    for rung, budget in budgets.items():
+        backend = OrtBackend(bundle, threads=options.threads or available_cpus(), exact=rung == "portable",
+                             role="fast" if rung == "fast" else "portable")
+        more, failed = measure(rung, backend, golden, budget)
+        rows, failures = rows + more, failures + failed
+        backend.close()
+    print(table(rows, title=f"{bundle.name}: {len(golden)} prompts, {len(golden[0].tokens)} tokens each, against PyTorch"))
+    for engine in bundle.manifest["engines"]:
+        print(f"{engine['file']}: built, never run by this check")
+    if failures:
+        raise CheckFailed("; ".join(failures))
+    figures = {f"{row['graph']}, {row['way']}": row["mean KL"] for row in rows}
+    stage = lineage.stage("export.verify", options, {"checkpoint": source}, figures)
+    manifest = bundles.without_file(bundle.manifest, bundles.GOLDEN)
+    manifest |= {"golden": bundles.GOLDEN, "lineage": [*manifest["lineage"], stage]}
+    bundles.add_file(options.bundle, manifest, bundles.GOLDEN, to_json(golden, source, budgets))
+    print(f"{options.bundle}: every budget kept; golden outputs written to {bundles.GOLDEN}")
+
+
+def check_source(checkpoint: Checkpoint, bundle: Bundle) -> str:
+    """The checkpoint's sha256. Raises UserError where the bundle was exported from another one, or is too short."""
+    exported = next((stage for stage in reversed(bundle.manifest["lineage"]) if stage["stage"] == "export.onnx"), None)
+    source = checkpoint.sha256()
+    if exported is None or exported["inputs"]["checkpoint"] != source:
+        raise UserError(f"{bundle.folder} was not exported from {checkpoint.path} as it is now: give the checkpoint it came "
+                        "from, or export again with python -m export.onnx")
+    if bundle.max_context < SHORTEST_CONTEXT:
+        raise UserError(f"{bundle.folder} has a context of {bundle.max_context} tokens, and the golden outputs need "
+                        f"{SHORTEST_CONTEXT}: export with a larger --max-context")
+    return source
+
+
+def rung_budgets(bundle: Bundle) -> dict[str, float]:
+    """The rungs to check, exact first, and the mean KL that each may have."""
+    portable = bundle.graph("portable")
+    if portable is None:
+        return {}
+    second = "fast" if bundle.graph("fast") else "portable_fused"
+    return {"portable": BUDGETS["portable"][portable["dtype"]], second: BUDGETS[second]}
+
+
+def measure(rung: str, backend: Backend, golden: list[Golden], budget: float) -> tuple[list[dict], list[str]]:
+    """Every way through one backend: rows of the report, and sentences on budgets that were not kept."""
+    rows, failures = [], []
+    for name, way in tqdm(WAYS.items(), desc=TITLES[rung], unit="way"):
+        comparisons = [compare(output.logits, logits) for output, logits in zip(golden, way(backend, golden))]
+        rows.append(row := report_row(TITLES[rung], name, golden, comparisons))
+        mean = float(np.concatenate([comparison.kl for comparison in comparisons]).mean())
+        if not mean <= budget:                    # a NaN fails too
+            failures.append(f"{row['graph']}, {name}: a mean KL of {mean:.2e} against a budget of {budget:g}")
+    return rows, failures
+
+
+def compare(reference: np.ndarray, logits: np.ndarray) -> Comparison:
+    """Compare float32 logits [tokens, vocab] with the reference's."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in
+                    (reference.astype(np.float64), logits.astype(np.float64)))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    top = np.argsort(-reference, axis=1)[:, :TOP]
+    before, after = np.take_along_axis(reference, top, axis=1), np.take_along_axis(logits, top, axis=1)
+    shift = (after - before).mean(axis=1, keepdims=True)
+    noise = 2 * np.abs(after - before - shift).max(axis=1)
+    differs = logits.argmax(axis=1) != top[:, 0]
+    return Comparison(kl, differs, differs & (before[:, 0] - before[:, 1] < noise))
+
+
+def report_row(graph: str, way: str, golden: list[Golden], comparisons: list[Comparison]) -> dict:
+    """One line of the table, over all prompts."""
+    kl, differs, near_tie = (np.concatenate([getattr(c, field) for c in comparisons])
+                             for field in ("kl", "differs", "near_tie"))
+    first = next((f"{output.name}, token {np.flatnonzero(c.differs)[0]}" for output, c in zip(golden, comparisons)
+                  if c.differs.any()), "")
+    return {"graph": graph, "way": way, "mean KL": f"{kl.mean():.1e}", "max KL": f"{kl.max():.1e}",
+            "same top-1": f"{1 - differs.mean():.1%}", "near ties": int(near_tie.sum()),
+            "differ": int((differs & ~near_tie).sum()), "first to differ": first}
+
+
+def _each(feed: Callable[[Backend, Cache, Golden], np.ndarray]):
+    """A way that takes the prompts one at a time, each into a cache of its own."""
+    def way(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
+        return [feed(backend, backend.new_cache(1, len(output.fed)), output) for output in golden]
+    return way
+
+
+def _feed(backend: Backend, cache: Cache, tokens: np.ndarray, first: int) -> np.ndarray:
+    """Append tokens (int64 [n]) to a cache of one row; logits [n - first, vocab] of those from `first` on."""
+    start = int(cache.lengths[0])
+    positions, wanted = np.arange(start, start + len(tokens)), np.arange(first, len(tokens))
+    logits = backend.forward(tokens[None], positions[None], cache.lengths.copy(), wanted[None], cache)[0].copy()
+    cache.lengths += len(tokens)
+    return logits
+
+
+def _in_pieces(backend: Backend, cache: Cache, output: Golden, ends: list[int]) -> np.ndarray:
+    """Feed the tokens in consecutive pieces that end at `ends`."""
+    first, parts, start = len(output.prompt) - 1, [], 0
+    for end in ends:
+        parts.append(_feed(backend, cache, output.fed[start:end], min(max(first - start, 0), end - start)))
+        start = end
+    return np.concatenate(parts)
+
+
+def _one_prefill(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
+    return _in_pieces(backend, cache, output, [len(output.fed)])
+
+
+def _chunked_prefill(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
+    total = len(output.fed)
+    return _in_pieces(backend, cache, output, [*range(CHUNK, total, CHUNK), total])
+
+
+def _token_by_token(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
+    return _in_pieces(backend, cache, output, list(range(max(1, len(output.prompt) - SINGLY), len(output.fed) + 1)))
+
+
+def _ragged_batch(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
+    """As the runtime's decode loop does it: prompts padded together, then steps of one token for all rows."""
+    cache = backend.new_cache(len(golden), max(len(output.fed) for output in golden))
+    steps = [prefill(backend, cache, [output.prompt for output in golden]).copy()]
+    for i in range(len(golden[0].tokens) - 1):
+        steps.append(step(backend, cache, np.array([output.tokens[i] for output in golden])).copy())
+    return list(np.stack(steps, axis=1))
+
+
+WAYS = {"one prefill": _each(_one_prefill), "chunked prefill": _each(_chunked_prefill),
+        "token by token": _each(_token_by_token), "ragged batch": _ragged_batch}
+
+
+def main(argv=None) -> int:
+    return run(Options, verify, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
