@@ -18,9 +18,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
+import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ EXAMPLES = """examples:
   python -m runtime.bench build/smollm2-135m-int4
   python -m runtime.bench build/smollm2-135m-int4 --prompt-tokens 512 --threads 1 --json bench.json
 """
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
+PACKAGES = ("numpy", "tokenizers", "onnxruntime", "tensorrt", "tensorrt_rtx")     # named where they are in use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def bench(options: Options) -> None:
 def measure(engine: Engine, options: Options) -> dict[str, float]:
     """The figures of one run. Every run has the same prompt."""
     vocab = engine.bundle.model["config"]["vocab_size"]
-    prompt = np.random.default_rng(0).integers(0, vocab, options.prompt_tokens)
+    prompt = random.Random(0).choices(range(vocab), k=options.prompt_tokens)
     reply, = engine.generate(prompt, max_new_tokens=options.new_tokens, ignore_model_stop=True)
     return figures(reply.timings)
 
@@ -91,11 +92,7 @@ def figures(timings: Timings) -> dict[str, float]:
 def describe(engine: Engine, options: Options) -> dict[str, str]:
     """Machine, versions and what was run."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
+    versions |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
     return {"bundle": engine.bundle.name, "engine": engine.explain().splitlines()[0],
             "machine": f"{cpu_name()}, {available_cpus()} CPUs, {platform.system()} {platform.release()}",
             "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),

@@ -16,7 +16,6 @@ Format: README, "Formats". Version 1 is the only one so far; others are refused 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -104,6 +103,7 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
 
 def changed_files(bundle: Bundle) -> list[str]:
     """Names of the files whose sha256 is not the manifest's. Reads every byte of the bundle."""
+    import hashlib                                # brings OpenSSL, which opening does not need
     changed = []
     for name, entry in bundle.manifest["files"].items():
         with open(bundle.path(name), "rb") as file:
