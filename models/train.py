@@ -101,7 +101,7 @@ def _model_and_options(options: TrainOptions, folder: Path):
             raise UserError(f"--context {options.context}: the model's context is {limit} tokens")
         model, rate, tokens = load_decoder(options.checkpoint), 1e-4, 8192
     else:
-        eos, vocab = _tokenizer_facts(folder)
+        eos, vocab = tokenizer_facts(folder)
         shape = preset(options.preset, vocab, options.context, eos)
         rate, tokens = shape.learning_rate, shape.batch_tokens
         if options.architecture == "gru":
@@ -117,7 +117,7 @@ def _model_and_options(options: TrainOptions, folder: Path):
     return model, dataclasses.replace(options, **{k: v for k, v in filled.items() if getattr(options, k) is None}), eos
 
 
-def _tokenizer_facts(folder: Path) -> tuple[int, int]:
+def tokenizer_facts(folder: Path) -> tuple[int, int]:
     """(EOS id, vocabulary size) of a tokenizer folder."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"

@@ -1,0 +1,211 @@
+"""Fine-tuning: the loss falls on replies alone, LoRA merges exactly, labels are judged by likelihood, bad input is refused."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from models.checkpoint import load_decoder, open_checkpoint
+from models.data import IGNORE
+from models.examples import Examples, encode_chat, encode_labelled, open_template
+from models.finetune import main
+from models.lora import add_lora, merged_tensors
+from models.memory import training_bytes
+from runtime.errors import UserError
+
+CHAT = [{"role": "user", "content": "Add 1 and 2 🙂"}, {"role": "assistant", "content": "It is 3."},
+        {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, 今天"}]
+
+
+@pytest.fixture
+def parts(tiny_checkpoint):
+    folder = tiny_checkpoint("smollm2")
+    return folder, Tokenizer.from_file(str(folder / "tokenizer.json")), open_template(folder)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    items = [{"instruction": f"say {'yes no so go'.split()[i % 4]} {i}", "input": "", "output": "so it is said"} for i in range(40)]
+    (tmp_path / "chats.json").write_text(json.dumps(items))
+    return str(tmp_path / "chats.json")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    lines = [f"{'good fine' if i % 2 else 'bad poor'} {i}\t{i % 2}" for i in range(40)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines))
+    (tmp_path / "valid.tsv").write_text("\n".join(line.replace(" ", " old ", 1) for line in lines[:20]))
+    return str(tmp_path / "train.tsv"), str(tmp_path / "valid.tsv")
+
+
+def arguments(checkpoint, out, *more):
+    return [str(checkpoint), "-o", str(out), "--batch", "4", "--steps", "24", "--eval-every", "12", *more]
+
+
+def rows(out, kind):
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def test_replies_alone_are_learned_as_transformers_tells_them(parts):
+    """transformers marks the assistant's tokens through the template's `generation` blocks."""
+    folder, tokenizer, template = parts
+    ids, learned = encode_chat(CHAT, template, tokenizer, "here")
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    oracle.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endif %}{{ '\n' }}{% endfor %}")
+    expected = oracle.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids.tolist() == expected["input_ids"]
+    assert learned.astype(int).tolist() == list(expected["assistant_masks"])
+    assert tokenizer.decode(ids[learned].tolist(), skip_special_tokens=False) == "It is 3.<|im_end|>Yes, 今天<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(parts, tmp_path):
+    from runtime.template import ChatTemplate
+    _, tokenizer, _ = parts
+    rewriting = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "t")
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        encode_chat(CHAT, rewriting, tokenizer, "here")
+
+
+def test_rows_are_padded_to_the_right_with_no_loss_there(parts):
+    _, tokenizer, _ = parts
+    encoded = [encode_labelled(text, "yes", "Q: {text}", tokenizer) for text in ("a", "a much longer text")]
+    input_ids, labels = Examples(encoded, pad=2).rows(np.array([0, 1]))
+    length = len(encoded[0][0]) - 1
+    assert (input_ids[0, length:] == 2).all() and (labels[0, length:] == IGNORE).all()
+    for row, (ids, learned) in enumerate(encoded):
+        assert labels[row][labels[row] != IGNORE].tolist() == ids[learned].tolist()
+
+
+@pytest.mark.parametrize("family", ["smollm2", "gpt2"])
+def test_chat_with_lora_learns_and_merges(tiny_checkpoint, chats, tmp_path, family):
+    source, out = tiny_checkpoint(family), tmp_path / "out"
+    assert main(arguments(source, out, "--task", "chat", "--data", chats, "--learning-rate", "0.01")) == 0
+    losses = [row["valid_loss"] for row in rows(out, "valid")]
+    assert losses[-1] < losses[0] - 0.3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "last")
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(load_decoder(out / "last")(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert [s["stage"] for s in json.loads((out / "last/lineage.json").read_text())["stages"]][-1] == "finetune"
+    assert (out / "last/chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+
+
+def test_merged_weights_give_the_adapters_logits(parts):
+    decoder = load_decoder(parts[0])
+    model = add_lora(decoder, rank=4, alpha=8.0, source=parts[0])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(40)[None]
+    with_adapter, plain = model(ids), load_decoder(parts[0])
+    assert not torch.allclose(plain(ids), with_adapter, atol=1e-2)
+    plain.load_state_dict(dict(merged_tensors(model)))
+    torch.testing.assert_close(plain(ids), with_adapter, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kept_adapter_opens_with_peft_in_transformers(parts, chats, tmp_path):
+    source, out = parts[0], tmp_path / "out"
+    common = ("--task", "chat", "--data", chats, "--learning-rate", "0.01")
+    assert main(arguments(source, out, *common, "--keep-adapter")) == 0
+    assert main(arguments(source, tmp_path / "merged", *common)) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(source)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, out / "last")(ids).logits,
+                               load_decoder(tmp_path / "merged/last")(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_full_fine_tuning_resumes_exactly(parts, chats, tmp_path):
+    """Two halves of the same run: the first stopped by an error in the data's place, the second resumed."""
+    common = ("--task", "chat", "--data", chats, "--method", "full", "--learning-rate", "0.001")
+    assert main(arguments(parts[0], tmp_path / "whole", *common)) == 0
+    import models.trainer
+    step, left = models.trainer.Trainer.train_step, iter(range(20))
+    try:
+        models.trainer.Trainer.train_step = lambda self: (step(self), next(left))[0]
+        with pytest.raises(StopIteration):
+            main(arguments(parts[0], tmp_path / "cut", *common))
+    finally:
+        models.trainer.Trainer.train_step = step
+    assert main(arguments(parts[0], tmp_path / "cut", *common, "--resume")) == 0
+    assert [r["loss"] for r in rows(tmp_path / "cut", "train")] == [r["loss"] for r in rows(tmp_path / "whole", "train")]
+
+
+def test_classification_learns_and_reports_accuracy(parts, labelled, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(parts[0], out, "--task", "classify", "--data", labelled[0], "--valid", labelled[1], "--labels",
+                          "0=not good", "1=yes", "--prompt", "{text}\\nIs it?", "--learning-rate", "0.02")) == 0
+    report = capsys.readouterr().out
+    before, after = (float(word.split("%")[0]) for word in report.split("accuracy on 20 examples: ")[1].split() if "%" in word)
+    assert after == 100.0 > before
+
+
+def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts, labelled, tmp_path):
+    """Against whole-row log-softmax, for labels of several tokens."""
+    from models.finetune import Classify, FinetuneOptions
+    options = FinetuneOptions(out=tmp_path, checkpoint=parts[0], task="classify", data=labelled[:1], labels=("0=bad news", "1=yes"))
+    task, decoder = Classify(options, parts[1]), load_decoder(parts[0])
+    right = []
+    encoded = []
+    for i in range(21):
+        text, label = f"text number {i}", ["bad news", "yes"][i % 2]
+        encoded.append(encode_labelled(text, label, "Text: {text}\nLabel:", parts[1]))
+        scores = []
+        for words in ("bad news", "yes"):
+            ids, learned = encode_labelled(text, words, "Text: {text}\nLabel:", parts[1])
+            logp = decoder(torch.from_numpy(ids[None])).double().log_softmax(-1)[0]
+            scores.append(sum(logp[k - 1, ids[k]].item() for k in np.flatnonzero(learned)))
+        right.append(int(np.argmax(scores)) == i % 2)
+    from types import SimpleNamespace
+    stub = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), options=SimpleNamespace(eval_rows=0), module=decoder,
+                           valid=Examples(encoded, pad=2))
+    assert 0 < sum(right) < 21
+    assert task.accuracy(stub) == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--context", "100000"], "--context 100000: the model's context is 256"),
+    (["--context", "5"], "none of .* examples has an answer within --context 5"),
+    (["--prompt", "no place"], r"has no \{text\}"),
+    (["--labels", "0"], "--labels 0: give each label as NAME=WORDS"),
+    (["--labels", "0=bad"], r"train.tsv:2: label '1' was never seen; known are 0"),
+    (["--method", "full", "--keep-adapter"], "--keep-adapter is for --method lora"),
+    (["--task", "chat"], "train.tsv:1: not a chat or instruction record"),
+])
+def test_input_of_no_use_is_refused(parts, labelled, tmp_path, capsys, change, message):
+    import re
+    command = arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid", labelled[1], *change)
+    assert main(command) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_never_seen_in_training_is_named_with_its_place(parts, labelled, tmp_path, capsys):
+    with open(labelled[1], "a") as file:
+        file.write("\nodd\t7")
+    assert main(arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid", labelled[1])) == 2
+    assert "valid.tsv:21: label '7' was never seen; known are 0, 1" in capsys.readouterr().err
+
+
+def test_examples_beyond_the_context_are_counted(parts, labelled, tmp_path, capsys):
+    with open(labelled[0], "a") as file:
+        file.write("\n" + "long " * 200 + "\t1")
+    assert main(arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid", labelled[1], "--context", "100")) == 0
+    assert "training data: 1 of 41 examples left out: longer than 100 tokens" in capsys.readouterr().out
+
+
+def test_memory_counts_what_is_trained(parts):
+    config = open_checkpoint(parts[0]).config
+    decoder = load_decoder(parts[0])
+    count = sum(p.numel() for p in decoder.parameters())
+    full = training_bytes(decoder, config, 4, 32, 32, checkpointing=False)
+    assert (full["weights"], full["gradients and optimizer"]) == (4 * count, 12 * count)
+    less = training_bytes(decoder, config, 4, 32, 32, checkpointing=True)
+    assert less["activations"] < full["activations"]
+    lora = training_bytes(add_lora(decoder, 2, 4.0, parts[0]), config, 4, 32, 32, checkpointing=False)
+    assert lora["gradients and optimizer"] < full["gradients and optimizer"] / 5
