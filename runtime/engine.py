@@ -28,7 +28,7 @@ from runtime.backend import Backend, Cache
 from runtime.backends import PROVIDERS, open_backend, step_down
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import DeviceError, UserError
-from runtime.machine import available_cpus, available_memory
+from runtime.machine import available_cpus, available_memory, release_free_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs
 from runtime.text import Detokenizer, StopStrings, Tokenizer
 
@@ -54,17 +54,23 @@ class GenerationOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall-clock times of one reply, from the call on; in a batch its steps are shared with its neighbours."""
+    """When each token of a reply was there, in milliseconds of wall clock since the request's tokens went to the model
+    (so prefill is in it, tokenizing and templates are not). In a batch, steps are shared with the neighbours."""
 
     prompt_tokens: int
-    new_tokens: int
-    ttft_ms: float                    # until the first token was chosen: tokenizing is not in it, prefill is
-    total_ms: float                   # until the last one
+    token_ms: list[float]
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to first token; None where there is none."""
+        return self.token_ms[0] if self.token_ms else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Tokens after the first, per second; None where there are none."""
-        return (self.new_tokens - 1) / (self.total_ms - self.ttft_ms) * 1e3 if self.new_tokens > 1 else None
+        if len(self.token_ms) < 2:
+            return None
+        return (len(self.token_ms) - 1) / (self.token_ms[-1] - self.token_ms[0]) * 1e3
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Reply:
 class Engine:
     """An opened bundle.
 
-    bundle: its folder. provider: "tensorrt", "cuda" or "cpu"; None: the first of them that can be had (`explain()` tells
+    bundle: its folder. provider: "tensorrt", "cuda", "native" or "cpu"; None: the first of them that can be had (`explain()` tells
     why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
@@ -97,7 +103,9 @@ class Engine:
         self._max_memory_mb = max_memory_mb
         self._provider, self._threads = provider, threads or available_cpus()
         self.backend, self._explanation = open_backend(self.bundle, provider, self._threads)
+        release_free_memory()                     # before the tokenizer, so that the two peaks do not add up
         self.tokenizer = Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"]))
+        release_free_memory()
         self._template = None
 
     def explain(self) -> str:
@@ -263,14 +271,13 @@ class _Draft:
         self.sequence = sequence
         self._detokenizer, self._stops = detokenizer, stops
         self._pieces: list[str] = []
-        self._decoded = 0                         # tokens that have gone through the detokenizer
-        self._ttft_ms = self._total_ms = 0.0
+        self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
 
     def advance(self, elapsed_ms: float) -> str:
         """Text that may be shown since the last call; ends the sequence at a stop string."""
         sequence, text, stopped = self.sequence, "", False
-        if len(sequence.tokens) > self._decoded:
-            self._decoded += 1
+        if len(sequence.tokens) > len(self._token_ms):
+            self._token_ms.append(elapsed_ms)
             text, stopped = self._stops.push(self._detokenizer.push(sequence.tokens[-1]))
         if not stopped and sequence.finish_reason:
             tail, stopped = self._stops.push(self._detokenizer.finish())
@@ -278,14 +285,12 @@ class _Draft:
         if stopped:
             sequence.finish_reason = "stop"
         self._pieces.append(text)
-        self._ttft_ms = self._ttft_ms or elapsed_ms
-        self._total_ms = elapsed_ms
         return text
 
     def reply(self) -> Reply:
         sequence = self.sequence
         return Reply("".join(self._pieces), sequence.tokens, sequence.finish_reason, sequence.logprobs,
-                     Timings(len(sequence.prompt), len(sequence.tokens), self._ttft_ms, self._total_ms))
+                     Timings(len(sequence.prompt), self._token_ms))
 
 
 def _as_list(prompts) -> list:

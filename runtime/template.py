@@ -92,6 +92,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             node.body.insert(0, jinja2.nodes.ExprStmt(call).set_lineno(node.lineno, override=True))
         return tree
 
+    def unsafe_undefined(self, obj, attribute):
+        """Jinja's would print as nothing and be refused only in use."""
+        raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
+
     def call_binop(self, context, operator, left, right):
         if operator == "**" or operator == "*" and any(
                 hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > MAX_CHARACTERS

@@ -41,10 +41,11 @@ class Tokenizer:
         if not isinstance(text, str):
             raise UserError(f"the prompt is {type(text).__name__}, not text")
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids, np.int64)
+            text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                             f"{error.start}, which is half a character; remove it") from None
+        return np.array(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids, np.int64)
 
     def decode(self, ids) -> str:
         """Text of token ids; special tokens are left out."""

@@ -1,0 +1,260 @@
+"""The engine around the mock backend: a model over bytes whose replies are arbitrary, often invalid, UTF-8."""
+
+import logging
+
+import numpy as np
+import pytest
+from make_bundle import BOS, EOS, VOCAB, write_bundle
+from mock_backend import MockBackend, logits_after
+
+import runtime.engine
+from runtime import Engine
+from runtime.errors import CheckFailed, UserError
+
+
+@pytest.fixture
+def open_engine(tmp_path, monkeypatch):
+    """open_engine(template=..., max_context=..., **Engine options) -> an engine over a fresh MockBackend."""
+    def make(template=None, max_context=512, **options):
+        fields = {"template": template} if template is not None else {}
+        folder = write_bundle(tmp_path / "bundle", max_context=max_context, **fields)
+        backend = MockBackend(VOCAB)
+        monkeypatch.setattr(runtime.engine, "open_backend", lambda *a, **k: (backend, ["mock runs nothing"]))
+        return Engine(folder, **options)
+    return make
+
+
+@pytest.fixture
+def engine(open_engine):
+    return open_engine()
+
+
+def oracle(prompt: bytes, count: int) -> tuple[list[int], str]:
+    """Greedy tokens and their text, by brute force."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        token = int(logits_after(tokens, VOCAB).argmax())
+        if token == EOS:
+            break
+        tokens.append(token)
+    tokens = tokens[len(prompt):]
+    return tokens, bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
+
+PROMPTS = ["Hello", "naïve 日本", "x", "👋 " * 9, "\x00", "The quick brown fox"]
+
+
+def test_greedy_replies_are_the_oracles(engine):
+    replies = engine.generate(PROMPTS, max_new_tokens=40)
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        tokens, text = oracle(prompt.encode(), 40)
+        assert (reply.tokens, reply.text) == (tokens, text)
+        assert reply.finish_reason == ("length" if len(tokens) == 40 else "stop")
+        assert reply.timings.prompt_tokens == len(prompt.encode()) and reply.logprobs == []
+        assert len(reply.timings.token_ms) == len(tokens) and reply.timings.token_ms == sorted(reply.timings.token_ms)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "seed": 4}, {"stop": ("e", "\ufffd\ufffd", "zz")},
+                                     {"temperature": 1.0, "top_p": 0.9, "seed": 1, "stop": "a"}], ids=str)
+def test_a_stream_joins_to_what_is_not_streamed(engine, options):
+    for prompt in PROMPTS:
+        whole, = engine.generate(prompt, max_new_tokens=60, **options)
+        stream = engine.stream(prompt, max_new_tokens=60, **options)
+        pieces = list(stream)
+        assert "".join(pieces) == whole.text == stream.reply.text and all(pieces)
+        assert (stream.reply.tokens, stream.reply.finish_reason) == (whole.tokens, whole.finish_reason)
+
+
+def test_stop_strings_end_the_text_before_them(engine):
+    text = engine.generate("abc", max_new_tokens=80)[0].text
+    for start in (0, 1, 7, len(text) // 2):
+        for length in (1, 2, 5):
+            stop = text[start:start + length]
+            reply, = engine.generate("abc", max_new_tokens=80, stop=("never there", stop))
+            assert reply.text == text[:text.index(stop)] and reply.finish_reason == "stop"
+    reply, = engine.generate("abc", max_new_tokens=80, stop="never there")
+    assert reply.text == text and reply.finish_reason == "length"
+
+
+def test_stop_tokens(engine):
+    tokens, _ = oracle(b"abc", 80)
+    reply, = engine.generate("abc", max_new_tokens=80, stop_tokens=(tokens[10],))
+    assert reply.tokens == tokens[:tokens.index(tokens[10])] and reply.finish_reason == "stop"
+
+
+def test_the_models_own_stop_tokens_can_be_passed_by(engine):
+    always = {EOS: 1e9}
+    reply, = engine.generate("abc", logit_bias=always, max_new_tokens=5)
+    assert (reply.tokens, reply.text, reply.finish_reason) == ([], "", "stop")
+    assert reply.timings.ttft_ms is None and reply.timings.decode_tokens_per_s is None
+    reply, = engine.generate("abc", logit_bias=always, max_new_tokens=5, ignore_model_stop=True)
+    assert (reply.tokens, reply.text, reply.finish_reason) == ([EOS] * 5, "", "length")
+
+
+def test_samples_neither_depend_on_the_batch_nor_on_each_other(engine):
+    options = {"temperature": 1.2, "seed": 9, "max_new_tokens": 12}
+    together = engine.generate(PROMPTS, n=3, **options)
+    alone = [reply for prompt in PROMPTS for reply in engine.generate(prompt, n=3, **options)]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert len({tuple(r.tokens) for r in together}) == 3 * len(PROMPTS)
+    assert engine.generate("Hello", **options)[0].tokens == together[0].tokens
+
+
+def test_token_ids_are_a_prompt_too(engine):
+    ids = list("Hello".encode())
+    want = engine.generate("Hello", max_new_tokens=5)[0].tokens
+    assert engine.generate(ids, max_new_tokens=5)[0].tokens == want
+    assert engine.generate(np.array(ids, np.int32), max_new_tokens=5)[0].tokens == want
+    both = engine.generate([ids, "Hello"], max_new_tokens=5)
+    assert [r.tokens for r in both] == [want, want]
+
+
+def test_logprobs(engine):
+    reply, = engine.generate("Hello", max_new_tokens=5, logprobs=2)
+    assert [entry.token for entry in reply.logprobs] == reply.tokens
+    assert all(entry.top[0] == (entry.token, pytest.approx(entry.logprob)) and len(entry.top) == 2 for entry in reply.logprobs)
+
+
+def test_chat_goes_through_the_template(engine):
+    messages = [{"role": "user", "content": "Hi"}]
+    tokens, text = oracle(b"[user]Hi\n[assistant]", 20)
+    assert engine.chat_tokens(messages).tolist() == list(b"[user]Hi\n[assistant]")
+    assert engine.chat(messages, max_new_tokens=20).tokens == tokens
+    assert "".join(engine.stream_chat(messages, max_new_tokens=20)) == text
+
+
+def test_templates_know_the_special_tokens(open_engine):
+    engine = open_engine(template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}")
+    assert engine.chat_tokens([{"role": "user", "content": "é"}]).tolist() == [BOS, *"é".encode(), EOS, EOS + 1]
+
+
+def test_leaving_a_stream_early(engine):
+    stream = engine.stream("Hello", max_new_tokens=400)
+    first = next(stream)
+    calls = len(engine.backend.calls)
+    assert stream.reply.finish_reason is None and stream.reply.text == first
+    del stream
+    assert engine.generate("Hello", max_new_tokens=3) and len(engine.backend.calls) <= calls + 3
+
+
+def test_two_streams_at_once(engine):
+    a, b = engine.stream("Hello", max_new_tokens=30), engine.stream("x", max_new_tokens=30)
+    texts = ["", ""]
+    for i in range(60):
+        texts[i % 2] += next((a, b)[i % 2], "")
+    assert texts == [engine.generate(p, max_new_tokens=30)[0].text for p in ("Hello", "x")]
+
+
+def test_capacity_is_chosen_for_the_request(engine):
+    engine.generate("Hello", max_new_tokens=10, logit_bias={EOS: 1e9})
+    engine.generate("Hello" * 20, max_new_tokens=300, logit_bias={EOS: 1e9})
+    assert engine.backend.capacities == [64, 384]
+
+
+def test_default_length_is_what_the_context_leaves(open_engine):
+    engine = open_engine(max_context=100)
+    assert len(engine.generate("a" * 97, ignore_model_stop=True)[0].tokens) == 3
+    assert len(open_engine(max_context=512).generate("a", ignore_model_stop=True)[0].tokens) == 256
+
+
+def test_context_can_be_filled_to_the_last_token(open_engine):
+    engine = open_engine(max_context=100)
+    reply, = engine.generate("a" * 60, max_new_tokens=40, ignore_model_stop=True)
+    assert len(reply.tokens) == 40
+
+
+# Bad input
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ("a" * 600, {}, "the prompt has 600 tokens and the reply may have 1, but the model's context is 512"),
+    ("a" * 100_000, {}, "100000 tokens"),
+    ("a" * 512, {}, "context is 512"),
+    ("a" * 500, {"max_new_tokens": 13}, "500 tokens and the reply may have 13"),
+    ("", {}, "the prompt is empty"), (["a", ""], {}, "the prompt is empty"), (np.empty(0, np.int64), {}, "is empty"),
+    ([], {}, "the batch is empty"),
+    ("a\ud800", {}, "lone surrogate"),
+    ([VOCAB], {}, "token id outside 0..258"), ([-1, 5], {}, "token id outside"),
+    ([1.5, 2], {}, "must be a text or a list of token ids"), ([None], {}, "must be a text"), ([["a"]], {}, "must be a text"),
+    ("a", {"n": 0}, "n is 0"), ("a", {"n": -1}, "n is -1"), ("a", {"n": 1.5}, "n is 1.5"),
+    ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"), ("a", {"max_new_tokens": -5}, "max_new_tokens is -5"),
+    ("a", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ("a", {"temperature": -1}, "temperature is -1"), ("a", {"temperature": float("nan")}, "temperature is nan"),
+    ("a", {"stop": ("",)}, "stop strings"),
+    ("a", {"logit_bias": {VOCAB: 1.0}}, "token 259")], ids=lambda value: repr(value)[:30])
+def test_requests_that_are_refused(engine, prompt, options, message):
+    with pytest.raises(UserError, match=message):
+        engine.generate(prompt, **options)
+    assert engine.generate("still fine", max_new_tokens=1)
+
+
+def test_nothing_is_allocated_for_a_refused_request(engine):
+    for prompt, options in (("a" * 600, {}), ("", {}), ("a", {"temperature": -1}), ("a", {"max_new_tokens": 0})):
+        with pytest.raises(UserError):
+            engine.generate(prompt, **options)
+    assert engine.backend.capacities == [] and engine.backend.calls == []
+
+
+def test_a_cache_past_the_budget_is_refused_before_it_is_allocated(open_engine):
+    engine = open_engine(max_memory_mb=0.03)                 # 31457 bytes: 256 of weights, 100 a slot
+    assert engine.generate("a", max_new_tokens=100)
+    with pytest.raises(UserError, match=r"KV cache of 4 x 128 tokens needs 0 MB, but max_memory_mb leaves 0 MB"):
+        engine.generate(["a"] * 4, max_new_tokens=100)
+    assert len(engine.backend.capacities) == 1
+
+
+def test_a_cache_larger_than_the_machine_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "available_memory", lambda: 12_000)
+    with pytest.raises(UserError, match="this machine has free"):
+        engine.generate("a", max_new_tokens=100)
+    assert engine.generate("a", max_new_tokens=20)
+
+
+def test_weights_past_the_budget_are_refused_before_they_are_loaded(open_engine):
+    with pytest.raises(UserError, match="the weights alone take 0 MB, more than max_memory_mb=0.0001"):
+        open_engine(max_memory_mb=0.0001)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"threads": 0}, "threads is 0"), ({"threads": 1.5}, "threads is 1.5"), ({"max_memory_mb": -1}, "max_memory_mb is -1"),
+    ({"max_memory_mb": float("nan")}, "max_memory_mb is nan")])
+def test_engine_options_that_are_refused(open_engine, options, message):
+    with pytest.raises(UserError, match=message):
+        open_engine(**options)
+
+
+def test_an_unknown_provider_is_refused(tmp_path):
+    with pytest.raises(UserError, match="provider is 'tpu'; known: "):
+        Engine(write_bundle(tmp_path / "bundle"), provider="tpu")
+
+
+def test_a_bundle_without_template_cannot_chat(tmp_path, open_engine):
+    engine = open_engine()
+    engine.bundle.manifest["chat_template"] = None
+    with pytest.raises(UserError, match="no chat template in this bundle"):
+        engine.chat([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{{ ''.__class__ }}", "{% if %}"])
+def test_a_template_that_raises(open_engine, template):
+    engine = open_engine(template=template)
+    with pytest.raises(UserError, match="chat_template.jinja: "):
+        engine.chat([{"role": "user", "content": "Hi"}])
+    assert engine.generate("works without it", max_new_tokens=1)
+
+
+def test_verify_compares_hashes(tmp_path):
+    folder = write_bundle(tmp_path / "bundle")
+    (folder / "fast.onnx").write_bytes(b"nor a graph")
+    with pytest.raises(CheckFailed, match="fast.onnx"):
+        Engine(folder, verify=True)
+
+
+def test_a_graph_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="fast.onnx: ONNX Runtime cannot load it"):
+        Engine(write_bundle(tmp_path / "bundle"), provider="cpu")
+
+
+def test_closing(engine):
+    with engine:
+        pass
+    assert engine.backend.closed
