@@ -146,9 +146,9 @@ def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
                 text_bytes += len(text.encode("utf-8", "surrogatepass"))
                 ids.tofile(file)
     if not starts:
-        side = f"The {split.part} side of the split is empty: give --valid files, or --documents line. " if split else ""
-        dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-        raise UserError(f"{sources[0]}: no document is left to learn from. {side}Cleaning: {dropped or 'nothing dropped'}")
+        side = f"the {split.part} side of the split is empty (give --valid, or --documents line); " if split else ""
+        judged = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        raise UserError(f"{sources[0]}: no document is left to learn from; {side}cleaning found {judged}")
     np.array(starts, dtype=np.int64).tofile(folder / "starts.bin")
     meta = {"dtype": np.dtype(dtype).name, "text_bytes": text_bytes, "eos": eos, "counts": counts, "key": key}
     (folder / "corpus.json").write_text(json.dumps(meta, indent=1))

@@ -98,7 +98,8 @@ def _read_source(source, format, unit):
     readers = {"text": lambda s: _read_text(s, unit), "jsonl": _read_jsonl, "json": _read_json, "conll": _read_conll,
                "tsv": lambda s: _read_table(s, "\t"), "csv": lambda s: _read_table(s, ",")}
     if kind not in readers:
-        raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of {', '.join(readers)}")
+        raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of "
+                        f"{', '.join(readers)}")
     return readers[kind](source)
 
 
@@ -278,7 +279,8 @@ def as_messages(record: Record) -> list[dict]:
             messages = _exchange(f"{fields['context']}\n\n{fields['question']}", fields["answers"][0])
         else:
             raise KeyError("messages")
-        if not messages or messages[-1]["role"] != "assistant" or not all(isinstance(m["content"], str) for m in messages):
+        texts = all(isinstance(message["content"], str) for message in messages)
+        if not messages or messages[-1]["role"] != "assistant" or not texts:
             raise ValueError("messages must be texts that end with the assistant's reply")
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{record.place}: not a chat or instruction record: {error} is missing; it has "

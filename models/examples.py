@@ -56,8 +56,12 @@ def encode_chat(messages: list[dict], template: ChatTemplate, tokenizer: Tokeniz
 def encode_labelled(text: str, label: str, prompt: str, tokenizer: Tokenizer) -> Encoded:
     """`prompt` with {text} filled in, and the label's words after a space. The two are tokenized apart."""
     question = tokenizer.encode(prompt.replace("{text}", text), add_special_tokens=False).ids
-    answer = tokenizer.encode(" " + label, add_special_tokens=False).ids
-    return np.array(question + answer, dtype=np.int64), np.arange(len(question) + len(answer)) >= len(question)
+    return join(question, tokenizer.encode(" " + label, add_special_tokens=False).ids)
+
+
+def join(question: list[int], answer: list[int]) -> Encoded:
+    """Tokens of a question, then those of its answer, which are learned."""
+    return np.array([*question, *answer], dtype=np.int64), np.arange(len(question) + len(answer)) >= len(question)
 
 
 class Examples:

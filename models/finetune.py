@@ -2,9 +2,9 @@
 
 `chat`: chats and instructions (chat, ShareGPT, Alpaca, prompt and completion, SQuAD) through the model's own template,
 the loss on the assistant's replies alone. `classify`: a text and a label; the model reads `--prompt` with the text
-and learns to continue with the label's words; its answer is the label it finds likeliest, and accuracy is measured before
-and after. LoRA by default, merged when saved or kept as a `peft` adapter (`--keep-adapter`); `--method full` trains
-every weight. Data beyond the context is left out and counted. Memory is predicted before the first step.
+and learns to continue with the label's words; its answer is the label it finds likeliest, and accuracy is measured
+before and after. LoRA by default, merged when saved or kept as a `peft` adapter (`--keep-adapter`); `--method full`
+trains every weight. Data beyond the context is left out and counted. Memory is predicted before the first step.
 
 The run's folder, resuming and several processes are those of models.train.
 """
@@ -27,7 +27,7 @@ from models import lineage
 from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
-from models.examples import Examples, encode_chat, encode_labelled, fitting, open_template
+from models.examples import Examples, encode_chat, encode_labelled, fitting, join, open_template
 from models.lora import add_lora, merged_tensors
 from models.memory import memory_line, training_bytes
 from models.trainer import Trainer, TrainerOptions, process_state
@@ -38,10 +38,11 @@ from runtime.machine import peak_rss_mb
 MICRO_TOKENS = 2048              # of a micro-batch, by default
 SCORED_TOGETHER = 16             # examples whose accuracy is measured at once
 EXAMPLES = """examples:
-  python -m models.finetune build/smollm2-135m --task classify --data ../shared/data/classify/sst2-train.tsv --limit 800 \\
-      --valid ../shared/data/classify/sst2-dev.tsv --labels 0=negative 1=positive \\
+  python -m models.finetune build/smollm2-135m --task classify --data ../shared/data/classify/sst2-train.tsv \\
+      --limit 800 --valid ../shared/data/classify/sst2-dev.tsv --labels 0=negative 1=positive \\
       --prompt "Review: {text}\\nSentiment:" -o build/smollm2-sst2
-  python -m models.finetune build/smollm2-135m --task chat --data ../shared/data/chat/alpaca-en.json -o build/smollm2-chat
+  python -m models.finetune build/smollm2-135m --task chat --data ../shared/data/chat/alpaca-en.json \\
+      -o build/smollm2-chat
 """
 
 
@@ -78,7 +79,7 @@ def finetune(options: FinetuneOptions) -> None:
     if options.context is None:
         options = dataclasses.replace(options, context=min(512, checkpoint.config.context_length))
     if options.context > checkpoint.config.context_length:
-        raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length} tokens")
+        raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length}")
     if not tokenizer_file.is_file():
         raise UserError(f"{options.checkpoint}: no tokenizer.json there")
     check_output(options.out / "last", options.checkpoint)
@@ -102,11 +103,10 @@ def finetune(options: FinetuneOptions) -> None:
         print(memory_line(training_bytes(model, checkpoint.config, options.micro_batch, train.context, train.labels,
                                          options.checkpointing)))
     before = task.accuracy(trainer) if trainer.step == 0 else None
-    first = trainer.validation_loss() if trainer.step == 0 else None
     metrics = trainer.fit()
     after = task.accuracy(trainer)
     if state.is_main_process:
-        was = f"{first:.4f} before, " if first is not None else ""
+        was = f"{trainer.first_loss:.4f} before, " if trainer.first_loss is not None else ""
         print(f"{options.out / 'last'}: loss on answers {was}{metrics['valid_loss']:.4f} after {trainer.step} steps")
         if after is not None:
             was = f"{before:.1%} before, " if before is not None else ""
@@ -152,15 +152,14 @@ class Classify:
 
     @torch.no_grad()
     def accuracy(self, trainer: Trainer) -> float:
-        """Share of the first `eval_rows` validation examples whose label is the likeliest continuation of the prompt."""
-        device, right = trainer.accelerator.device, 0
+        """Share of the first `eval_rows` validation examples whose label continues the prompt most likely."""
+        right = 0
         examples = trainer.valid.encoded[:trainer.options.eval_rows or None]
         trainer.module.eval()
         for start in range(0, len(examples), SCORED_TOGETHER):
             chunk = [(ids[~learned], ids[learned]) for ids, learned in examples[start:start + SCORED_TOGETHER]]
-            rows = Examples([(np.concatenate([question, answer]), np.arange(len(question) + len(answer)) >= len(question))
-                             for question, _ in chunk for answer in self.answers], trainer.valid.pad)
-            scores = _row_scores(trainer.module, *(torch.from_numpy(p).to(device) for p in rows.rows(np.arange(len(rows)))))
+            rows = [join(question, answer) for question, _ in chunk for answer in self.answers]
+            scores = _row_scores(trainer.module, *trainer.tensors(Examples(rows, trainer.valid.pad).rows(range(len(rows)))))
             best = scores.view(len(chunk), -1).argmax(1)
             right += sum(self.answers[i] == answer.tolist() for i, (_, answer) in zip(best, chunk))
         trainer.module.train()
@@ -187,8 +186,8 @@ def _split(options: FinetuneOptions, task):
     sides = [Split(part, options.valid_share, options.seed) for part in ("train", "valid")]
     parts = [[task.encode(r) for r in records if side.has(str(r.fields))] for side in sides]
     if not all(parts):
-        raise UserError(f"{options.data[0]}: {len(records)} examples are too few to set {options.valid_share:.0%} aside; "
-                        "give --valid files")
+        raise UserError(f"{options.data[0]}: {len(records)} examples are too few to set {options.valid_share:.0%} "
+                        "aside; give --valid files")
     return parts
 
 

@@ -18,7 +18,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path) -> PeftModel:
-    """The decoder, frozen, with a trainable adapter: W x + (alpha / rank) B A x. B begins at 0, so nothing changes yet."""
+    """The decoder, frozen, with a trainable adapter W x + (alpha / rank) B A x. B begins at 0: nothing changes yet."""
     model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
     config = model.peft_config["default"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", str(source)    # for whoever opens the adapter

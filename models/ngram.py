@@ -139,7 +139,8 @@ def _smooth(keys: np.ndarray, counts: np.ndarray, bits: int) -> Order:
     totals = np.add.reduceat(counts, first)
     backoff = np.add.reduceat(taken, first) / totals
     sizes = np.diff(np.append(first, len(keys)))
-    return Order(keys, ((counts - taken) / np.repeat(totals, sizes)).astype(np.float32), contexts, backoff.astype(np.float32))
+    discounted = (counts - taken) / np.repeat(totals, sizes)
+    return Order(keys, discounted.astype(np.float32), contexts, backoff.astype(np.float32))
 
 
 def train_ngram(options: NgramOptions) -> None:

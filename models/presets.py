@@ -3,8 +3,8 @@
 `--preset 5m` (or 15m, 60m, 135m, or any such number) gives a Llama-family model with SmolLM2's proportions: heads of
 64, the MLP 8/3 of the hidden size, grouped-query attention with the smallest group that divides the heads, tied
 embeddings, and a depth near (hidden size)^1.5 / 460, which is SmolLM2-135M's own shape at 135m. The peak learning rate
-is Kaplan et al. 2020's rule of thumb (eq. D.1), and a step learns from 4,096 tokens up to 15m, then in proportion to the
-square root of the parameters.
+is Kaplan et al. 2020's rule of thumb (eq. D.1), and a step learns from 4,096 tokens up to 15m, then in proportion to
+the square root of the parameters.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train a byte-level BPE tokenizer: `python -m models.tokenizer train --data FILES -o FOLDER --vocab-size 8192`.
 
 Writes a folder with `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (ChatML), which `transformers`
-and every stage here open. Byte-level (GPT-2; Radford et al. 2019): any text goes through and comes back unchanged. Digits are
-split one by one, as in SmolLM2, and text is not normalized. Special tokens come first: <|endoftext|> (0: BOS, EOS and
-PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and cleaned as
+and every stage here open. Byte-level (GPT-2; Radford et al. 2019): any text goes through and comes back unchanged.
+Digits are split one by one, as in SmolLM2, and text is not normalized. Special tokens come first: <|endoftext|> (0:
+BOS, EOS and PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and cleaned as
 for `models.train`, and the merges depend on their contents alone.
 """
 
@@ -27,8 +27,8 @@ from runtime.errors import UserError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+          "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 EXAMPLES = """examples:
   python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
 """
@@ -48,7 +48,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     if options.out.exists():
         raise UserError(f"{options.out} already exists; choose another -o or remove it")
     if options.vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab-size {options.vocab_size}: the bytes and special tokens alone are {SMALLEST_VOCABULARY}")
+        raise UserError(f"--vocab-size {options.vocab_size}: bytes and special tokens alone are {SMALLEST_VOCABULARY}")
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -57,7 +57,7 @@ class TrainOptions(DataOptions, TrainerOptions):
 
 
 def train(options: TrainOptions) -> None:
-    """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss that is not finite."""
+    """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss not finite."""
     folder = options.checkpoint or options.tokenizer
     if (options.checkpoint is None) == (options.preset is None) or folder is None:
         raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
@@ -76,8 +76,9 @@ def train(options: TrainOptions) -> None:
         inputs["checkpoint"] = open_checkpoint(options.checkpoint).sha256()
     trainer = Trainer(model, options, train_rows, valid_rows, partial(_save, model, folder, options, inputs), inputs)
     if state.is_main_process:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training "
-              f"and {len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x {options.context} tokens")
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training and {len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x "
+              f"{options.context} tokens")
         if isinstance(model, Decoder):
             print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
                                              options.checkpointing)))
@@ -94,11 +95,11 @@ def _model_and_options(options: TrainOptions, folder: Path):
         checkpoint = open_checkpoint(options.checkpoint)
         if not checkpoint.config.eos_token_ids:
             raise UserError(f"{options.checkpoint}/config.json has no eos_token_id to end documents with; add one")
-        eos, vocab, limit = checkpoint.config.eos_token_ids[0], checkpoint.config.vocab_size, checkpoint.config.context_length
+        eos, vocab = checkpoint.config.eos_token_ids[0], checkpoint.config.vocab_size
         if checkpoint.quantization:
             raise UserError(f"{options.checkpoint} is quantized; continue from the checkpoint it was made of")
-        if options.context > limit:
-            raise UserError(f"--context {options.context}: the model's context is {limit} tokens")
+        if options.context > checkpoint.config.context_length:
+            raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length}")
         model, rate, tokens = load_decoder(options.checkpoint), 1e-4, 8192
     else:
         eos, vocab = tokenizer_facts(folder)

@@ -1,6 +1,6 @@
 """Training speed beside a plain PyTorch loop of the same shape: `python -m models.train_bench --preset 5m`.
 
-The plain loop is written as nanoGPT is (github.com/karpathy/nanoGPT): one module, one fused projection for q, k, v and one for
+The plain loop is written as nanoGPT is (github.com/karpathy/nanoGPT): one fused projection for q, k, v and one for
 gate and up, rotations computed once, SDPA, cross-entropy over all logits, clipping and fused AdamW; no logs, no
 checkpoints, no accelerate. Both learn from random tokens in blocks of the same size. Rounds of the two alternate,
 after a warm-up; tokens/s are medians over rounds, with the ratio of each pair of neighbours beside them.
@@ -126,10 +126,10 @@ def bench(options: BenchOptions) -> None:
                 if number:                                           # the first round warms up
                     speeds[name].append(tokens / (time.perf_counter() - start))
     parameters = {"plain": plain.model, "ours": ours.module}
+    title = f"{options.preset}, {options.batch} x {options.context} tokens an update, {torch.get_num_threads()} threads"
     print(table([{"loop": name, "parameters": sum(p.numel() for p in parameters[name].parameters()),
                   "tokens/s": round(statistics.median(values)), "least": round(min(values)), "most": round(max(values))}
-                 for name, values in speeds.items()],
-                title=f"{options.preset}, {options.batch} x {options.context} tokens an update, {torch.get_num_threads()} threads"))
+                 for name, values in speeds.items()], title=title))
     ratios = sorted(o / p for o, p in zip(speeds["ours"], speeds["plain"]))
     print(f"ours / plain: median {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 

@@ -5,12 +5,12 @@
 
 `module(input_ids, logits_positions=)` gives float32 logits. `train` and `valid` have `len()` and
 `rows(indices) -> (input_ids, labels)` (int64 [r, s], labels IGNORE where there is no loss), as models.data.Blocks does.
-`save(folder, metrics)` writes the module as a checkpoint. The loss is the mean over the labels of the whole global batch, however it
-is cut into micro-batches and processes, in nats per token.
+`save(folder, metrics)` writes the module as a checkpoint. The loss is the mean over the labels of the whole global
+batch, however it is cut into micro-batches and processes, in nats per token.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
-processes with DDP, each on its share of every batch; losses equal one process's up to the order of summation. FSDP is refused:
-its sharded optimizer state does not fit the state kept here. Loops on one device are reproducible to the bit.
+processes with DDP, each on its share of every batch; losses equal one process's up to the order of summation. FSDP is
+refused: its sharded optimizer state does not fit the state kept here. On a CPU a run is reproducible to the bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class TrainerOptions:
     decay_share: float = arg(0.2, help="share of the steps in which wsd decays")
     weight_decay: float = arg(0.1, help="AdamW's decay of matrices")
     clip: float = arg(1.0, help="largest norm of the gradient")
-    precision: str = arg("auto", help="auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = arg("auto", help="auto: bf16 on a GPU that has it, else fp32",
+                         choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = arg(False, help="torch.compile the network")
     checkpointing: bool = arg(False, help="recompute activations in the backward pass, to save memory")
     eval_every: int = arg(100, help="steps between evaluations; each also saves last/")
@@ -104,7 +105,9 @@ class Trainer:
         model = torch.compile(module) if options.compile else module
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
         self.step, self.best, self.bad_evaluations = 0, math.inf, 0
-        self.saved: int | None = None
+        self.saved: int | None = None                # the step that last/ holds
+        self.first_loss: float | None = None         # validation loss before the first step; None where resumed
+        self.board: SummaryWriter | None = None
         if options.resume:
             self._resume()
         elif (options.out / "last").exists() or (options.out / "metrics.jsonl").exists():
@@ -120,8 +123,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             options.out.mkdir(parents=True, exist_ok=True)
             keep_metrics_until(options.out / "metrics.jsonl", self.step)
-        self.board = SummaryWriter(options.out / "logs", purge_step=self.step) if self.accelerator.is_main_process else None
-        metrics = {"valid_loss": self.best} if self.step else self._evaluate()
+            self.board = SummaryWriter(options.out / "logs", purge_step=self.step)
+        if self.step:
+            metrics = {"valid_loss": self.best}
+        else:
+            metrics = self._evaluate()
+            self.first_loss = metrics["valid_loss"]
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", mininterval=1.0,
                    disable=not self.accelerator.is_main_process)
         with bar:
@@ -132,7 +139,7 @@ class Trainer:
                 rate = self.optimizer.param_groups[0]["lr"]
                 self._log("train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_s=speed)
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", valid=f"{self.best:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.3f}", best=f"{self.best:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
                 if self.step % options.eval_every == 0 or self.step == options.steps:
                     metrics = self._evaluate()
                     self._save(metrics)
@@ -147,7 +154,7 @@ class Trainer:
         share = len(indices) // self.processes
         mine = indices[accelerator.process_index * share:][:share]
         pieces = [mine[i:i + options.micro_batch] for i in range(0, share, options.micro_batch)]
-        batches = [[torch.from_numpy(part).to(accelerator.device) for part in self.train.rows(piece)] for piece in pieces]
+        batches = [self.tensors(self.train.rows(piece)) for piece in pieces]
         count = self._sum(sum((labels != IGNORE).sum() for _, labels in batches))
         total = torch.zeros((), device=accelerator.device)
         for number, (input_ids, labels) in enumerate(batches):
@@ -179,13 +186,16 @@ class Trainer:
         total, labelled = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
         self.module.eval()
         for start in range(0, len(mine), self.options.micro_batch):
-            input_ids, labels = (torch.from_numpy(part).to(self.accelerator.device)
-                                 for part in self.valid.rows(mine[start:start + self.options.micro_batch]))
+            input_ids, labels = self.tensors(self.valid.rows(mine[start:start + self.options.micro_batch]))
             with self.accelerator.autocast():
                 total += summed_loss(self.module, input_ids, labels)
             labelled += (labels != IGNORE).sum()
         self.module.train()
         return float(self._sum(total) / self._sum(labelled))
+
+    def tensors(self, rows: tuple[np.ndarray, np.ndarray]) -> list[torch.Tensor]:
+        """(input_ids, labels) on this process's device."""
+        return [torch.from_numpy(part).to(self.accelerator.device) for part in rows]
 
     def _sum(self, value):
         return self.accelerator.reduce(value, "sum") if self.processes > 1 else value
@@ -256,8 +266,8 @@ def check_options(options: TrainerOptions) -> None:
 
 def _precision(asked: str) -> str:
     """accelerate's name for the precision, refused where the device does not compute in it."""
-    cuda = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    cuda, cpu = torch.cuda.is_available(), torch.cpu.get_capabilities()
+    bf16 = torch.cuda.is_bf16_supported() if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if asked == "fp16" and not cuda:
         raise UserError("--precision fp16 needs a GPU; this machine has none: use fp32")
     if asked == "bf16" and not bf16:

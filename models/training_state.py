@@ -66,7 +66,7 @@ def comparable(options) -> dict:
 
 
 def save_state(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write `checkpoint`/training_state: trainable parameters and moments by name, and `state` with the update count."""
+    """Write `checkpoint`/training_state: trainable parameters and moments by name, `state` with the update count."""
     folder = checkpoint / FOLDER
     folder.mkdir()
     tensors, updates = {}, 0

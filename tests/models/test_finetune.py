@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss falls on replies alone, LoRA merges exactly, labels are judged by likelihood, bad input is refused."""
+"""Fine-tuning: loss on replies alone, LoRA merged exactly, labels judged by likelihood, bad input refused."""
 
 import json
 
@@ -29,7 +29,7 @@ def parts(tiny_checkpoint):
 
 @pytest.fixture
 def chats(tmp_path):
-    items = [{"instruction": f"say {'yes no so go'.split()[i % 4]} {i}", "input": "", "output": "so it is said"} for i in range(40)]
+    items = [{"instruction": f"say {i}", "input": "", "output": "so it is said"} for i in range(40)]
     (tmp_path / "chats.json").write_text(json.dumps(items))
     return str(tmp_path / "chats.json")
 
@@ -162,8 +162,8 @@ def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts, la
             scores.append(sum(logp[k - 1, ids[k]].item() for k in np.flatnonzero(learned)))
         right.append(int(np.argmax(scores)) == i % 2)
     from types import SimpleNamespace
-    stub = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"), options=SimpleNamespace(eval_rows=0), module=decoder,
-                           valid=Examples(encoded, pad=2))
+    stub = SimpleNamespace(tensors=lambda rows: map(torch.from_numpy, rows), options=SimpleNamespace(eval_rows=0),
+                           module=decoder, valid=Examples(encoded, pad=2))
     assert 0 < sum(right) < 21
     assert task.accuracy(stub) == pytest.approx(np.mean(right))
 
@@ -195,7 +195,8 @@ def test_a_label_never_seen_in_training_is_named_with_its_place(parts, labelled,
 def test_examples_beyond_the_context_are_counted(parts, labelled, tmp_path, capsys):
     with open(labelled[0], "a") as file:
         file.write("\n" + "long " * 200 + "\t1")
-    assert main(arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid", labelled[1], "--context", "100")) == 0
+    assert main(arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid",
+                          labelled[1], "--context", "100")) == 0
     assert "training data: 1 of 41 examples left out: longer than 100 tokens" in capsys.readouterr().out
 
 
