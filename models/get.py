@@ -67,10 +67,10 @@ def get(options: GetOptions) -> None:
                 raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
             tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
         stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
-        progress = tqdm(tensors, path.name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
+        progress = tqdm(tensors, Path(options.name).name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
                         unit="tensor", disable=None)          # disable=None: none where stderr is no terminal
         write_checkpoint(options.out, hf_config, progress, Path(companions), stage)
-    print(f"{options.out}: {hf_config['architectures'][0]} out of {path.name}")
+    print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}")
 
 
 def find_model(name: str) -> Path:
@@ -96,13 +96,16 @@ def _packaged_smollm2() -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (hf auth login)") from None
     except (OSError, errors.HTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} is not here and could not be fetched from the Hugging Face hub ({reason}): give a "
                         "folder or GGUF file, or try again with a network") from None
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{name} has no safetensors on the Hugging Face hub, and pickles are not fetched: choose another")
+    return folder
 
 
 def _read_gguf(path: Path, companions: Path) -> tuple[dict, Iterable[tuple[str, torch.Tensor]], str]:

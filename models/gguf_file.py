@@ -106,19 +106,26 @@ class GGUFFile:
         count = self._size("block_count")
         self._tensor(f"blk.{count - 1}.attn_norm.weight")      # a corrupt count is found before layers are made of it
         bos, eos, pad = (token_id(self.metadata, name, self.path) for name in ("bos", "eos", "padding"))
-        config = ModelConfig(
+        attention_bias, mlp_bias = (f"blk.0.{name}.bias" in self._tensors for name in ("attn_q", "ffn_up"))
+        config = self._model_config(
             family=self.architecture, vocab_size=int(self._tensor("token_embd.weight").shape[-1]), hidden_size=hidden,
             layers=(layer,) * count, head_dim=head_dim, context_length=self._size("context_length"),
             norm="layer" if gpt2 else "rms",
             norm_eps=self._number("attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon"),
             positions="learned" if gpt2 else "rope", rope_theta=self._number("rope.freq_base", 10000.0),
             activation="gelu_tanh" if gpt2 else "silu", gated_mlp=not gpt2,
-            attention_bias=gpt2 or "blk.0.attn_q.bias" in self._tensors,
-            output_bias=gpt2 or "blk.0.attn_output.bias" in self._tensors,
-            mlp_bias=gpt2 or "blk.0.ffn_up.bias" in self._tensors, qk_norm=self.architecture == "qwen3",
+            attention_bias=attention_bias or self.architecture in ("gpt2", "qwen2"),
+            output_bias=gpt2 or attention_bias and self.architecture != "qwen2",
+            mlp_bias=gpt2 or mlp_bias and self.architecture == "llama", qk_norm=self.architecture == "qwen3",
             tied_embeddings=self._tied(), bos_token_id=bos, eos_token_ids=() if eos is None else (eos,),
             pad_token_id=pad)
         return replace(config, rope_scaling=self._rope_scaling(config))
+
+    def _model_config(self, **fields) -> ModelConfig:
+        try:
+            return ModelConfig(**fields)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
     def _check_tensors(self) -> None:
         expected, found = tensor_shapes(self.config), {}

@@ -17,9 +17,9 @@ SCALE_BYTES = {"Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)}           # w
 
 
 def write_gguf(path: Path, model, tokenizer=None, kind: str = "F32", pre: str = "smollm", extra: dict | None = None,
-               layer_types: dict | None = None) -> Path:
-    """`kind` is the type of every matrix (vectors stay F32); `layer_types` maps GGUF tensor names to other types;
-    `extra` overrides metadata, where None leaves a key out."""
+               tensors: dict | None = None) -> Path:
+    """`kind` is the type of every matrix (vectors stay F32). `extra` overrides metadata and `tensors` tensors, as
+    name -> (type, float32 array), where None leaves the key or the tensor out."""
     config = model.config
     architecture = PRE[config.model_type]
     fields = _metadata(architecture, config) | (_tokenizer_metadata(tokenizer, pre) if tokenizer else {})
@@ -27,10 +27,10 @@ def write_gguf(path: Path, model, tokenizer=None, kind: str = "F32", pre: str = 
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", architecture))
     for key, value in fields.items():
         _add(writer, key, value)
-    for name, values in _tensors(architecture, model):
-        wanted = (layer_types or {}).get(name, kind if values.ndim == 2 else "F32")
-        data = encode(values, wanted)
-        writer.add_tensor(name, data, raw_dtype=Type[wanted])
+    stored = {name: (kind if values.ndim == 2 else "F32", values) for name, values in _tensors(architecture, model)}
+    for name, change in (stored | (tensors or {})).items():
+        if change is not None:
+            writer.add_tensor(name, encode(change[1], change[0]), raw_dtype=Type[change[0]])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

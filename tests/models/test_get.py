@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from models import get
-from models.checkpoint import load_decoder, open_checkpoint
+from models import get, lineage
+from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.quantized import Quantization, QuantizedTensor
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
 
@@ -131,6 +132,21 @@ def test_off_grid_keeps_the_function_and_is_in_the_trail(tiny_checkpoint, tmp_pa
     assert len(json.loads((tmp_path / "again" / "lineage.json").read_text())["stages"]) == 2
 
 
+def test_a_quantized_checkpoint_keeps_its_codes(tiny_checkpoint, tmp_path, capsys):
+    source = open_checkpoint(tiny_checkpoint("smollm2"))
+    module = "model.layers.0.mlp.up_proj"
+    codes = torch.randint(0, 16, source.shape(f"{module}.weight"), dtype=torch.uint8)
+    quantized = QuantizedTensor(codes, torch.full((len(codes), 2), 0.01, dtype=torch.float16), None, 4, 32, True)
+    tensors = {name: source.read(name) for name in source.names() if name != f"{module}.weight"}
+    hf_config = source.hf_config | {"quantization_config": Quantization({module: quantized.format}).to_dict()}
+    write_checkpoint(tmp_path / "in", hf_config, (tensors | quantized.tensors(module)).items(), source.path,
+                     lineage.stage("test", {}, {}))
+    assert "is quantized: --off-grid is for the weights before that" in refused(
+        capsys, tmp_path / "in", "--off-grid", "-o", tmp_path / "out")
+    assert run(tmp_path / "in", "-o", tmp_path / "out") == 0
+    assert torch.equal(open_checkpoint(tmp_path / "out").quantized(module).codes, codes)
+
+
 def test_every_end_of_a_reply_is_in_the_generation_config(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("smollm2"), tiny_tokenizer(),
                       extra={"tokenizer.ggml.eot_token_id": 0, "tokenizer.ggml.eom_token_id": 2})
@@ -150,6 +166,18 @@ def test_a_hub_id_is_downloaded(tiny_checkpoint, tmp_path, monkeypatch):
     assert asked == {"name": "Some-Owner/some_model-0.5B", "allow_patterns": ["*.safetensors", "*.json", "*.jinja"],
                      "ignore_patterns": ["*/*"]}
     same_in_transformers(tmp_path / "out", AutoModelForCausalLM.from_pretrained(tiny_checkpoint("qwen3")), tiny_tokenizer())
+
+
+def test_a_hub_model_without_safetensors_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert "a/b has no safetensors on the Hugging Face hub" in refused(capsys, "a/b", "-o", tmp_path / "out")
+
+
+def test_an_unknown_hub_id_is_refused(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)      # its response is of no use here
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert "a/b is not on the Hugging Face hub, or needs a login" in refused(capsys, "a/b", "-o", tmp_path / "out")
 
 
 def test_patterns_keep_weights_and_leave_pickles():

@@ -130,8 +130,9 @@ def test_corrupt_headers_end_in_a_sentence_or_in_a_model(tmp_path):
         broken[offset] ^= int(random.integers(1, 256))
         path.write_bytes(broken)
         try:
-            GGUFFile(path)
-        except UserError:
+            GGUFFile(path).config.to_hf()
+        except UserError as error:
+            assert str(path) in str(error)
             refused += 1
     assert refused > 50
 
@@ -144,6 +145,7 @@ def test_corrupt_headers_end_in_a_sentence_or_in_a_model(tmp_path):
     ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
     ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
     ({"llama.rope.dimension_count": 8}, "8 of a head's 16 dimensions rotate"),
+    ({"llama.attention.head_count_kv": 3}, "model.gguf: layer 0 has 4 heads, which its 3 key/value heads do not divide"),
     ({"split.count": 3}, "one of 3 parts; join them"),
 ])
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):
@@ -152,10 +154,23 @@ def test_what_is_not_supported_is_named(change, sentence, tmp_path):
         GGUFFile(path)
 
 
-def test_a_type_that_is_not_read_is_named(tmp_path):
-    model = tiny_model("smollm2", hidden_size=256, intermediate_size=256)
-    path = write_gguf(tmp_path / "model.gguf", model, layer_types={"blk.1.attn_v.weight": "TQ2_0"})
-    with pytest.raises(UserError, match="blk.1.attn_v.weight is stored as TQ2_0, which is not read; .* Q6_K"):
+@pytest.mark.parametrize("tensors, sentence", [
+    ({"blk.1.attn_v.weight": ("TQ2_0", np.zeros((32, 256), np.float32))},
+     "tensor blk.1.attn_v.weight is stored as TQ2_0, which is not read; .* Q6_K"),
+    ({"blk.1.ffn_norm.weight": None}, "lacks model.layers.1.post_attention_layernorm.weight and 0 more"),
+    ({"token_embd.weight": None}, "tensor token_embd.weight is missing"),
+    ({"blk.1.attn_norm.weight": None}, "tensor blk.1.attn_norm.weight is missing"),
+    ({"blk.0.ffn_up_exps.weight": ("F32", np.zeros((2, 4, 64), np.float32))},
+     "tensor blk.0.ffn_up_exps.weight belongs to no supported model of architecture 'llama'"),
+    ({"blk.2.attn_q.weight": ("F32", np.zeros((64, 64), np.float32))},
+     r"model.layers.2.self_attn.q_proj.weight .* has shape \[64, 64\], but should not be there"),
+    ({"blk.0.attn_q.bias": ("F32", np.zeros(64, np.float32))}, "lacks model.layers.0.self_attn.k_proj.bias"),
+    ({"blk.0.ffn_down.weight": ("F32", np.zeros((64, 32), np.float32))},
+     r"model.layers.0.mlp.down_proj.weight .* has shape \[64, 32\], but should be \[64, 128\]"),
+])
+def test_tensors_that_do_not_fit_are_named(tensors, sentence, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), tensors=tensors)
+    with pytest.raises(UserError, match=sentence):
         GGUFFile(path)
 
 
