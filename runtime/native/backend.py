@@ -48,7 +48,7 @@ class NativeBackend:
         self._kind = library.DTYPES[cache_dtype]
         weights = bundle.path(bundle.manifest["weights"]["file"])
         self._error = ctypes.create_string_buffer(library.ERROR_BYTES)
-        config, keep = _config(bundle)
+        config = _config(bundle)
         tensors = _tensors(bundle)
         self.model = self._core.ew_open(os.fsencode(weights), config, tensors, len(tensors), threads, exact,
                                         isa.encode() if isa else None, self._error)
@@ -56,6 +56,7 @@ class NativeBackend:
             raise UserError(f"{weights}: {self._reason()}")
         self.vocab, self._max_context = config.vocab, config.max_context
         self.isa = self._core.ew_isa(self.model).decode()
+        self.graph = f"{weights.name} with its {self.isa} kernels"
         self.threads = threads
         self._logits = np.empty((0, self.vocab), np.float32)
 
@@ -208,7 +209,7 @@ class NativeCache:
         self._storage, self.capacity = larger, capacity
 
 
-def _config(bundle: Bundle) -> tuple[library.Config, list]:
+def _config(bundle: Bundle) -> library.Config:
     """The manifest's configuration as the core takes it."""
     model = bundle.model["config"]
     try:
@@ -222,7 +223,7 @@ def _config(bundle: Bundle) -> tuple[library.Config, list]:
             heads=arrays[0], kv_heads=arrays[1], mlp=arrays[2])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{bundle.folder}: the native core cannot read model.config of the manifest ({error!r})") from None
-    return config, arrays
+    return config
 
 
 def _tensors(bundle: Bundle) -> ctypes.Array:

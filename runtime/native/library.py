@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def load() -> ctypes.CDLL:
     """The library. Raises UserError where it was not built (no compiler at installation) or cannot be opened."""
     found = sorted(Path(__file__).parent.glob("_core*.so"))
     if not found:
+        warnings.warn("the native core was not built; falling back to ONNX Runtime", RuntimeWarning, stacklevel=2)
         raise UserError("the native core was not built (no C compiler when edgewright was installed); install again with one")
     try:
         library = ctypes.CDLL(str(found[0]))

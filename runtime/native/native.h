@@ -57,7 +57,4 @@ int ew_decode(ew_model *, ew_cache *, int row, int slot, int token, int limit, c
 /* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
 void ew_profile(ew_model *, int on, double *microseconds);
 
-/* For tests: y[rows][n] = x[rows][k] by the kernels of `isa`, from tensors in memory as in a weights file. */
-int ew_test_multiply(const char *isa, const ew_tensor *codes, const void *code_data, const void *scale_data,
-                     const void *zero_data, int group, int n, int k, int rows, const float *x, int fp32, float *y);
 #endif

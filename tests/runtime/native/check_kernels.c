@@ -1,0 +1,225 @@
+/* The kernels of every instruction set this CPU has, against a scalar reference in double, over random shapes.
+ *
+ * Runs natively, under AddressSanitizer and UBSan (make test-asan) and as an ARM program under qemu-user (make
+ * test-arm). Tensors are laid out as in a weights file, so the repacking is checked too. Heap blocks have the exact size
+ * of what they hold: a read beyond one is an error under the sanitizers. Prints what failed; exit code 1 if anything did.
+ */
+#include "core.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint64_t state = 88172645463325252ull;
+static uint32_t random_bits(void) { state ^= state << 13, state ^= state >> 7, state ^= state << 17; return (uint32_t)(state >> 16); }
+static int up_to(int n) { return (int)(random_bits() % n); }
+static float unit(void) { return random_bits() / 2147483648.f - 1; }
+static int failures;
+static void expect(int ok, const char *isa, const char *what, int a, int b, int c, double error) {
+    if (!ok) failures++, printf("FAILED %s: %s (%d, %d, %d), error %g\n", isa, what, a, b, c, error);
+}
+
+typedef struct { int rows, inputs, bits, group, asymmetric, by_input, groups; int *code, *zero; uint16_t *scale; uint8_t *bytes, *zero_bytes; } tensor;
+
+/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 [K, N], or a bit stream [N, K]. */
+static source make(tensor *t) {
+    size_t n = (size_t)t->rows * t->inputs;
+    t->groups = t->group ? t->inputs / t->group : 1;
+    size_t s = (size_t)t->rows * t->groups;
+    t->code = malloc(n * sizeof(int)), t->zero = malloc(s * sizeof(int)), t->scale = malloc(s * 2);
+    for (size_t i = 0; i < n; i++) t->code[i] = up_to(1 << t->bits);
+    for (size_t i = 0; i < s; i++) {
+        t->zero[i] = t->asymmetric ? up_to(1 << t->bits) : 1 << (t->bits - 1);
+        t->scale[i] = (uint16_t)(0x1c00 + up_to(0x800) + (up_to(8) == 0) * 0x8000);
+    }
+    int flip = t->asymmetric ? 0 : 1 << (t->bits - 1);
+    size_t row_bytes = t->by_input ? 0 : ((size_t)t->inputs * t->bits + 7) / 8;
+    size_t bytes = t->by_input ? (n * t->bits + 7) / 8 : t->rows * row_bytes;
+    t->bytes = calloc(bytes, 1), t->zero_bytes = calloc(t->by_input ? (s * t->bits + 7) / 8 : s, 1);
+    for (int r = 0; r < t->rows; r++)
+        for (int k = 0; k < t->inputs; k++) {
+            int code = t->code[(size_t)r * t->inputs + k];
+            if (t->by_input) {
+                size_t i = (size_t)k * t->rows + r;
+                if (t->bits == 8) t->bytes[i] = (uint8_t)(code ^ flip);
+                else t->bytes[i / 2] |= (code ^ flip) << 4 * (i % 2);
+            } else for (int b = 0; b < t->bits; b++) {
+                size_t at = (size_t)k * t->bits + b;
+                t->bytes[r * row_bytes + at / 8] |= (code >> b & 1) << at % 8;
+            }
+        }
+    uint16_t *scale = malloc(s * 2);
+    for (int r = 0; r < t->rows; r++)
+        for (int g = 0; g < t->groups; g++) {
+            size_t i = t->by_input ? (size_t)g * t->rows + r : (size_t)r * t->groups + g;
+            scale[i] = t->scale[(size_t)r * t->groups + g];
+            int zero = t->zero[(size_t)r * t->groups + g];
+            if (!t->by_input || t->bits == 8) t->zero_bytes[i] = (uint8_t)zero;
+            else t->zero_bytes[i / 2] |= zero << 4 * (i % 2);
+        }
+    static const int stream[] = {0, 0, EW_UINT2, EW_UINT3, 0, EW_UINT5, EW_UINT6, EW_UINT7, 0};
+    int dtype = !t->by_input && t->bits != 8 ? stream[t->bits] : t->bits == 8 ? (t->asymmetric ? EW_UINT8 : EW_INT8) : t->asymmetric ? EW_UINT4 : EW_INT4;
+    if (!t->by_input && t->bits == 8) dtype = EW_UINT8;
+    return (source){t->bytes, scale, t->zero_bytes, dtype, t->by_input, t->rows, 0};
+}
+
+static void check_product(const kernels *k) {
+    static const int widths[] = {2, 3, 4, 5, 6, 7, 8}, groups[] = {32, 64, 128, 0};
+    tensor t = {.bits = widths[up_to(7)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
+    t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
+    t.by_input = t.bits == 4 || (t.bits == 8 && up_to(2));
+    int rows = 1 + up_to(19), fp32 = up_to(2);
+    source s = make(&t);
+    matrix m;
+    size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric);
+    m.data = aligned_alloc(64, bytes);
+    expect(!matrix_pack(&m, &s, 0, m.tiles), k->name, "finite weights are taken", t.bits, t.group, t.rows, 0);
+    float *bias = up_to(2) ? calloc((size_t)m.tiles * TILE, sizeof(float)) : NULL;
+    for (int r = 0; bias && r < t.rows; r++) bias[r] = unit();
+    m.bias = bias;
+    activations a = {.blocks = m.blocks};
+    size_t width = (size_t)m.blocks * BLOCK, n = rows * width;
+    a.f = calloc(n, 4), a.q = calloc(n, 1), a.scale = calloc(n / BLOCK, 4), a.sum = calloc(n / BLOCK, 4);
+    for (int r = 0; r < rows; r++) for (int i = 0; i < t.inputs; i++) a.f[r * width + i] = unit() * (i % 32 == 5 ? 20 : 1) * (up_to(9) > 0);
+    int8_t *q = a.q;
+    if (fp32) a.q = NULL;
+    else k->quantize(&a, rows, 0, rows);
+    float *y = calloc((size_t)rows * t.rows, 4), *again = calloc((size_t)rows * t.rows, 4), *row = malloc(t.inputs * sizeof(float));
+    k->multiply(&m, &a, rows, y, t.rows, 0, m.tiles);
+    for (int tile = m.tiles - 1; tile >= 0; tile--) k->multiply(&m, &a, rows, again, t.rows, tile, tile + 1);
+    expect(!memcmp(y, again, (size_t)rows * t.rows * 4), k->name, "tiles give the same bits in any order", t.bits, t.group, rows, 0);
+    for (int o = 0; o < t.rows; o++) {
+        matrix_read_row(&m, o, row);
+        for (int r = 0; r < rows; r++) {
+            double sum = 0, size = 1e-6;
+            for (int i = 0; i < t.inputs; i++) {
+                int g = t.group ? i / t.group : 0;
+                size_t at = (size_t)o * t.groups + g;
+                double w = (t.code[(size_t)o * t.inputs + i] - t.zero[at]) * (double)half_to_float(t.scale[at]), x = a.f[r * width + i];
+                if (r == 0) expect(fabs(row[i] - w) <= 1e-6 * fabs(w), k->name, "a row reads back", t.bits, o, i, row[i] - w);
+                if (!fp32) {                                 /* the reference rounds the same values to int8 */
+                    double most = 0;
+                    for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) most = fmax(most, fabs(a.f[r * width + j]));
+                    x = most > 0 ? rint(a.f[r * width + i] * (double)(127 / (float)most)) * (most / 127) : 0;
+                    size += fabs(w) * (fabs(fabs(fmod(a.f[r * width + i] * 127 / fmax(most, 1e-9), 1)) - 0.5) < 1e-4 ? most / 127 * 1e5 : 0);   /* a tie may round either way */
+                }
+                sum += w * x, size += fabs(w * x);
+            }
+            sum += bias ? bias[o] : 0;
+            double error = fabs(y[(size_t)r * t.rows + o] - sum);
+            expect(error <= 1e-5 * size, k->name, fp32 ? "product in float" : "product in int8", t.bits, t.group, rows, error / size);
+        }
+    }
+    if (!fp32 && rows > 1) {                                 /* one row alone gives the same bits */
+        activations one = a;
+        one.f = a.f + (rows - 1) * width;
+        k->quantize(&one, 1, 0, 1);
+        k->multiply(&m, &one, 1, again, t.rows, 0, m.tiles);
+        expect(!memcmp(again, y + (size_t)(rows - 1) * t.rows, t.rows * 4), k->name, "a row alone has the same bits", t.bits, t.group, rows, 0);
+    }
+    free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales), free(m.data), free(bias);
+    free(a.f), free(q), free(a.scale), free(a.sum), free(y), free(again), free(row);
+}
+
+static void check_floats(const kernels *k) {
+    int rows = 1 + up_to(40), inputs = 1 + up_to(90), count = 1 + up_to(9), kind = KIND_F16 + up_to(2), by_input = up_to(2);
+    uint16_t *w = malloc((size_t)rows * inputs * 2);
+    for (int i = 0; i < rows * inputs; i++) w[i] = (uint16_t)((kind == KIND_F16 ? 0x3000 : 0x3d00) + up_to(0x600) + up_to(2) * 0x8000);
+    source s = {(uint8_t *)w, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0};
+    matrix m;
+    size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0), width = (size_t)m.blocks * BLOCK;
+    m.data = aligned_alloc(64, bytes);
+    expect(!matrix_pack(&m, &s, 0, m.tiles), k->name, "finite floats are taken", rows, inputs, kind, 0);
+    activations a = {.blocks = m.blocks, .f = calloc(count * width, 4)};
+    for (int r = 0; r < count; r++) for (int i = 0; i < inputs; i++) a.f[r * width + i] = unit();
+    float *y = calloc((size_t)count * rows, 4), *row = malloc(inputs * sizeof(float));
+    k->multiply(&m, &a, count, y, rows, 0, m.tiles);
+    for (int o = 0; o < rows; o++) {
+        matrix_read_row(&m, o, row);
+        for (int r = 0; r < count; r++) {
+            double sum = 0, size = 1e-9;
+            for (int i = 0; i < inputs; i++) sum += (double)row[i] * a.f[r * width + i], size += fabs((double)row[i] * a.f[r * width + i]);
+            expect(fabs(y[(size_t)r * rows + o] - sum) <= 2e-6 * size, k->name, "product of floats", rows, inputs, kind, 0);
+        }
+    }
+    w[up_to(rows * inputs)] = kind == KIND_F16 ? 0x7c00 : 0x7fc0;
+    expect(matrix_pack(&m, &s, 0, m.tiles) == -1, k->name, "infinities and NaN are refused", rows, inputs, kind, 0);
+    free(w), free(m.data), free(a.f), free(y), free(row);
+}
+
+static void check_attention(const kernels *k) {
+    static const int kinds[] = {EW_FLOAT32, EW_FLOAT16, EW_INT8}, dims[] = {8, 16, 24, 64, 80, 128};
+    int kind = kinds[up_to(3)], dim = dims[up_to(6)], padded = ceil_div(dim, TILE) * TILE, length = 1 + up_to(400), queries = 1 + up_to(7);
+    int capacity = ceil_div(length, TILE) * TILE, heads = 1 + up_to(2), window = up_to(2) ? 1 + up_to(200) : 1 << 20;
+    size_t slots = (size_t)2 * heads * capacity, element = dtype_bits(kind) / 8, stride = 2 + padded;
+    cache_layer c = {calloc(slots * dim, element), calloc(slots * padded, element), calloc(slots, 4), calloc(slots, 4), kind, capacity, heads, dim, padded};
+    float *key = malloc((size_t)length * dim * 4), *value = malloc((size_t)length * dim * 4), *q = malloc((size_t)queries * dim * 4);
+    for (int i = 0; i < length * dim; i++) key[i] = unit(), value[i] = unit();
+    for (int i = 0; i < queries * dim; i++) q[i] = unit();
+    for (int s = 0; s < length; s++) k->append(&c, 1, heads - 1, s, key + s * dim, 0), k->append(&c, 1, heads - 1, s, value + s * dim, 1);
+    const float *query[8];
+    int low[8], high[8];
+    for (int i = 0; i < queries; i++) {
+        query[i] = q + i * dim, high[i] = length - queries + i + 1 < 1 ? 1 : length - queries + i + 1;
+        low[i] = high[i] > window ? high[i] - window : 0;
+    }
+    attention_job job = {&c, 1, heads - 1, queries, query, low, high};
+    float *into = calloc(queries * stride, 4), *next = calloc(queries * stride, 4);
+    int begin = low[0] / CHUNK;
+    k->attend(&job, begin * CHUNK, into, stride);
+    for (int chunk = begin + 1; chunk * CHUNK < high[queries - 1]; chunk++) {
+        k->attend(&job, chunk * CHUNK, next, stride);
+        for (int i = 0; i < queries; i++) k->merge(into + i * stride, next + i * stride, padded);
+    }
+    double *weight = malloc(length * sizeof(double)), tolerance = kind == EW_FLOAT32 ? 1e-5 : kind == EW_FLOAT16 ? 2e-3 : 3e-2;
+    for (int i = 0; i < queries; i++) {
+        double most = -1e30, sum = 0;
+        for (int s = low[i]; s < high[i]; s++) {
+            weight[s] = 0;
+            for (int d = 0; d < dim; d++) weight[s] += (double)query[i][d] * key[s * dim + d];
+            most = fmax(most, weight[s]);
+        }
+        for (int s = low[i]; s < high[i]; s++) sum += weight[s] = exp(weight[s] - most);
+        for (int d = 0; d < dim; d++) {
+            double expected = 0, got = into[i * stride + 2 + d] / into[i * stride + 1];
+            for (int s = low[i]; s < high[i]; s++) expected += weight[s] / sum * value[s * dim + d];
+            expect(fabs(got - expected) <= tolerance, k->name, "attention", kind, dim, length, got - expected);
+        }
+    }
+    free(c.k), free(c.v), free(c.k_scale), free(c.v_scale), free(key), free(value), free(q), free(into), free(next), free(weight);
+}
+
+static void check_vectors(const kernels *k) {
+    int n = 16 * (1 + up_to(12)), odd = n - up_to(5), layer_norm = up_to(2), kind = up_to(3);
+    float *x = malloc(n * 4), *w = malloc(n * 4), *b = malloc(n * 4), *y = malloc(n * 4);
+    for (int i = 0; i < n; i++) x[i] = 6 * unit(), w[i] = unit(), b[i] = unit();
+    k->normalize(x, w, layer_norm ? b : NULL, 1e-5f, layer_norm, y, odd);
+    double mean = 0, square = 0;
+    for (int i = 0; i < odd && layer_norm; i++) mean += x[i] / (double)odd;
+    for (int i = 0; i < odd; i++) square += (x[i] - mean) * (x[i] - mean) / odd;
+    for (int i = 0; i < odd; i++) {
+        double expected = (x[i] - mean) / sqrt(square + 1e-5) * w[i] + (layer_norm ? b[i] : 0);
+        expect(fabs(y[i] - expected) < 1e-5, k->name, "norm", odd, layer_norm, i, y[i] - expected);
+    }
+    int gated = up_to(2);
+    k->activate(gated ? w : NULL, x, y, n, kind);
+    for (int i = 0; i < n; i++) {
+        double g = gated ? w[i] : x[i], up = gated ? x[i] : 1;
+        double act = kind == EW_SILU ? g / (1 + exp(-g)) : kind == EW_GELU ? 0.5 * g * (1 + erf(g / sqrt(2)))
+                   : 0.5 * g * (1 + tanh(sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+        expect(fabs(y[i] - act * up) < 1e-5, k->name, "activation", kind, i, n, y[i] - act * up);
+    }
+    free(x), free(w), free(b), free(y);
+}
+
+int main(int count, char **argument) {
+    static const char *names[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"};
+    int rounds = count > 1 ? atoi(argument[1]) : 100, checked = 0;
+    for (int i = 0; i < 6; i++) {
+        const kernels *k = choose_kernels(names[i]);
+        if (!k) continue;
+        for (int r = 0; r < rounds; r++) check_product(k), check_floats(k), check_attention(k), check_vectors(k);
+        printf("%s: %d rounds\n", k->name, rounds), checked++;
+    }
+    printf("%d failures\n", failures);
+    return failures > 0 || !checked;
+}

@@ -1,0 +1,291 @@
+"""The native backend against PyTorch from the same codes, and its promises: the same bits whatever the batch, the
+chunking and the number of threads; refusals; two engines, fork, Ctrl-C."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import native_bundle
+import numpy as np
+import pytest
+import torch
+
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+from runtime.native import backend as module
+from runtime.native import library
+from runtime.native.backend import NativeBackend
+
+warnings.simplefilter("ignore", RuntimeWarning)
+try:
+    library.load()
+except UserError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+TOKENS = 150
+MIXED = [(2, 32, True), (3, 32, False), (4, 64, False), (5, 0, True), (6, 32, True), (8, 32, False), (8, 0, True),
+         "float16", "bfloat16", "float32", (4, 0, False)]
+ARCHITECTURES = {
+    "llama": native_bundle.config(),
+    "qwen3-like, sliding window, untied": native_bundle.config(tied_embeddings=False, qk_norm=True, attention_bias=True,
+                                                               sliding_window=40),
+    "gpt2-like": native_bundle.config(norm="layer", positions="learned", activation="gelu_tanh", gated_mlp=False,
+                                      attention_bias=True, output_bias=True, mlp_bias=True),
+    "layers of different shapes": native_bundle.config(layers=[(4, 2, 96), (2, 1, 64), (6, 3, 160)], activation="gelu"),
+    "head dimension of 8": native_bundle.config(head_dim=8, layers=[(4, 2, 96), (8, 2, 64)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def plenty_of_cpus(monkeypatch):
+    monkeypatch.setattr(module, "available_cpus", lambda: 4)
+
+
+def everything(backend, ids):
+    """Logits of every token of ids [b, s] in one call."""
+    rows, width = ids.shape
+    cache = backend.new_cache(rows, -(-width // 16) * 16)
+    return backend.forward(ids, None, np.zeros(rows, np.int64), np.tile(np.arange(width), (rows, 1)), cache).copy()
+
+
+def ids_for(config, rows=2, width=TOKENS, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, width))
+
+
+def oracle(decoder, ids):
+    with torch.no_grad():
+        return decoder(torch.tensor(ids)).numpy()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_agrees_with_pytorch_to_1e_4(tmp_path, name):
+    decoder = native_bundle.random_decoder(ARCHITECTURES[name])
+    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config)
+    assert np.abs(everything(NativeBackend(bundle, threads=2, exact=True), ids) - oracle(decoder, ids)).max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", range(0, len(MIXED), 2))
+def test_every_format_agrees_with_pytorch_to_1e_4(tmp_path, offset):
+    config = native_bundle.config(layers=[(4, 2, 128)] * 2, tied_embeddings=False)
+    decoder, kinds = native_bundle.random_decoder(config), iter(range(offset, 10_000))
+    formats = {}
+    bundle = native_bundle.write_bundle(tmp_path, decoder, lambda name: formats.setdefault(name, MIXED[next(kinds) % len(MIXED)]),
+                                        embed=[(6, 32, False), (3, 0, True), "float16"][offset % 3], norms="float16")
+    ids = ids_for(config)
+    assert np.abs(everything(NativeBackend(bundle, threads=1, exact=True), ids) - oracle(decoder, ids)).max() < 1e-4
+
+
+def test_int8_activations_stay_close(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config)
+    expected = oracle(decoder, ids)
+    for dtype in module.CACHE_DTYPES:
+        error = np.abs(everything(NativeBackend(bundle, threads=2, cache_dtype=dtype), ids) - expected)
+        assert 0 < np.sqrt((error ** 2).mean()) < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_same_bits_whatever_batch_chunks_and_threads(tmp_path, exact):
+    decoder = native_bundle.random_decoder(native_bundle.config(layers=[(6, 2, 96)] * 2, sliding_window=140))
+    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config, rows=3, width=300)
+    expected = everything(NativeBackend(bundle, threads=1, exact=exact), ids)
+    for threads in (2, 3, 4):
+        assert np.array_equal(everything(NativeBackend(bundle, threads=threads, exact=exact), ids), expected)
+    backend = NativeBackend(bundle, threads=2, exact=exact)
+    assert np.array_equal(everything(backend, ids[1:2])[0], expected[1])
+    cache, at = backend.new_cache(1, 304), 0
+    for step in (1, 1, 7, 100, 1, 3, 16, 120, 1, 50):
+        logits = backend.forward(ids[:1, at:at + step], None, np.array([at]), np.arange(step)[None], cache)
+        assert np.array_equal(logits[0], expected[0, at:at + step])
+        at += step
+    assert at == 300
+
+
+def test_cache_views_forks_truncates_and_grows(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2, cache_dtype="int8")
+    ids = ids_for(decoder.config, rows=1, width=60)
+    expected = everything(backend, ids)[0]
+    cache = backend.new_cache(3, 32)
+    assert cache.nbytes == backend.cache_bytes(3, 32)
+    backend.forward(ids[:, :20], None, np.zeros(1, np.int64), np.zeros((1, 0), np.int64), cache.view(2, 3))
+    cache.lengths[2] = 20
+    cache.fork(2, 0)
+    assert cache.lengths.tolist() == [20, 0, 20]
+    cache.grow(64)
+    assert cache.capacity == 64
+    view = cache.view(0, 1)
+    logits = backend.forward(ids[:, 20:], None, np.array([20]), np.arange(40)[None], view)
+    assert np.array_equal(logits[0], expected[20:])
+    view.lengths[0] = 60
+    cache.truncate(0, 30)
+    logits = backend.forward(ids[:, 30:40], None, np.array([30]), np.arange(10)[None], cache.view(0, 1))
+    assert np.array_equal(logits[0], expected[30:40])
+
+
+def test_greedy_loop_and_top_k(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2)
+    tokens, cache = [7], backend.new_cache(1, 64)
+    for i in range(20):
+        logits = backend.forward(np.array([[tokens[-1]]]), None, np.array([i]), np.zeros((1, 1), np.int64), cache)[0, 0]
+        index, value = backend.top_k(logits, 5)
+        assert index.tolist() == np.argsort(-logits, kind="stable")[:5].tolist() and np.array_equal(value, logits[index])
+        tokens.append(int(logits.argmax()))
+    cache.lengths[0] = 0
+    seen = []
+    assert backend.decode_greedy(cache, 0, 7, 20, on_token=seen.append) == tokens[1:] == seen
+    cache.lengths[0] = 0
+    assert backend.decode_greedy(cache, 0, 7, 20, stop=[tokens[5]]) == tokens[1:tokens.index(tokens[5], 1) + 1]
+    cache.lengths[0] = 0
+
+    def interrupt(token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backend.decode_greedy(cache, 0, 7, 20, on_token=interrupt)
+
+
+def test_two_engines_work_side_by_side(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config)
+    backends = [NativeBackend(bundle, threads=2) for _ in range(2)]
+    expected, results = everything(backends[0], ids), {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: everything(backends[i], ids)})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(results[i], expected) for i in range(2))
+
+
+def test_works_in_the_child_after_fork(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=3)
+    ids = ids_for(decoder.config)
+    expected = everything(backend, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")               # Python warns of forking with threads: that is the point
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if np.array_equal(everything(backend, ids), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(everything(backend, ids), expected)
+
+
+def test_ctrl_c_is_heard_within_a_long_prompt(tmp_path):
+    config = native_bundle.config(context_length=60_000)
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config)), threads=1)
+    cache, ids = backend.new_cache(1, 50_000), ids_for(config, rows=1, width=50_000)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        backend.forward(ids, None, np.zeros(1, np.int64), np.zeros((1, 1), np.int64), cache)
+
+
+def test_refusals(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle = native_bundle.write_bundle(tmp_path, decoder)
+    for options, words in [({"threads": 5}, "may use 4 CPUs"), ({"threads": 0}, "may use 4 CPUs"), ({"isa": "avx1024"}, "cannot run"),
+                           ({"cache_dtype": "int4"}, "cache_dtype")]:
+        with pytest.raises(UserError, match=words):
+            NativeBackend(bundle, **options)
+    backend = NativeBackend(bundle, threads=1)
+    cache = backend.new_cache(1, 16)
+    for ids, at, words in [([[999]], 0, "vocabulary"), ([[-1]], 0, "vocabulary"), ([[1]], 16, "outside the cache"), ([[1]], 320, "beyond the context")]:
+        with pytest.raises(UserError, match=words):
+            backend.forward(np.array(ids), None, np.array([at]), np.zeros((1, 1), np.int64), cache)
+
+
+@pytest.mark.parametrize("group", [16, 8])
+def test_a_group_the_core_lacks_is_refused(tmp_path, group):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle = native_bundle.write_bundle(tmp_path, decoder, lambda name: (4, group, True))
+    with pytest.raises(UserError, match=f"groups of {group}"):
+        NativeBackend(bundle)
+
+
+def test_shortened_file_missing_tensor_and_nan_are_refused(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle = native_bundle.write_bundle(tmp_path, decoder)
+    data = (tmp_path / "weights.bin").read_bytes()
+    (tmp_path / "weights.bin").write_bytes(data[:-4096])
+    with pytest.raises(UserError, match="beyond the end"):
+        NativeBackend(bundle)
+    tensors = bundle.manifest["weights"]["tensors"]
+    for name in ("layers.1.down.scales", "final_norm.weight", "embed.scales"):
+        entry, broken = next(t for t in tensors if t["name"] == name), bytearray(data)
+        width = 4 if entry["dtype"] == "float32" else 2
+        broken[entry["offset"]:entry["offset"] + width] = b"\xff" * width
+        (tmp_path / "weights.bin").write_bytes(broken)
+        with pytest.raises(UserError, match="not a finite number"):
+            NativeBackend(bundle)
+    (tmp_path / "weights.bin").write_bytes(data)
+    rest = json.loads(json.dumps(bundle.manifest))
+    rest["weights"]["tensors"] = [t for t in tensors if t["name"] != "layers.0.o.codes"]
+    with pytest.raises(UserError, match="layers.0.o"):
+        NativeBackend(Bundle(tmp_path, rest))
+
+
+def test_fuzzed_tables_and_configurations_never_crash(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config())
+    bundle, random = native_bundle.write_bundle(tmp_path, decoder), np.random.default_rng(0)
+    values = [0, -1, 1, 2, 15, 17, 63, 2**20, 2**31 - 1, -2**31]
+    opened = 0
+    for _ in range(300):
+        manifest = json.loads(json.dumps(bundle.manifest))
+        if random.random() < 0.5:
+            entry = manifest["weights"]["tensors"][random.integers(len(manifest["weights"]["tensors"]))]
+            key = random.choice(["dtype", "shape", "offset", "bytes", "name"])
+            entry[key] = {"dtype": str(random.choice(list(library.DTYPES))), "offset": int(random.choice(values)) * int(random.integers(1, 99)),
+                          "bytes": int(random.choice(values)), "shape": [int(random.choice(values)) for _ in range(random.integers(0, 4))],
+                          "name": str(random.choice([t["name"] for t in manifest["weights"]["tensors"]]))}[key]
+        else:
+            config = manifest["model"]["config"]
+            if random.random() < 0.5:
+                config["layers"][0][str(random.choice(["heads", "kv_heads", "mlp_size"]))] = int(random.choice(values))
+            else:
+                config[str(random.choice(["vocab_size", "hidden_size", "head_dim"]))] = int(random.choice(values))
+        try:
+            everything(NativeBackend(Bundle(tmp_path, manifest), threads=1), ids_for(decoder.config, rows=1, width=3) % 1)
+            opened += 1
+        except UserError:
+            pass
+    assert opened < 150
+
+
+def test_out_of_memory_while_repacking_is_a_sentence(tmp_path):
+    config = native_bundle.config(vocab_size=200_000, hidden_size=256)
+    native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config))
+    script = f"""
+import json, pathlib, resource, sys
+from runtime.bundle import Bundle
+from runtime.errors import UserError
+from runtime.native.backend import NativeBackend
+folder = pathlib.Path({str(tmp_path)!r})
+bundle = Bundle(folder, json.loads((folder / 'manifest.json').read_text()))
+used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (70 << 20), -1))
+try:
+    NativeBackend(bundle, threads=1)
+except UserError as error:
+    sys.exit(0 if 'out of memory' in str(error) else str(error))
+sys.exit('opened')
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interface_matches_the_header():
+    header = (module.__file__.rsplit("/", 1)[0]) + "/native.h"
+    text = open(header).read()
+    assert f"EW_PASS {library.PASS} " in text
+    kinds = text[text.index("enum { EW_FLOAT32"):].split("}")[0].lower()
+    assert [f"ew_{name}" in kinds for name in library.DTYPES] == [True] * len(library.DTYPES)
+    assert ctypes.sizeof(library.Tensor) == 48
