@@ -30,6 +30,7 @@ OUTPUTS = {"feature-extraction": ("last_hidden_state",), "sentence-similarity": 
            "question-answering": ("start_logits", "end_logits")}
 ARCHITECTURES = {"ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
                  "ForQuestionAnswering": "question-answering"}
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 OPSET, GRAPH = 18, "model.onnx"
 TOLERANCE = 1e-5                     # of the largest output, where that is above 1
@@ -67,6 +68,14 @@ def export_encoder(folder: Path, out: Path, task: str | None) -> None:
     size = (out / GRAPH).stat().st_size
     print(f"{out / GRAPH}: {task}, inputs {', '.join(inputs)}, outputs {', '.join(OUTPUTS[task])}, {size / 1e6:.1f} MB; "
           f"largest difference to PyTorch {worst:.1e}")
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a checkpoint's architecture is one of BERT's kin, by its configuration."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False                                         # the decoder's reader says what is wrong with it
 
 
 def task_of(folder: Path) -> str:

@@ -10,11 +10,11 @@ with weights of 2, 3, 5 or 6 bits gives a bundle without graphs, because ONNX ha
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from export import bundle as bundles
+from export.encoder import OUTPUTS as TASKS, export_encoder, is_encoder
 from export.graph import OPSET, check
 from export.portable import portable_graph
 from export.weights import GRAPH_BITS, write_weights
@@ -29,6 +29,7 @@ GRAPH = "portable.onnx"
 EXAMPLES = """examples:
   python -m export.onnx build/smollm2-135m-int4-checkpoint -o build/smollm2-135m-int4
   python -m export.onnx build/smollm2-135m -o build/smollm2-135m-fp16 --dtype fp16 --max-context 2048
+  python -m export.onnx all-MiniLM-L6-v2 -o build/minilm --task sentence-similarity      an encoder: build/minilm/model.onnx
 """
 
 
@@ -38,14 +39,17 @@ class Options:
     checkpoint: Path = arg(positional=True, help="folder of the checkpoint, quantized or not")
     out: Path = arg(short="-o", help="folder of the bundle; an older bundle there is replaced")
     dtype: str = arg("fp32", choices=tuple(DTYPES), help="type of activations, caches and what is not quantized")
+    task: str | None = arg(None, choices=tuple(TASKS), help="export a model that is no decoder for this task (encoder.py)")
     max_context: int | None = arg(None, help=f"tokens a sequence may have (default: the model's, at most {DEFAULT_CONTEXT})")
 
 
 def export(options: Options) -> None:
     """Write the bundle. Raises UserError for a checkpoint, context or folder that cannot be used."""
+    if options.task or is_encoder(options.checkpoint):
+        return export_encoder(options.checkpoint, options.out, options.task)
     checkpoint = open_checkpoint(options.checkpoint)
     config = checkpoint.config
-    max_context = options.max_context or min(config.context_length, DEFAULT_CONTEXT)
+    max_context = min(config.context_length, DEFAULT_CONTEXT) if options.max_context is None else options.max_context
     if not 1 <= max_context <= config.context_length:
         raise UserError(f"--max-context {max_context}: the model's context is {config.context_length} tokens, so give 1 "
                         f"to {config.context_length}")
@@ -81,8 +85,7 @@ def export(options: Options) -> None:
 def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
     """The manifest's "model": the configuration, and what generation_config.json adds."""
     config = checkpoint.config
-    file = checkpoint.path / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    generation = bundles.read_json(checkpoint.path / "generation_config.json")
     listed = generation.get("eos_token_id")
     listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
     eos = list(dict.fromkeys([*listed, *config.eos_token_ids]))       # either file may know one that the other lacks

