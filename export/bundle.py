@@ -117,12 +117,21 @@ def chat_template(folder: Path) -> str | None:
     """The chat template of a checkpoint folder, from its own file or from tokenizer_config.json."""
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):            # several by name, an older form
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
+
+
+def read_json(path: Path) -> dict:
+    """An optional JSON file of a checkpoint; {} where there is none. Raises UserError where it is no JSON object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): mend it or remove it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, where a JSON object should be: mend it or remove it")
+    return data
 
 
 def stored_tensors(manifest: dict) -> dict[str, StoredTensor]:
