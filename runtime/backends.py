@@ -1,4 +1,5 @@
-"""Choose the backend that runs a bundle: a TensorRT engine that fits the GPU and the library, else CUDA, else the CPU.
+"""Choose the backend that runs a bundle: a TensorRT engine that fits the GPU and the library, else CUDA, else the CPU:
+the native core, or ONNX Runtime ("cpu") where the core was not built or lacks what the bundle needs.
 
 Each step down is logged once, in one line with its reason; `Engine.explain()` repeats them. A named provider is insisted
 on instead: its reason is raised.
@@ -13,7 +14,7 @@ from runtime.backend import Backend
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 
-PROVIDERS = ("tensorrt", "cuda", "cpu")           # best first
+PROVIDERS = ("tensorrt", "cuda", "native", "cpu")           # best first
 _log = logging.getLogger(__name__)
 
 
@@ -58,10 +59,15 @@ def _open_cuda(bundle: Bundle, threads: int) -> Backend:
     return OrtBackend(bundle, provider="cuda", threads=threads)
 
 
+def _open_native(bundle: Bundle, threads: int) -> Backend:
+    from runtime.native.backend import NativeBackend
+    return NativeBackend(bundle, threads=threads)
+
+
 def _open_cpu(bundle: Bundle, threads: int) -> Backend:
     from runtime.ort_backend import OrtBackend
     return OrtBackend(bundle, provider="cpu", threads=threads)
 
 
 _OPEN: dict[str, Callable[[Bundle, int], Backend]] = {
-    "tensorrt": _open_tensorrt, "cuda": _open_cuda, "cpu": _open_cpu}
+    "tensorrt": _open_tensorrt, "cuda": _open_cuda, "native": _open_native, "cpu": _open_cpu}

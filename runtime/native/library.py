@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -15,6 +16,7 @@ from runtime.errors import UserError
 
 PASS = 128                        # EW_PASS: tokens of one ew_forward
 ERROR_BYTES = 256
+PATH_VARIABLE = "EDGEWRIGHT_NATIVE"    # another build of the library, such as one with sanitizers
 DTYPES = {name: i for i, name in enumerate(
     ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6", "uint7"))}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -52,7 +54,7 @@ _FUNCTIONS = {
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library. Raises UserError where it was not built (no compiler at installation) or cannot be opened."""
-    found = sorted(Path(__file__).parent.glob("_core*.so"))
+    found = [os.environ[PATH_VARIABLE]] if PATH_VARIABLE in os.environ else sorted(Path(__file__).parent.glob("_core*.so"))
     if not found:
         warnings.warn("the native core was not built; falling back to ONNX Runtime", RuntimeWarning, stacklevel=2)
         raise UserError("the native core was not built (no C compiler when edgewright was installed); install again with one")

@@ -8,7 +8,7 @@ from runtime import backends
 from runtime.engine import Engine
 from runtime.errors import DeviceError, UserError
 
-LADDER = ("tensorrt", "cuda", "cpu")
+LADDER = ("tensorrt", "cuda", "native", "cpu")
 
 
 class Stub:
@@ -35,7 +35,7 @@ def ladder(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("working", range(3))
+@pytest.mark.parametrize("working", range(4))
 def test_the_first_that_opens_runs_and_each_step_down_is_one_logged_line(ladder, caplog, working):
     ladder(**{name: f"{name} is\tmissing" for name in LADDER[:working]})
     with caplog.at_level(logging.INFO):
@@ -53,8 +53,8 @@ def test_a_named_provider_is_insisted_on(ladder, provider):
 
 
 def test_an_unknown_provider_and_nothing_left(ladder):
-    ladder(cpu="broken")
-    with pytest.raises(UserError, match="'tpu'; known: tensorrt, cuda, cpu"):
+    ladder(native="not built", cpu="broken")
+    with pytest.raises(UserError, match="'tpu'; known: tensorrt, cuda, native, cpu"):
         backends.open_backend(None, "tpu", 1)
     with pytest.raises(UserError, match="broken"):
         backends.open_backend(None, None, 1, below="cuda")
@@ -75,7 +75,7 @@ def test_a_device_that_fails_while_running_steps_down(ladder, caplog):
     try:
         with caplog.at_level(logging.INFO):
             assert engine._new_cache(2, 64) == (2, 64)
-        assert engine.backend.name == "cpu" and first.closed
+        assert engine.backend.name == "native" and first.closed
         assert engine.explain().splitlines()[1:] == ["no cuda: no CUDA here", "no tensorrt: out of memory"]
         engine.backend, engine._provider = first, "tensorrt"
         with pytest.raises(DeviceError, match="out of memory"):
