@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from models import lineage
 from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
@@ -156,10 +157,12 @@ class Classify:
         right = 0
         examples = trainer.valid.encoded[:trainer.options.eval_rows or None]
         trainer.module.eval()
-        for start in range(0, len(examples), SCORED_TOGETHER):
+        for start in tqdm(range(0, len(examples), SCORED_TOGETHER), desc="accuracy", mininterval=1.0):
             chunk = [(ids[~learned], ids[learned]) for ids, learned in examples[start:start + SCORED_TOGETHER]]
-            rows = [join(question, answer) for question, _ in chunk for answer in self.answers]
-            scores = _row_scores(trainer.module, *trainer.tensors(Examples(rows, trainer.valid.pad).rows(range(len(rows)))))
+            asked = [join(question, answer) for question, _ in chunk for answer in self.answers]
+            rows = Examples(asked, trainer.valid.pad)
+            with trainer.accelerator.autocast():
+                scores = _row_scores(trainer.module, *trainer.tensors(rows.rows(range(len(rows)))))
             best = scores.view(len(chunk), -1).argmax(1)
             right += sum(self.answers[i] == answer.tolist() for i, (_, answer) in zip(best, chunk))
         trainer.module.train()

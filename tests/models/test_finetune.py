@@ -1,5 +1,6 @@
 """Fine-tuning: loss on replies alone, LoRA merged exactly, labels judged by likelihood, bad input refused."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts, la
         right.append(int(np.argmax(scores)) == i % 2)
     from types import SimpleNamespace
     stub = SimpleNamespace(tensors=lambda rows: map(torch.from_numpy, rows), options=SimpleNamespace(eval_rows=0),
-                           module=decoder, valid=Examples(encoded, pad=2))
+                           accelerator=SimpleNamespace(autocast=contextlib.nullcontext), module=decoder, valid=Examples(encoded, pad=2))
     assert 0 < sum(right) < 21
     assert task.accuracy(stub) == pytest.approx(np.mean(right))
 
