@@ -20,6 +20,7 @@ class DecoderGraph(GraphBuilder):
     def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str):
         super().__init__(stored)
         self.config, self.dtype = config, dtype
+        self._dequantized: dict[str, str] = {}
 
     def tokens(self, *, positions: bool = True) -> None:
         """Declare the token inputs; `positions` False leaves out position_ids, for a graph that does not read them."""
@@ -40,9 +41,17 @@ class DecoderGraph(GraphBuilder):
         return self.op("Cast", [value], output, to=ELEMENT_TYPES[dtype])
 
     def dequantized(self, name: str, axis: int) -> str:
-        """A stored matrix as `dtype`. axis: of the inputs of its product, along which scales repeat over a group."""
+        """A stored matrix as `dtype`. axis: of the inputs of its product, along which scales repeat over a group.
+
+        Asked for twice, as a tied table is, it is one value.
+        """
         if self.has_weight(f"{name}.weight"):
             return self.weight(f"{name}.weight")
+        if name not in self._dequantized:
+            self._dequantized[name] = self._dequantize(name, axis)
+        return self._dequantized[name]
+
+    def _dequantize(self, name: str, axis: int) -> str:
         codes, scales = self.stored(f"{name}.codes"), self.stored(f"{name}.scales")
         scale = self.weight(f"{name}.scales")
         if self.dtype != "float16":           # stored as float16, which the type of the result must equal

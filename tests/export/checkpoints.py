@@ -1,0 +1,66 @@
+"""Random small checkpoints in any format a tensor may have, and logits of a backend on a ragged, cached course."""
+
+from pathlib import Path
+
+import numpy as np
+from native_bundle import random_decoder
+from tiny import tiny_tokenizer
+
+from compress.rtn import round_to_nearest
+from models import lineage
+from models.checkpoint import write_checkpoint
+from models.config import LayerConfig, ModelConfig
+from models.quantized import Quantization, TensorFormat
+
+LENGTHS = (23, 9, 17)
+
+
+def small_config(family: str = "llama", layers=((4, 2, 96), (4, 2, 96)), **fields) -> ModelConfig:
+    """Two layers of (heads, kv_heads, mlp); the tokenizer's 384 tokens."""
+    base = dict(family=family, vocab_size=384, hidden_size=64, head_dim=16, context_length=128, bos_token_id=1,
+                eos_token_ids=(2,), pad_token_id=2)
+    return ModelConfig(**{**base, **fields, "layers": tuple(LayerConfig(*layer) for layer in layers)})
+
+
+def write_random(folder: Path, config: ModelConfig, formats=lambda module: None, seed: int = 0) -> Path:
+    """A checkpoint of `config` with random weights; formats(module) -> TensorFormat, or None to leave it dense."""
+    decoder = random_decoder(config, seed)
+    chosen, tensors = {}, []
+    for name, tensor in decoder.state_dict().items():
+        module = name.removesuffix(".weight")
+        how = formats(module) if tensor.ndim == 2 and name.endswith("weight") and "positions" not in name else None
+        if how is None:
+            tensors.append((name, tensor))
+        else:
+            chosen[module] = how
+            tensors += round_to_nearest(tensor, how).tensors(module).items()
+    hf = config.to_hf() | ({"quantization_config": Quantization(chosen).to_dict()} if chosen else {})
+    write_checkpoint(folder, hf, tensors, None, lineage.stage("test", {}, {}))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def everywhere(bits: int, group: int, symmetric: bool = True, table: TensorFormat | None = TensorFormat(8, 0)):
+    """formats() for `write_random`: one format for all linears, `table` for the embedding."""
+    return lambda module: table if module == "model.embed_tokens" else TensorFormat(bits, group, symmetric)
+
+
+def course(backend, vocabulary: int) -> np.ndarray:
+    """Logits [n, vocab] of a ragged batch of three prompts, twelve batched steps, and a chunk of five on one row."""
+    rng = np.random.default_rng(0)
+    cache, longest = backend.new_cache(len(LENGTHS), 64), max(LENGTHS)
+    ids = np.zeros((len(LENGTHS), longest), np.int64)
+    for row, length in enumerate(LENGTHS):
+        ids[row, :length] = rng.integers(3, vocabulary, length)
+    lengths = np.array(LENGTHS)
+    wanted = np.stack([np.zeros_like(lengths), lengths // 2, lengths - 1], axis=1)
+    positions = np.tile(np.arange(longest), (len(LENGTHS), 1))
+    logits = [backend.forward(ids, positions, np.zeros_like(lengths), wanted, cache).copy()]
+    for _ in range(12):
+        token = rng.integers(3, vocabulary, (len(LENGTHS), 1))
+        logits.append(backend.forward(token, lengths[:, None], lengths, np.zeros((len(LENGTHS), 1), np.int64), cache).copy())
+        lengths = lengths + 1
+    chunk = rng.integers(3, vocabulary, (1, 5))
+    steps = np.arange(5)[None]
+    logits.append(backend.forward(chunk, lengths[1] + steps, lengths[1:2], steps, cache.view(1, 2)).copy())
+    return np.concatenate([part.reshape(-1, vocabulary) for part in logits])
