@@ -1,0 +1,196 @@
+"""Prune a checkpoint: fewer layers, narrower layers, fewer tokens, or zeros among the weights.
+
+    python -m compress.prune CKPT -o OUT --data FILES --what depth --keep 0.8
+
+Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads and vocabulary make a smaller model that
+exports and runs faster (depth.py, width.py, vocabulary.py); sparse keeps every shape (sparse.py). Prune one way, then
+another: stages compose. What was lost comes back in part by training afterwards (models.finetune, compress.distill).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress import depth, sparse, vocabulary, width
+from compress.calibration_text import corpus_windows
+from models import lineage
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.config import ModelConfig
+from models.data import DataOptions, build_corpus
+from models.decoder import tensor_shapes
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+
+EXAMPLES = """examples:
+  python -m compress.prune CKPT -o OUT --data corpus.txt --what depth --layers 24 --order greedy
+  python -m compress.prune CKPT -o OUT --data corpus.txt --what mlp --keep 0.85      (of all parameters)
+  python -m compress.prune CKPT -o OUT --data corpus.txt --what heads --groups 2
+  python -m compress.prune CKPT -o OUT --data english/ --what vocabulary --tokens 24000
+  python -m compress.prune CKPT -o OUT --data corpus.txt --what sparse --sparsity 2:4 --score sparsegpt
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Prune a checkpoint's layers, MLP neurons, attention heads, vocabulary or single weights."""
+    checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
+    out: Path = arg(help="checkpoint folder to write", short="-o")
+    what: str = arg(help="what to leave out", choices=("depth", "mlp", "heads", "vocabulary", "sparse"))
+    keep: float | None = arg(None, help="depth, mlp: share of all parameters to keep")
+    layers: int | None = arg(None, help="depth: layers to keep")
+    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=depth.ORDERS)
+    neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers")
+    step: int = arg(64, help="mlp: widths are multiples of this")
+    groups: int | None = arg(None, help="heads: key/value groups to keep in each layer")
+    tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)")
+    sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4")
+    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=sparse.SCORES)
+    windows: int = arg(64, help="calibration windows, spread evenly over the data")
+    length: int = arg(512, help="tokens in a window")
+
+
+def prune(options: Options) -> None:
+    checkpoint = open_checkpoint(options.checkpoint)
+    check_output(options.out, options.checkpoint)
+    if checkpoint.quantization is not None:
+        raise UserError(f"{options.checkpoint} is quantized: prune the checkpoint it was made from, then quantize")
+    before = _parameters(checkpoint.config)
+    if options.what == "vocabulary":
+        config = _vocabulary(checkpoint, options)
+    else:
+        ids = corpus_windows(checkpoint, options, options.windows, min(options.length, checkpoint.config.context_length))
+        config, tensors, metrics = {"depth": _depth, "mlp": _mlp, "heads": _heads, "sparse": _sparse}[options.what](
+            checkpoint, ids, options)
+        _write(options, checkpoint, config, tensors, metrics)
+    after = _parameters(config)
+    print(table([{"": "parameters", "before": before, "after": after, "kept": f"{after / before:.1%}"},
+                 {"": "layers", "before": len(checkpoint.config.layers), "after": len(config.layers), "kept": ""},
+                 {"": "vocabulary", "before": checkpoint.config.vocab_size, "after": config.vocab_size, "kept": ""}]))
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
+
+
+def _write(options: Options, checkpoint: Checkpoint, config: ModelConfig, tensors: Iterator, metrics: dict) -> None:
+    stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, metrics)
+    write_checkpoint(options.out, config.to_hf(), tensors, options.checkpoint, stage)
+
+
+def _target(options: Options, config: ModelConfig) -> int:
+    """Parameters to keep, from --keep."""
+    if options.keep is None or not 0 < options.keep < 1:
+        raise UserError(f"--keep is {options.keep}, which should be a share between 0 and 1 (or give a count: --layers, --neurons)")
+    return int(options.keep * _parameters(config))
+
+
+def _depth(checkpoint: Checkpoint, ids: Tensor, options: Options):
+    config, total = checkpoint.config, len(checkpoint.config.layers)
+    layers = options.layers
+    if layers is None:
+        target = _target(options, config)
+        sizes = [_parameters(replace(config, layers=config.layers[:n])) for n in range(1, total + 1)]
+        layers = max((n for n, size in enumerate(sizes, 1) if size <= target), default=0)
+        if layers == 0:
+            raise UserError(f"--keep {options.keep} is below {sizes[0] / sizes[-1]:.3f}, which one layer and the embedding take")
+    if not 1 <= layers < total:
+        raise UserError(f"--layers is {layers}, which should be from 1 to {total - 1}")
+    gone = depth.choose_layers(load_decoder(options.checkpoint), ids, total - layers, options.order)
+    left = [n for n in range(total) if n not in gone]
+    new = {f"model.layers.{old}.": f"model.layers.{n}." for n, old in enumerate(left)}
+
+    def tensors():
+        for name in checkpoint.names():
+            prefix = next((p for p in new if name.startswith(p)), None)
+            if prefix or not name.startswith("model.layers."):
+                yield (new[prefix] + name[len(prefix):] if prefix else name), checkpoint.read(name)
+    print(f"layers left out, first to go first: {' '.join(map(str, gone))}")
+    return replace(config, layers=tuple(config.layers[n] for n in left)), tensors(), {"dropped_layers": gone}
+
+
+def _mlp(checkpoint: Checkpoint, ids: Tensor, options: Options):
+    config = checkpoint.config
+    present = sum(layer.mlp_size for layer in config.layers)
+    if options.neurons is not None:
+        total = options.neurons * len(config.layers)
+    else:
+        one = (3 if config.gated_mlp else 2) * config.hidden_size
+        total = present - math.ceil((_parameters(config) - _target(options, config)) / one)
+    if options.step < 1 or any(layer.mlp_size < options.step for layer in config.layers):
+        raise UserError(f"--step is {options.step}, which should be from 1 to the narrowest layer's width")
+    if not options.step * len(config.layers) <= total < present:
+        raise UserError(f"{max(total, 0)} of {present} neurons would stay, which should be at least "
+                        f"{options.step * len(config.layers)} (one step in each layer) and fewer than all")
+    importance = width.measure_importance(checkpoint, ids)
+    widths = width.choose_neurons(importance, total, options.step)
+    groups = [layer.kv_heads for layer in config.layers]
+    return (width.narrowed_config(config, widths, groups), width.narrowed(checkpoint, ids, importance, widths, groups),
+            {"mlp_sizes": widths})
+
+
+def _heads(checkpoint: Checkpoint, ids: Tensor, options: Options):
+    config = checkpoint.config
+    fewest = min(layer.kv_heads for layer in config.layers)
+    if options.groups is None or not 1 <= options.groups <= fewest or options.groups == max(l.kv_heads for l in config.layers):
+        raise UserError(f"--groups is {options.groups}, which should be from 1 to one less than the model's {fewest} key/value heads")
+    importance = width.measure_importance(checkpoint, ids)
+    widths, groups = [layer.mlp_size for layer in config.layers], [options.groups] * len(config.layers)
+    return (width.narrowed_config(config, widths, groups), width.narrowed(checkpoint, ids, importance, widths, groups),
+            {"kv_heads": options.groups})
+
+
+def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
+    pattern = sparse.parse_pattern(options.sparsity)
+    return checkpoint.config, sparse.sparsified(checkpoint, ids, options.score, pattern), {"sparsity": options.sparsity}
+
+
+def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:
+    """Writes the result itself: tokenizer files change with the tensors, inside one temporary folder."""
+    config, file = checkpoint.config, checkpoint.path / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{checkpoint.path} has no tokenizer.json to trim")
+    corpus = build_corpus(options, options.data, file, eos=config.eos_token_ids[0] if config.eos_token_ids else 0)
+    kept = vocabulary.plan(json.loads(file.read_text("utf-8")), vocabulary.count_tokens(np.asarray(corpus.tokens)), options.tokens)
+    if len(kept) >= config.vocab_size:
+        raise UserError(f"the data uses all {config.vocab_size} tokens: give --tokens, or other data")
+    kept = [i for i in kept if i < config.vocab_size]
+    new = {old: i for i, old in enumerate(kept)}
+    rows = torch.tensor(kept)
+    config = replace(config, vocab_size=len(kept), bos_token_id=vocabulary.renumbered(config.bos_token_id, new),
+                     pad_token_id=vocabulary.renumbered(config.pad_token_id, new),
+                     eos_token_ids=tuple(vocabulary.renumbered(list(config.eos_token_ids), new)))
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = ((name, checkpoint.read(name)[rows] if name in tables else checkpoint.read(name)) for name in checkpoint.names())
+    # write_checkpoint copies the companions of a source folder: give it one with the files already rewritten.
+    source = options.out.with_name(f".{options.out.name}.{os.getpid()}.tokenizer")
+    try:
+        source.mkdir(parents=True)
+        for companion in checkpoint.path.iterdir():
+            if companion.suffix in (".json", ".jinja") and "safetensors" not in companion.name:
+                shutil.copyfile(companion, source / companion.name)
+        vocabulary.rewrite_files(source, kept)
+        stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, {"vocab_size": len(kept)})
+        write_checkpoint(options.out, config.to_hf(), tensors, source, stage)
+    except OSError as error:
+        raise UserError(f"{options.out} could not be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+    return config
+
+
+def main(argv=None) -> int:
+    return run(Options, prune, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

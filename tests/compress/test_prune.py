@@ -1,0 +1,187 @@
+"""Pruning: what contributes nothing goes without a trace, least squares against lstsq, and the refusals."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from compress import depth, prune, sparse, vocabulary, width
+from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+
+TEXT = "The small engine reads a sentence and answers in another. " * 40
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def run(source, out, *args) -> int:
+    return prune.main([str(source), "-o", str(out), *map(str, args), "--windows", "4", "--length", "32"])
+
+
+def changed(source, out, change):
+    """A copy of a checkpoint whose state dictionary `change` has edited."""
+    state = load_decoder(source).state_dict()
+    state.pop("lm_head.weight", None) if open_checkpoint(source).config.tied_embeddings else None
+    change(state)
+    write_checkpoint(out, open_checkpoint(source).hf_config, iter(state.items()), source, {"stage": "test"})
+    return out
+
+
+def logits(folder, vocab=None):
+    decoder = load_decoder(folder)
+    ids = torch.arange(20)[None] % decoder.config.vocab_size
+    with torch.no_grad():
+        return decoder(ids)
+
+
+@pytest.mark.parametrize("order", depth.ORDERS)
+@pytest.mark.parametrize("idle", (0, 1))
+def test_a_layer_that_does_nothing_goes_first(order, idle, tiny_checkpoint, tmp_path, data):
+    def silence(state):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            state[f"model.layers.{idle}.{part}.weight"] = torch.zeros_like(state[f"model.layers.{idle}.{part}.weight"])
+    source = changed(tiny_checkpoint("smollm2"), tmp_path / "a", silence)
+    assert run(source, tmp_path / "b", "--data", data, "--what", "depth", "--layers", 1, "--order", order) == 0
+    assert len(open_checkpoint(tmp_path / "b").config.layers) == 1
+    torch.testing.assert_close(logits(tmp_path / "b"), logits(source))
+    lineage = json.loads((tmp_path / "b" / "lineage.json").read_text())["stages"][-1]
+    assert lineage["metrics"] == {"dropped_layers": [idle]}
+
+
+@pytest.mark.parametrize("family", ("smollm2", "gpt2", "qwen3"))
+def test_neurons_that_say_nothing_go_without_a_trace(family, tiny_checkpoint, tmp_path, data):
+    source = tiny_checkpoint(family)
+    size = open_checkpoint(source).config.layers[0].mlp_size
+    dead = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:size // 2]
+
+    def silence(state):
+        for layer in (0, 1):
+            weight = state[f"model.layers.{layer}.mlp.down_proj.weight"].clone()
+            weight[:, dead] = 0
+            state[f"model.layers.{layer}.mlp.down_proj.weight"] = weight
+    source = changed(source, tmp_path / "a", silence)
+    assert run(source, tmp_path / "b", "--data", data, "--what", "mlp", "--neurons", size // 2, "--step", 16) == 0
+    assert {layer.mlp_size for layer in open_checkpoint(tmp_path / "b").config.layers} == {size // 2}
+    torch.testing.assert_close(logits(tmp_path / "b"), logits(source), atol=2e-3, rtol=2e-2)   # bfloat16 moments, damping
+
+
+@pytest.mark.parametrize("family", ("smollm2", "qwen3", "qwen2"))
+def test_a_head_group_that_says_nothing_goes_without_a_trace(family, tiny_checkpoint, tmp_path, data):
+    source = tiny_checkpoint(family)
+    layer = open_checkpoint(source).config.layers[0]
+    assert layer.kv_heads > 1
+
+    def silence(state):
+        for number, group in ((0, 0), (1, layer.kv_heads - 1)):
+            weight = state[f"model.layers.{number}.self_attn.o_proj.weight"].clone()
+            weight.view(len(weight), layer.kv_heads, -1)[:, group] = 0
+            state[f"model.layers.{number}.self_attn.o_proj.weight"] = weight
+    source = changed(source, tmp_path / "a", silence)
+    assert run(source, tmp_path / "b", "--data", data, "--what", "heads", "--groups", layer.kv_heads - 1) == 0
+    config = open_checkpoint(tmp_path / "b").config
+    assert config.layers[0].kv_heads == layer.kv_heads - 1
+    assert config.layers[0].heads * layer.kv_heads == layer.heads * config.layers[0].kv_heads
+    torch.testing.assert_close(logits(tmp_path / "b"), logits(source), atol=2e-3, rtol=2e-2)
+
+
+def test_taking_over_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    weight, keep = torch.randn(5, 12, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 4, 7, 11])
+    got = width.take_over(weight, x.T @ x / len(x), keep, damping=0)
+    expected = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
+    torch.testing.assert_close(got, expected)
+
+
+def test_neurons_are_shared_out_by_importance():
+    importance = width.Importance([torch.tensor([9., 9, 8, 8, 1, 1, 0, 0]), torch.tensor([7., 7, .1, .1, .1, .1, .1, .1])], [])
+    assert width.choose_neurons(importance, 8, 2) == [6, 2]
+    assert sum(width.choose_neurons(importance, 12, 2)) == 12
+
+
+@pytest.mark.parametrize("score", sparse.SCORES)
+@pytest.mark.parametrize("pattern", ("0.5", "2:4"))
+def test_zeros_are_where_they_should_be(score, pattern, tiny_checkpoint, tmp_path, data):
+    source = tiny_checkpoint("smollm2")
+    assert run(source, tmp_path / "b", "--data", data, "--what", "sparse", "--sparsity", pattern, "--score", score) == 0
+    for name, tensor in load_decoder(tmp_path / "b").state_dict().items():
+        if "proj" in name:
+            gone = tensor == 0
+            counts = gone.unflatten(1, (-1, 4)).sum(-1) if pattern == "2:4" else gone.float().mean(1)
+            assert (counts == (2 if pattern == "2:4" else 0.5)).all(), name
+
+
+def test_sparsegpt_loses_less_than_magnitude_and_wanda_is_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 256, generator=generator) @ (torch.eye(256) + 0.1 * torch.randn(256, 256, generator=generator))
+    weight, moment = torch.randn(16, 256, generator=generator), x.T @ x / len(x)
+
+    def loss(other):
+        return (((weight - other) @ moment) * (weight - other)).sum().item()
+    for pattern in ("2:4", 0.5):
+        plain = weight.masked_fill(sparse.zeros(weight.abs(), pattern), 0)
+        assert loss(sparse.sparsegpt(weight, moment, pattern)) < 0.8 * loss(plain), pattern
+
+    # Where the zeros all come first, passing errors on is least squares over the columns behind them.
+    first, moment = weight[:, :128].clone(), moment[:128, :128]
+    first[:, :64] *= 1e-3
+    expected = width.take_over(first, moment, torch.arange(64, 128), damping=0)
+    got = sparse.sparsegpt(first, moment, 0.5)
+    assert (got[:, :64] == 0).all()
+    torch.testing.assert_close(got[:, 64:], expected, atol=2e-4, rtol=1e-3)
+
+    score = weight.abs() * x.square().sum(0).sqrt()
+    gone = sparse.zeros(score, 0.25)
+    for row, mask in zip(score, gone):
+        assert set(row.argsort()[:64].tolist()) == set(mask.nonzero()[:, 0].tolist())
+
+
+def test_a_trimmed_vocabulary_encodes_everything_and_says_the_same(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("smollm2")
+    (tmp_path / "c.txt").write_text("the small engine " * 30)
+    assert run(source, tmp_path / "b", "--data", tmp_path / "c.txt", "--what", "vocabulary") == 0
+    before, after = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (source, tmp_path / "b"))
+    assert after.get_vocab_size() < before.get_vocab_size()
+    for text in ("the small engine", "Ein Satz, 然后 🙂 <|im_start|>user\n\tx = 1"):
+        assert after.decode(after.encode(text).ids, skip_special_tokens=False) == before.decode(before.encode(text).ids, skip_special_tokens=False)
+    assert after.encode("the small engine").tokens == before.encode("the small engine").tokens
+    old, new = before.encode("the small engine").ids, after.encode("the small engine").ids
+    kept = [before.token_to_id(after.id_to_token(i)) for i in range(after.get_vocab_size())]
+    with torch.no_grad():
+        a, b = load_decoder(source)(torch.tensor([old])), load_decoder(tmp_path / "b")(torch.tensor([new]))
+    torch.testing.assert_close(a[..., kept], b)
+    old_config, config = open_checkpoint(source).config, open_checkpoint(tmp_path / "b").config
+    assert [kept[i] for i in config.eos_token_ids] == list(old_config.eos_token_ids)
+    assert not list(tmp_path.glob(".b*"))
+
+
+def test_a_vocabulary_of_a_given_size_keeps_the_frequent():
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "aba": 3, "bb": 4}, "merges": ["a b", "ab a", "b b"]},
+                 "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [{"id": 5, "content": "<s>"}]}
+    assert vocabulary.plan(tokenizer, Counter({3: 9, 4: 2}), None) == [0, 1, 2, 3, 4, 5]
+    assert vocabulary.plan(tokenizer, Counter({3: 9, 4: 2}), 5) == [0, 1, 2, 3, 5]           # aba needs ab
+    assert vocabulary.trimmed_tokenizer(tokenizer, [0, 1, 2, 3, 5])["model"]["merges"] == ["a b", "ab a"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (("--what", "depth"), "--keep is None"), (("--what", "depth", "--layers", 2), "--layers is 2"),
+    (("--what", "depth", "--keep", 0.01), "one layer and the embedding"), (("--what", "mlp", "--keep", 1.5), "--keep is 1.5"),
+    (("--what", "mlp", "--neurons", 1), "neurons would stay"), (("--what", "heads"), "--groups is None"),
+    (("--what", "heads", "--groups", 9), "--groups is 9"), (("--what", "sparse", "--sparsity", "3:4"), "sparsity is '3:4'"),
+    (("--what", "vocabulary", "--tokens", 3), "cannot hold")])
+def test_refusals(args, says, tiny_checkpoint, tmp_path, data, capsys):
+    assert run(tiny_checkpoint("smollm2"), tmp_path / "b", "--data", data, *args) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_a_quantized_checkpoint_is_refused(tiny_checkpoint, tmp_path, data, capsys):
+    from compress import quantize
+    assert quantize.main([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "q"), "--bits", "4", "--group", "32"]) == 0
+    assert run(tmp_path / "q", tmp_path / "b", "--data", data, "--what", "depth", "--layers", 1) == 2
+    assert "is quantized" in capsys.readouterr().err
