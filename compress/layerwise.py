@@ -112,8 +112,9 @@ class Walk:
 
 
 def second_moment(inputs: list[Tensor]) -> Tensor:
-    """E[x x^T] over all inputs x in chunks [..., K]: float32 [K, K]."""
-    total, count = torch.zeros(inputs[0].shape[-1], inputs[0].shape[-1]), 0
+    """E[x x^T] over all inputs x in chunks [..., K]: [K, K]."""
+    width = inputs[0].shape[-1]
+    total, count = inputs[0].new_zeros(width, width), 0
     with fast_matmul():
         for part in inputs:
             part = part.flatten(0, -2)

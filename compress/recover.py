@@ -150,7 +150,7 @@ def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
         inner = hidden[place].detach().requires_grad_(True)
         loss = cache.divergence(row, decoder.head(inner)).mean() / len(rows)
         loss.backward()
-        outer[place], total = inner.grad, total + float(loss)
+        outer[place], total = inner.grad, total + loss.item()
     if not total < float("inf"):
         raise UserError("the divergence from the teacher is no longer finite: lower --learning-rate")
     hidden.backward(outer)

@@ -1,9 +1,11 @@
 """Calibrated quantization end to end on small models: codes, sizes, resuming, and every bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from compress import calibrated as module
@@ -100,7 +102,7 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--method", "gptq", "--windows", 0], "--windows is 0"),
-    (["--method", "gptq", "--length", 100000, "--data", "short"], "less than one window"),
+    (["--method", "gptq", "--length", 100000, "--data", "short.txt"], "less than one window"),
     (["--target-size", "1kB"], "the smallest possible"),
     (["--target-size", "many"], "should be a size such as 92MB"),
     (["--target-size", "1MB", "--target-bpw", 4], "say the same thing twice"),
@@ -108,16 +110,15 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--bits", 3, "--backend", "onnx"], "run 4 and 8 bits"),
     (["--no-symmetric", "--backend", "tensorrt"], "zero points, and TensorRT runs none"),
     (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
-    (["--method", "gptq", "--data", "empty"], "no document is left"),
+    (["--method", "gptq", "--data", "empty.txt"], "no document is left"),
 ])
 def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "short").write_text("A few words.")
-    options = [str(tmp_path / o) if o in ("empty", "short") else o for o in options]
-    data = [] if "--data" in options else [text]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("A few words.")
+    options = [str(tmp_path / o) if o in ("empty.txt", "short.txt") else o for o in options]
     arguments = [str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "q"), "--cache", str(tmp_path / "cache"), "--length", "64",
-                 "--sensitivity-windows", "2", *map(str, options), *(["--data", str(text)] if data else [])]
-    assert main([a for a in arguments]) == 2
+                 "--sensitivity-windows", "2", *map(str, options)]
+    assert main(arguments if "--data" in options else [*arguments, "--data", str(text)]) == 2
     error = capsys.readouterr().err
     assert words in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "q").exists()
@@ -130,8 +131,6 @@ def test_data_is_asked_for(tiny_checkpoint, tmp_path, capsys):
 
 
 def test_dead_and_broken_layers_are_named(tiny_checkpoint, text, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-    import shutil
     for value, words in ((0.0, "all zero"), (float("nan"), "not finite")):
         broken = tmp_path / f"broken{value}"
         shutil.copytree(tiny_checkpoint("smollm2"), broken)
