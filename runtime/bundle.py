@@ -188,6 +188,14 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         if need(graph, where, "role", str) not in ROLES:
             raise UserError(f"{path}: {where}role is {graph['role']!r}; known: {', '.join(ROLES)}")
         listed(need(graph, where, "file", str), where + "file")
+    for i, engine in enumerate(need_all(manifest, "", "engines", dict)):
+        where = f"engines[{i}]."
+        listed(need(engine, where, "file", str), where + "file")
+        for key in ("backend", "version"):
+            need(engine, where, key, str)
+        need(engine, where, "capacity", int)
+        for key, kind in (("compute_capabilities", str), ("profiles", dict)):
+            need_all(engine, where, key, kind)
     listed(need(manifest, "", "tokenizer", str), "tokenizer")
     for key in ("chat_template", "golden"):
         if need(manifest, "", key, str, type(None)) is not None:

@@ -210,3 +210,19 @@ def test_a_compressed_engine_and_a_broken_one(bundle, tmp_path):
     (tmp_path / "y.engine.gz").write_bytes(gzip.compress(b"plan" * 999)[:20])
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "y.engine.gz")
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"file": "../elsewhere"}, "engines[0].file is '../elsewhere', which is not among its files"),
+    ({"capacity": "64"}, "engines[0].capacity should be int, not '64'"),
+    ({"compute_capabilities": [86]}, "engines[0].compute_capabilities[0] should be str, not 86"),
+])
+def test_a_broken_engine_entry_is_refused_when_the_bundle_opens(bundle, tmp_path, change, sentence):
+    import shutil
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["engines"][0] |= change
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        open_bundle(folder)
