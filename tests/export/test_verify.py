@@ -1,0 +1,149 @@
+"""The proof itself: golden outputs against transformers, comparisons against scipy, and what a broken bundle gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import everywhere, small_config, write_random
+from scipy.special import log_softmax, rel_entr
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from export import bundle as bundles
+from export import onnx as export_onnx
+from export import ort, verify
+from export.golden import PROMPTS, shorten
+from runtime import verify as runtime_verify
+from runtime.bundle import open_bundle
+from runtime.text import Tokenizer
+
+
+def export(checkpoint, out, *options, fast=True):
+    assert export_onnx.main([str(checkpoint), "-o", str(out), *options]) == 0
+    if fast:
+        assert ort.main([str(out)]) == 0
+    return out
+
+
+def run(checkpoint, bundle) -> int:
+    return verify.main([str(checkpoint), str(bundle), "--threads", "1"])
+
+
+@pytest.fixture(scope="module")
+def verified(tiny_checkpoint, tmp_path_factory):
+    """A verified bundle of a tiny model, and its checkpoint."""
+    bundle = export(tiny_checkpoint("smollm2"), tmp_path_factory.mktemp("verified") / "b")
+    assert run(tiny_checkpoint("smollm2"), bundle) == 0
+    return tiny_checkpoint("smollm2"), bundle
+
+
+def test_golden_outputs_are_those_of_transformers(verified):
+    """Prompts as its tokenizer reads them; each golden row is its logits after the prompt and the tokens so far."""
+    checkpoint, bundle = verified
+    golden = json.loads((bundle / "golden.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    assert [prompt["name"] for prompt in golden["prompts"]] == list(PROMPTS) and len(PROMPTS) == 8
+    for prompt in golden["prompts"]:
+        assert prompt["prompt_ids"] == tokenizer(prompt["text"])["input_ids"]
+        with torch.no_grad():
+            fed = torch.tensor([prompt["prompt_ids"] + prompt["tokens"][:-1]])
+            logits = model(fed).logits[0, len(prompt["prompt_ids"]) - 1:].double().numpy()
+        assert len(logits) == len(prompt["tokens"]) == 32
+        assert prompt["tokens"] == logits.argmax(1).tolist()
+        assert np.abs(np.sort(logits)[:, :-21:-1] - prompt["top_logits"]).max() < 1e-4
+        assert np.abs(np.take_along_axis(logits, np.array(prompt["top_ids"]), 1) - prompt["top_logits"]).max() < 1e-4
+        log_p = np.array(prompt["top_logits"]) - np.array(prompt["logsumexp"])[:, None]
+        assert np.abs(np.take_along_axis(log_softmax(logits, 1), np.array(prompt["top_ids"]), 1) - log_p).max() < 1e-4
+        assert np.allclose(prompt["margins"], np.diff(np.sort(logits)[:, -2:])[:, 0], atol=1e-4)
+
+
+def test_the_runtime_checks_the_golden_outputs(verified, capsys):
+    assert runtime_verify.main([str(verified[1]), "--threads", "1", "--exact"]) == 0
+    assert "kept" in capsys.readouterr().out
+    assert [stage["stage"] for stage in open_bundle(verified[1], verify=True).manifest["lineage"]][-1] == "export.verify"
+
+
+def test_comparison():
+    """KL as scipy has it; a token that differs inside the noise is a near tie, one that differs outside is not."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(3, 50)).astype(np.float32)
+    logits = reference + rng.normal(scale=0.01, size=reference.shape).astype(np.float32)
+    for row, (first, second) in enumerate(((9.0, 8.0), (9.0, 8.999), (9.0, 8.0))):
+        reference[row, 4], reference[row, 5] = first, second
+        logits[row, 4], logits[row, 5] = first, second
+    logits[1, 5] += 0.01          # the order of two nearly equal logits turns round
+    logits[2] += 5.0              # a constant is no difference
+    result = verify.compare(reference, logits)
+    p, q = (log_softmax(x.astype(np.float64), 1) for x in (reference, logits))
+    assert np.allclose(result.kl, rel_entr(np.exp(p), np.exp(q)).sum(1), rtol=1e-9)
+    assert result.differs.tolist() == [False, True, False] and result.near_tie.tolist() == [False, True, False]
+    logits[0, [4, 5]] = 8.0, 9.0      # now the largest difference among the 20 is 1, and so is the margin: a near tie
+    logits[1, [4, 5]] = 9.0, 9.001
+    assert verify.compare(reference, logits).near_tie.tolist() == [True, True, False]
+    other = reference.copy()
+    other[0, 30] = 40.0               # far from any tie, and not among the 20 likeliest
+    wrong = verify.compare(reference, other)
+    assert wrong.differs[0] and not wrong.near_tie[0] and wrong.kl[0] > 10
+
+
+def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint, tmp_path, capsys):
+    checkpoint = write_random(tmp_path / "c", small_config(), everywhere(4, 32))
+    assert run(checkpoint, export(checkpoint, tmp_path / "b", fast=False)) == 0
+    out = capsys.readouterr().out
+    assert out.count("portable exact") == 4 and out.count("portable fused") == 4
+    half = export(tiny_checkpoint("qwen3"), tmp_path / "h", "--dtype", "fp16")
+    assert run(tiny_checkpoint("qwen3"), half) == 0
+    budgets = json.loads((half / "golden.json").read_text())["budgets"]
+    assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}}
+
+
+@pytest.mark.parametrize("name", ["layers.1.o.weight", "rope.sin", "final_norm.weight"])
+def test_a_bundle_with_other_numbers_fails(name, tiny_checkpoint, tmp_path, capsys):
+    """One tensor of the weights changed, hashes made right again: exit 1, the graph is named, nothing is written."""
+    bundle = export(tiny_checkpoint("smollm2"), tmp_path / "b")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    tensor = next(t for t in manifest["weights"]["tensors"] if t["name"] == name)
+    with open(bundle / "weights.bin", "r+b") as file:
+        file.seek(tensor["offset"])
+        values = np.frombuffer(file.read(tensor["bytes"]), np.float32) * np.float32(1.05)
+        file.seek(tensor["offset"])
+        file.write(values.tobytes())
+    manifest["files"]["weights.bin"] = bundles.file_entry(bundle / "weights.bin")
+    bundles.write_manifest(bundle, manifest)
+    assert run(tiny_checkpoint("smollm2"), bundle) == 1
+    error = capsys.readouterr().err
+    assert "portable exact, ragged batch: a mean KL of" in error and "PyTorch" not in error.split("failed:")[1]
+    assert json.loads((bundle / "manifest.json").read_text()) == manifest and not (bundle / "golden.json").exists()
+
+
+def test_bad_input(tiny_checkpoint, tmp_path, capsys):
+    bundle = export(tiny_checkpoint("smollm2"), tmp_path / "b")
+    assert run(tiny_checkpoint("qwen2"), bundle) == 2
+    assert "was not exported from" in capsys.readouterr().err
+    short = export(tiny_checkpoint("smollm2"), tmp_path / "s", "--max-context", "12")
+    assert run(tiny_checkpoint("smollm2"), short) == 2
+    assert "has a context of 12 tokens" in capsys.readouterr().err
+    assert run(tmp_path / "nothing", bundle) == 2 and run(tiny_checkpoint("smollm2"), tmp_path / "nothing") == 2
+
+
+def test_prompts_are_shortened_to_the_context(tiny_checkpoint, tmp_path):
+    tokenizer = Tokenizer(tiny_checkpoint("smollm2") / "tokenizer.json")
+    for text in PROMPTS.values():
+        short = shorten(tokenizer, text, 20)
+        assert text.startswith(short) and len(tokenizer.encode(short)) <= 20
+        assert short == text or len(tokenizer.encode(text[:len(short) + 1])) > 20
+    bundle = export(tiny_checkpoint("smollm2"), tmp_path / "b", "--max-context", "48")
+    assert run(tiny_checkpoint("smollm2"), bundle) == 0
+    golden = json.loads((bundle / "golden.json").read_text())
+    assert max(len(p["prompt_ids"]) + len(p["tokens"]) for p in golden["prompts"]) == 48 + 1
+
+
+@pytest.mark.real
+def test_the_real_model(smollm2, tmp_path, capsys):
+    """SmolLM2 in int4: the portable graph exact to KL 1e-6, the fast one below 0.01, on every way through the cache."""
+    from compress import quantize
+    assert quantize.main([str(smollm2), "-o", str(tmp_path / "q")]) == 0
+    assert verify.main([str(tmp_path / "q"), str(export(tmp_path / "q", tmp_path / "b"))]) == 0
+    golden = json.loads((tmp_path / "b" / "golden.json").read_text())
+    assert next(len(p["prompt_ids"]) for p in golden["prompts"] if p["name"] == "long") == 500
+    assert "Paris" in Tokenizer(tmp_path / "b" / "tokenizer.json").decode(golden["prompts"][0]["tokens"])
