@@ -124,6 +124,17 @@ def test_layers_of_different_shapes(family, tiny_checkpoint, tmp_path):
         assert torch.equal(again(IDS), decoder(IDS))
 
 
+@pytest.mark.parametrize("family", ["smollm2", "mistral", "qwen2", "qwen3"])
+def test_a_uniformly_pruned_model_opens_in_transformers(family, tiny_checkpoint, tmp_path):
+    """Half of the heads and fewer neurons in every layer, head_dim as it was: the family's own keys say it."""
+    config = open_checkpoint(tiny_checkpoint(family)).config
+    decoder = Decoder(ModelConfig.from_dict(config.to_dict() | {
+        "layers": [{"heads": 2, "kv_heads": 1, "mlp_size": 96}] * 2}))
+    write_checkpoint(tmp_path / "out", decoder.config.to_hf(), decoder.state_dict().items(), None, STAGE)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "out"), decoder(IDS), atol=1e-5, rtol=0)
+
+
 def test_weights_are_mapped_and_the_file_is_safe(folder):
     """Loading allocates nothing; changing the loaded weights leaves file and other loads as they were."""
     before = open_checkpoint(folder).sha256()
