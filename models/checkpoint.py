@@ -210,6 +210,8 @@ def write_checkpoint(out: Path | str, hf_config: dict, tensors: Iterable[tuple[s
     except OSError as error:
         raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
     finally:
+        if hasattr(tensors, "close"):           # a generator's progress bar ends its line before an error is told
+            tensors.close()
         shutil.rmtree(partial, ignore_errors=True)
 
 
