@@ -22,5 +22,5 @@ setup(
     ext_modules=[Extension(
         "runtime.native._core", sorted(str(path) for path in NATIVE.glob("*.c")),
         depends=[str(path) for path in NATIVE.glob("*.h")], optional=True, libraries=["m", "pthread"],
-        extra_compile_args=["-std=gnu11", "-O2", "-fno-math-errno", "-fvisibility=default"])],
+        extra_compile_args=["-std=gnu11", "-O2", "-g0", "-fno-math-errno", "-fvisibility=default"])],
 )
