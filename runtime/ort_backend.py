@@ -47,7 +47,8 @@ class OrtBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3            # errors; what ORT warns of here is by design
-        options.enable_cpu_mem_arena = False      # it grows by powers of two, and is no faster here
+        # An arena that grows by powers of two and one block for all of a step's activations cost memory, not time.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if exact:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:

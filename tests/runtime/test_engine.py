@@ -1,7 +1,5 @@
 """The engine around the mock backend: a model over bytes whose replies are arbitrary, often invalid, UTF-8."""
 
-import logging
-
 import numpy as np
 import pytest
 from make_bundle import BOS, EOS, VOCAB, write_bundle
