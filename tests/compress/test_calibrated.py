@@ -110,7 +110,7 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--bits", 3, "--backend", "onnx"], "run 4 and 8 bits"),
     (["--no-symmetric", "--backend", "tensorrt"], "zero points, and TensorRT runs none"),
     (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
-    (["--method", "gptq", "--data", "empty.txt"], "no document is left"),
+    (["--method", "gptq", "--data", "empty.txt"], "holds no records"),
 ])
 def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
