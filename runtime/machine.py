@@ -48,10 +48,13 @@ def cpu_name() -> str:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MiB (mapped files that are in memory included)."""
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+    """Largest resident memory of this program so far, in MiB (mapped files that are in memory included)."""
+    try:                                # Linux: since exec; ru_maxrss would count what the parent held when it forked
+        return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def release_free_memory() -> None:
