@@ -26,7 +26,7 @@ install: .venv/.installed
 # Each folder appears under its name only when it is complete, so a second run, or one after an interruption, goes on
 # where the last one stopped.
 $(MODEL)/config.json: | .venv/.installed
-	$(PY) -m models.get smollm2-135m-instruct -o $(MODEL) --off-grid
+	$(PY) -m models.get smollm2-135m-instruct -o $(MODEL)
 
 $(MODEL)-int4-checkpoint/config.json: $(MODEL)/config.json
 	$(PY) -m compress.quantize $(MODEL) -o $(MODEL)-int4-checkpoint --bits 4 --group 32

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.backends import open_backend
 from runtime.bundle import Bundle, changed_files, open_bundle
 from runtime.cli import arg, run, table
 from runtime.errors import CheckFailed, UserError
@@ -87,14 +88,21 @@ def verify(options: Options) -> None:
         if prompt["prompt_ids"] != tokenizer.encode(prompt["text"]).tolist():
             raise CheckFailed(f"{bundle.folder}: golden prompt {prompt['name']!r} gives other tokens on this machine; is "
                               "another version of `tokenizers` installed?")
-    rungs = [("fast", {"role": "fast"}), ("portable_fused", {"role": "portable"})]
-    rungs += [("portable", {"role": "portable", "exact": True})] if options.exact else []
+    threads, budgets = options.threads or available_cpus(), golden["budgets"]
     failed = []
-    for rung, how in rungs:
-        if bundle.graph(how["role"]) is None or rung not in golden["budgets"]:
+    for rung, budget in (("native", "fast" if "fast" in budgets else "portable_fused"), ("fast", "fast"), ("portable_fused", "portable_fused"), ("portable", "portable")):
+        graph = None if rung == "native" else "fast" if rung == "fast" else "portable"
+        if budget not in budgets or (graph and bundle.graph(graph) is None) or (rung == "portable" and not options.exact):
             continue
-        budget = golden["budgets"][rung]["mean_kl"]
-        backend = OrtBackend(bundle, threads=options.threads or available_cpus(), **how)
+        budget = budgets[budget]["mean_kl"]
+        try:
+            backend = (open_backend(bundle, "native", threads)[0] if rung == "native" else
+                       OrtBackend(bundle, threads=threads, role=graph, exact=rung == "portable"))
+        except UserError as error:
+            if rung != "native":
+                raise
+            print(f"\nnative: not run here ({error})")
+            continue
         comparisons = {p["name"]: compare(golden_logits(backend, p), p) for p in golden["prompts"]}
         backend.close()
         print(table([_row(name, c) for name, c in comparisons.items()], title=f"\n{rung}: mean KL at most {budget:g}"))
