@@ -81,20 +81,18 @@ class Golden:
 
 
 def golden_outputs(backend: Backend, tokenizer: Tokenizer, max_context: int) -> list[Golden]:
-    """Run the eight prompts, shortened where the context asks for it, through PyTorch's backend one by one."""
+    """Run the eight prompts, shortened where the context asks for it, through PyTorch's backend, all in one batch."""
     new_tokens = min(NEW_TOKENS, max(1, max_context // 2))
     longest = min(LONG, max_context + 1 - new_tokens)
-    outputs = []
-    for name, text in PROMPTS.items():
-        text = shorten(tokenizer, text, longest)
-        prompt = tokenizer.encode(text)
-        cache = backend.new_cache(1, len(prompt) + new_tokens)
-        rows = [prefill(backend, cache, [prompt])[0].copy()]
-        while len(rows) < new_tokens:
-            rows.append(step(backend, cache, rows[-1].argmax(keepdims=True))[0].copy())
-        logits = np.stack(rows)
-        outputs.append(Golden(name, text, prompt, logits.argmax(axis=1), logits))
-    return outputs
+    texts = [shorten(tokenizer, text, longest) for text in PROMPTS.values()]
+    prompts = [tokenizer.encode(text) for text in texts]
+    cache = backend.new_cache(len(prompts), max(map(len, prompts)) + new_tokens)
+    steps = [prefill(backend, cache, prompts).copy()]                       # each float32 [prompts, vocab]
+    while len(steps) < new_tokens:
+        steps.append(step(backend, cache, steps[-1].argmax(axis=1)).copy())
+    logits = np.stack(steps, axis=1)
+    return [Golden(name, text, prompt, rows.argmax(axis=1), rows)
+            for name, text, prompt, rows in zip(PROMPTS, texts, prompts, logits)]
 
 
 def shorten(tokenizer: Tokenizer, text: str, longest: int) -> str:

@@ -45,7 +45,7 @@ from runtime.text import Tokenizer
 BUDGETS = {"portable": {"fp32": 1e-6, "fp16": 1e-3}, "portable_fused": 0.01, "fast": 0.01}     # mean KL, nats
 TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast"}
 CHUNK = 16                        # tokens a call of the chunked prefill
-SINGLY = 64                       # tokens at the end of a prompt that go one by one
+SINGLY = 16                       # tokens at the end of a prompt that go one by one
 SHORTEST_CONTEXT = 16
 EXAMPLES = """example:
   python -m export.verify build/smollm2-135m-int4-checkpoint build/smollm2-135m-int4
