@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,19 @@ class LanguageModel:
 
     def chat_prompt(self, text: str) -> np.ndarray:
         """int64 ids of one user message in the model's chat template, or of the text itself where it has none."""
+        if self._template is None:
+            return self.tokenizer.encode(text + "\n")
+        return self.tokenizer.encode(self._template.render([{"role": "user", "content": text}]), special_tokens=False)
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        """Compiled once: every prompt of a comparison goes through it."""
         file = self.folder / "chat_template.jinja"
         if not file.is_file():
-            return self.tokenizer.encode(text + "\n")
+            return None
         ids = {"bos_token": self.bos, "eos_token": min(self.eos, default=None)}
         tokens = {name: self.tokenizer.token_text(i) for name, i in ids.items() if i is not None}
-        template = ChatTemplate(file.read_text("utf-8"), str(file), tokens)
-        return self.tokenizer.encode(template.render([{"role": "user", "content": text}]), special_tokens=False)
+        return ChatTemplate(file.read_text("utf-8"), str(file), tokens)
 
     def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
                  progress: bool = True) -> list[str]:
