@@ -29,7 +29,7 @@ from tqdm import tqdm
 from compress.calibration_text import corpus_windows
 from compress.grid import fp16
 from compress.layerwise import fast_matmul
-from compress.teacher import TeacherCache, build_cache
+from compress.teacher import build_cache
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import DataOptions

@@ -1,15 +1,9 @@
-"""What a teacher says about a text: the top-k log-probabilities of every token, cached on disk.
+"""Have a teacher say what it expects at every token of a text, and keep it on disk.
 
-    cache = build_cache(teacher_path, ids, k=64)               # ids int64 [windows, tokens]
-    kl = cache.divergence(window, logits)                      # KL(teacher || student) per token, nats
+    cache = build_cache(teacher_path, ids, folder, k=64)       # ids int64 [windows, tokens]
 
-For each token the cache holds the k most likely next tokens, their log-probabilities (fp16) and the log of the mass of
-all others (fp16): (2 or 4 + 2) k + 2 bytes a token, 258 for k = 64 and vocabularies up to 65,536. The divergence counts
-the others as one event, which makes it a lower bound of the full KL divergence, below it by the disagreement within the
-others' mass. It feeds distillation, recovery after quantization and pruning, and evaluation.
-
-The folder's name is a hash of teacher, tokens and k, so equal input is read from the cache and changed input never is.
-Arrays are memory-mapped; `done` counts finished windows, so an interrupted run goes on where it stopped.
+models/teacher_cache.py has the format, and reads it. The folder's name is a hash of teacher, tokens and k, so equal
+input is read from the cache and changed input never is. An interrupted run goes on after the last finished window.
 
     python -m compress.teacher CKPT --data FILES -o CACHE
     python -m compress.teacher CKPT --self 200 -o CACHE        # no text at hand: the teacher writes its own
@@ -33,10 +27,11 @@ from compress.layerwise import fast_matmul
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import DataOptions
 from models.decoder import Decoder, KVCache
+from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, write_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
-VERSION = 1
+VERSION = 2                       # of the arrays and their state; part of the name
 ROWS = 256                        # tokens whose logits are in memory at once
 EXAMPLES = """examples:
   python -m compress.teacher build/smollm2-135m --data corpus.txt --windows 400 -o build/teacher
@@ -44,33 +39,8 @@ EXAMPLES = """examples:
 """
 
 
-@dataclass(frozen=True)
-class TeacherCache:
-    """Arrays over windows w, tokens t: ids [w, t]; indices [w, t, k]; log_probabilities [w, t, k]; others [w, t]."""
-
-    folder: Path
-    ids: np.ndarray
-    indices: np.ndarray
-    log_probabilities: np.ndarray
-    others: np.ndarray
-
-    def divergence(self, window: int, logits: Tensor, tokens: slice = slice(None)) -> Tensor:
-        """KL(teacher || student) in nats of each token, [t], for a student's logits [t, vocab] at window[tokens]."""
-        index = torch.from_numpy(self.indices[window, tokens].astype(np.int64))
-        teacher = torch.from_numpy(self.log_probabilities[window, tokens].astype(np.float32))
-        rest = torch.from_numpy(self.others[window, tokens].astype(np.float32))
-        if index.max() >= logits.shape[-1]:
-            raise UserError(f"the teacher's vocabulary is larger than the student's {logits.shape[-1]} tokens: both must share one tokenizer")
-        student = torch.log_softmax(logits.float(), -1).gather(-1, index)
-        student_rest = torch.log1p(-student.exp().sum(-1).clamp(max=1 - 1e-6))
-        return (teacher.exp() * (teacher - student)).sum(-1) + rest.exp() * (rest - student_rest)
-
-
-def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, done: int | None = None) -> TeacherCache:
-    """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already.
-
-    Raises UserError where the cache in the way is of another version. `done` stops after so many windows (for tests).
-    """
+def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64) -> TeacherCache:
+    """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already."""
     checkpoint = open_checkpoint(teacher)
     vocabulary = checkpoint.config.vocab_size
     if not 1 <= k < vocabulary:
@@ -80,23 +50,25 @@ def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, done: int
     key.update(ids.numpy().tobytes())
     place = folder / key.hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    arrays = {"ids": (np.int32, (windows, tokens)), "others": (np.float16, (windows, tokens)),
-              "indices": (np.uint16 if vocabulary <= 1 << 16 else np.int32, (windows, tokens, k)),
-              "log_probabilities": (np.float16, (windows, tokens, k))}
-    opened = {name: np.memmap(place / f"{name}.bin", dtype, "r+" if (place / f"{name}.bin").exists() else "w+", shape=shape)
-              for name, (dtype, shape) in arrays.items()}
-    state = place / "state.json"
-    finished = json.loads(state.read_text())["done"] if state.exists() else 0
+    finished = json.loads((place / STATE).read_text())["done"] if is_cache(place) else 0
     if finished < windows:
-        decoder = load_decoder(teacher).requires_grad_(False)
-        for window in tqdm(range(finished, windows if done is None else done), desc="teacher", unit="window", initial=finished,
-                           total=windows, file=sys.stderr):
-            _fill(decoder, ids[window], k, {name: array[window] for name, array in opened.items()})
-            for array in opened.values():
-                array.flush()
-            state.write_text(json.dumps({"version": VERSION, "done": window + 1, "k": k, "teacher": str(teacher)}))
-    return TeacherCache(place, **{name: np.memmap(place / f"{name}.bin", dtype, "r", shape=shape)
-                                  for name, (dtype, shape) in arrays.items()})
+        _build(teacher, place, ids, finished, {
+            "windows": windows, "tokens": tokens, "k": k, "vocabulary": vocabulary, "teacher": teacher.name,
+            "tokenizer": tokenizer_digest(teacher)})
+    return open_cache(place)
+
+
+def _build(teacher: Path, place: Path, ids: Tensor, finished: int, state: dict) -> None:
+    types = array_types(*(state[name] for name in ("windows", "tokens", "k", "vocabulary")))
+    arrays = {name: np.memmap(place / f"{name}.bin", dtype, "r+" if (place / f"{name}.bin").exists() else "w+", shape=shape)
+              for name, (dtype, shape) in types.items()}
+    decoder = load_decoder(teacher).requires_grad_(False)
+    for window in tqdm(range(finished, len(ids)), desc="teacher", unit="window", initial=finished, total=len(ids),
+                       file=sys.stderr):
+        _fill(decoder, ids[window], state["k"], {name: array[window] for name, array in arrays.items()})
+        for array in arrays.values():
+            array.flush()
+        write_state(place, state | {"done": window + 1})
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Judge a checkpoint (in PyTorch) or a bundle (through the runtime) by the same lines of code.
 
     python -m models.evaluate CKPT --task perplexity --data wiki.txt speeches.txt --reference ORIGINAL
+    python -m models.evaluate BUNDLE --task kl --reference CACHE
     python -m models.evaluate BUNDLE --task qa --data xquad-en.json --limit 100 --examples answers.jsonl
 
 `perplexity` reports perplexity and bits per byte and, with a reference, its KL divergence and top-1 agreement, for each
-text apart and pooled (models/fidelity.py). The labelled tasks and their files are in models/tasks.py; every number has
+text apart and pooled (models/fidelity.py); `kl` is the same pass and insists on the reference. That is a checkpoint, a
+bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and their files are in models/tasks.py; every number has
 its 95% bootstrap interval beside it.
 """
 
@@ -21,12 +23,15 @@ from tqdm import tqdm
 
 from models import fidelity, metrics, tasks
 from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
-TASKS = ("perplexity", *tasks.PROMPTS)
+LIKELIHOOD = ("perplexity", "kl")
+TASKS = (*LIKELIHOOD, *tasks.PROMPTS)
 EXAMPLES = """tasks and their files:
   perplexity   plain UTF-8 text; with --reference also kl and top1_agreement
+  kl           the same, --reference needed; without --data where that is a cache of compress.teacher
   qa           SQuAD JSON                     summarize  JSONL with text, summary
   translate    TSV: source TAB target         generate   Alpaca JSON or JSONL with instruction, output
   classify     TSV: sentence TAB label
@@ -42,11 +47,11 @@ examples:
 class Options:
     """Measure a model: perplexity and fidelity to a reference, or a labelled task."""
     model: Path = arg(positional=True, help="checkpoint or bundle folder")
-    data: tuple[Path, ...] = arg(help="files to measure on")
+    data: tuple[Path, ...] = arg((), help="files to measure on")
     task: str = arg("perplexity", help="what to measure", choices=TASKS)
-    reference: Path | None = arg(None, help="checkpoint or bundle whose predictions the model's are held against")
+    reference: Path | None = arg(None, help="checkpoint, bundle or teacher's cache whose predictions the model's are held against")
     json: Path | None = arg(None, help="write the metrics to this file")
-    window: int = arg(512, help="perplexity: tokens a window")
+    window: int | None = arg(None, help="perplexity: tokens a window (default: 512, or the cache's)")
     stride: int | None = arg(None, help="perplexity: tokens between windows (default: half a window)")
     max_windows: int | None = arg(None, help="perplexity: windows a text, at most")
     shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
@@ -66,14 +71,25 @@ def evaluate(options: Options) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 1 or more")
     if options.shots is not None and options.shots < 0:
         raise UserError(f"--shots is {options.shots}, which should be 0 or more")
-    texts = [(file, tasks.read_text(file)) for file in options.data] if options.task == "perplexity" else []
-    if options.task != "perplexity" and options.reference:
-        raise UserError(f"--reference belongs to task perplexity, not to {options.task}")
-    if options.task != "perplexity" and options.show_prompt:
+    likelihood, cached = options.task in LIKELIHOOD, bool(options.reference) and is_cache(options.reference)
+    if options.reference and not likelihood:
+        raise UserError(f"--reference belongs to the tasks {' and '.join(LIKELIHOOD)}, not to {options.task}")
+    if options.task == "kl" and not options.reference:
+        raise UserError("task kl needs --reference: a checkpoint, a bundle or a cache of compress.teacher")
+    if cached and options.data:
+        raise UserError(f"{options.reference}: is a teacher's cache, which brings its own text; leave --data out")
+    if not (cached or options.data):
+        raise UserError("give the files to measure on with --data")
+    texts = [(file, tasks.read_text(file)) for file in options.data] if likelihood else []
+    if options.show_prompt and not likelihood:
         print(_prompts(options)[1][0])
         return 0
+    cache = open_cache(options.reference) if cached else None
     model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact)
-    result = perplexity(options, model, texts) if options.task == "perplexity" else labelled(options, model)
+    if cache:
+        result = on_cache(options, model, cache)
+    else:
+        result = perplexity(options, model, texts) if likelihood else labelled(options, model)
     result = {"model": options.model.name, "task": options.task, **result}
     print(report(result))
     if options.json:
@@ -87,7 +103,7 @@ def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, s
     if options.reference:
         reference = open_model(options.reference, threads=options.threads)
         check_same_tokenizer(model, reference)
-    window = min(options.window, model.context)
+    window = min(options.window or 512, model.context)
     stride = window // 2 if options.stride is None else options.stride
     pooled, per_text = fidelity.Fidelity([], [], [], [], [], []), {}
     tokenizer = model.raw_tokenizer
@@ -98,6 +114,21 @@ def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, s
         for name in vars(pooled):
             getattr(pooled, name).extend(getattr(part, name))
     return {**pooled.metrics(), "texts": per_text}
+
+
+def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dict:
+    """The metrics of `perplexity` over a teacher's cache, its text and its predictions."""
+    length, state = cache.ids.shape[1], cache.state
+    if state["tokenizer"] != tokenizer_digest(model.folder):
+        raise UserError(f"{cache.folder}: has another tokenizer than {model.folder}; a reference must share the vocabulary")
+    if options.window not in (None, length):
+        raise UserError(f"--window is {options.window}, but {cache.folder} has windows of {length} tokens; leave it out")
+    if length > model.context:
+        raise UserError(f"{cache.folder}: has windows of {length} tokens, more than the context of {model.context}")
+    stride = length // 2 if options.stride is None else options.stride
+    windows = fidelity.cached_windows(cache, model.raw_tokenizer, stride, options.max_windows)
+    print(f"on the text of {cache.folder}, against the top {state['k']} tokens that {state['teacher']} expected there")
+    return fidelity.measure(model.backend, windows, cache, label=cache.folder.name).metrics()
 
 
 def _prompts(options: Options) -> tuple[list[tasks.Example], list[str], tasks.Prompt]:

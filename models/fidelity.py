@@ -11,7 +11,8 @@ perplexity = exp(mean nll); bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the 
 bootstrap over windows, because the tokens of one window are not independent.
 
 Model and reference are `runtime.backend.Backend`s, so PyTorch checkpoints and bundles are measured by the same lines.
-Logits are asked for only where they are scored.
+Logits are asked for only where they are scored. A reference may also be a teacher's cached predictions
+(models/teacher_cache.py) over the same windows: its kl is then a lower bound, top1_agreement is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from models.metrics import bootstrap
+from models.teacher_cache import TeacherCache
 from runtime.backend import Backend
 from runtime.errors import UserError
 
@@ -53,6 +55,18 @@ def cut_windows(tokenizer, text: str, window: int, stride: int, limit: int | Non
         windows.append(Window(part, first, int(before[ends[start + len(part) - 1]] - before[ends[start + first - 1]])))
         if len(windows) == limit:
             break
+    return windows
+
+
+def cached_windows(cache: TeacherCache, tokenizer, stride: int, limit: int | None = None) -> list[Window]:
+    """The windows of a teacher's cache, in its order; each scores its last `stride` tokens."""
+    length = cache.ids.shape[1]
+    if not 1 <= stride < length:
+        raise UserError(f"stride is {stride}, which should be from 1 to one less than the cache's windows of {length}")
+    first, windows = length - stride, []
+    for row in cache.ids[:limit]:
+        whole, context = (tokenizer.decode(part.tolist()).encode() for part in (row, row[:first]))
+        windows.append(Window(row.astype(np.int64), first, len(whole) - len(context)))
     return windows
 
 
@@ -98,9 +112,12 @@ class Fidelity:
         return result
 
 
-def measure(backend: Backend, windows: Iterable[Window], reference: Backend | None = None, *, label: str = "scoring",
-            progress: bool = True) -> Fidelity:
-    """Score every window with the model and, where given, against the reference. Raises UserError for non-finite logits."""
+def measure(backend: Backend, windows: Iterable[Window], reference: Backend | TeacherCache | None = None, *,
+            label: str = "scoring", progress: bool = True) -> Fidelity:
+    """Score every window with the model and, where given, against the reference.
+
+    A cache as reference goes with its own `cached_windows`. Raises UserError for non-finite logits.
+    """
     windows = list(windows)
     result = Fidelity([], [], [], [], [], [])
     for number, window in enumerate(tqdm(windows, desc=label, unit="window", disable=not progress)):
@@ -113,10 +130,20 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | No
         result.n_bytes.append(window.n_bytes)
         result.nll.append(float(nll.sum()))
         if reference is not None:
-            log_p = scored_logprobs(reference, window.ids, window.first)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double()
+            kl, likeliest = _against(reference, number, window, log_q)
             result.kl.append(float(kl.sum()))
-            result.agree.append(int((log_p.argmax(-1) == log_q.argmax(-1)).sum()))
+            result.agree.append(int((likeliest == log_q.argmax(-1)).sum()))
             at = int(kl.argmax())
             result.worst.append((float(kl[at]), window.ids[max(0, window.first + at - 24):window.first + at]))
     return result
+
+
+def _against(reference: Backend | TeacherCache, number: int, window: Window,
+             log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL from the reference in nats, the reference's likeliest token), float64 and int64 [scored tokens]."""
+    if isinstance(reference, TeacherCache):
+        scored = slice(window.first - 1, len(window.ids) - 1)
+        likeliest = torch.from_numpy(reference.indices[number, scored, 0].astype(np.int64))
+        return reference.divergence(number, log_q, scored).double(), likeliest
+    log_p = scored_logprobs(reference, window.ids, window.first)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double(), log_p.argmax(-1)
