@@ -1,0 +1,80 @@
+"""What a compression has gained and lost so far: size, perplexity, KL and top-1 agreement, decode speed.
+
+    figures = measure_quality(folder, original, texts, windows) | measure_speed(folder, work)
+    print(ladder([("original", figures), ...]))
+
+Quality is measured in PyTorch, float32, on the second half of 512-token windows (models/fidelity.py); the reference is
+the model that the compression began with. A size counts every byte of the checkpoint's tensors. Speed is that of an
+exported bundle on this machine, by the commands a user would type (export.onnx, runtime.bench), each in a process of its
+own; it depends on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from models.checkpoint import load_decoder, open_checkpoint
+from models.data_formats import as_text, find_sources, read_records
+from models.fidelity import Window, cut_windows, measure
+from models.torch_backend import TorchBackend
+from runtime.cli import table
+
+WINDOW = 512
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 64, 3
+
+
+def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...], windows: int) -> dict:
+    """bytes and perplexity of a checkpoint; with an `original` of the same vocabulary kl and top1_agreement too.
+
+    texts: files, each judged on its first `windows` windows. Raises UserError for text too short.
+    """
+    checkpoint = open_checkpoint(folder)
+    size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names())}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    context = checkpoint.config.context_length
+    cut = [window for text in find_sources(texts) for window in _windows(tokenizer, text, context, windows)]
+    reference = None
+    if original is not None and Tokenizer.from_file(str(original / "tokenizer.json")).get_vocab() == tokenizer.get_vocab():
+        reference = TorchBackend(load_decoder(original))
+    found = measure(TorchBackend(load_decoder(folder)), cut, reference, label=f"judging {folder.parent.name}").metrics()
+    return size | {name: found[name] for name in ("perplexity", "kl", "top1_agreement") if name in found}
+
+
+def _windows(tokenizer: Tokenizer, text: str, context: int, windows: int) -> list[Window]:
+    window = min(WINDOW, context)
+    return cut_windows(tokenizer, "\n".join(map(as_text, read_records([text]))), window, window // 2, windows)
+
+
+def measure_speed(folder: Path, work: Path) -> dict:
+    """decode_tokens_per_s of the checkpoint as a bundle, made in `work` and removed; None where no backend runs it."""
+    bundle, figures = work / "bundle", work / "bench.json"
+    context = min(open_checkpoint(folder).config.context_length, PROMPT_TOKENS + NEW_TOKENS)
+    commands = (["export.onnx", folder, "-o", bundle, "--max-context", context],
+                ["runtime.bench", bundle, "--prompt-tokens", context - NEW_TOKENS, "--new-tokens", NEW_TOKENS,
+                 "--repeat", REPEATS, "--json", figures])
+    try:
+        for command in commands:
+            done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
+            if done.returncode:
+                print(f"no speed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                return {"decode_tokens_per_s": None}
+        return {"decode_tokens_per_s": json.loads(figures.read_text())["decode_tokens_per_s"]}
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+        figures.unlink(missing_ok=True)
+
+
+def ladder(rungs: list[tuple[str, dict]]) -> str:
+    """A table, a row a stage; what was not measured is a dash."""
+    def shown(figures: dict, name: str, form: str, factor: float = 1.0) -> str:
+        return "-" if figures.get(name) is None else format(figures[name] * factor, form)
+
+    return table([{"stage": name, "MB": shown(figures, "bytes", ".1f", 1e-6), "perplexity": shown(figures, "perplexity", ".2f"),
+                   "KL": shown(figures, "kl", ".4f"), "same top-1": shown(figures, "top1_agreement", ".1%"),
+                   "decode tokens/s": shown(figures, "decode_tokens_per_s", ".0f")} for name, figures in rungs])

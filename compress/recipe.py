@@ -1,0 +1,151 @@
+"""A recipe: a TOML file that names the stages of a compression, in order, with their options.
+
+    about = "one line for --list"
+
+    [[stages]]
+    stage = "quantize"                   # one of STAGES
+    method = "gptq"                      # any option of that stage's command, - as _
+    target_bpw = 5.47
+
+    [[stages]]
+    stage = "recover"
+    steps = 80
+
+Names, types and choices of options come from each stage's own `Options` dataclass. What the run itself provides (`FILLED`:
+the checkpoint to read, the teacher, the text, where to write) is no option of a recipe. The recipes that ship are the
+TOML files in compress/recipes, known by their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from runtime.errors import UserError
+
+STAGES = ("quantize", "prune", "distill", "recover", "teacher")
+FILLED = ("checkpoint", "student", "teacher", "out", "data", "resume")
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    settings: dict              # option -> value, checked, those that the recipe gives
+
+    @property
+    def options_class(self) -> type:
+        return _options_class(self.name)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    about: str
+    stages: tuple[Stage, ...]
+
+
+def shipped() -> list[Recipe]:
+    """The recipes that ship, by name."""
+    return [open_recipe(file.stem) for file in sorted(SHIPPED.glob("*.toml"))]
+
+
+def open_recipe(name: str | Path) -> Recipe:
+    """Read and check a recipe: a TOML file, or the name of one that ships. Raises UserError for what cannot be run."""
+    file = Path(name)
+    if file.suffix != ".toml":
+        names = sorted(recipe.stem for recipe in SHIPPED.glob("*.toml"))
+        if str(name) not in names:
+            raise UserError(f"no recipe {str(name)!r}{_nearest(str(name), names)}: give a .toml file, or one of "
+                            f"{', '.join(names)}")
+        file = SHIPPED / f"{name}.toml"
+    try:
+        data = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a recipe ({error})") from None
+    for key in data:
+        if key not in ("about", "stages"):
+            raise UserError(f"{file}: {key!r} is no part of a recipe{_nearest(key, ('about', 'stages'))}")
+    tables = data.get("stages")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{file} has no stages: write at least one [[stages]] table")
+    return Recipe(file.stem, str(data.get("about", "")), tuple(
+        check_stage(table, f"{file}: stage {number}") for number, table in enumerate(tables, 1)))
+
+
+def check_stage(table: dict, place: str) -> Stage:
+    """A stage from its table. Raises UserError, beginning with `place`, for names and values its command does not take."""
+    settings = dict(table)
+    name = settings.pop("stage", None)
+    if name not in STAGES:
+        raise UserError(f"{place}: {name!r} is no stage{_nearest(str(name), STAGES)}: stages are {', '.join(STAGES)}")
+    stage = _options_class(name)
+    fields = {field.name: field for field in dataclasses.fields(stage)}
+    hints = typing.get_type_hints(stage)
+    for key, value in settings.items():
+        if key in FILLED:
+            raise UserError(f"{place} ({name}): {key!r} is given by the run: leave it out of the recipe")
+        if key not in fields:
+            known = [field for field in fields if field not in FILLED]
+            raise UserError(f"{place} ({name}): there is no option {key!r}{_nearest(key, known)}")
+        try:
+            settings[key] = _typed(value, hints[key])
+        except TypeError as error:
+            raise UserError(f"{place} ({name}): {key} is {value!r}, which should be {error}") from None
+        choices = fields[key].metadata["choices"]
+        if choices and settings[key] not in choices:
+            raise UserError(f"{place} ({name}): {key} is {value!r}{_nearest(str(value), map(str, choices))}: choose from "
+                            f"{', '.join(map(str, choices))}")
+    return Stage(name, settings)
+
+
+def command_line(stage: Stage, filled: dict) -> list[str]:
+    """What one would type after `python -m compress.NAME`; `filled` are options as in `settings`."""
+    fields = {field.name: field for field in dataclasses.fields(stage.options_class)}
+    words, named = [], []
+    for key, value in (filled | stage.settings).items():
+        if value == fields[key].default:
+            continue
+        flag = "--" + key.replace("_", "-")
+        if fields[key].metadata["positional"]:
+            words.append(str(value))
+        elif isinstance(value, bool):
+            named.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            named += [flag, *map(str, value)]
+        else:
+            named += [flag, str(value)]
+    return words + named
+
+
+def _options_class(name: str) -> type:
+    return importlib.import_module(f"compress.{name}").Options
+
+
+def _typed(value, hint):
+    """A TOML value as the dataclass has it. Raises TypeError that says in words what it should be."""
+    if isinstance(hint, types.UnionType):                                       # X | None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        return tuple(_typed(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        raise TypeError({int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text in quotes"))
+    return value
+
+
+def _nearest(name: str, known) -> str:
+    """", did you mean ...?" where something known is near, else nothing."""
+    found = get_close_matches(name, list(known), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

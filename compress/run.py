@@ -1,0 +1,198 @@
+"""Run a recipe: stages of compression in order, each on the result of the one before, with what each gained and lost.
+
+    python -m compress.run balanced --model CKPT --data FILES -o OUT
+
+A recipe is a TOML file or one that ships (compress/recipe.py). OUT/model is the finished checkpoint, its lineage one
+entry a stage; OUT/N-STAGE-KEY holds each stage's result and figures. KEY is a hash of the stage's options, the
+checkpoint it reads and the text it learns from: what is unchanged is skipped, a changed option runs that stage and those
+after it, and an interrupted run goes on where it stopped (within a stage where the stage can). Results of other keys
+stay until their folders are removed.
+
+After every stage the ladder is printed (compress/ladder.py), judged on --valid FILES, or else on the last tenth of every
+file of --data, which no stage then sees (compress/held_out.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import shlex
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from compress.held_out import split_text
+from compress.ladder import ladder, measure_quality, measure_speed
+from compress.mixed import BACKENDS
+from compress.recipe import Recipe, Stage, command_line, open_recipe, shipped
+from models import lineage
+from models.checkpoint import open_checkpoint, replace_folder
+from models.data import DataOptions
+from models.data_formats import find_sources, source_digest
+from models.trainer import TrainerOptions
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+
+EXAMPLES = """examples:
+  python -m compress.run --list
+  python -m compress.run balanced --model build/smollm2-135m --data corpus.txt -o build/smollm2-balanced
+  python -m compress.run balanced --model CKPT --data corpus.txt --target-size 92MB --backend onnx -o OUT
+  python -m compress.run my-recipe.toml --model CKPT --data corpus.txt --valid other.txt -o OUT
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Run a recipe of compression stages and show what each gained and lost."""
+
+    recipe: str | None = arg(None, positional=True, help="TOML file, or the name of a recipe that ships (see --list)")
+    list: bool = arg(False, help="show the recipes that ship, and stop")
+    model: Path | None = arg(None, help="checkpoint folder to compress")
+    data: tuple[str, ...] = arg((), help="text to calibrate and train on: files, folders, globs or hf:NAME@SPLIT")
+    valid: tuple[str, ...] = arg((), help="text to judge on (default: the last tenth of every file of --data)")
+    out: Path | None = arg(None, short="-o", help="folder of the run; OUT/model is the finished checkpoint")
+    target_size: str | None = arg(None, help="bytes of all tensors, such as 92MB, in place of the recipe's target")
+    backend: str | None = arg(None, help="formats to choose from, in place of the recipe's", choices=tuple(BACKENDS))
+    eval_windows: int = arg(16, help="windows of 512 tokens of each text to judge on")
+    speed: bool = arg(True, help="export each result and measure its decode speed")
+
+
+def compress(options: Options) -> int:
+    """Run the stages that are not done, print the ladder. Raises UserError for input that cannot be used."""
+    if options.list:
+        print(table([{"recipe": recipe.name, "": recipe.about} for recipe in shipped()]))
+        return 0
+    for name in ("recipe", "model", "data", "out"):
+        if not getattr(options, name):
+            raise UserError(f"{'--' if name != 'recipe' else ''}{name} is missing (see --help)")
+    if options.eval_windows < 1:
+        raise UserError(f"--eval-windows is {options.eval_windows}, which should be at least 1")
+    recipe = overridden(open_recipe(options.recipe), options)
+    original = open_checkpoint(options.model).sha256()
+    if not (options.model / "tokenizer.json").is_file():
+        raise UserError(f"{options.model} has no tokenizer.json, which reading text needs")
+    text, judged = _texts(options)
+    digests = [source_digest(source) for source in find_sources(text.data)]
+    rungs = [("original", _figures(options, options.out / f"0-original-{original[:8]}", options.model, None, judged))]
+    print(ladder(rungs))
+    current, source = options.model, original
+    for number, stage in enumerate(recipe.stages, 1):
+        key = _hash([stage.name, stage.settings, source, original, digests])[:8]
+        folder = options.out / f"{number}-{stage.name}-{key}"
+        result = _result(folder, stage)
+        if (folder / "done").is_file():
+            print(f"\n{number} {stage.name}: unchanged, {folder}")
+        else:
+            code = _run_stage(options, stage, folder, current, text, _hash([source, digests])[:8])
+            if code:
+                return code
+        if stage.name != "teacher":
+            current, source = result, open_checkpoint(result).sha256()
+            rungs.append((f"{number} {stage.name}", _figures(options, folder, result, options.model, judged)))
+            print(f"\n{ladder(rungs)}")
+    _publish(current, options.out / "model")
+    print(f"\n{options.out / 'model'}: the result")
+    return 0
+
+
+def overridden(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with --target-size and --backend in its quantize stages. Raises UserError where it has none."""
+    given = {name: getattr(options, name) for name in ("target_size", "backend") if getattr(options, name) is not None}
+    if given and not any(stage.name == "quantize" for stage in recipe.stages):
+        raise UserError(f"--{next(iter(given)).replace('_', '-')}: the recipe {recipe.name} has no stage that quantizes")
+
+    def changed(stage: Stage) -> Stage:
+        settings = stage.settings | given
+        if "target_size" in given:
+            settings.pop("target_bpw", None)
+        return Stage(stage.name, settings)
+    return replace(recipe, stages=tuple(changed(stage) if stage.name == "quantize" else stage for stage in recipe.stages))
+
+
+def _texts(options: Options) -> tuple[DataOptions, tuple[str, ...]]:
+    """(which text to learn from and how to read it, files to be judged on)."""
+    reading = DataOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(DataOptions)})
+    if options.valid:
+        return reading, options.valid
+    key = _hash([[source_digest(source) for source in find_sources(options.data)], dataclasses.asdict(reading)])[:8]
+    folder = options.out / f"0-text-{key}"
+    learn, judge = folder / "learn.jsonl", folder / "held-out.jsonl"
+    if not judge.exists():
+        learn, judge = split_text(reading, folder)
+    return DataOptions(data=(str(learn),), cache=options.cache), (str(judge),)
+
+
+def _result(folder: Path, stage: Stage) -> Path:
+    """Where a stage's checkpoint lies: a training run has its own last/."""
+    return folder / "checkpoint" / "last" if issubclass(stage.options_class, TrainerOptions) else folder / "checkpoint"
+
+
+def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text: DataOptions, read: str) -> int:
+    """Run one stage by its command line; returns its exit code. `read` names the checkpoint and text it reads."""
+    names = {field.name for field in dataclasses.fields(stage.options_class)}
+    out = folder / "checkpoint"
+    resume = (out / "last").exists() or (out / "last.old").exists()
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)                  # a training run that was killed before its first save
+    filled = {"checkpoint": current, "student": current, "teacher": options.model, "out": out, "resume": resume,
+              "sensitivity": options.out / f"0-sensitivity-{read}.safetensors"}
+    if stage.name == "teacher":
+        filled |= {"checkpoint": options.model, "out": Path("~/.cache/edgewright/teacher").expanduser()}
+    filled |= dataclasses.asdict(text)
+    filled = {name: value for name, value in filled.items() if name in names}
+    words = command_line(stage, filled)
+    print(f"\npython -m compress.{stage.name} {shlex.join(words)}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    code = importlib.import_module(f"compress.{stage.name}").main(words)
+    if code == 0:
+        (folder / "done").touch()
+    return code
+
+
+def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | None, judged: tuple[str, ...]) -> dict:
+    """A rung's figures, kept in its folder and measured only where they are not there or the text to judge on changed."""
+    file = folder / "figures.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = json.loads(file.read_text()) if file.is_file() else {}
+    judged_on = _hash([[source_digest(source) for source in find_sources(judged)], options.eval_windows])
+    before = dict(figures)
+    if figures.get("judged_on") != judged_on:
+        figures |= measure_quality(checkpoint, original, judged, options.eval_windows) | {"judged_on": judged_on}
+        if original is None:
+            figures |= {"kl": 0.0, "top1_agreement": 1.0}
+    if options.speed and "decode_tokens_per_s" not in figures:
+        figures |= measure_speed(checkpoint, folder)
+    if figures != before:
+        temporary = file.with_suffix(".partial")
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.replace(file)
+        if original is not None:
+            lineage.add_metrics(checkpoint, {"ladder": figures})
+    return figures
+
+
+def _publish(checkpoint: Path, out: Path) -> None:
+    """Copy a checkpoint to `out`, replacing an older one only when the new one is whole."""
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns("training_state"))
+        replace_folder(partial, out, old)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def main(argv=None) -> int:
+    return run(Options, compress, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
