@@ -36,6 +36,7 @@ from models.data import DataOptions
 from models.decoder import Decoder
 from models.quantized import QuantizedTensor
 from models.optimizer import learning_rate
+from models.teacher_cache import TeacherCache
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
