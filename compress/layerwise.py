@@ -18,7 +18,7 @@ the Hessian stays the exact second moment of inputs rounded to 8 bits of mantiss
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,15 @@ def fast_matmul():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def fast_forward():
+    """Autocast to bfloat16 where the CPU computes in it (a third less time, forward and backward), else nothing.
+
+    For gradients and statistics: the residual stream stays float32, every product's result is rounded to 8 bits.
+    """
+    units = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16) if units.get("amx_bf16") or units.get("avx512_bf16") else nullcontext()
 
 
 class Walk:

@@ -11,24 +11,32 @@ frozen: OUT is an ordinary quantized checkpoint of the same formats and size.
 Small steps matter: a learning rate of 1e-4 moves a scale by at most one part in a hundred over a hundred steps. The
 coarser the codes, the more there is to win. The embedding and the head keep their codes and scales.
 
+Matrix products run in bfloat16 where the CPU has such units; scales, gains and the residual stream are float32. Every
+`SAVED` steps the state is kept beside OUT, so an interrupted run goes on from there and ends with the same bytes.
+
 Sources: Liu et al. 2023, "LLM-QAT" (distillation of a quantized model); Chen et al. 2024, "EfficientQAT" (training the
 scales alone, end to end); Bengio et al. 2013 (straight-through estimator).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from compress.calibration_text import corpus_windows
 from compress.grid import fp16
-from compress.layerwise import fast_matmul
+from compress.layerwise import fast_forward, fast_matmul
 from compress.teacher import build_cache
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
@@ -40,6 +48,7 @@ from models.teacher_cache import TeacherCache
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
+SAVED = 10                # steps from one saved state to the next
 EXAMPLES = """examples:
   python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
   python -m compress.recover build/int3 --teacher build/smollm2-135m --data corpus.txt --weights 40 -o build/int3-recovered
@@ -52,12 +61,13 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(context, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
         context.save_for_backward(codes, zeros)
-        return ((codes.float() - zeros[:, :, None]) * scales[:, :, None]).flatten(1)
+        values = (codes.float() - zeros[:, :, None]).mul_(scales[:, :, None]).flatten(1)
+        return values.bfloat16() if torch.is_autocast_enabled("cpu") else values
 
     @staticmethod
     def backward(context, gradient: Tensor):
         codes, zeros = context.saved_tensors
-        grouped = gradient.view(codes.shape)
+        grouped = gradient.float().view(codes.shape)
         return None, None, (grouped * codes).sum(-1) - zeros * grouped.sum(-1)
 
 
@@ -117,35 +127,62 @@ def student_of(checkpoint: Checkpoint) -> tuple[Decoder, dict[str, CodedLinear]]
     return decoder, coded
 
 
-def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int, batch: int, seed: int, label: str) -> list[float]:
+def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int, batch: int, seed: int, label: str,
+          work: Path) -> list[float]:
     """Adam over parameter groups [{"params", "peak"}]; returns the divergence of each step, nats a token.
 
-    Raises UserError where the divergence stops being finite.
+    The state is kept in work/LABEL.safetensors, and read from there. Raises UserError where the divergence stops being
+    finite.
     """
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
+    parameters = [parameter.requires_grad_(True) for group in groups for parameter in group["params"]]
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-    generator, order, losses = torch.Generator().manual_seed(seed), [], []
-    windows = len(cache.ids)
-    with fast_matmul(), tqdm(range(steps), desc=label, unit="step", file=sys.stderr) as bar:
-        for step in bar:
+    file = work / f"{label}.safetensors"
+    losses = _load(file, optimizer, parameters) if file.exists() else []
+    with fast_matmul(), tqdm(total=steps, initial=len(losses), desc=label, unit="step", file=sys.stderr) as bar:
+        for step in range(len(losses), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps=steps, warmup=min(8, steps // 4), peak=group["peak"],
                                             schedule="cosine", floor=0.05, decay_share=0.0)
-            if len(order) < batch:
-                order = torch.randperm(windows, generator=generator).tolist()
-            rows, order = order[:batch], order[batch:]
-            losses.append(_step(decoder, cache, rows))
+            losses.append(_step(decoder, cache, _windows(len(cache.ids), batch, step, seed)))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.set_postfix(kl=f"{sum(losses[-10:]) / len(losses[-10:]):.4f}", refresh=False)
+            bar.update()
+            if (step + 1) % SAVED == 0 or step + 1 == steps:
+                _save(file, optimizer, parameters, losses)
     return losses
+
+
+def _windows(count: int, batch: int, step: int, seed: int) -> list[int]:
+    """The windows of one step: every epoch goes through all of them in an order of its own."""
+    rounds = max(1, count // batch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + step // rounds))
+    start = step % rounds * batch
+    return order[start:start + batch].tolist()
+
+
+def _save(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor], losses: list[float]) -> None:
+    tensors = {}
+    for number, parameter in enumerate(parameters):
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in optimizer.state[parameter].items()}
+        tensors[f"{number}.value"] = parameter.detach().contiguous()
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"losses": json.dumps(losses)})
+    partial.replace(file)
+
+
+def _load(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor]) -> list[float]:
+    with safe_open(file, "pt") as saved:
+        for number, parameter in enumerate(parameters):
+            parameter.data.copy_(saved.get_tensor(f"{number}.value"))
+            optimizer.state[parameter] = {name: saved.get_tensor(f"{number}.{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
+        return json.loads(saved.metadata()["losses"])
 
 
 def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
     """Gradients of the mean divergence over some windows; logits of one window at a time."""
-    hidden = decoder.model(torch.from_numpy(cache.ids[rows].astype("int64")))
+    with fast_forward():
+        hidden = decoder.model(torch.from_numpy(cache.ids[rows].astype("int64")))
     outer, total = torch.empty_like(hidden), 0.0
     for place, row in enumerate(rows):
         inner = hidden[place].detach().requires_grad_(True)
@@ -192,25 +229,36 @@ def recover(options: Options) -> None:
         raise UserError("--learning-rate and --code-rate should be above 0 and below 1")
     check_output(options.out, options.checkpoint)
     length = min(options.length, checkpoint.config.context_length)
-    ids = corpus_windows(teacher, options, options.windows, length)
+    seen = options.batch * (options.steps + options.weights)             # no more than the steps will look at
+    ids = corpus_windows(teacher, options, min(options.windows, seen), length)
     cache = build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top)
 
     decoder, coded = student_of(checkpoint)
     gains = [p for name, p in decoder.named_parameters() if p.ndim == 1 and "norm" in name]
     factors = [module.log_factor for module in coded.values()]
     groups = [{"params": factors, "peak": options.learning_rate}, {"params": gains, "peak": options.learning_rate}]
-    losses = train(decoder, groups, cache, options.steps, options.batch, options.seed, "scales")
+    work = _work_folder(options, checkpoint, cache)
+    work.mkdir(parents=True, exist_ok=True)
+    losses = train(decoder, groups, cache, options.steps, options.batch, options.seed, "scales", work)
     if options.weights:
         for module in coded.values():
             module.free_codes()
         latents = [module.latent for module in coded.values()]
         losses += train(decoder, groups + [{"params": latents, "peak": options.code_rate}], cache, options.weights,
-                        options.batch, options.seed + 1, "codes")
+                        options.batch, options.seed + 1, "codes", work)
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
     stage = lineage.stage("compress.recover", options, {"checkpoint": checkpoint.sha256(), "teacher": teacher.sha256(),
                           "predictions": cache.folder.name}, {"kl_first_steps": first, "kl_last_steps": last}, options.seed)
     write_checkpoint(options.out, checkpoint.hf_config, _tensors(checkpoint, decoder, coded), options.checkpoint, stage)
+    shutil.rmtree(work)
     print(f"divergence from the teacher on the text learned from: {first:.4f} nats a token at first, {last:.4f} at last")
+
+
+def _work_folder(options: Options, checkpoint: Checkpoint, cache: TeacherCache) -> Path:
+    """Where the state of exactly this training waits, beside the result."""
+    plan = {name: value for name, value in asdict(options).items() if isinstance(value, int | float)}
+    key = hashlib.sha256(json.dumps([plan, checkpoint.sha256(), cache.folder.name], sort_keys=True).encode()).hexdigest()[:12]
+    return options.out.with_name(f".{options.out.name}.{key}.work")
 
 
 def _tensors(checkpoint: Checkpoint, decoder: Decoder, coded: dict[str, CodedLinear]):

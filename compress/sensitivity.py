@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from compress.clipping import clipped_grid
 from compress.gptq import activation_order, factorize
-from compress.layerwise import Walk, fast_matmul, second_moment
+from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
 from models.checkpoint import Checkpoint, load_decoder
 from models.quantized import TensorFormat
 from runtime.errors import UserError
@@ -142,7 +142,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
 
     def on_linear(name):
         def keep(gradient):
-            squares[name] = squares[name] + gradient.flatten(0, -2).square().sum(0)
+            squares[name] = squares[name] + gradient.flatten(0, -2).float().square().sum(0)
 
         def hook(module, arguments, output):
             output.register_hook(keep)
@@ -159,7 +159,8 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
     decoder.model.embed_tokens.register_forward_hook(on_table)
     with fast_matmul():
         for row in tqdm(ids, desc="gradients", unit="window"):
-            hidden = decoder.model(row[None])[0]
+            with fast_forward():
+                hidden = decoder.model(row[None])[0]
             gradient = torch.empty_like(hidden)
             with torch.no_grad():
                 inputs += hidden.T @ hidden

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import compress.recover
 from compress.quantize import main as quantize
 from compress.recover import CodedLinear, main, student_of
 from compress.rtn import round_to_nearest
@@ -101,6 +102,28 @@ def test_the_same_seed_gives_the_same_checkpoint(world):
         assert recover(world, out, "--steps", 3) == 0
     one, two = open_checkpoint(folder / "one"), open_checkpoint(folder / "two")
     assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(world, monkeypatch):
+    _, folder = world
+    options = ("--steps", 5, "--weights", 5, "--batch", 4)
+    monkeypatch.setattr("compress.recover.SAVED", 2)
+    assert recover(world, "whole", *options) == 0
+    step, calls = compress.recover._step, []
+    for stop in (4, 6):                                   # in the first phase, then in the second
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return step(*arguments)
+        monkeypatch.setattr("compress.recover._step", interrupted)
+        assert recover(world, "parts", *options) == 130 and not (folder / "parts").exists()
+        calls.clear()
+    monkeypatch.setattr("compress.recover._step", lambda *arguments: calls.append(1) or step(*arguments))
+    assert recover(world, "parts", *options) == 0
+    assert len(calls) == 3                                # it went on, and did not start again
+    assert (folder / "parts/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
+    assert not list(folder.glob(".*.work"))
 
 
 @pytest.mark.parametrize("options, words", [
