@@ -4,7 +4,8 @@
 
 The candidates are the widths a backend can run, in groups of 32, 64 and 128 (8 bits also one scale a row); what each
 costs in KL comes from compress/sensitivity.py, and compress/allocate.py finds the best combination. A size counts every
-byte of the checkpoint's tensors: codes, scales, zero points, and what is not quantized.
+byte of a bundle's weights file: codes, scales, zero points, what is not quantized, RoPE's tables (for the context that
+export.onnx gives a bundle by default) and the gaps that align tensors.
 
 `BACKENDS` is the table of widths each backend runs; `check_backend` refuses formats it cannot, before any work.
 """
@@ -17,11 +18,14 @@ import re
 from compress.allocate import Choice, allocate, size_bytes
 from compress.sensitivity import Sensitivity
 from models.checkpoint import Checkpoint
+from models.config import ModelConfig
 from models.quantized import TensorFormat
 from runtime.errors import UserError
 
 BACKENDS = {"native": (2, 3, 4, 5, 6, 8), "onnx": (4, 8), "tensorrt": (4, 8)}
 GROUPS = (32, 64, 128)
+BUNDLE_CONTEXT = 8192             # most positions of a bundle's RoPE tables, unless export.onnx is told otherwise
+VECTOR, PAGE = 64, 4096           # what a bundle's tensors are aligned to: any tensor, one over 1 MiB
 
 
 def candidates(backend: str) -> list[TensorFormat]:
@@ -69,12 +73,19 @@ def mixed_formats(checkpoint: Checkpoint, sensitivity: Sensitivity, budget_bytes
             shape = checkpoint.shape(f"{module}.weight")
             choices[module] = [Choice(form, size_bytes(shape, form), value) for form, value in row.items() if form in allowed]
     rest = sum(checkpoint.nbytes(name) for name in checkpoint.names() if name.removesuffix(".weight") not in choices)
+    rest += bundle_extras(checkpoint.config)
     try:
         found = allocate(choices, budget_bytes - rest)
     except UserError as error:
-        raise UserError(f"the target of {budget_bytes / 1e6:.2f} MB is out of reach ({rest / 1e6:.2f} MB stay as they "
-                        f"are): {error}") from None
+        raise UserError(f"the target of {budget_bytes / 1e6:.2f} MB is out of reach ({rest / 1e6:.2f} MB are tables or "
+                        f"stay as they are): {error}") from None
     return {module: choice.format for module, choice in found.items()}, sum(choice.damage for choice in found.values())
+
+
+def bundle_extras(config: ModelConfig) -> int:
+    """Bytes that a bundle's weights file has beyond the checkpoint's tensors: RoPE's tables, and at most this alignment."""
+    tables = 4 * min(config.context_length, BUNDLE_CONTEXT) * config.head_dim if config.positions == "rope" else 0
+    return tables + sum(16 * VECTOR + 2 * PAGE for _ in config.layers) + 2 * PAGE
 
 
 def _words(bits: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from compress.awq import awq
 from compress.calibrated import calibrated
 from compress.calibration_text import corpus_windows
 from compress.mixed import BACKENDS, budget, candidates, check_backend, mixed_formats
+from compress.recover import TEACHER_CACHE, Options as RecoverOptions, recover
 from compress.rotation import rotate_values
 from compress.rtn import round_to_nearest
 from compress.sensitivity import Sensitivity, measure_sensitivity
@@ -38,7 +39,7 @@ from models import lineage
 from models.activations import INT8_ROWS
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import DataOptions
-from models.data_formats import as_text, find_sources, read_records
+from models.data_formats import as_text, find_sources, read_records, source_digest
 from models.fidelity import Window, cut_windows, measure
 from models.quantized import Quantization, TensorFormat
 from models.torch_backend import TorchBackend
@@ -53,6 +54,7 @@ EXAMPLES = """examples:
   python -m compress.quantize CKPT -o OUT --skip "model.layers.0.*" "*.down_proj"
   python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt
   python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt --target-size 92MB --backend onnx
+  python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt --target-size 70MB --recover 40
 """
 
 
@@ -80,12 +82,37 @@ class Options(DataOptions):
     backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS))
     sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there")
     sensitivity_windows: int = arg(24, help="windows the sensitivity is measured on")
+    recover: int = arg(0, help="then train scales and norm gains for so many steps (compress.recover)", metavar="STEPS")
+    recover_rate: float = arg(1e-4, help="the learning rate of that; coarse codes take more")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions for that are kept")
     eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after")
     eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all")
 
 
 def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
+    if not options.recover:
+        return _quantize(options)
+    if options.recover < 0 or not options.data:
+        raise UserError(f"--recover is {options.recover}: it takes a number of steps, and --data FILES to train on")
+    check_output(options.out, options.checkpoint)
+    # What is trained afterwards waits beside the result, so that an interrupted run has its codes already.
+    plan = asdict(replace(options, out=Path(), recover=0, recover_rate=0.0))
+    sources = [source_digest(source) for source in find_sources(options.data)]
+    coded = _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded")
+    if not coded.exists():
+        _quantize(replace(options, out=coded, recover=0))
+    reading = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
+    recover(RecoverOptions(**reading, checkpoint=coded, teacher=options.checkpoint, out=options.out, steps=options.recover,
+                           learning_rate=options.recover_rate, length=options.length, teacher_cache=options.teacher_cache))
+    shutil.rmtree(coded)
+    if options.eval_text:
+        perplexity = _perplexity(options.out, _windows(open_checkpoint(options.out), options), "recovered")
+        lineage.add_metrics(options.out, {"perplexity": perplexity})
+        print(f"perplexity after recovery: {perplexity:.3f}")
+
+
+def _quantize(options: Options) -> None:
     checkpoint = open_checkpoint(options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
@@ -168,9 +195,15 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
 
 def _work_folder(options: Options, inputs: dict, formats: dict[str, TensorFormat]) -> Path:
     """Where finished layers of exactly this work wait, beside the result."""
-    plan = {"inputs": inputs, "method": options.method, "folds": options.fold, "formats": {name: asdict(form) for name, form in formats.items()}}
-    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
-    return options.out.with_name(f".{options.out.name}.{key}.work")
+    plan = {"inputs": inputs, "method": options.method, "folds": options.fold,
+            "formats": {name: asdict(form) for name, form in formats.items()}}
+    return _beside(options.out, plan, "work")
+
+
+def _beside(out: Path, plan, suffix: str) -> Path:
+    """A folder beside the result, named after exactly this plan."""
+    key = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return out.with_name(f".{out.name}.{key}.{suffix}")
 
 
 def _skipped(modules: list[str], patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ from models.teacher_cache import TeacherCache
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
+TEACHER_CACHE = Path("~/.cache/edgewright/teacher")
 SAVED = 10                # steps from one saved state to the next
 EXAMPLES = """examples:
   python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
@@ -211,7 +212,7 @@ class Options(DataOptions):
     code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code")
     top: int = arg(64, help="teacher's log-probabilities kept for each token")
     seed: int = arg(0, help="order of the windows")
-    teacher_cache: Path = arg(Path("~/.cache/edgewright/teacher"), help="where the teacher's predictions are kept")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
 
 
 def recover(options: Options) -> None:

@@ -1,5 +1,7 @@
 """Quantization-aware distillation: gradients against autograd, codes kept, the student nearer to its teacher."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -124,6 +126,32 @@ def test_an_interrupted_run_ends_with_the_same_bytes(world, monkeypatch):
     assert len(calls) == 3                                # it went on, and did not start again
     assert (folder / "parts/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
     assert not list(folder.glob(".*.work"))
+
+
+def test_quantize_recovers_in_the_same_command(world, monkeypatch, capsys):
+    """The same bytes as the two stages one by one, also where it was stopped between them; both stand in the lineage."""
+    source, folder = world
+    assert recover(world, "apart", "--steps", 4, "--learning-rate", 1e-3) == 0
+
+    def both():
+        return quantize([str(source), "-o", str(folder / "both"), "--bits", "4", "--group", "64", "--recover", "4",
+                         "--recover-rate", "1e-3", "--data", str(folder / "text.txt"), "--cache", str(folder / "cache"),
+                         "--teacher-cache", str(folder / "teacher"), "--length", "48"])
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.recover._step", stopped)
+        assert both() == 130
+    monkeypatch.setattr("compress.quantize.write_checkpoint", None)         # the codes are there, and not made again
+    assert both() == 0
+    assert (folder / "both/model.safetensors").read_bytes() == (folder / "apart/model.safetensors").read_bytes()
+    stages = [stage["stage"] for stage in json.loads((folder / "both/lineage.json").read_text())["stages"]]
+    assert stages[-2:] == ["compress.quantize", "compress.recover"]
+    assert not list(folder.glob(".both.*"))
+    assert quantize([str(source), "-o", str(folder / "none"), "--recover", "4"]) == 2
+    assert "--data FILES to train on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, words", [
