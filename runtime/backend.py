@@ -63,5 +63,8 @@ class Backend(Protocol):
         Returns float32 logits [b, k, vocab]: a buffer of the backend's, valid until the next call.
         """
 
+    # A backend may also have `decode(cache, row, token, limit, sampler, choose)`, a loop of its own for a lone row that
+    # keeps the logits to itself: see `runtime.native.backend.NativeBackend.decode`.
+
     def close(self) -> None:
         """Free the device's memory; the backend must not be used after."""

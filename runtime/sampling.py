@@ -29,6 +29,7 @@ from runtime.errors import UserError
 _BLOCK = 64                       # logits of a strided block, whose maxima are taken first
 _SUMMED = 768                     # neighbouring weights summed first
 _GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from greedy in float32
+_MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps a sorted list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,22 +95,48 @@ class Sampler:
         """The next token from float32 logits [vocab]. Raises UserError for logits that are not numbers."""
         adjusted = self._adjust(logits) if self._adjusts else logits
         best = int(adjusted.argmax())
-        peak = float(adjusted[best])
-        if not math.isfinite(peak):
-            raise UserError(f"the model's largest logit is {peak}: its weights are damaged or its number format "
-                            "overflows; run `python -m runtime.verify` on the bundle")
+        peak = _finite(adjusted[best])
         if self._greedy:
-            token = best
-        elif self._truncates:
-            ids, weights = self._candidates(adjusted, peak)
-            cumulative = np.cumsum(weights)
-            token = int(ids[_locate(cumulative, self._random.random() * cumulative[-1])])
-        else:
-            token = _draw(np.exp((adjusted - np.float32(peak)) / np.float32(self.options.temperature)), self._random.random())
+            return self._chosen(best)
+        if self._truncates:
+            return self._draw_among(*self._candidates(adjusted, peak))
+        weights = np.exp((adjusted - np.float32(peak)) / np.float32(self.options.temperature))
+        return self._chosen(_draw(weights, self._random.random()))
+
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits, after `penalties`, `choose_among` needs; 0: it needs more, use `choose`."""
+        if self.options.logit_bias or self.options.logprobs is not None:
+            return 0
+        return 1 if self._greedy else self.options.top_k if self.options.top_k <= _MOST_CANDIDATES else 0
+
+    def choose_among(self, ids: np.ndarray, logits: np.ndarray) -> int:
+        """The token `choose` would give, from the ids and adjusted logits of the `candidates` largest, largest first."""
+        peak = _finite(logits[0])
+        if self._greedy:
+            return self._chosen(int(ids[0]))
+        return self._draw_among(*self._cut(ids, self._weights(logits, peak)))
+
+    def penalties(self, vocab: int) -> tuple[SamplingOptions, np.ndarray, np.ndarray] | None:
+        """Options, times of each token in the reply (int32 [vocab]) and whether it is in prompt or reply (bool [vocab]),
+        both kept up to date; None where nothing is penalized."""
+        if not self._penalized:
+            return None
+        if self._counts is None:
+            self._counts = np.zeros(vocab, np.int32)
+            self._seen = np.zeros(vocab, bool)
+            self._seen[self._prompt] = True
+        return self.options, self._counts, self._seen
+
+    def _chosen(self, token: int) -> int:
         if self._penalized:
             self._counts[token] += 1
             self._seen[token] = True
         return token
+
+    def _draw_among(self, ids: np.ndarray, weights: np.ndarray) -> int:
+        cumulative = np.cumsum(weights)
+        return self._chosen(int(ids[_locate(cumulative, self._random.random() * cumulative[-1])]))
 
     def _adjust(self, logits: np.ndarray) -> np.ndarray:
         """A copy of the logits with bias and penalties applied."""
@@ -119,10 +146,7 @@ class Sampler:
                 raise UserError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
             logits[token] += bias
         if self._penalized:
-            if self._counts is None:
-                self._counts = np.zeros(len(logits), np.int32)
-                self._seen = np.zeros(len(logits), bool)
-                self._seen[self._prompt] = True
+            self.penalties(len(logits))
             if options.repetition_penalty != 1:
                 seen = np.flatnonzero(self._seen)
                 values, penalty = logits[seen], np.float32(options.repetition_penalty)
@@ -136,8 +160,8 @@ class Sampler:
         options = self.options
         if options.top_k:
             ids = largest(logits, options.top_k)
-            weights = self._weights(logits[ids], peak)
-        elif options.top_p < 1:
+            return self._cut(ids, self._weights(logits[ids], peak))
+        if options.top_p < 1:
             mass = options.top_p * float(np.exp((logits - np.float32(peak)) / np.float32(options.temperature)).sum(dtype=np.float64))
             count = 128
             while True:                                       # most often the first 128 hold it; else 8 times as many
@@ -149,17 +173,28 @@ class Sampler:
         else:
             ids = np.flatnonzero(logits >= peak + options.temperature * math.log(options.min_p) - 1e-3)
             weights = self._weights(logits[ids], peak)
-        if options.top_p < 1:
-            total = weights.sum() if options.top_k else mass / options.top_p
-            keep = 1 + int(np.searchsorted(np.cumsum(weights), options.top_p * total))
+        return self._cut(ids, weights, mass / options.top_p if options.top_p < 1 else None)
+
+    def _cut(self, ids: np.ndarray, weights: np.ndarray, total: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What top-p (of `total`, or of all these weights) and min-p leave of candidates, largest first."""
+        if self.options.top_p < 1:
+            total = weights.sum() if total is None else total
+            keep = 1 + int(np.searchsorted(np.cumsum(weights), self.options.top_p * total))
             ids, weights = ids[:keep], weights[:keep]
-        if options.min_p:
-            keep = weights >= options.min_p                   # the likeliest has weight 1
+        if self.options.min_p:
+            keep = weights >= self.options.min_p              # the likeliest has weight 1
             ids, weights = ids[keep], weights[keep]
         return ids, weights
 
     def _weights(self, logits: np.ndarray, peak: float) -> np.ndarray:
         return np.exp((logits.astype(np.float64) - peak) / self.options.temperature)
+
+
+def _finite(peak: np.float32) -> float:
+    if not math.isfinite(peak):
+        raise UserError(f"the model's largest logit is {peak}: its weights are damaged or its number format "
+                        "overflows; run `python -m runtime.verify` on the bundle")
+    return float(peak)
 
 
 def largest(logits: np.ndarray, count: int) -> np.ndarray:

@@ -140,4 +140,4 @@ static void append(const cache_layer *c, int row, int head, int slot, const floa
     }
 }
 
-#define KERNELS(variable, title) const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append}
+#define KERNELS(variable, title) const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak}

@@ -1,4 +1,4 @@
-"""The native CPU backend: `runtime.backend.Backend` over the C core, and greedy decoding without Python in between.
+"""The native CPU backend: `runtime.backend.Backend` over the C core, and a decoding loop inside it.
 
 It opens the bundle's weights file (no ONNX graph is read), repacks it for the CPU's instruction set, and runs whole
 steps in C on `threads` threads. Weights of 2 to 8 bits meet activations in int8, one scale for every 32 of a row, as
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.machine import available_cpus
 from runtime.native import library
+from runtime.sampling import Sampler
 
 CACHE_DTYPES = ("float16", "float32", "int8")
 
@@ -105,41 +106,37 @@ class NativeBackend:
         if failed:
             raise UserError(self._reason())
 
-    def decode_greedy(self, cache: NativeCache, row: int, token: int, limit: int, stop: Sequence[int] = (),
-                      on_token: Callable[[int], bool | None] | None = None) -> list[int]:
-        """Feed `token` at the end of `row`, then each most likely next token, and return those, at most `limit`.
+    def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
+               choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
+        """Feed `token` at the end of `row`, then what `choose(ids, logits)` makes of the largest logits (as many as
+        `sampler.candidates`, largest first, with the sampler's penalties), at most `limit` steps or until it gives None.
 
-        Ends after a token of `stop`, or when `on_token(token)`, called with every token as it comes, returns True. The
-        loop runs in C without the GIL; an exception in `on_token` (or Ctrl-C) ends it and is raised here. The row's
-        length counts the tokens fed, which are all but the last returned.
+        The loop runs in C without the GIL; an exception in `choose`, Ctrl-C too, ends it and is raised here.
         """
-        tokens, raised = [], []
+        ids, logits, raised = np.empty(sampler.candidates, np.int32), np.empty(sampler.candidates, np.float32), []
 
-        def callback(value: int) -> int:
+        def callback(count: int) -> int:
             try:
-                tokens.append(value)
-                return bool(on_token and on_token(value))
+                cache.lengths[row] += 1
+                token = choose(ids[:count], logits[:count])
+                return -1 if token is None else token
             except BaseException as error:
                 raised.append(error)
-                return 1
+                return -1
 
+        penalties = sampler.penalties(self.vocab)
+        if penalties:
+            options, counts, seen = penalties
+            penalties = library.Penalties(options.repetition_penalty, options.presence_penalty, options.frequency_penalty,
+                                          counts.ctypes.data, seen.ctypes.data)
         start = int(cache.lengths[row])
-        limit = min(limit, cache.capacity - start, self._max_context - start)
-        stops = np.ascontiguousarray(stop, np.int32)
-        count = self._core.ew_decode(self.model, cache.handle, cache.start + row, start, token, limit, stops.ctypes.data,
-                                     len(stops), library.TOKEN_CALLBACK(callback), self._error)
-        cache.lengths[row] = start + len(tokens)
+        steps = self._core.ew_decode(self.model, cache.handle, cache.start + row, start, token,
+                                     min(limit, cache.capacity - start, self._max_context - start), penalties, len(ids),
+                                     ids.ctypes.data, logits.ctypes.data, library.CHOOSE(callback), self._error)
         if raised:
             raise raised[0]
-        if count < 0:
+        if steps < 0:
             raise UserError(self._reason())
-        return tokens
-
-    def top_k(self, logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and values of the k largest of float32 logits [vocab], in order, without sorting or copying them."""
-        index, value = np.empty(k, np.int32), np.empty(k, np.float32)
-        n = self._core.ew_top_k(logits.ctypes.data, len(logits), k, index.ctypes.data, value.ctypes.data)
-        return index[:n], value[:n]
 
     def profile(self, on: bool) -> dict[str, float]:
         """Microseconds spent in each part of the steps since the last call; `on` starts or ends the counting."""

@@ -80,6 +80,7 @@ typedef struct {
     void (*merge)(float *into, const float *from, int dim);
     void (*rotate)(float *x, const float *cos, const float *sin, int half);
     void (*append)(const cache_layer *, int row, int head, int slot, const float *x, int value);
+    float (*peak)(const float *x, int n);            /* the largest */
 } kernels;
 
 const kernels *choose_kernels(const char *name);     /* NULL or "": the best this CPU runs; NULL if it cannot run `name` */

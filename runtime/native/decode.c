@@ -1,49 +1,48 @@
-/* Choosing tokens inside the core: the k best of a row of logits, and a greedy loop that needs no Python between steps. */
+/* Choosing tokens inside the core: penalties, the k best of a row of logits, and a loop whose logits Python never sees. */
 #include "core.h"
 #include <stdio.h>
 #include <stdlib.h>
 
-int ew_top_k(const float *logits, int n, int k, int32_t *index, float *value) {
-    int count = 0;
+/* In float32 and float64 as runtime/sampling.py has them, so that both choose the same tokens. */
+static void penalize(float *x, int n, const ew_penalties *p) {
     for (int i = 0; i < n; i++) {
-        if (count == k && !(logits[i] > value[k - 1])) continue;
-        int at = count < k ? count++ : k - 1;
-        for (; at > 0 && logits[i] > value[at - 1]; at--) value[at] = value[at - 1], index[at] = index[at - 1];
-        value[at] = logits[i], index[at] = i;
+        if (!p->seen[i]) continue;
+        if (p->repetition != 1) x[i] = x[i] < 0 ? x[i] * p->repetition : x[i] / p->repetition;
+        if (p->counts[i]) x[i] = (float)(x[i] - (p->presence + (double)p->frequency * p->counts[i]));
+    }
+}
+
+static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *index, float *value) {
+    int count = 0;
+    for (int from = 0; from < n; from += 64) {
+        int end = from + 64 < n ? from + 64 : n;
+        if (count == k && !(kernel->peak(x + from, end - from) > value[k - 1])) continue;
+        for (int i = from; i < end; i++) {
+            if (count == k && !(x[i] > value[k - 1])) continue;
+            int at = count < k ? count++ : k - 1;
+            for (; at > 0 && x[i] > value[at - 1]; at--) value[at] = value[at - 1], index[at] = index[at - 1];
+            value[at] = x[i], index[at] = i;
+        }
     }
     return count;
 }
 
-static int largest_of(const float *x, int n) {       /* the first of equals; blocks let the compiler use vectors */
-    float best = x[0];
-    int found = 0;
-    for (int i = 0; i < n; i += 64) {
-        int end = i + 64 < n ? i + 64 : n;
-        float most = x[i];
-        for (int j = i; j < end; j++) most = x[j] > most ? x[j] : most;
-        if (most > best) best = most, found = i;
-    }
-    for (int i = found; i < n; i++) if (x[i] == best) return i;
-    return found;
-}
-
-int ew_decode(ew_model *m, ew_cache *c, int row, int slot, int token, int limit, const int32_t *stop, int stops,
-              int (*callback)(int token), char *error) {
-    float *logits = malloc((size_t)m->config.vocab * sizeof(float));
-    int given = 0, first = 0;
+int ew_decode(ew_model *m, ew_cache *c, int row, int slot, int token, int limit, const ew_penalties *penalties, int k,
+              int32_t *index, float *value, int (*choose)(int n), char *error) {
+    const int vocab = m->config.vocab;
+    float *logits = malloc((size_t)vocab * sizeof(float));
+    int steps = 0, first = 0;
     if (!logits) {
         snprintf(error, 256, "out of memory");
         return -1;
     }
-    while (given < limit) {
-        int32_t t = token, r = row, s = slot + given;
-        if (ew_forward(m, c, 1, &t, &r, &s, 1, &first, logits, error)) { given = -1; break; }
-        token = largest_of(logits, m->config.vocab);
-        given++;
-        int stopped = callback(token);
-        for (int i = 0; i < stops; i++) stopped |= token == stop[i];
-        if (stopped) break;
+    while (token >= 0 && steps < limit) {
+        int32_t t = token, r = row, s = slot + steps;
+        if (ew_forward(m, c, 1, &t, &r, &s, 1, &first, logits, error)) { steps = -1; break; }
+        steps++;
+        if (penalties) penalize(logits, vocab, penalties);
+        token = choose(top_k(m->kernels, logits, vocab, k, index, value));
     }
     free(logits);
-    return given;
+    return steps;
 }

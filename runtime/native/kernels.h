@@ -280,6 +280,15 @@ static void activate(const float *gate, const float *up, float *y, int n, int ki
         store(y + i, gate ? activation_of(load(gate + i), kind) * load(up + i) : activation_of(load(up + i), kind));
 }
 
+static float peak(const float *x, int n) {
+    float best = x[0];
+    vf most = splat(best);
+    for (; n >= W; n -= W, x += W) most = maximum(load(x), most);
+    for (int i = 0; i < n; i++) best = x[i] > best ? x[i] : best;
+    float all = largest(most);
+    return all > best ? all : best;
+}
+
 static void rotate(float *x, const float *cos, const float *sin, int half) {
     int i = 0;
     for (; i + W <= half; i += W) {

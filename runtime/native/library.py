@@ -21,7 +21,7 @@ DTYPES = {name: i for i, name in enumerate(
     ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6", "uint7"))}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 PARTS = ("qkv", "attention", "output", "gate_up", "down", "head", "other")
-TOKEN_CALLBACK = ctypes.CFUNCTYPE(c_int, c_int)
+CHOOSE = ctypes.CFUNCTYPE(c_int, c_int)
 
 
 class Config(ctypes.Structure):
@@ -35,6 +35,10 @@ class Tensor(ctypes.Structure):
                 ("offset", c_int64), ("bytes", c_int64)]
 
 
+class Penalties(ctypes.Structure):
+    _fields_ = [(name, c_float) for name in ("repetition", "presence", "frequency")] + [("counts", c_void_p), ("seen", c_void_p)]
+
+
 _FUNCTIONS = {
     "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p),
     "ew_close": (None, c_void_p),
@@ -45,8 +49,8 @@ _FUNCTIONS = {
     "ew_cache_free": (None, c_void_p),
     "ew_cache_copy": (None, c_void_p, c_int, c_void_p, c_int, c_int),
     "ew_forward": (c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
-    "ew_top_k": (c_int, c_void_p, c_int, c_int, c_void_p, c_void_p),
-    "ew_decode": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_int, TOKEN_CALLBACK, c_char_p),
+    "ew_decode": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p,
+                  CHOOSE, c_char_p),
     "ew_profile": (None, c_void_p, c_int, POINTER(c_double)),
 }
 

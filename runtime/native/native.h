@@ -46,13 +46,16 @@ void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, i
 int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
                int n_wanted, const int32_t *wanted, float *logits, char *error);
 
-/* The k largest of logits[n] in order, ties to the lower index; returns how many (fewer when n < k). */
-int ew_top_k(const float *logits, int n, int k, int32_t *index, float *value);
-
-/* Greedy decoding of one row inside the core: feeds `token` at `slot`, then its own answers, until `limit` tokens, a
- * token of `stop`, or the callback returns non-zero. Returns the number of tokens given to the callback, or -1. */
-int ew_decode(ew_model *, ew_cache *, int row, int slot, int token, int limit, const int32_t *stop, int stops,
-              int (*callback)(int token), char *error);
+/* Decoding of one row inside the core: feeds `token` at `slot`, puts the k largest logits (penalized, if asked) into index
+ * and value in order, ties to the lower index, and calls choose(how many) for the next token: negative ends the loop, as
+ * `limit` steps do. Returns the number of steps, or -1. */
+typedef struct {                                     /* as in runtime/sampling.py */
+    float repetition, presence, frequency;
+    const int32_t *counts;                           /* [vocab]: times in the reply; choose() may change it */
+    const uint8_t *seen;                             /* [vocab]: in the prompt or the reply */
+} ew_penalties;
+int ew_decode(ew_model *, ew_cache *, int row, int slot, int token, int limit, const ew_penalties *, int k, int32_t *index,
+              float *value, int (*choose)(int n), char *error);
 
 /* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
 void ew_profile(ew_model *, int on, double *microseconds);

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from runtime import decode
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.native import backend as module
 from runtime.native import library
 from runtime.native.backend import NativeBackend
+from runtime.sampling import Sampler, SamplingOptions
 
 warnings.simplefilter("ignore", RuntimeWarning)
 try:
@@ -128,27 +130,42 @@ def test_cache_views_forks_truncates_and_grows(tmp_path):
     assert np.array_equal(logits[0], expected[30:40])
 
 
-def test_greedy_loop_and_top_k(tmp_path):
+@pytest.mark.parametrize("options", [
+    {}, {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}, {"temperature": 0.9, "top_k": 40, "seed": 3},
+    {"temperature": 1.5, "top_k": 60, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 4}], ids=str)
+def test_the_loop_in_the_core_chooses_what_the_sampler_chooses(tmp_path, monkeypatch, options):
     decoder = native_bundle.random_decoder(native_bundle.config())
     backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2)
-    tokens, cache = [7], backend.new_cache(1, 64)
-    for i in range(20):
-        logits = backend.forward(np.array([[tokens[-1]]]), None, np.array([i]), np.zeros((1, 1), np.int64), cache)[0, 0]
-        index, value = backend.top_k(logits, 5)
-        assert index.tolist() == np.argsort(-logits, kind="stable")[:5].tolist() and np.array_equal(value, logits[index])
-        tokens.append(int(logits.argmax()))
-    cache.lengths[0] = 0
-    seen = []
-    assert backend.decode_greedy(cache, 0, 7, 20, on_token=seen.append) == tokens[1:] == seen
-    cache.lengths[0] = 0
-    assert backend.decode_greedy(cache, 0, 7, 20, stop=[tokens[5]]) == tokens[1:tokens.index(tokens[5], 1) + 1]
-    cache.lengths[0] = 0
+    prompt = ids_for(decoder.config, width=9)[0]
 
-    def interrupt(token):
-        raise KeyboardInterrupt
+    def tokens(looping, stop_tokens=frozenset()):
+        sequence = decode.Sequence(prompt, Sampler(SamplingOptions(**options), prompt), 90, stop_tokens)
+        yields = sum(1 for _ in decode.run(backend, backend.new_cache(1, 64), [sequence]))
+        assert len(sequence.times) == len(sequence.tokens) and sequence.times == sorted(sequence.times)
+        assert yields == len(sequence.tokens) + bool(stop_tokens) or looping
+        return sequence.tokens
+
+    looped, stopped = tokens(True), tokens(True, frozenset([tokens(True)[50]]))
+    monkeypatch.setattr(Sampler, "candidates", 0)             # every logit to Python
+    assert looped == tokens(False) and len(looped) == 90 and stopped == looped[:looped.index(looped[50])]
+
+
+def test_the_loop_ends_with_an_exception_and_its_candidates_are_the_largest(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config(vocab_size=331))
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2)
+    logits = backend.forward(np.array([[7]]), None, np.zeros(1, np.int64), np.zeros((1, 1), np.int64), backend.new_cache(1, 16))[0, 0].copy()
+    sampler, cache, seen = Sampler(SamplingOptions(temperature=1.0, top_k=50), np.array([7])), backend.new_cache(1, 16), []
+
+    def choose(ids, values):
+        seen.append((ids.copy(), values.copy()))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return 5
 
     with pytest.raises(KeyboardInterrupt):
-        backend.decode_greedy(cache, 0, 7, 20, on_token=interrupt)
+        backend.decode(cache, 0, 7, 10, sampler, choose)
+    assert np.array_equal(seen[0][0], np.argsort(-logits, kind="stable")[:50]) and np.array_equal(seen[0][1], logits[seen[0][0]])
+    assert cache.lengths.tolist() == [3]
 
 
 def test_two_engines_work_side_by_side(tmp_path):
@@ -265,9 +282,11 @@ def test_out_of_memory_while_repacking_is_a_sentence(tmp_path):
     native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config))
     script = f"""
 import json, pathlib, resource, sys
+from runtime import decode
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.native.backend import NativeBackend
+from runtime.sampling import Sampler, SamplingOptions
 folder = pathlib.Path({str(tmp_path)!r})
 bundle = Bundle(folder, json.loads((folder / 'manifest.json').read_text()))
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
