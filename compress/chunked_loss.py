@@ -1,0 +1,88 @@
+"""A loss over the vocabulary whose logits are never in memory all at once, and the top-k form of a student's prediction.
+
+    total = chunked_loss(hidden, head_weight, loss)             # loss(logits [n, vocab], slice of the tokens) -> sum
+
+`chunked_loss` makes logits for CHUNK tokens at a time and takes the gradient right there, as it goes: what stays for the
+backward pass is one gradient the size of `hidden` and one the size of the head. Products are in autocast's type.
+
+`top_events` turns logits into log-probabilities of given tokens and of "any other token" as one more event. Its
+gradient is written out, because autograd's way keeps several float32 copies of the logits:
+for event gradients g, with S their sum, d/dz_j = g_j - q_j S where j is given, (g_other / q_other - S) q_j elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 512                       # tokens whose logits are in memory at once
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+
+
+def chunks(tokens: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
+
+
+def chunked_loss(hidden: Tensor, head: Tensor, loss: ChunkLoss) -> Tensor:
+    """Sum of `loss` over the chunks of hidden [n, hidden] through head [vocab, hidden]; differentiable in both."""
+    return _ChunkedLoss.apply(hidden, head, loss)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(context, hidden: Tensor, head: Tensor, loss: ChunkLoss) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        total = torch.zeros((), device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        head_gradient = torch.zeros_like(head) if head.requires_grad else None
+        with torch.autocast(kind, enabled=False):
+            weight, inputs = head.to(dtype), hidden.to(dtype)
+            for part in chunks(len(hidden)):
+                logits = F.linear(inputs[part], weight).requires_grad_()
+                with torch.enable_grad():
+                    value = loss(logits, part)
+                gradient, = torch.autograd.grad(value, logits)
+                hidden_gradient[part] = gradient @ weight
+                if head_gradient is not None:
+                    head_gradient += gradient.T @ inputs[part]
+                total += value.detach()
+        context.save_for_backward(hidden_gradient, head_gradient)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        hidden, head = context.saved_tensors
+        return hidden * gradient, None if head is None else head.mul_(gradient), None
+
+
+def top_events(logits: Tensor, index: Tensor) -> Tensor:
+    """Float32 log-probabilities [n, k + 1] of the tokens index [n, k] and, last, of all others; logits [n, vocab]."""
+    return _TopEvents.apply(logits, index)
+
+
+class _TopEvents(torch.autograd.Function):
+    @staticmethod
+    def forward(context, logits: Tensor, index: Tensor) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        largest = logits.amax(-1, keepdim=True).to(wide)
+        weights = logits.to(wide).sub_(largest).exp_() if logits.dtype != wide else (logits - largest).exp_()
+        given = logits.gather(-1, index).to(wide) - largest
+        weights.scatter_(-1, index, 0.0)
+        others = weights.sum(-1, keepdim=True)                      # summed, not 1 - the rest: it may be tiny
+        total = others + given.exp().sum(-1, keepdim=True)
+        others = others.clamp_min(torch.finfo(wide).tiny)
+        context.save_for_backward(weights, index, given, others, total)
+        context.dtype = logits.dtype
+        return torch.cat((given, others.log()), -1) - total.log()
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        weights, index, given, others, total = context.saved_tensors
+        every = gradient.sum(-1, keepdim=True)
+        found = weights * (gradient[:, -1:] / others - every / total)
+        found.scatter_(-1, index, gradient[:, :-1] - given.exp() / total * every)
+        return found.to(context.dtype), None
