@@ -1,12 +1,14 @@
 """Choose the backend that runs a bundle: a TensorRT engine that fits the GPU and the library, else CUDA, else the CPU:
 the native core, or ONNX Runtime ("cpu") where the core was not built or lacks what the bundle needs.
 
-Each step down is logged once, in one line with its reason; `Engine.explain()` repeats them. A named provider is insisted
-on instead: its reason is raised.
+Each step down is logged once, in one line with its reason; `Engine.explain()` repeats them. One that fails while running
+(no memory on the device, or a request beyond an engine's capacity) is stepped down from in the same way, for good: an
+engine does not climb again. A named provider is insisted on instead: its reason is raised.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 
@@ -42,6 +44,11 @@ def open_backend(bundle: Bundle, provider: str | None, threads: int,
     raise UserError(f"there is no backend below {below}")
 
 
+def provider_of(backend: Backend) -> str:
+    """The provider that a backend was opened as."""
+    return backend.name.removeprefix("onnxruntime-")
+
+
 def step_down(provider: str, error: UserError) -> str:
     """Log that `provider` is passed over; returns the line."""
     line = f"no {provider}: {error}"
@@ -55,6 +62,10 @@ def _open_tensorrt(bundle: Bundle, threads: int) -> Backend:
 
 
 def _open_cuda(bundle: Bundle, threads: int) -> Backend:
+    try:                              # before onnxruntime, whose import takes 20 MB
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UserError("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
     from runtime.ort_backend import OrtBackend
     return OrtBackend(bundle, provider="cuda", threads=threads)
 

@@ -13,6 +13,7 @@ may then differ.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from runtime.sampling import Sampler, TokenLogprobs, token_logprobs
 PREFILL_TOKENS = 512              # padded tokens of one call
 CAPACITY_STEP = 64                # capacities are multiples of this
 FIRST_TOKENS = 256                # room for new tokens that a cache begins with; it grows when a reply outlasts it
+BURST_S = 0.01                    # how long a backend's own loop may go on before its tokens are shown
 
 
 @dataclass(eq=False)
@@ -39,25 +41,38 @@ class Sequence:
     max_new_tokens: int
     stop_tokens: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)      # time.perf_counter() at each token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
 
+    @property
+    def context(self) -> np.ndarray:
+        """The prompt and the tokens so far: int64 [n]."""
+        return np.concatenate([self.prompt, np.array(self.tokens, np.int64)])
+
     def accept(self, logits: np.ndarray) -> None:
         """Choose the next token from float32 logits [vocab]; append it or finish."""
-        token = self.sampler.choose(logits)
+        if self._append(self.sampler.choose(logits)) and self.sampler.options.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, self.tokens[-1], self.sampler.options.logprobs))
+
+    def accept_among(self, ids: np.ndarray, logits: np.ndarray) -> None:
+        """The same from the ids and logits of `sampler.candidates` candidates."""
+        self._append(self.sampler.choose_among(ids, logits))
+
+    def _append(self, token: int) -> bool:
         if token in self.stop_tokens:
             self.finish_reason = "stop"
-            return
+            return False
         self.tokens.append(token)
-        if self.sampler.options.logprobs is not None:
-            self.logprobs.append(token_logprobs(logits, token, self.sampler.options.logprobs))
+        self.times.append(time.perf_counter())
         if len(self.tokens) >= self.max_new_tokens:
             self.finish_reason = "length"
+        return True
 
 
 def first_capacity(sequences: list[Sequence]) -> int:
     """Slots a cache for these sequences begins with."""
-    return _rounded(max(len(s.prompt) + min(s.max_new_tokens, FIRST_TOKENS) for s in sequences))
+    return _rounded(max(len(s.prompt) + min(s.max_new_tokens, len(s.tokens) + FIRST_TOKENS) for s in sequences))
 
 
 def last_capacity(sequences: list[Sequence]) -> int:
@@ -66,13 +81,14 @@ def last_capacity(sequences: list[Sequence]) -> int:
 
 
 def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int = 1) -> Iterator[Sequence]:
-    """Decode all sequences to their end; yields a sequence each time it gained a token or finished.
+    """Decode all sequences to their end; yields a sequence each time it gained a token (a lone one: or several) or finished.
 
-    cache: empty, one row for each sequence. With several samples of each of P prompts, `sequences` holds all first
-    samples, then all second ones: sequences[i] continues the prompt of sequences[i % P].
+    A sequence that has tokens already goes on after them. cache: empty, one row for each sequence. With several samples of
+    each of P prompts, `sequences` holds all first samples, then all second ones: sequences[i] continues the prompt of
+    sequences[i % P].
     """
     prompts = len(sequences) // samples
-    logits = prefill(backend, cache.view(0, prompts), [s.prompt for s in sequences[:prompts]])
+    logits = prefill(backend, cache.view(0, prompts), [s.context for s in sequences[:prompts]])
     for row in range(prompts, len(sequences)):
         cache.fork(row % prompts, row)
     if samples > 1:
@@ -80,7 +96,8 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
     live, rows = list(sequences), cache
     while True:
         for row, sequence in enumerate(live):
-            sequence.accept(logits[row])
+            if logits is not None:
+                sequence.accept(logits[row])
             yield sequence
         if any(sequence.finish_reason for sequence in live):
             _close_gaps(cache, live)
@@ -90,7 +107,10 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
         if int(rows.lengths.max()) >= rows.capacity:
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
-        logits = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
+        if len(live) == 1 and live[0].sampler.candidates and hasattr(backend, "decode"):
+            logits = _burst(backend, rows, live[0])
+        else:
+            logits = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
 
 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
@@ -116,6 +136,17 @@ def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
     logits = backend.forward(tokens[:, None], lengths[:, None], lengths, np.zeros((len(tokens), 1), np.int64), cache)
     lengths += 1
     return logits[:, 0]
+
+
+def _burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
+    """Steps of a lone sequence inside the backend, for about BURST_S: no logits come out, the tokens are in `sequence`."""
+    until = time.perf_counter() + BURST_S
+
+    def choose(ids: np.ndarray, logits: np.ndarray) -> int | None:
+        sequence.accept_among(ids, logits)
+        return None if sequence.finish_reason or sequence.times[-1] > until else sequence.tokens[-1]
+
+    backend.decode(cache, 0, sequence.tokens[-1], cache.capacity, sequence.sampler, choose)
 
 
 def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:

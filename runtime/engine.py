@@ -16,6 +16,7 @@ fit what the machine has free.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime import decode
-from runtime.backend import Backend, Cache
-from runtime.backends import PROVIDERS, open_backend, step_down
+from runtime.backend import Backend
+from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import DeviceError, UserError
 from runtime.machine import available_cpus, available_memory, release_free_memory
@@ -209,7 +210,7 @@ class Engine:
         return ids.astype(np.int64)
 
     def _check_memory(self, sequences: list[decode.Sequence]) -> None:
-        needed = self.backend.cache_bytes(len(sequences), decode.last_capacity(sequences))
+        needed = self._cache_bytes(len(sequences), decode.last_capacity(sequences))
         if self._max_memory_mb is not None:
             free, whose = self._max_memory_mb * _MB - self.bundle.weights_bytes, "max_memory_mb leaves"
         else:
@@ -219,28 +220,46 @@ class Engine:
                             f"{needed / _MB:.0f} MB, but {whose} {max(0, free) / _MB:.0f} MB; lower max_new_tokens, "
                             "shorten the prompt or ask for fewer replies at once")
 
-    def _new_cache(self, rows: int, capacity: int) -> Cache:
-        """A cache of the backend's, or of the next one where a device has too little memory or has failed."""
+    def _cache_bytes(self, rows: int, capacity: int) -> int:
+        """Of the first backend that can have such a cache."""
         while True:
             try:
-                return self.backend.new_cache(rows, capacity)
+                return self.backend.cache_bytes(rows, capacity)
             except DeviceError as error:
-                failed = self.backend.name
-                if self._provider is not None or failed not in PROVIDERS:
-                    raise
-                self.backend.close()
-                self.backend, lines = open_backend(self.bundle, None, self._threads, below=failed)
-                self._explanation = [*lines, step_down(failed, error)]
+                self._step_down(self.backend, error)
+
+    def _step_down(self, failed: Backend, error: DeviceError) -> None:
+        """Put the next backend in the place of one that failed. Raises `error` where the provider was named, or is the last."""
+        if failed is not self.backend:                      # another reply has stepped down already
+            return
+        provider = provider_of(failed)
+        if self._provider is not None or provider not in PROVIDERS[:-1]:
+            raise error
+        reason = step_down(provider, error)
+        with contextlib.suppress(DeviceError):              # the device may be gone
+            failed.close()
+        self.backend, (runs, *passed_over) = open_backend(self.bundle, None, self._threads, below=provider)
+        self._explanation = [runs, *self._explanation[1:], reason, *passed_over]
 
     def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:
-        """Decode; yields each draft with the text it gained."""
-        sequences = [draft.sequence for draft in drafts]
-        by_sequence = dict(zip(sequences, drafts))
-        start = time.perf_counter()
-        cache = self._new_cache(len(drafts), decode.first_capacity(sequences))
-        for sequence in decode.run(self.backend, cache, sequences, samples):
-            draft = by_sequence[sequence]
-            yield draft, draft.advance((time.perf_counter() - start) * 1e3)
+        """Decode; yields each draft with the text it gained. Where a device fails, the next backend goes on: it reads the
+        prompt and the tokens so far, and what was said is not said again."""
+        by_sequence = {draft.sequence: draft for draft in drafts}
+        sequences, start = list(by_sequence), time.perf_counter()
+        while sequences:
+            backend = self.backend
+            try:
+                cache = backend.new_cache(len(sequences), decode.first_capacity(sequences))
+                for sequence in decode.run(backend, cache, sequences, samples):
+                    draft = by_sequence[sequence]
+                    yield draft, draft.advance(start)
+            except DeviceError as error:
+                failure = error.with_traceback(None)        # whose frames hold the cache's memory
+            else:
+                return
+            cache = None
+            self._step_down(backend, failure)
+            sequences, samples = [s for s in sequences if s.finish_reason is None], 1
 
 
 class Stream:
@@ -273,12 +292,15 @@ class _Draft:
         self._pieces: list[str] = []
         self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
 
-    def advance(self, elapsed_ms: float) -> str:
-        """Text that may be shown since the last call; ends the sequence at a stop string."""
+    def advance(self, start: float) -> str:
+        """Text that may be shown since the last call, of a request that began at `start`; ends the sequence at a stop
+        string, and drops what was decoded beyond it."""
         sequence, text, stopped = self.sequence, "", False
-        if len(sequence.tokens) > len(self._token_ms):
-            self._token_ms.append(elapsed_ms)
-            text, stopped = self._stops.push(self._detokenizer.push(sequence.tokens[-1]))
+        while not stopped and (n := len(self._token_ms)) < len(sequence.tokens):
+            self._token_ms.append((sequence.times[n] - start) * 1e3)
+            piece, stopped = self._stops.push(self._detokenizer.push(sequence.tokens[n]))
+            text += piece
+        del sequence.tokens[len(self._token_ms):]
         if not stopped and sequence.finish_reason:
             tail, stopped = self._stops.push(self._detokenizer.finish())
             text += tail if stopped else tail + self._stops.finish()

@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class DeviceError(UserError):
-    """The GPU, its driver or its memory failed; another backend may still serve."""
+    """A GPU, its driver or its memory failed, or an engine of fixed size is too small; another backend may still serve."""
 
 
 class CheckFailed(Exception):

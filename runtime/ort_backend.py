@@ -20,10 +20,10 @@ import mmap
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import DeviceError, UserError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _MOST_BINDINGS = 8                # shapes a view remembers; a decoding sequence uses one
 
 
@@ -78,14 +78,15 @@ class OrtBackend:
                         np.zeros(rows, np.int64))
 
     def allocate(self, *shape: int) -> np.ndarray:
-        """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError out of memory."""
+        """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError or DeviceError out of memory."""
         try:
             # A mapping of its own: unlike the heap's, its pages take memory only once they are written to.
             pages = mmap.mmap(-1, math.prod(shape) * np.dtype(self._dtype).itemsize)
             zeros = np.frombuffer(pages, self._dtype).reshape(shape)
             return zeros if self._device == "cpu" else self._onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self._device, 0)
         except (OSError, MemoryError, RuntimeError) as error:
-            raise UserError(f"no memory for a KV cache of {shape} on {self._device}: {error}; use fewer or shorter "
+            failure = UserError if self._device == "cpu" else DeviceError
+            raise failure(f"no memory for a KV cache of {shape} on {self._device}: {error}; use fewer or shorter "
                             "sequences") from None
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
@@ -97,9 +98,14 @@ class OrtBackend:
         binding.logits_positions[...] = logits_positions
         if self._device != "cpu":
             binding.bind_tokens()                 # for a device, binding is what copies
-        self._session.run_with_iobinding(binding.io)
-        if self._device != "cpu":
-            binding.io.synchronize_outputs()
+        try:
+            self._session.run_with_iobinding(binding.io)
+            if self._device != "cpu":
+                binding.io.synchronize_outputs()
+        except Exception as error:                # one class per ORT status, with no useful common one
+            if self._device == "cpu":
+                raise
+            raise DeviceError(f"ONNX Runtime failed on {self._device}: {error}") from None
         return binding.logits
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class TrtBackend:
             raise UserError("the bundle has no TensorRT engine; `python -m export.trt` adds one")
         self.device = Device(cuda)
         tensorrt, entries = fitting_engines(bundle, self.device.gpu, modules)
-        self.graph = entries[0]["file"]
+        self.graph, self._max_context = entries[0]["file"], bundle.max_context
         self._engines = {entry["capacity"]: _Engine(tensorrt, self.device, bundle, entry) for entry in entries}
         first = min(self._engines)
         self._engines[first].load()               # an engine that cannot run is found now
@@ -50,10 +50,11 @@ class TrtBackend:
         self.item_bytes = self._engines[first].item_bytes
 
     def capacity_for(self, capacity: int) -> int:
-        """The smallest capacity of an engine that holds `capacity` slots."""
+        """The smallest capacity of an engine that holds `capacity` slots, or the model's whole context. Raises DeviceError."""
+        capacity = min(capacity, self._max_context)
         enough = [size for size in self._engines if size >= capacity]
         if not enough:
-            raise UserError(f"the TensorRT engines of this bundle hold at most {max(self._engines)} tokens, and {capacity} "
+            raise DeviceError(f"the TensorRT engines of this bundle hold at most {max(self._engines, default=0)} tokens, and {capacity} "
                             f"are needed; build one with `python -m export.trt --capacity {capacity}`")
         return min(enough)
 
@@ -64,6 +65,8 @@ class TrtBackend:
         return TrtCache(self, self.capacity_for(capacity), np.zeros(rows, np.int64))
 
     def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
+        if not self._engines:                     # another reply found the device failing, and closed this
+            raise DeviceError("this TensorRT backend was closed")
         engine = self._engines[cache.capacity].load()
         rows, tokens = input_ids.shape
         wanted = logits_positions.shape[1]
@@ -93,7 +96,8 @@ class TrtBackend:
                 out[rows, column] = result[rows, i]
 
     def close(self) -> None:
-        for engine in self._engines.values():
+        engines, self._engines = self._engines, {}
+        for engine in engines.values():
             engine.close()
         self.device.close()
 

@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from make_bundle import VOCAB, write_bundle
+from mock_backend import MockBackend
 
 from runtime import backends
 from runtime.engine import Engine
@@ -60,25 +62,100 @@ def test_an_unknown_provider_and_nothing_left(ladder):
         backends.open_backend(None, None, 1, below="cuda")
 
 
-def test_a_device_that_fails_while_running_steps_down(ladder, caplog):
-    ladder(cuda="no CUDA here")
-    engine = Engine.__new__(Engine)
-    engine.bundle, engine._provider, engine._threads = None, None, 1
-    engine.backend, engine._explanation = backends.open_backend(None, None, 1)
-    first = engine.backend
-    assert first.name == "tensorrt"
+class FailingBackend(MockBackend):
+    """Its device has memory for `calls` steps and for caches of `most` slots, and fails at the next."""
 
-    def out_of_memory(rows, capacity):
-        raise DeviceError("out of memory")
-    first.new_cache = out_of_memory
-    Stub.new_cache = lambda self, rows, capacity: (rows, capacity)
-    try:
-        with caplog.at_level(logging.INFO):
-            assert engine._new_cache(2, 64) == (2, 64)
-        assert engine.backend.name == "native" and first.closed
-        assert engine.explain().splitlines()[1:] == ["no cuda: no CUDA here", "no tensorrt: out of memory"]
-        engine.backend, engine._provider = first, "tensorrt"
-        with pytest.raises(DeviceError, match="out of memory"):
-            engine._new_cache(2, 64)
-    finally:
-        del Stub.new_cache
+    def __init__(self, name, calls=None, most=None):
+        super().__init__(VOCAB)
+        self.name, self.left, self.most = name, calls, most
+
+    def forward(self, *args):
+        if self.closed:
+            raise DeviceError("closed")
+        if self.left == 0:
+            raise DeviceError("out of memory")
+        self.left = None if self.left is None else self.left - 1
+        return super().forward(*args)
+
+    def cache_bytes(self, rows, capacity):
+        if self.most is not None and capacity > self.most:
+            raise DeviceError(f"{capacity} slots are needed")
+        return super().cache_bytes(rows, capacity)
+
+
+@pytest.fixture
+def open_engine(tmp_path, monkeypatch):
+    """open_engine(backend, ..., provider=None) -> an engine on the first of these; every other rung has nothing."""
+    def make(*made, provider=None):
+        def opener(name):
+            def open_(bundle, threads):
+                backend = next((b for b in made if backends.provider_of(b) == name and not b.closed), None)
+                if backend is None:
+                    raise UserError(f"no {name} here")
+                return backend
+            return open_
+        monkeypatch.setattr(backends, "_OPEN", {name: opener(name) for name in LADDER})
+        return Engine(write_bundle(tmp_path / "bundle"), provider=provider)
+    return make
+
+
+PROMPTS = ["Hello", "naïve 日本", "The quick brown fox"]
+OPTIONS = {"temperature": 1.1, "seed": 3, "repetition_penalty": 1.2, "max_new_tokens": 30, "stop": "zz"}
+
+
+def described(replies):
+    return [(reply.text, reply.tokens, reply.finish_reason, len(reply.timings.token_ms)) for reply in replies]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 17, 24])
+def test_a_device_that_fails_in_the_middle_of_replies_hands_them_to_the_next(open_engine, caplog, calls):
+    """The replies are those of a device that never fails, and each step down is told once, in order."""
+    expected = described(open_engine(FailingBackend("native")).generate(PROMPTS, n=2, **OPTIONS))
+    failing, second, last = FailingBackend("tensorrt", calls), FailingBackend("onnxruntime-cuda", 3), FailingBackend("native")
+    with caplog.at_level(logging.INFO):
+        engine = open_engine(failing, second, last)
+        assert described(engine.generate(PROMPTS, n=2, **OPTIONS)) == expected
+    assert failing.closed and second.closed and engine.backend is last
+    reasons = ["no tensorrt: out of memory", "no cuda: out of memory"]
+    assert engine.explain().splitlines() == [engine.explain().splitlines()[0], *reasons]
+    assert engine.explain().startswith("native runs") and [r.getMessage() for r in caplog.records] == reasons
+    assert described(engine.generate(PROMPTS, n=2, **OPTIONS)) == expected and len(caplog.records) == 2
+
+
+def test_streams_go_on_where_they_were(open_engine):
+    """Two at once: the first finds the failure; the second finds its backend closed, and steps down no further."""
+    def texts(engine):
+        streams = [engine.stream(prompt, max_new_tokens=25) for prompt in PROMPTS[:2]]
+        pieces = ["", ""]
+        for i in range(60):
+            pieces[i % 2] += next(streams[i % 2], "")
+        return pieces, [stream.reply.tokens for stream in streams]
+    expected = texts(open_engine(FailingBackend("native")))
+    engine = open_engine(FailingBackend("tensorrt", 11), FailingBackend("native"), FailingBackend("onnxruntime-cpu"))
+    assert texts(engine) == expected
+    assert engine.backend.name == "native"
+
+
+def test_a_request_beyond_an_engines_capacity_steps_down(open_engine):
+    engine = open_engine(FailingBackend("tensorrt", most=64), FailingBackend("native"))
+    engine.generate("short", max_new_tokens=5)
+    assert engine.backend.name == "tensorrt"
+    reply, = engine.generate("short", max_new_tokens=100, ignore_model_stop=True)
+    assert len(reply.tokens) == 100 and engine.explain().splitlines()[1:] == [
+        "no tensorrt: 128 slots are needed", "no cuda: no cuda here"]
+
+
+@pytest.mark.parametrize("name, provider", [("tensorrt", "tensorrt"), ("onnxruntime-cuda", "cuda")])
+def test_a_provider_insisted_on_raises_when_its_device_fails(open_engine, name, provider):
+    engine = open_engine(FailingBackend(name, calls=3), FailingBackend("native"), provider=provider)
+    with pytest.raises(DeviceError, match="out of memory"):
+        engine.generate("Hello", max_new_tokens=30)
+    with pytest.raises(DeviceError, match="slots are needed"):
+        open_engine(FailingBackend(name, most=10), FailingBackend("native"), provider=provider).generate("Hello")
+
+
+def test_where_nothing_is_left_the_reason_is_raised(open_engine):
+    with pytest.raises(UserError, match="no cpu here"):
+        open_engine(FailingBackend("tensorrt", calls=3)).generate("Hello", max_new_tokens=30)
+    with pytest.raises(DeviceError, match="out of memory"):
+        open_engine(FailingBackend("onnxruntime-cpu", calls=3)).generate("Hello", max_new_tokens=30)
