@@ -1,6 +1,6 @@
 """Codes chosen on calibration text, layer by layer: the driver of clipping, GPTQ and the folds that come before them.
 
-    tensors = calibrated(checkpoint, ids, formats, method="gptq", folds=("awq",), work=folder)
+    tensors = calibrated(checkpoint, ids, plan, method="gptq", folds=("awq",), work=folder)
     write_checkpoint(out, config, tensors, ...)
 
 Every layer is loaded, folded (compress/awq.py, compress/rotation.py: rewritten so that its function stays and its
@@ -11,6 +11,9 @@ written, so an interrupted run goes on where it stopped.
 Methods: "clip" rounds to nearest on the clipped grid, the Hessian's diagonal being the importance. "gptq" takes the
 pivots of the Hessian as importance, then GPTQ in activation order, coordinate descent, the refit of scales and a last
 descent. The embedding and the head are fitted to the Hessian that compress/sensitivity.py gives for them.
+
+Scales of activations and of an int8 KV cache (models/quantized.py) are max|x| / 127 over the calibration text, as the
+layer meets it in the end.
 """
 
 from __future__ import annotations
@@ -26,22 +29,25 @@ from tqdm import tqdm
 
 from compress.clipping import clipped_grid
 from compress.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
-from compress.layerwise import Walk, second_moment
+from compress.layerwise import KeyValueRanges, Walk, largest, second_moment
 from models.checkpoint import Checkpoint
 from models.decoder import Layer
-from models.quantized import QuantizedTensor, TensorFormat, unpack
+from models.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
 from runtime.errors import UserError
 
 DESCENTS = 2
 Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
 
 
-def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: str) -> QuantizedTensor:
-    """Codes of weight [N, K] for inputs of second moment hessian [K, K], by "clip" or "gptq"."""
+def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: str, negative: bool = True) -> QuantizedTensor:
+    """Codes of weight [N, K] for inputs of second moment hessian [K, K], by "clip" or "gptq".
+
+    negative: whether a scale may be negative (compress/grid.py).
+    """
     if not torch.isfinite(weight).all():
         raise UserError("the weight holds values that are not finite: the checkpoint is broken")
     if method == "clip":
-        grid = clipped_grid(weight, form, damped(hessian).diagonal())
+        grid = clipped_grid(weight, form, damped(hessian).diagonal(), negative)
         return grid.tensor(grid.codes(weight))
     order = activation_order(hessian)
     factor, damping = factorize(hessian, order)
@@ -49,36 +55,38 @@ def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: st
         tqdm.write(f"note: a Hessian was not positive definite, and was dampened by {damping:g}", file=sys.stderr)
     price = torch.empty(len(order))
     price[order] = factor.diagonal() ** -2                 # what is left of an error after compensation
-    grid, steady = clipped_grid(weight, form, price), damped(hessian, damping)
+    grid, steady = clipped_grid(weight, form, price, negative), damped(hessian, damping)
     codes = descend(weight, steady, grid, gptq(weight, hessian, grid, factor=factor), DESCENTS)
     grid = refit(weight, steady, grid, codes)
     return grid.tensor(descend(weight, steady, grid, codes))
 
 
-def calibrated(checkpoint: Checkpoint, ids: Tensor, formats: dict[str, TensorFormat], method: str, work: Path,
-               folds: tuple[Fold, ...] = (), vocabulary: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: str, work: Path,
+               folds: tuple[Fold, ...] = (), vocabulary: dict[str, Tensor] | None = None,
+               negative: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the quantized checkpoint, in a fixed order.
 
-    ids: int64 [windows, tokens]. formats: module -> format; modules left out stay as they are. work: folder for
-    finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden]
-    to which the embedding and the head are fitted (compress/sensitivity.py); None clips them by their values alone.
+    ids: int64 [windows, tokens]. plan: formats (modules left out stay as they are), activations and cache. work: folder
+    for finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden] to which the
+    embedding and the head are fitted (compress/sensitivity.py); None clips them by their values alone. negative: whether
+    scales may be negative.
     Raises UserError for a layer whose activations are zero or not finite.
     """
     work.mkdir(parents=True, exist_ok=True)
-    embedding = None
+    embedding, formats = None, plan.tensors
     for module in ("model.embed_tokens", "lm_head"):
         if module not in formats:
             continue
         known = vocabulary is not None
         hessian = vocabulary[module] if known else torch.eye(checkpoint.config.hidden_size)
-        found = choose_codes(checkpoint.weight(module), hessian, formats[module], method if known else "clip")
+        found = choose_codes(checkpoint.weight(module), hessian, formats[module], method if known else "clip", negative)
         embedding = found.dequantize() if module == "model.embed_tokens" else embedding
         yield from found.tensors(module).items()
     walk = Walk(checkpoint, ids, embedding)
     for number in tqdm(range(len(checkpoint.config.layers)), desc="quantizing", unit="layer", file=sys.stderr):
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
-            tensors = _layer(walk, number, formats, method, folds)
+            tensors = _layer(walk, number, plan, method, folds, negative)
             partial = file.with_suffix(".partial")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
             partial.replace(file)
@@ -92,9 +100,10 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, formats: dict[str, TensorFor
             yield name, checkpoint.read(name)
 
 
-def _layer(walk: Walk, number: int, formats: dict[str, TensorFormat], method: str, folds: tuple[Fold, ...]) -> dict[str, Tensor]:
+def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tuple[Fold, ...],
+           negative: bool) -> dict[str, Tensor]:
     """Fold and quantize one layer, and take the windows through it. Returns its stored tensors."""
-    layer, prefix = walk.load(number), f"model.layers.{number}."
+    layer, prefix, formats = walk.load(number), f"model.layers.{number}.", plan.tensors
     for fold in folds:
         fold(layer, walk, {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)})
     stored: dict[str, Tensor] = {}
@@ -106,17 +115,28 @@ def _layer(walk: Walk, number: int, formats: dict[str, TensorFormat], method: st
                 continue
             weight = layer.get_submodule(name).weight
             try:
-                found = choose_codes(weight.data, hessian, formats[prefix + name], method)
+                found = choose_codes(weight.data, hessian, formats[prefix + name], method, negative)
             except UserError as error:
                 raise UserError(f"{prefix}{name}: {error}") from None
             weight.data = found.dequantize()
             stored.update(found.tensors(name))
+            if plan.activations.get("per") == "tensor":
+                stored[f"{name}.input_scale"] = _int8_scale(largest(inputs).amax(0, keepdim=True))
 
+    walk.cache = KeyValueRanges() if plan.kv_cache else None
     walk.step(layer, visit)
+    for part, found in zip("kv", walk.cache.largest if walk.cache else ()):
+        found = found if plan.kv_cache["per"] == "channel" else found.amax(0, keepdim=True)
+        stored[f"self_attn.{part}_scale"] = _int8_scale(found)
     kept = {name: tensor for name, tensor in layer.state_dict().items() if prefix + name.removesuffix(".weight") not in formats}
     original = {name: walk.checkpoint.read(prefix + name) for name in kept}
     return stored | {name: original[name] if torch.equal(original[name].float(), tensor) else tensor
                      for name, tensor in kept.items()}
+
+
+def _int8_scale(largest: Tensor) -> Tensor:
+    """The scale that puts +-largest on +-127; 1 for what was always zero."""
+    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
 
 
 def _restored(walk: Walk, number: int, tensors: dict[str, Tensor], formats: dict[str, TensorFormat]):

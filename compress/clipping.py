@@ -13,6 +13,8 @@ llama.cpp's importance matrix. It does not look at correlations between inputs: 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,11 @@ _FINE = (1.0, 0.97, 0.94)
 _ROWS = 1 << 20                                      # weights handled at once, to stay in the cache
 
 
-def clipped_grid(weight: Tensor, form: TensorFormat, importance: Tensor | None = None) -> Grid:
+def clipped_grid(weight: Tensor, form: TensorFormat, importance: Tensor | None = None, negative: bool = True) -> Grid:
     """The least-squares grid of a weight.
 
     weight: float32 [N, K]. importance: float32 [K], not negative; None counts every input alike.
+    negative: whether a symmetric grid's scale may be (compress/grid.py).
     Raises UserError where the group does not divide K.
     """
     rows, columns = weight.shape
@@ -37,16 +40,21 @@ def clipped_grid(weight: Tensor, form: TensorFormat, importance: Tensor | None =
     importance = (importance + 1e-6 * importance.mean().clamp_min(1e-30)).view(1, groups, -1)
     search = _symmetric if form.symmetric else _asymmetric
     step = max(1, _ROWS // columns)
+    if form.symmetric and not negative:
+        search = partial(_symmetric, negative=False)
     parts = [search(weight[i:i + step].unflatten(1, (groups, -1)), form.bits, importance) for i in range(0, rows, step)]
     return Grid(torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts]), form)
 
 
-def _symmetric(grouped: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _symmetric(grouped: Tensor, bits: int, importance: Tensor, negative: bool = True) -> tuple[Tensor, Tensor]:
     half = 2 ** (bits - 1)
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[:, :, 0]
+    if not negative:
+        largest = -largest.abs()                                           # so that -largest / half is positive
     shrink = _COARSE if bits < 5 else _FINE
     candidates = [-largest / half * s for s in shrink]                     # the largest weight on code 0
-    candidates += [largest / max(half - 1, 1) * s for s in shrink[::2]]    # or on the other side
+    other = largest if negative else -largest
+    candidates += [other / max(half - 1, 1) * s for s in shrink[::2]]      # or on the other side
     zeros = torch.full_like(largest, half)
     return _best(grouped, [(scale, zeros) for scale in candidates], 2 * half - 1, importance)
 

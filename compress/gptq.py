@@ -128,7 +128,8 @@ def refit(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor) -> Grid:
         # A group of zeros leaves its scale undetermined: a little weight on the scale it had settles it.
         ridge = 1e-4 * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-30).expand(-1, groups)
         solved = torch.linalg.solve(matrix + torch.diag_embed(ridge), right + ridge * grid.scales[start:stop])
-        scales[start:stop] = torch.where(torch.isfinite(solved), solved, grid.scales[start:stop])
+        before = grid.scales[start:stop]
+        scales[start:stop] = torch.where(solved * before > 0, solved, before)      # neither another sign nor NaN
     return grid.with_scales(scales)
 
 

@@ -58,6 +58,7 @@ class Walk:
         config = checkpoint.config
         table = checkpoint.weight("model.embed_tokens") if embedding is None else embedding
         self.checkpoint, self.x = checkpoint, table[ids]                            # float32 [windows, tokens, hidden]
+        self.cache: KeyValueRanges | None = None       # set to see the keys and values of the next step
         positions = torch.arange(ids.shape[1])
         self.rope = None
         if config.positions == "learned":
@@ -88,7 +89,7 @@ class Walk:
         """Take the stream through `layer`; `visit` sees each group of linears before their data passes on."""
         first = ["mlp.up_proj"] if layer.mlp.gate_proj is None else ["mlp.gate_proj", "mlp.up_proj"]
         self._block(layer.input_layernorm, layer.self_attn, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-                    "self_attn.o_proj", visit, (self.rope, self.mask, None))
+                    "self_attn.o_proj", visit, (self.rope, self.mask, self.cache))
         self._block(layer.post_attention_layernorm, layer.mlp, first, "mlp.down_proj", visit, ())
 
     def inputs(self, layer: Layer, measure: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
@@ -118,6 +119,19 @@ class Walk:
         with fast_matmul():
             for i, part in zip(chunks, mixed):
                 self.x[i:i + ROWS] += final(part)
+
+
+class KeyValueRanges:
+    """Stands where a layer's cache would, keeps nothing but max |x| of every channel: float32 [kv_heads * head_dim]."""
+
+    def __init__(self):
+        self.largest = [torch.zeros(1), torch.zeros(1)]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """keys (after RoPE) and values [b, kv_heads, s, head_dim], which are what attention sees."""
+        self.largest = [torch.maximum(before, x.abs().amax((0, 2)).flatten())
+                        for before, x in zip(self.largest, (keys, values))]
+        return keys, values
 
 
 def second_moment(inputs: list[Tensor]) -> Tensor:

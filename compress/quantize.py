@@ -29,19 +29,18 @@ from tqdm import tqdm
 from compress.awq import awq
 from compress.calibrated import calibrated
 from compress.calibration_text import corpus_windows
-from compress.mixed import BACKENDS, budget, candidates, check_backend, mixed_formats
+from compress.mixed import BACKENDS, budget, candidates, check_backend, check_target, mixed_formats
 from compress.recover import TEACHER_CACHE, Options as RecoverOptions, recover
 from compress.rotation import rotate_values
 from compress.rtn import round_to_nearest
 from compress.sensitivity import Sensitivity, measure_sensitivity
 from compress.smoothquant import smooth
 from models import lineage
-from models.activations import INT8_ROWS
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records, source_digest
 from models.fidelity import Window, cut_windows, measure
-from models.quantized import Quantization, TensorFormat
+from models.quantized import KINDS, Quantization, TensorFormat
 from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
@@ -72,12 +71,16 @@ class Options(DataOptions):
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
     method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "clip", "gptq"))
     fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD")
-    activations: int = arg(0, help="8: linears also round their inputs to int8, one scale a token; 0: they do not",
-                           choices=(0, 8))
+    kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=KINDS)
+    activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
+    activation_scales: str = arg("row", help="of these: one for each token's row as it comes, or static: one for each "
+                                 "linear, from the calibration text", choices=("row", "static"))
+    kv_cache: str = arg("float", help="int8 keys and values, scales from the calibration text: one, or one a channel",
+                        choices=("float", "tensor", "channel"))
     data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT")
     windows: int = arg(128, help="windows of calibration text, spread evenly over it")
     length: int = arg(512, help="tokens in a window")
-    target_size: str | None = arg(None, help="bytes of all tensors, such as 92MB: formats are chosen for each module")
+    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB: formats are chosen for each module")
     target_bpw: float | None = arg(None, help="the same as bits per weight")
     backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS))
     sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there")
@@ -119,8 +122,13 @@ def _quantize(options: Options) -> None:
                         f"checkpoint it was made from")
     check_output(options.out, options.checkpoint)
     mixed = _check(options)
-    formats = {} if mixed else choose_formats(checkpoint, options)
-    check_backend(formats, options.backend)
+    plan = Quantization({} if mixed else choose_formats(checkpoint, options), _activations(options),
+                        None if options.kv_cache == "float" else {"bits": 8, "per": options.kv_cache})
+    check_backend(plan, options.backend)
+    skip = _skipped(checkpoint.modules(), options.skip)
+    if mixed:
+        size = budget(checkpoint, options.target_size, options.target_bpw)
+        check_target(checkpoint, size, options.backend, skip)
     length = min(options.length, checkpoint.config.context_length)
     ids = corpus_windows(checkpoint, options, options.windows, length) if options.data else None
     windows = _windows(checkpoint, options) if options.eval_text else None
@@ -134,19 +142,17 @@ def _quantize(options: Options) -> None:
     if mixed or (options.method == "gptq" and options.embedding_bits):
         found = _sensitivity(checkpoint, options, ids)
     if mixed:
-        skip = _skipped(checkpoint.modules(), options.skip)
-        size = budget(checkpoint, options.target_size, options.target_bpw)
         formats, damage = mixed_formats(checkpoint, found, size, options.backend, skip)
+        plan = replace(plan, tensors=formats)
         print(f"predicted divergence: {damage:.4f} nats a token")
     stage = lineage.stage("compress.quantize", options, inputs)
-    config = checkpoint.hf_config | {"quantization_config": Quantization(
-        formats, INT8_ROWS if options.activations else {}).to_dict()}
+    config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
     if options.method == "rtn":
-        tensors, work = _quantized(checkpoint, formats), None
+        tensors, work = _quantized(checkpoint, plan.tensors), None
     else:
-        work = _work_folder(options, inputs, formats)
-        tensors = calibrated(checkpoint, ids, formats, options.method, work, tuple(FOLDS[name] for name in options.fold),
-                             found and found.vocabulary)
+        work = _work_folder(options, inputs, plan)
+        tensors = calibrated(checkpoint, ids, plan, options.method, work, tuple(FOLDS[name] for name in options.fold),
+                             found and found.vocabulary, BACKENDS[options.backend].negative_scales)
     write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
     if work:
         shutil.rmtree(work)
@@ -159,7 +165,7 @@ def _quantize(options: Options) -> None:
     for figures in (before, after):
         figures["bits_per_weight"] = 8 * figures["bytes"] / weights
     lineage.add_metrics(options.out, {"before": before, "after": after})
-    print(_report(formats, before, after))
+    print(_report(plan.tensors, before, after))
 
 
 def _check(options: Options) -> bool:
@@ -174,8 +180,15 @@ def _check(options: Options) -> bool:
     for name in options.fold:
         if name not in FOLDS:
             raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLDS)}")
-    if options.fold and options.method == "rtn":
-        raise UserError("--fold looks at calibration text, which --method rtn does not: choose --method clip or gptq")
+    calibrates = {"--fold": options.fold, "--activation-scales static": options.activation_scales == "static",
+                  "--kv-cache": options.kv_cache != "float"}
+    for name, asked in calibrates.items():
+        if asked and options.method == "rtn":
+            raise UserError(f"{name} looks at calibration text, which --method rtn does not: choose --method clip or gptq")
+    if options.activation_scales == "static" and not options.activations:
+        raise UserError("--activation-scales is about int8 activations: give --activations 8")
+    if options.kind == "e4m3" and (options.method != "rtn" or options.bits != 8 or not options.symmetric):
+        raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
     for name in ("windows", "length", "sensitivity_windows"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be at least 1")
@@ -193,11 +206,14 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
     return found
 
 
-def _work_folder(options: Options, inputs: dict, formats: dict[str, TensorFormat]) -> Path:
+def _work_folder(options: Options, inputs: dict, plan: Quantization) -> Path:
     """Where finished layers of exactly this work wait, beside the result."""
-    plan = {"inputs": inputs, "method": options.method, "folds": options.fold,
-            "formats": {name: asdict(form) for name, form in formats.items()}}
-    return _beside(options.out, plan, "work")
+    negative = BACKENDS[options.backend].negative_scales
+    return _beside(options.out, [inputs, options.method, options.fold, negative, plan.to_dict()], "work")
+
+
+def _activations(options: Options) -> dict:
+    return {"bits": 8, "per": {"row": "row", "static": "tensor"}[options.activation_scales]} if options.activations else {}
 
 
 def _beside(out: Path, plan, suffix: str) -> Path:
@@ -225,7 +241,7 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
         if bits == 0 or module in skip:
             continue
         group = 0 if vocabulary and bits == 8 else options.group
-        formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary)
+        formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary, "int" if vocabulary else options.kind)
         try:
             formats[module].groups(checkpoint.shape(f"{module}.weight")[1])
         except UserError as error:
@@ -275,7 +291,7 @@ def _report(formats: dict[str, TensorFormat], before: dict, after: dict) -> str:
     kinds = {}
     for form in formats.values():
         kinds[form] = kinds.get(form, 0) + 1
-    lines = [f"{count} matrices at {form.bits} bits, "
+    lines = [f"{count} matrices at {form.bits} bits{'' if form.kind == 'int' else f' ({form.kind})'}, "
              + (f"groups of {form.group}" if form.group else "one scale a row")
              + ("" if form.symmetric else ", with zero points") for form, count in kinds.items()]
     return "\n".join([*lines, "", table(rows)])

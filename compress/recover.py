@@ -119,8 +119,8 @@ def student_of(checkpoint: Checkpoint) -> tuple[Decoder, dict[str, CodedLinear]]
     """The decoder with every quantized linear of its layers replaced by a CodedLinear, and those by module name."""
     decoder = load_decoder(checkpoint.path).requires_grad_(False)
     coded = {}
-    for module in checkpoint.quantization.tensors:
-        if module.startswith("model.layers."):
+    for module, form in checkpoint.quantization.tensors.items():
+        if module.startswith("model.layers.") and form.kind == "int":
             parent, name = module.rsplit(".", 1)
             linear = decoder.get_submodule(module)
             coded[module] = CodedLinear(checkpoint.quantized(module), linear.bias)
@@ -266,7 +266,7 @@ def _tensors(checkpoint: Checkpoint, decoder: Decoder, coded: dict[str, CodedLin
     done = {}
     for name in checkpoint.names():
         module, suffix = name.rsplit(".", 1)
-        if module in coded:
+        if module in coded and suffix in ("codes", "scales", "zeros"):
             if suffix == "codes":
                 done = coded[module].frozen().tensors(module)
             yield name, done[name]

@@ -10,6 +10,8 @@ loading and TensorRT keeps as a weight-only quantized product.
 
 from __future__ import annotations
 
+import numpy as np
+
 from export.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
 from models.config import ModelConfig
 
@@ -31,11 +33,12 @@ class DecoderGraph(GraphBuilder):
         self.input("logits_positions", "int64", ["b", "k"])
         self.output("logits", "float32", ["b", "k", self.config.vocab_size])
 
-    def cache(self, layer: int) -> list[tuple[str, str]]:
-        """Declare a layer's caches: (past, present) of the keys and of the values."""
+    def cache(self, layer: int, dtype: str | None = None) -> list[tuple[str, str]]:
+        """Declare a layer's caches, of the graph's type or another: (past, present) of the keys and of the values."""
+        dtype = dtype or self.dtype
         shape = ["b", self.config.layers[layer].kv_heads, "capacity", self.config.head_dim]
-        return [(self.input(f"past_{kind}.{layer}", self.dtype, shape),
-                 self.output(f"present_{kind}.{layer}", self.dtype, shape)) for kind in ("key", "value")]
+        return [(self.input(f"past_{kind}.{layer}", dtype, shape),
+                 self.output(f"present_{kind}.{layer}", dtype, shape)) for kind in ("key", "value")]
 
     def cast(self, value: str, dtype: str, output: str) -> str:
         return self.op("Cast", [value], output, to=ELEMENT_TYPES[dtype])
@@ -64,11 +67,35 @@ class DecoderGraph(GraphBuilder):
         return self.op("DequantizeLinear", inputs, f"{name}.dequantized", **blocks)
 
     def linear(self, x: str, name: str, *, bias: bool = True) -> str:
-        """x @ W, plus the bias where there is one and the caller does not add it."""
+        """x @ W, plus the bias where there is one and the caller does not add it. x is rounded where it has a scale."""
+        if self.has_weight(f"{name}.input_scale"):
+            x = self.fake_int8(x, f"{name}.input_scale", f"{name}.rounded")
         product = self.op("MatMul", [x, self.dequantized(name, 0)], f"{name}.product")
         if not (bias and self.has_weight(f"{name}.bias")):
             return product
         return self.op("Add", [product, self.weight(f"{name}.bias")], f"{name}.sum")
+
+    def fake_int8(self, x: str, scale: str, output: str) -> str:
+        """x rounded to int8 with a stored float32 scalar as scale, as QuantizeLinear and DequantizeLinear do."""
+        scale, zero = self.weight(scale), self.constant(0, np.int8)
+        if self.dtype != "float32":
+            scale = self.cast(scale, self.dtype, f"{output}.scale")
+        return self.op("DequantizeLinear", [self.op("QuantizeLinear", [x, scale, zero], f"{output}.codes"), scale, zero], output)
+
+    def cached_values(self, x: str, layer: int, part: str) -> str:
+        """Keys or values [b, kv_heads, s, head_dim] with the values an int8 cache has for them, where the model asks for one."""
+        scale, name = f"layers.{layer}.{part}_scale", f"layers.{layer}.{part}.int8"
+        if not self.has_weight(scale):
+            return x
+        per_channel = self.stored(scale).shape[0] > 1
+        shape = [1, self.config.layers[layer].kv_heads, 1, self.config.head_dim] if per_channel else [1]
+        step = self.op("Reshape", [self.weight(scale), self.constant(shape)], f"{name}.scale")
+        if self.dtype != "float32":
+            step = self.cast(step, self.dtype, f"{name}.scale.cast")
+        low, high = (self.constant(limit, self.dtype) for limit in (-128, 127))
+        codes = self.op("Clip", [self.op("Round", [self.op("Div", [x, step], f"{name}.steps")], f"{name}.rounded"), low, high],
+                        f"{name}.codes")
+        return self.op("Mul", [codes, step], name)
 
     def split_linear(self, x: str, name: str, parts: dict[str, int]) -> list[str]:
         """Linears of one input, fused as `name` or stored one by one: {part: outputs} -> one value a part."""

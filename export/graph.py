@@ -25,6 +25,7 @@ ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL,
     "int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "int4": TensorProto.INT4, "uint4": TensorProto.UINT4,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
 }
 
 

@@ -56,6 +56,9 @@ def export(options: Options) -> None:
     if not (checkpoint.path / bundles.TOKENIZER).is_file():
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
+    if checkpoint.quantization and checkpoint.quantization.activations.get("per") == "row":
+        raise UserError(f"{checkpoint.path} rounds its activations row by row, which runs in PyTorch alone: quantize again "
+                        f"with --activation-scales static")
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})

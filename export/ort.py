@@ -3,7 +3,7 @@
 `fast.onnx` reads the same weights.bin, to the byte, and has the interface of the portable graph. What it fuses:
 
 - attention, rotation and cache update in `GroupQueryAttention`, whose lengths are computed in the graph from
-  write_index; QK-norm stays a norm of its own before it;
+  write_index; QK-norm stays a norm of its own before it; its caches are int8 where the checkpoint has scales for them;
 - residual addition, bias and norm in `SkipSimplifiedLayerNormalization` or `SkipLayerNormalization`;
 - quantized linears: left as DequantizeLinear + MatMul, which ONNX Runtime makes MatMulNBits while loading;
 - a tied quantized table. ONNX Runtime would unfold DequantizeLinear -> Transpose -> MatMul at every step, so the head is
@@ -121,12 +121,19 @@ def _attention(graph: DecoderGraph, x: str, lengths: list[str], layer: int) -> s
                 normed = graph.head_norm(inputs[i], f"{name}.{part}_norm", heads)
                 inputs[i] = graph.op("Reshape", [normed, graph.constant([0, -1, heads * config.head_dim])],
                                      f"{name}.{part}_norm.rows")
-    (past_key, present_key), (past_value, present_value) = graph.cache(layer)
+    scales, quantized = [], {}
+    if graph.has_weight(f"{name}.k_scale"):
+        scales = ["", "", "", graph.weight(f"{name}.k_scale"), graph.weight(f"{name}.v_scale")]
+        kind = "PER_CHANNEL" if graph.stored(f"{name}.k_scale").shape[0] > 1 else "PER_TENSOR"
+        quantized = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
+    (past_key, present_key), (past_value, present_value) = graph.cache(layer, "int8" if scales else None)
     rope = [graph.weight("rope.cos"), graph.weight("rope.sin")] if config.positions == "rope" else []
+    tables = [*(rope or ["", ""]), *scales] if scales else rope
     window = {"local_window_size": config.sliding_window} if config.sliding_window else {}
-    attended = graph.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *rope],
+    attended = graph.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *tables],
                         [f"{name}.attended", present_key, present_value], domain=MICROSOFT, num_heads=shape.heads,
-                        kv_num_heads=shape.kv_heads, do_rotary=int(bool(rope)), scale=config.head_dim ** -0.5, **window)
+                        kv_num_heads=shape.kv_heads, do_rotary=int(bool(rope)), scale=config.head_dim ** -0.5, **window,
+                        **quantized)
     return graph.linear(attended[0], f"{name}.o", bias=False)
 
 

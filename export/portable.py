@@ -68,7 +68,7 @@ def _attention(graph: DecoderGraph, x: str, visible: str, layer: int) -> str:
         if part != "v" and config.positions == "rope":
             tables = [graph.weight("rope.cos"), graph.weight("rope.sin")]
             value = graph.op("RotaryEmbedding", [value, *tables, "position_ids"], f"{name}.{part}.rotated")
-        turned[part] = value
+        turned[part] = value if part == "q" else graph.cached_values(value, layer, part)
     for (past, present), part in zip(graph.cache(layer), "kv"):
         turned[part] = graph.op("TensorScatter", [past, turned[part], "write_index"], present, axis=2)
     attended = graph.op("Attention", [turned["q"], turned["k"], turned["v"], visible], f"{name}.attended",

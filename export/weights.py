@@ -8,7 +8,9 @@
 
 q, k and v (gate and up) are one linear where they are stored alike, else layers.L.q, .k, .v (.gate, .up); a plain MLP
 has only .up. Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
-asymmetric weights add zeros of the codes' type and the scales' shape. Codes of other widths (2, 3, 5, 6 bits), which
+asymmetric weights add zeros of the codes' type and the scales' shape. 8-bit floats are codes of type float8_e4m3fn, as
+they are. X.input_scale, float32 scalar, is the step to which the linear's inputs are rounded in int8;
+layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. Codes of other widths (2, 3, 5, 6 bits), which
 ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by row, scales [N, K/G].
 Everything else is float32 or float16, as the graph computes.
 
@@ -71,6 +73,7 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
         writer.norm(f"{ours}.mlp_norm", f"{prefix}.post_attention_layernorm")
         for name, modules in linears(config, layer).items():
             writer.linear(f"{ours}.{name}", modules)
+        writer.cache_scales(ours, f"{prefix}.self_attn")
     writer.norm("final_norm", "model.norm")
     if not config.tied_embeddings:
         writer.linear("head", ("lm_head",))
@@ -120,8 +123,19 @@ class _Writer:
             self._codes(name, [self.checkpoint.quantized(module) for module in modules], turned=True)
         else:
             self.dense(f"{name}.weight", *(self.checkpoint.read(f"{module}.weight") for module in modules), turned=True)
+        if f"{modules[0]}.input_scale" in self.names:               # modules that read one input share its scale
+            self.float32(f"{name}.input_scale", self.checkpoint.read(f"{modules[0]}.input_scale")[0])
         if f"{modules[0]}.bias" in self.names:
             self.dense(f"{name}.bias", *(self.checkpoint.read(f"{module}.bias") for module in modules))
+
+    def cache_scales(self, name: str, module: str) -> None:
+        for part in ("k_scale", "v_scale"):
+            if f"{module}.{part}" in self.names:
+                self.float32(f"{name}.{part}", self.checkpoint.read(f"{module}.{part}"))
+
+    def float32(self, name: str, tensor: torch.Tensor) -> None:
+        """A few numbers that stay in float32 whatever the graph computes in."""
+        self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
 
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
         """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
@@ -134,9 +148,13 @@ class _Writer:
             if not parts[0].symmetric:
                 self.out.add(f"{name}.zeros", "uint8", (rows, scales[0].shape[1]), (part.numpy() for part in zeros))
             return
+        kind = parts[0].kind
         if not group:
             scales, zeros = [part[:, 0] for part in scales], [part if part is None else part[:, 0] for part in zeros]
-        self._turned(f"{name}.codes", f"int{bits}", [part.codes for part in parts], turned, bits)
+        if kind == "e4m3":
+            self._turned(f"{name}.codes", "float8_e4m3fn", [part.codes.view(torch.uint8) for part in parts], turned)
+        else:
+            self._turned(f"{name}.codes", f"int{bits}", [part.codes for part in parts], turned, bits)
         self._turned(f"{name}.scales", "float16", scales, turned and group)
         if not parts[0].symmetric:
             self._turned(f"{name}.zeros", f"int{bits}", zeros, turned and group, bits)

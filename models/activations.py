@@ -1,31 +1,32 @@
-"""Linears that round their inputs to int8, one scale for each token's row: the arithmetic of a W8A8 checkpoint.
+"""Linears that round their inputs to int8: the arithmetic of a W8A8 checkpoint.
 
-    config.json: "quantization_config": {..., "activations": {"bits": 8, "per": "row"}}
+    config.json: "quantization_config": {..., "activations": {"bits": 8, "per": "row"}}         or "per": "tensor"
 
-Row x [K] becomes round(x / s) * s with s = max|x| / 127, before the product with the weights its codes stand for: the
-same numbers as an int8 x int8 product with int32 sums. It applies to the quantized linears of the layers; the head stays
-as it is. A row's scale depends on that row alone.
+Input x [..., K] becomes round(x / s) * s, limited to the int8 range, before the product with the weights its codes stand
+for: the same numbers as an int8 x int8 product with int32 sums. "row": s = max|x| / 127 of each token's row, found as it
+comes. "tensor": one s for each linear, found on calibration text and stored (`M.input_scale`), as QuantizeLinear and
+DequantizeLinear compute it. Either way a row's answer depends on that row alone. It applies to the quantized linears of
+the layers; the head stays as it is.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-
-from runtime.errors import UserError
-
-INT8_ROWS = {"bits": 8, "per": "row"}
 
 
 def round_rows(x: Tensor) -> Tensor:
     """x [..., K] rounded to int8 with one scale for each row."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (x / scale).round_().clamp_(-127, 127).mul_(scale)
+    return fake_int8(x, x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127)
 
 
-def round_inputs(model: nn.Module, modules: list[str], activations: dict) -> None:
-    """Make `modules` of the model round their inputs. Raises UserError for activations of another kind."""
-    if activations != INT8_ROWS:
-        raise UserError(f"quantization_config has activations {activations!r}: supported is {INT8_ROWS!r}")
+def fake_int8(x: Tensor, scale: Tensor) -> Tensor:
+    """The values of round(x / scale) in int8 (-128 to 127, halves to even); scale broadcasts."""
+    return (x / scale).round_().clamp_(-128, 127).mul_(scale)
+
+
+def round_inputs(model: nn.Module, modules: list[str], scales: dict[str, Tensor]) -> None:
+    """Make `modules` of the model round their inputs: by the scale [1] that `scales` has for one, else row by row."""
     for name in modules:
-        model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (round_rows(inputs[0]),))
+        def hook(module, inputs, scale=scales.get(name)):
+            return (round_rows(inputs[0]) if scale is None else fake_int8(inputs[0], scale),)
+        model.get_submodule(name).register_forward_pre_hook(hook)

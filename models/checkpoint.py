@@ -34,7 +34,7 @@ from runtime.errors import UserError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_STORED = {torch.uint8: "U8", torch.float16: "F16"}
+_STORED = {torch.uint8: "U8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 # What travels with the weights from stage to stage.
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -97,14 +97,20 @@ class Checkpoint:
         form = self.quantization and self.quantization.tensors.get(module)
         if not form:
             return None
-        codes = unpack(self.read(f"{module}.codes"), form.bits, self._shapes[f"{module}.weight"][1])
+        codes = self.read(f"{module}.codes")
+        if form.kind == "int":
+            codes = unpack(codes, form.bits, self._shapes[f"{module}.weight"][1])
         scales = self.read(f"{module}.scales")
         zeros = None if form.symmetric else self.read(f"{module}.zeros")
         if not torch.isfinite(scales).all():
             raise UserError(f"{self.path}: {module}.scales holds values that are not finite: the file is corrupt")
         if zeros is not None and int(zeros.max()) >= 2**form.bits:
             raise UserError(f"{self.path}: {module}.zeros holds {int(zeros.max())}, which {form.bits} bits cannot")
-        return QuantizedTensor(codes, scales, zeros, form.bits, form.group, form.symmetric)
+        return QuantizedTensor(codes, scales, zeros, form.bits, form.group, form.symmetric, form.kind)
+
+    def input_scales(self) -> dict[str, torch.Tensor]:
+        """Module -> float32 [1], the scale of its inputs, where activations have static scales."""
+        return {name.removesuffix(".input_scale"): self.read(name) for name in self._places if name.endswith(".input_scale")}
 
     def sha256(self) -> str:
         """Hash of config.json and the weights files, to name this checkpoint in a lineage."""
@@ -136,7 +142,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         for stored in sorted(files[file].keys()) if listed is None else listed:
             places |= _places(file, files[file], stored, config)
     shapes = tensor_shapes(config)
-    _check_tensors(path, shapes, quantization, places)
+    _check_tensors(path, config, shapes, quantization, places)
     return Checkpoint(path, hf_config, config, quantization, files, places, shapes)
 
 
@@ -156,9 +162,11 @@ def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decode
         source = checkpoint.read(name) if quantized is None else quantized.dequantize()
         state[name] = source.to(dtype).contiguous()
     decoder.load_state_dict(state, assign=True)
-    if checkpoint.quantization and checkpoint.quantization.activations:
-        linears = [module for module in checkpoint.quantization.tensors if module.startswith("model.layers.")]
-        round_inputs(decoder, linears, checkpoint.quantization.activations)
+    if checkpoint.quantization:
+        round_inputs(decoder, checkpoint.quantization.rounding_linears(), checkpoint.input_scales())
+        if checkpoint.quantization.kv_cache:
+            decoder.cache_scales = [tuple(checkpoint.read(f"model.layers.{number}.self_attn.{part}_scale") for part in "kv")
+                                    for number in range(len(checkpoint.config.layers))]
     return decoder
 
 
@@ -282,7 +290,7 @@ def _places(file: Path, opened, stored: str, config: ModelConfig) -> dict[str, _
             if not (name == "lm_head.weight" and config.tied_embeddings)}
 
 
-def _check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], quantization: Quantization | None,
+def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], quantization: Quantization | None,
                    places: dict[str, _Place]) -> None:
     """Every tensor the configuration asks for is there, in shape and dtype, and no other."""
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -296,6 +304,9 @@ def _check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], quantization:
         except UserError as error:
             raise UserError(f"{path / CONFIG}: quantization_config of {module}: {error}") from None
         expected |= {f"{module}.{suffix}": ((_STORED[dtype],), wanted) for suffix, (dtype, wanted) in stored.items()}
+    if quantization:
+        channels = [layer.kv_heads * config.head_dim for layer in config.layers]
+        expected |= {name: (("F32",), shape) for name, shape in quantization.extra_shapes(channels).items()}
     if missing := [name for name in expected if name not in places]:
         raise UserError(f"{path} lacks {_some(missing)}, which {CONFIG} asks for")
     if extra := [name for name in places if name not in expected]:

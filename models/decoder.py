@@ -10,7 +10,7 @@ position i: a call writes token j of row r into slot `write_index[r] + j`, and a
 own position (runtime/backend.py has the same rules).
 
 Attention is PyTorch's scaled_dot_product_attention, causal where there is no cache and no window that matters, else
-with an explicit mask. No dropout. Sources: Vaswani et al. 2017; Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
+with an explicit mask; mixed precision on a CPU leaves it in float32, whose backward pass is the faster there. No dropout. Sources: Vaswani et al. 2017; Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
 Shazeer 2020 (gated MLP); Radford et al. 2019 (initialization).
 """
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.activations import fake_int8
 from models.config import LayerConfig, ModelConfig
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -32,16 +33,18 @@ class KVCache:
     """Keys and values of `rows` sequences of at most `capacity` tokens, per layer [rows, kv_heads, capacity, head_dim].
 
     `lengths` int64 [rows] counts the filled slots of each row. The forward pass does not touch it: only the caller
-    knows which tokens were padding.
+    knows which tokens were padding. `scales`, one (keys', values') pair a layer, float32 [1] or [kv_heads * head_dim],
+    makes it hold the values of an int8 cache.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):
+                 device: torch.device | str = "cpu", scales: list[tuple[Tensor, Tensor]] | None = None):
         shapes = [(rows, layer.kv_heads, capacity, config.head_dim) for layer in config.layers]
         self.rows, self.capacity = rows, capacity
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.scales = scales
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,13 @@ class _LayerCache:
     values: Tensor
     slots: Tensor       # int64 [b, s], where the new tokens go
     filled: int         # slots that any row may look at after this pass
+    scales: tuple[Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new [b, kv_heads, s, head_dim]; returns everything up to the last filled slot."""
+        if self.scales is not None:
+            keys, values = (fake_int8(x, scale.view(-1, 1, x.shape[3] if len(scale) > 1 else 1))
+                            for x, scale in zip((keys, values), self.scales))
         index = self.slots[:, None, :, None].expand_as(keys)
         self.keys.scatter_(2, index, keys.to(self.keys.dtype))
         self.values.scatter_(2, index, values.to(self.values.dtype))
@@ -84,6 +91,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [b, s, heads, head_dim]: dimension i pairs with i + head_dim / 2. cos, sin [b or 1, s, 1, head_dim/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), mask, grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -124,8 +138,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(_attend(q, k, v, mask, self.grouped).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -193,7 +206,8 @@ class Backbone(nn.Module):
                 raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
             mask = self._mask(position_ids, torch.arange(filled, device=x.device))
         for number, layer in enumerate(self.layers):
-            storage = None if cache is None else _LayerCache(cache.keys[number], cache.values[number], slots, filled)
+            storage = None if cache is None else _LayerCache(cache.keys[number], cache.values[number], slots, filled,
+                                                             cache.scales and cache.scales[number])
             x = layer(x, rope, mask, storage)
         return self.norm(x)
 
@@ -212,6 +226,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self.cache_scales: list[tuple[Tensor, Tensor]] | None = None        # of an int8 KV cache, for who makes one
         self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.model.embed_tokens.weight.is_meta:
             self._initialize()

@@ -14,7 +14,13 @@ uint8 of the scales' shape, all in place of `M.weight`. config.json says which m
 
     "quantization_config": {"quant_method": "edgewright", "version": 1,
                             "tensors": {"model.layers.0.self_attn.q_proj": {"bits": 4, "group": 32, "symmetric": true}},
-                            "activations": {}, "kv_cache": null}
+                            "activations": {"bits": 8, "per": "tensor"}, "kv_cache": {"bits": 8, "per": "channel"}}
+
+A tensor of kind "e4m3" has 8-bit floating-point codes instead (torch.float8_e4m3fn, value = code * scale). "activations"
+({} for none) says how the layers' linears round their inputs (models/activations.py): "per" row, or tensor with one
+stored scale `M.input_scale` float32 [1]. "kv_cache" (null for none): keys (after RoPE) and values are kept as
+round(x / scale) in int8, scales `model.layers.N.self_attn.k_scale` and `.v_scale` float32 [1], or [kv_heads * head_dim]
+per channel.
 
 This file does not decide codes: see compress/.
 """
@@ -29,6 +35,9 @@ from runtime.errors import UserError
 
 METHOD, VERSION = "edgewright", 1
 BITS = range(2, 9)
+KINDS = ("int", "e4m3")
+ACTIVATIONS = ({}, {"bits": 8, "per": "row"}, {"bits": 8, "per": "tensor"})
+KV_CACHES = (None, {"bits": 8, "per": "tensor"}, {"bits": 8, "per": "channel"})
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class TensorFormat:
     bits: int
     group: int
     symmetric: bool = True
+    kind: str = "int"             # "e4m3": 8-bit floats
 
     def __post_init__(self):
         if type(self.bits) is not int or self.bits not in BITS:
@@ -46,6 +56,10 @@ class TensorFormat:
             raise UserError(f"group is {self.group!r}, which should be 0 (one scale a row) or a positive number")
         if type(self.symmetric) is not bool:
             raise UserError(f"symmetric is {self.symmetric!r}, which should be true or false")
+
+        if self.kind not in KINDS or (self.kind == "e4m3" and (self.bits != 8 or not self.symmetric)):
+            raise UserError(f"kind is {self.kind!r} with {self.bits} bits: supported are {' and '.join(KINDS)}, the latter "
+                            f"with 8 bits and without zero points")
 
     def groups(self, columns: int) -> int:
         """Scales in a row of `columns` inputs. Raises UserError where the group does not divide them."""
@@ -56,7 +70,8 @@ class TensorFormat:
     def stored_shapes(self, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
         """Suffix -> dtype and shape of the tensors that store a weight [rows, columns]."""
         scales = (rows, self.groups(columns))
-        shapes = {"codes": (torch.uint8, (rows, -(-columns * self.bits // 8))), "scales": (torch.float16, scales)}
+        codes = torch.uint8 if self.kind == "int" else torch.float8_e4m3fn
+        shapes = {"codes": (codes, (rows, -(-columns * self.bits // 8))), "scales": (torch.float16, scales)}
         return shapes if self.symmetric else shapes | {"zeros": (torch.uint8, scales)}
 
 
@@ -70,7 +85,22 @@ class Quantization:
 
     def to_dict(self) -> dict:
         return {"quant_method": METHOD, "version": VERSION, "activations": self.activations, "kv_cache": self.kv_cache,
-                "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()}}
+                "tensors": {name: _described(form) for name, form in self.tensors.items()}}
+
+    def extra_shapes(self, kv_channels: list[int]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the float32 scales of activations and caches; kv_channels: kv_heads * head_dim of each layer."""
+        shapes = {}
+        if self.activations.get("per") == "tensor":
+            shapes |= {f"{name}.input_scale": (1,) for name in self.rounding_linears()}
+        if self.kv_cache:
+            for layer, channels in enumerate(kv_channels):
+                shape = (channels if self.kv_cache["per"] == "channel" else 1,)
+                shapes |= {f"model.layers.{layer}.self_attn.{part}_scale": shape for part in "kv"}
+        return shapes
+
+    def rounding_linears(self) -> list[str]:
+        """The linears that round their inputs where activations are quantized: those of the layers, not the head."""
+        return [name for name in self.tensors if name.startswith("model.layers.")] if self.activations else []
 
     @classmethod
     def from_dict(cls, data: dict) -> Quantization:
@@ -86,6 +116,9 @@ class Quantization:
                                    ("kv_cache", kv_cache, (dict, type(None)))):
             if not isinstance(value, kinds):
                 raise UserError(f"quantization_config has {name} {value!r}, which should be an object")
+        for name, value, known in (("activations", activations, ACTIVATIONS), ("kv_cache", kv_cache, KV_CACHES)):
+            if value not in known:
+                raise UserError(f"quantization_config has {name} {value!r}: supported are {', '.join(map(str, known))}")
         formats = {}
         for name, value in tensors.items():
             try:
@@ -95,25 +128,31 @@ class Quantization:
         return cls(formats, activations, kv_cache)
 
 
+def _described(form: TensorFormat) -> dict:
+    """A format in config.json; the kind only where it is not the usual one."""
+    return {name: value for name, value in asdict(form).items() if (name, value) != ("kind", "int")}
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """One quantized weight [N, K] in memory: codes unpacked, one to a byte."""
 
-    codes: torch.Tensor                 # uint8 [N, K], unsigned
+    codes: torch.Tensor                 # uint8 [N, K], unsigned; float8_e4m3fn for that kind
     scales: torch.Tensor                # float16 [N, K/group], [N, 1] for group 0
     zeros: torch.Tensor | None          # uint8, the scales' shape; None where symmetric
     bits: int
     group: int
     symmetric: bool
+    kind: str = "int"
 
     @property
     def format(self) -> TensorFormat:
-        return TensorFormat(self.bits, self.group, self.symmetric)
+        return TensorFormat(self.bits, self.group, self.symmetric, self.kind)
 
     def dequantize(self) -> torch.Tensor:
         """The values the codes stand for, float32 [N, K]."""
         rows, columns = self.codes.shape
-        zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float()[:, :, None]
+        zeros = self.zeros.float()[:, :, None] if self.zeros is not None else 2 ** (self.bits - 1) if self.kind == "int" else 0
         values = self.codes.view(rows, self.scales.shape[1], -1).float()
         return values.sub_(zeros).mul_(self.scales.float()[:, :, None]).view(rows, columns)
 
@@ -123,7 +162,8 @@ class QuantizedTensor:
 
     def tensors(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors that store this weight, by their names in a checkpoint."""
-        stored = {f"{module}.codes": pack(self.codes, self.bits), f"{module}.scales": self.scales}
+        codes = pack(self.codes, self.bits) if self.kind == "int" else self.codes
+        stored = {f"{module}.codes": codes, f"{module}.scales": self.scales}
         return stored if self.zeros is None else stored | {f"{module}.zeros": self.zeros}
 
 

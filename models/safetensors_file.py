@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-           torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+           torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+           torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def write_safetensors(file: Path, tensors: Iterable[tuple[str, torch.Tensor]], header_room: int) -> dict[str, int]:

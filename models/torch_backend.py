@@ -15,9 +15,9 @@ from models.decoder import Decoder, KVCache
 class TorchCache:
     """A `runtime.backend.Cache` over a decoder's KVCache; a view shares its storage."""
 
-    def __init__(self, config, rows: int, capacity: int, storage: KVCache | None = None):
+    def __init__(self, config, rows: int, capacity: int, storage: KVCache | None = None, scales=None):
         self.config, self.rows, self.capacity = config, rows, capacity
-        self.storage = storage if storage is not None else KVCache(config, rows, capacity)
+        self.storage = storage if storage is not None else KVCache(config, rows, capacity, scales=scales)
         self.lengths = self.storage.lengths.numpy()         # shared memory: both count the same slots
 
     @property
@@ -37,11 +37,11 @@ class TorchCache:
         part.rows, part.capacity = stop - start, self.capacity
         part.keys = [t[start:stop] for t in self.storage.keys]
         part.values = [t[start:stop] for t in self.storage.values]
-        part.lengths = self.storage.lengths[start:stop]
+        part.lengths, part.scales = self.storage.lengths[start:stop], self.storage.scales
         return TorchCache(self.config, stop - start, self.capacity, part)
 
     def grow(self, capacity: int) -> None:
-        larger = KVCache(self.config, self.rows, capacity)
+        larger = KVCache(self.config, self.rows, capacity, scales=self.storage.scales)
         for new, old in zip(larger.keys + larger.values, self.storage.keys + self.storage.values):
             new[:, :, :self.capacity] = old
         larger.lengths.copy_(self.storage.lengths)
@@ -62,7 +62,7 @@ class TorchBackend:
         return 2 * 4 * rows * capacity * config.head_dim * sum(layer.kv_heads for layer in config.layers)
 
     def new_cache(self, rows: int, capacity: int) -> TorchCache:
-        return TorchCache(self.decoder.config, rows, capacity)
+        return TorchCache(self.decoder.config, rows, capacity, scales=self.decoder.cache_scales)
 
     @torch.inference_mode()
     def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TorchCache) -> np.ndarray:

@@ -31,7 +31,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 ROLES = ("portable", "fast")
 DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4,
-              "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6}
+              "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6, "float8_e4m3fn": 8}
 _PACKED_BY_ROW = ("uint2", "uint3", "uint5", "uint6")       # each row ends on a byte; int4 and uint4 do as ONNX does
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}      # others are given as raw bytes
 

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from compress import calibrated as module
+from compress.mixed import bundle_extras
 from compress.quantize import main
+from export.onnx import main as export
 from models.checkpoint import load_decoder, open_checkpoint
 from models.quantized import TensorFormat
 
@@ -54,11 +56,12 @@ def test_a_target_size_is_met_and_mixed_precision_pays(tiny_checkpoint, text, tm
     source, ids = tiny_checkpoint("smollm2"), text_ids(tiny_checkpoint("smollm2"))
     assert quantize(source, tmp_path / "even", text, "--method", "gptq", "--bits", 5, "--embedding-bits", 5) == 0
     even = open_checkpoint(tmp_path / "even")
-    size = sum(even.nbytes(name) for name in even.names())
+    size = sum(even.nbytes(name) for name in even.names()) + bundle_extras(open_checkpoint(source))
     kept = tmp_path / "sensitivity.safetensors"
     assert quantize(source, tmp_path / "mixed", text, "--method", "gptq", "--target-size", size, "--sensitivity", kept) == 0
     mixed = open_checkpoint(tmp_path / "mixed")
-    assert 0.97 * size < sum(mixed.nbytes(name) for name in mixed.names()) <= size
+    assert export([str(tmp_path / "mixed"), "-o", str(tmp_path / "bundle")]) == 0
+    assert 0.97 * size < (tmp_path / "bundle/weights.bin").stat().st_size <= size
     assert len(set(mixed.quantization.tensors.values())) > 1
     assert divergence(tmp_path / "mixed", source, ids) < divergence(tmp_path / "even", source, ids)
     stamp = kept.stat().st_mtime_ns
@@ -108,7 +111,7 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--target-size", "1MB", "--target-bpw", 4], "say the same thing twice"),
     (["--target-bpw", -1], "should be above 0"),
     (["--bits", 3, "--backend", "onnx"], "run 4 and 8 bits"),
-    (["--no-symmetric", "--backend", "tensorrt"], "zero points, and TensorRT runs none"),
+    (["--no-symmetric", "--backend", "tensorrt"], "zero points, and tensorrt runs none"),
     (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
     (["--method", "gptq", "--data", "empty.txt"], "holds no records"),
 ])

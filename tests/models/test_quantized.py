@@ -43,7 +43,7 @@ def test_values_of_codes(bits, symmetric, group):
 
 
 def test_description_round_trips():
-    description = Quantization({"a": TensorFormat(4, 32), "b": TensorFormat(8, 0, False)}, kv_cache={"bits": 8})
+    description = Quantization({"a": TensorFormat(4, 32), "b": TensorFormat(8, 0, False)}, kv_cache={"bits": 8, "per": "channel"})
     assert Quantization.from_dict(description.to_dict()) == description
 
 

@@ -1,0 +1,110 @@
+"""Int8 activations and caches, 8-bit floats and negative scales: graphs against PyTorch's own rounding, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import course
+from scipy.special import log_softmax, rel_entr
+
+from compress.quantize import main as quantize
+from export import onnx as export_onnx
+from export import ort
+from models.checkpoint import load_decoder, open_checkpoint
+from models.torch_backend import TorchBackend
+from runtime.bundle import open_bundle
+from runtime.ort_backend import OrtBackend
+
+TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint, tmp_path_factory):
+    """(checkpoint, bundle with both graphs) of the small model, quantized with some options."""
+    folder = tmp_path_factory.mktemp("int8")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+
+    def make(name: str, *options, fast: bool = True):
+        out = folder / name
+        assert quantize([str(tiny_checkpoint("smollm2")), "-o", str(out), "--backend", "onnx", "--data", str(folder / "text.txt"),
+                         "--cache", str(folder / "cache"), "--windows", "8", "--length", "64", *options]) == 0
+        assert export_onnx.main([str(out), "-o", str(folder / f"{name}-bundle")]) == 0
+        assert not fast or ort.main([str(folder / f"{name}-bundle")]) == 0
+        return out, open_bundle(folder / f"{name}-bundle")
+    return make
+
+
+def mean_kl(decoder, backend) -> float:
+    """KL(PyTorch || graph), nats a token, over a ragged course through the cache."""
+    p, q = (log_softmax(course(one, decoder.config.vocab_size).astype(np.float64), axis=1)
+            for one in (TorchBackend(decoder), backend))
+    return float(rel_entr(np.exp(p), np.exp(q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+def test_int8_caches(quantized, per):
+    """Keys and values in int8: the fast graph's own int8 cache and the portable graph's rounding are PyTorch's."""
+    checkpoint, bundle = quantized(f"cache-{per}", "--method", "clip", "--bits", "8", "--kv-cache", per, "--embedding-bits", "0",
+                                   "--skip", "*.self_attn.*", "*.gate_proj", "*.down_proj", "*.1.mlp.*")
+    decoder, plain = load_decoder(checkpoint), load_decoder(checkpoint)
+    plain.cache_scales = None
+    fast = OrtBackend(bundle, role="fast", exact=True)
+    assert fast.cache_bytes(1, 8) == 8 * 2 * 2 * 2 * 16                        # slots, k and v, layers, heads, one byte each
+    rounding = mean_kl(decoder, TorchBackend(plain))                           # what rounding the cache changes at all
+    assert mean_kl(decoder, fast) < 0.05 * rounding
+    assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 0.05 * rounding
+    scales = open_checkpoint(checkpoint).read("model.layers.0.self_attn.k_scale")
+    assert len(scales) == (1 if per == "tensor" else 2 * 16) and (scales > 0).all()
+
+
+def test_static_activations(quantized):
+    """One scale a linear from the text: the portable graph's QuantizeLinear rounds as PyTorch does."""
+    checkpoint, bundle = quantized("static", "--method", "clip", "--bits", "8", "--group", "0", "--activations", "8",
+                                   "--activation-scales", "static", fast=False)
+    decoder = load_decoder(checkpoint)
+    weights_only = load_decoder(checkpoint)
+    for module in weights_only.modules():
+        module._forward_pre_hooks.clear()
+    assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 0.05 * mean_kl(decoder, TorchBackend(weights_only))
+
+
+def test_static_scales_are_the_largest_inputs_and_rows_stand_alone(quantized):
+    checkpoint, _ = quantized("static", "--method", "clip", "--bits", "8", "--group", "0", "--activations", "8",
+                              "--activation-scales", "static", fast=False)
+    decoder, scales, seen = load_decoder(checkpoint), open_checkpoint(checkpoint).input_scales(), {}
+    assert len(scales) == 14 and torch.equal(scales["model.layers.0.mlp.up_proj"], scales["model.layers.0.mlp.gate_proj"])
+    for name in scales:
+        decoder.get_submodule(name).register_forward_pre_hook(lambda m, x, name=name: seen.update({name: x[0]}))
+    ids = torch.randint(0, 384, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together, alone = decoder(ids), torch.cat([decoder(row[None]) for row in ids])
+    assert torch.allclose(together, alone, atol=1e-3)
+    for name, scale in scales.items():
+        steps = seen[name] / scale
+        assert torch.allclose(steps, steps.round(), atol=1e-3) and steps.abs().max() <= 128.001, name
+
+
+def test_8_bit_floats(quantized):
+    """e4m3 weights are PyTorch's own, nearer than e4m3's spacing of 1/8, and run in the portable graph."""
+    checkpoint, bundle = quantized("e4m3", "--bits", "8", "--group", "0", "--kind", "e4m3", fast=False)
+    opened = open_checkpoint(checkpoint)
+    tensor = opened.quantized("model.layers.0.mlp.up_proj")
+    assert tensor.codes.dtype == torch.float8_e4m3fn and opened.dtype("model.layers.0.mlp.up_proj.codes") == "F8_E4M3"
+    assert mean_kl(load_decoder(checkpoint), OrtBackend(bundle, exact=True)) < 1e-9
+
+
+def test_negative_scales(quantized):
+    """A symmetric grid may be mirrored by a negative scale: both graphs take it."""
+    checkpoint, bundle = quantized("mirrored", "--method", "clip", "--bits", "4", "--group", "32")
+    negative = sum(int((open_checkpoint(checkpoint).quantized(module).scales < 0).sum())
+                   for module in open_checkpoint(checkpoint).quantization.tensors)
+    assert negative > 100
+    decoder = load_decoder(checkpoint)
+    assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 1e-9
+    assert mean_kl(decoder, OrtBackend(bundle, role="fast")) < 0.02
+
+
+def test_rows_have_no_graph(quantized, tiny_checkpoint, tmp_path, capsys):
+    assert quantize([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "rows"), "--bits", "8", "--group", "0",
+                     "--activations", "8", "--backend", "pytorch"]) == 0
+    assert export_onnx.main([str(tmp_path / "rows"), "-o", str(tmp_path / "bundle")]) == 2
+    assert "runs in PyTorch alone" in capsys.readouterr().err and not (tmp_path / "bundle").exists()
