@@ -17,7 +17,7 @@ from models.config import ModelConfig
 
 
 class DecoderGraph(GraphBuilder):
-    """A graph builder that knows the model's shape and the type it computes in ("float32" or "float16")."""
+    """A graph builder that knows the model's shape and the type it computes in ("float32", "float16" or "bfloat16")."""
 
     def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str):
         super().__init__(stored)

@@ -4,7 +4,8 @@ The bundle holds the weights (`export/weights.py`), the graph (`export/portable.
 manifest that says what the model is and where it came from. Codes of a quantized checkpoint are written value for
 value. `python -m export.ort BUNDLE` then adds ONNX Runtime's fused graph, `export.verify` the proof.
 
---dtype is the type of activations, caches and whatever is not quantized; logits are float32 in any case. A checkpoint
+--dtype is the type of activations, caches and whatever is not quantized; logits are float32 in any case. bf16 is for
+TensorRT and the native core: ONNX Runtime's CPU lacks most of its operators. A checkpoint
 with weights of 2, 3, 5 or 6 bits gives a bundle without graphs, because ONNX has no such types: the native core runs it.
 """
 
@@ -23,7 +24,7 @@ from models.checkpoint import Checkpoint, open_checkpoint
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
-DTYPES = {"fp32": "float32", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
 GRAPH = "portable.onnx"
 EXAMPLES = """examples:

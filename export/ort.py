@@ -53,6 +53,8 @@ def add_fast_graph(options: Options) -> None:
     portable = opened.graph("portable")
     if portable is None:
         raise UserError(f"{options.bundle} has no portable graph to lower: its weights have widths that ONNX lacks")
+    if portable["dtype"] == "bf16":
+        raise UserError(f"{options.bundle} computes in bf16, which ONNX Runtime's CPU does not; export with --dtype fp32 or fp16")
     config = ModelConfig.from_dict(opened.model["config"])
     graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]])
     data = graph.serialize(opened.name)

@@ -19,7 +19,7 @@ from models.config import ModelConfig
 
 
 def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str) -> DecoderGraph:
-    """Build the graph over stored tensors. dtype: "float32" or "float16", of activations and caches."""
+    """Build the graph over stored tensors. dtype: "float32", "float16" or "bfloat16", of activations and caches."""
     graph = DecoderGraph(config, stored, dtype)
     graph.tokens()
     table = graph.dequantized("embed", 1)

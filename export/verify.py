@@ -16,7 +16,11 @@ a near tie, not an error.
 Rungs. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
 kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "fast", or "portable
 fused" in a bundle without a fast graph, is what users run: int8 activations, mean KL below 0.01. Past a budget the exit
-code is 1 and the bundle stays as it was; else the golden outputs go into it. TensorRT engines are listed, not run.
+code is 1 and the bundle stays as it was; else the golden outputs go into it.
+
+The report ends with every rung of the bundle: what ran here and with what result, what runs elsewhere (the native core and
+what needs a GPU: `python -m runtime.verify`, on the device) and was "built, never run" here. A bf16 graph is among the
+latter, because ONNX Runtime's CPU lacks the type.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from runtime.text import Tokenizer
 
 BUDGETS = {"portable": {"fp32": 1e-6, "fp16": 1e-3}, "portable_fused": 0.01, "fast": 0.01}     # mean KL, nats
 TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast"}
+NEVER = "built, never run"
 CHUNK = 16                        # tokens a call of the chunked prefill
 SINGLY = 16                       # tokens at the end of a prompt that go one by one
 SHORTEST_CONTEXT = 16
@@ -79,15 +84,14 @@ def verify(options: Options) -> None:
     budgets = rung_budgets(bundle)
     rows, failures = measure("pytorch", reference, golden, BUDGETS["portable"]["fp32"])
     reference.close()
-    for rung, budget in budgets.items():
+    for rung, budget in budgets.items() if runs_here(bundle) else ():
         backend = OrtBackend(bundle, threads=options.threads or available_cpus(), exact=rung == "portable",
                              role="fast" if rung == "fast" else "portable")
         more, failed = measure(rung, backend, golden, budget)
         rows, failures = rows + more, failures + failed
         backend.close()
     print(table(rows, title=f"{bundle.name}: {len(golden)} prompts, {len(golden[0].tokens)} tokens each, against PyTorch"))
-    for engine in bundle.manifest["engines"]:
-        print(f"{engine['file']}: built, never run by this check")
+    print(table(ladder(bundle, budgets, rows), title="\nRungs"))
     if failures:
         raise CheckFailed("; ".join(failures))
     figures = {f"{row['graph']}, {row['way']}": row["mean KL"] for row in rows}
@@ -117,7 +121,31 @@ def rung_budgets(bundle: Bundle) -> dict[str, float]:
     if portable is None:
         return {}
     second = "fast" if bundle.graph("fast") else "portable_fused"
+    if not runs_here(bundle):
+        return {second: BUDGETS[second]}
     return {"portable": BUDGETS["portable"][portable["dtype"]], second: BUDGETS[second]}
+
+
+def runs_here(bundle: Bundle) -> bool:
+    """Whether ONNX Runtime's CPU has the type that the bundle's graphs compute in."""
+    portable = bundle.graph("portable")
+    return portable is not None and portable["dtype"] != "bf16"
+
+
+def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict]) -> list[dict]:
+    """Every rung of the bundle, and what is known of it: `rows` are those of the report."""
+    found = []
+    for rung, budget in budgets.items():
+        graph = bundle.graph("fast" if rung == "fast" else "portable")["file"]
+        worst = max((float(row["mean KL"]) for row in rows if row["graph"] == TITLES[rung]), default=None)
+        result = NEVER if worst is None else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
+        found.append({"rung": TITLES[rung], "file": graph, "on": "ONNX Runtime, CPU", "result": result})
+    found.append({"rung": "native", "file": bundle.manifest["weights"]["file"], "on": "the CPU", "result": "run by runtime.verify"})
+    found += [{"rung": "cuda", "file": graph["file"], "on": "ONNX Runtime, CUDA", "result": NEVER}
+              for graph in bundle.manifest["graphs"]]
+    found += [{"rung": "tensorrt", "file": engine["file"], "on": "SM " + ",".join(engine["compute_capabilities"]), "result": NEVER}
+              for engine in bundle.manifest["engines"]]
+    return found
 
 
 def measure(rung: str, backend: Backend, golden: list[Golden], budget: float) -> tuple[list[dict], list[str]]:

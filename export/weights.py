@@ -49,7 +49,7 @@ def linears(config, layer: int) -> dict[str, tuple[str, ...]]:
 
 
 def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_context: int) -> None:
-    """Write every tensor. dtype: "float32" or "float16", of what is not quantized.
+    """Write every tensor. dtype: "float32", "float16" or "bfloat16", of what is not quantized.
 
     Raises UserError where a weight is not finite, or too large for float16.
     """
@@ -98,6 +98,8 @@ class _Writer:
         if not torch.isfinite(piece).all():
             raise UserError(f"{self.checkpoint.path}: {name} has values that are not finite in {self.dtype}: mend the "
                             f"checkpoint, or if they are only too large, export with --dtype fp32")
+        if piece.dtype == torch.bfloat16:                   # which numpy lacks: its bits
+            piece = piece.view(torch.int16)
         return piece.contiguous().numpy()
 
     def norm(self, name: str, module: str) -> None:

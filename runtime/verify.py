@@ -1,8 +1,8 @@
 """Check a bundle on this machine: `python -m runtime.verify BUNDLE`.
 
 First the sha256 of every file; a changed one is named and the exit code is 1. Then the golden outputs: for each prompt
-that `export.verify` stored, PyTorch's tokens are fed again through every graph of the bundle and the logits compared
-with PyTorch's. KL divergence is taken over the 20 likeliest tokens and the mass of all others, which is a lower bound
+that `export.verify` stored, PyTorch's tokens are fed again through TensorRT, CUDA and the native core, where this machine
+has them, and through every graph on ONNX Runtime's CPU, and the logits compared with PyTorch's. KL divergence is taken over the 20 likeliest tokens and the mass of all others, which is a lower bound
 of the whole; a token that differs where PyTorch's first two were closer than the noise (twice the largest difference
 of a logit among the 20) is a near tie, not an error. The mean KL of a graph must keep the budget that was stored with
 the golden outputs; past it the exit code is 1. Kernels differ from machine to machine, which is why this is a command
@@ -12,12 +12,15 @@ for the device and not a certificate.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from runtime.backends import open_backend
+from runtime.backend import Backend
+from runtime.backends import PROVIDERS, open_backend
 from runtime.bundle import Bundle, changed_files, open_bundle
 from runtime.cli import arg, run, table
 from runtime.errors import CheckFailed, UserError
@@ -65,12 +68,25 @@ def compare(logits: np.ndarray, golden: dict) -> Comparison:
     return Comparison(kl, differs, differs & (np.array(golden["margins"]) < noise))
 
 
-def golden_logits(backend: OrtBackend, golden: dict) -> np.ndarray:
+def golden_logits(backend: Backend, golden: dict) -> np.ndarray:
     """float32 logits [tokens, vocab] after the prompt and each golden token but the last."""
     ids = np.array([golden["prompt_ids"] + golden["tokens"][:-1]], np.int64)
     wanted = np.arange(len(golden["prompt_ids"]) - 1, ids.shape[1])[None]
     cache = backend.new_cache(1, ids.shape[1])
     return backend.forward(ids, np.arange(ids.shape[1])[None], np.zeros(1, np.int64), wanted, cache)[0]
+
+
+def rungs(bundle: Bundle, budgets: dict, threads: int, exact: bool) -> Iterator[tuple[str, float, Callable[[], Backend]]]:
+    """Ways to run a bundle: name, the mean KL it may have, how to open it. Providers come first; this machine may lack them."""
+    fused = "fast" if "fast" in budgets else "portable_fused"
+    for provider in PROVIDERS[:-1]:
+        if fused in budgets:
+            yield provider, budgets[fused]["mean_kl"], partial(_provider, bundle, provider, threads)
+    for rung, role in (("fast", "fast"), ("portable_fused", "portable"), ("portable", "portable")):
+        graph = bundle.graph(role)
+        runs = graph is not None and graph["dtype"] != "bf16"        # which ONNX Runtime's CPU lacks
+        if rung in budgets and runs and (exact or rung != "portable"):
+            yield rung, budgets[rung]["mean_kl"], partial(OrtBackend, bundle, threads=threads, role=role, exact=rung == "portable")
 
 
 def verify(options: Options) -> None:
@@ -88,20 +104,14 @@ def verify(options: Options) -> None:
         if prompt["prompt_ids"] != tokenizer.encode(prompt["text"]).tolist():
             raise CheckFailed(f"{bundle.folder}: golden prompt {prompt['name']!r} gives other tokens on this machine; is "
                               "another version of `tokenizers` installed?")
-    threads, budgets = options.threads or available_cpus(), golden["budgets"]
     failed = []
-    for rung, budget in (("native", "fast" if "fast" in budgets else "portable_fused"), ("fast", "fast"), ("portable_fused", "portable_fused"), ("portable", "portable")):
-        graph = None if rung == "native" else "fast" if rung == "fast" else "portable"
-        if budget not in budgets or (graph and bundle.graph(graph) is None) or (rung == "portable" and not options.exact):
-            continue
-        budget = budgets[budget]["mean_kl"]
+    for rung, budget, open_rung in rungs(bundle, golden["budgets"], options.threads or available_cpus(), options.exact):
         try:
-            backend = (open_backend(bundle, "native", threads)[0] if rung == "native" else
-                       OrtBackend(bundle, threads=threads, role=graph, exact=rung == "portable"))
+            backend = open_rung()
         except UserError as error:
-            if rung != "native":
+            if rung not in PROVIDERS:
                 raise
-            print(f"\nnative: not run here ({error})")
+            print(f"\n{rung}: not run here ({error})")
             continue
         comparisons = {p["name"]: compare(golden_logits(backend, p), p) for p in golden["prompts"]}
         backend.close()
@@ -112,6 +122,10 @@ def verify(options: Options) -> None:
             failed.append(f"{rung} has a mean KL of {mean:.2e} against a budget of {budget:g}")
     if failed:
         raise CheckFailed(f"{bundle.folder}: {'; '.join(failed)}")
+
+
+def _provider(bundle: Bundle, name: str, threads: int) -> Backend:
+    return open_backend(bundle, name, threads)[0]
 
 
 def _row(name: str, c: Comparison) -> dict:

@@ -89,12 +89,34 @@ def test_comparison():
 def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint, tmp_path, capsys):
     checkpoint = write_random(tmp_path / "c", small_config(), everywhere(4, 32))
     assert run(checkpoint, export(checkpoint, tmp_path / "b", fast=False)) == 0
-    out = capsys.readouterr().out
-    assert out.count("portable exact") == 4 and out.count("portable fused") == 4
+    table = capsys.readouterr().out.split("Rungs")[0]
+    assert table.count("portable exact") == 4 and table.count("portable fused") == 4
     half = export(tiny_checkpoint("qwen3"), tmp_path / "h", "--dtype", "fp16")
     assert run(tiny_checkpoint("qwen3"), half) == 0
     budgets = json.loads((half / "golden.json").read_text())["budgets"]
     assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}}
+
+
+def test_the_report_tells_which_rungs_ran_and_which_never_did(tiny_checkpoint, tmp_path, capsys):
+    """A bf16 graph runs on no CPU of ONNX Runtime's; the native core keeps the budget that is stored for it."""
+    checkpoint = tiny_checkpoint("smollm2")
+    for dtype, rungs in (("fp32", {"portable exact": "run: mean KL at most", "portable fused": "run: mean KL at most"}),
+                         ("bf16", {"portable fused": "built, never run"})):
+        bundle = export(checkpoint, tmp_path / dtype, "--dtype", dtype, fast=False)
+        opened = open_bundle(bundle)
+        entry = {"file": "engines/x.engine", "backend": "rtx", "version": "1", "compute_capabilities": ["86", "89"],
+                 "capacity": 64, "profiles": [], "bytes": 1}
+        bundles.add_file(bundle, opened.manifest | {"engines": [entry]}, "engines/x.engine", b"x")
+        assert run(checkpoint, bundle) == 0
+        lines = capsys.readouterr().out.split("Rungs\n")[1].splitlines()[2:]
+        expected = rungs | {"native": "run by runtime.verify", "cuda": "built, never run", "tensorrt": "built, never run"}
+        for line, (rung, result) in zip(lines, expected.items()):
+            assert line.startswith(rung) and result in line, line
+        assert "engines/x.engine" in lines[len(expected) - 1] and "SM 86,89" in lines[len(expected) - 1]
+    assert runtime_verify.main([str(bundle), "--threads", "1", "--exact"]) == 0
+    out = capsys.readouterr().out
+    assert "native: mean KL at most 0.01" in out and "tensorrt: not run here (" in out and "portable" not in out
+    assert ort.main([str(bundle)]) == 2 and "computes in bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["layers.1.o.weight", "rope.sin", "final_norm.weight"])
