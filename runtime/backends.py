@@ -21,21 +21,22 @@ _log = logging.getLogger(__name__)
 
 
 def open_backend(bundle: Bundle, provider: str | None, threads: int,
-                 below: str | None = None) -> tuple[Backend, list[str]]:
+                 below: str | None = None, native: dict | None = None) -> tuple[Backend, list[str]]:
     """The best backend that can be had, and the lines that explain it.
 
     provider: one of PROVIDERS to insist on, or None. below: consider only what comes after this provider, which has
-    failed while running. Raises UserError where `provider`, or every one of them, cannot be had.
+    failed while running. native: more options of NativeBackend. Raises UserError where `provider`, or every one of them, cannot be had.
     """
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
+    options = {"native": native or {}}
     if provider is not None:
-        backend = _OPEN[provider](bundle, threads)
+        backend = _OPEN[provider](bundle, threads, **options.get(provider, {}))
         return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)"]
     explanation = []
     for name in PROVIDERS[PROVIDERS.index(below) + 1 if below else 0:]:
         try:
-            backend = _OPEN[name](bundle, threads)
+            backend = _OPEN[name](bundle, threads, **options.get(name, {}))
             return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)", *explanation]
         except UserError as error:
             if name == PROVIDERS[-1]:
@@ -70,9 +71,9 @@ def _open_cuda(bundle: Bundle, threads: int) -> Backend:
     return OrtBackend(bundle, provider="cuda", threads=threads)
 
 
-def _open_native(bundle: Bundle, threads: int) -> Backend:
+def _open_native(bundle: Bundle, threads: int, **options) -> Backend:
     from runtime.native.backend import NativeBackend
-    return NativeBackend(bundle, threads=threads)
+    return NativeBackend(bundle, threads=threads, **options)
 
 
 def _open_cpu(bundle: Bundle, threads: int) -> Backend:
@@ -80,5 +81,5 @@ def _open_cpu(bundle: Bundle, threads: int) -> Backend:
     return OrtBackend(bundle, provider="cpu", threads=threads)
 
 
-_OPEN: dict[str, Callable[[Bundle, int], Backend]] = {
+_OPEN: dict[str, Callable[..., Backend]] = {
     "tensorrt": _open_tensorrt, "cuda": _open_cuda, "native": _open_native, "cpu": _open_cpu}

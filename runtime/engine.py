@@ -88,11 +88,14 @@ class Engine:
 
     bundle: its folder. provider: "tensorrt", "cuda", "native" or "cpu"; None: the first of them that can be had (`explain()` tells
     why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
+    Of the native core alone: cache_dtype, of the KV cache ("float16" unless given, "float32", "int8"), and repack_cache,
+    which keeps the repacked weights beside the bundle's, so that it opens sooner next time.
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
 
     def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
-                 max_memory_mb: float | None = None, verify: bool = False):
+                 max_memory_mb: float | None = None, verify: bool = False, cache_dtype: str | None = None,
+                 repack_cache: bool = False):
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UserError(f"threads is {threads!r}; it must be a whole number of at least 1")
         if max_memory_mb is not None and not max_memory_mb > 0:
@@ -103,7 +106,9 @@ class Engine:
                             f"more than max_memory_mb={max_memory_mb:g}")
         self._max_memory_mb = max_memory_mb
         self._provider, self._threads = provider, threads or available_cpus()
-        self.backend, self._explanation = open_backend(self.bundle, provider, self._threads)
+        asked = {"cache_dtype": cache_dtype, "repack_cache": repack_cache}
+        self._native = {name: value for name, value in asked.items() if value}
+        self.backend, self._explanation = open_backend(self.bundle, provider, self._threads, native=self._native)
         release_free_memory()                     # before the tokenizer, so that the two peaks do not add up
         self.tokenizer = Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"]))
         release_free_memory()
@@ -238,7 +243,7 @@ class Engine:
         reason = step_down(provider, error)
         with contextlib.suppress(DeviceError):              # the device may be gone
             failed.close()
-        self.backend, (runs, *passed_over) = open_backend(self.bundle, None, self._threads, below=provider)
+        self.backend, (runs, *passed_over) = open_backend(self.bundle, None, self._threads, below=provider, native=self._native)
         self._explanation = [runs, *self._explanation[1:], reason, *passed_over]
 
     def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:

@@ -23,11 +23,13 @@ class EngineOptions:
     threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
     max_memory_mb: float | None = arg(None, help="refuse when weights and KV cache would take more than this")
     verify: bool = arg(False, help="compare the sha256 of every file first")
+    cache_dtype: str | None = arg(None, help="KV cache of the native core; default: float16", choices=("float16", "float32", "int8"))
+    repack_cache: bool = arg(False, help="keep the native core's repacked weights beside the bundle's, to open sooner")
 
     def open(self) -> Engine:
         """The engine these options ask for. Raises UserError, CheckFailed."""
         return Engine(self.bundle, provider=self.provider, threads=self.threads, max_memory_mb=self.max_memory_mb,
-                      verify=self.verify)
+                      verify=self.verify, cache_dtype=self.cache_dtype, repack_cache=self.repack_cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ The writer shares nothing with export/, so that each checks the other; PyTorch's
 is the oracle.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def write_bundle(folder: Path, decoder: Decoder, formats=None, *, embed=(8, 0, T
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights.bin").write_bytes(out.data)
     manifest = {"name": "test", "model": {"config": config.to_dict(), "max_context": config.context_length},
-                "weights": {"file": "weights.bin", "bytes": len(out.data), "tensors": out.tensors}, "graphs": []}
+                "weights": {"file": "weights.bin", "bytes": len(out.data), "tensors": out.tensors}, "graphs": [],
+                "files": {"weights.bin": {"bytes": len(out.data), "sha256": hashlib.sha256(out.data).hexdigest()}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Bundle(folder, manifest)

@@ -91,7 +91,7 @@ pool *pool_new(int threads);
 void pool_free(pool *);
 void pool_run(pool *, void (*work)(void *, int), void *context);
 void pool_barrier(pool *, int thread);
-int pool_threads(const pool *);
+int pool_threads(const pool *);                       /* that carry the present run */
 
 /* layout.c */
 size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);      /* returns bytes */

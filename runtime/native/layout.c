@@ -49,13 +49,7 @@ static void gather(const matrix *m, const source *s, int tile, int k0, uint8_t c
     int rows = m->rows - tile * TILE < TILE ? m->rows - tile * TILE : TILE, n0 = s->row0 + tile * TILE;
     int inputs = m->inputs - k0 < BLOCK ? m->inputs - k0 : BLOCK;
     if (rows < TILE || inputs < BLOCK) memset(codes, 0, TILE * BLOCK);
-    if (s->by_input && dtype_bits(s->dtype) == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0) {
-        uint8_t flip = s->dtype == EW_INT4 ? 8 : 0;
-        for (int k = 0; k < inputs; k++) {
-            const uint8_t *p = s->codes + ((size_t)(k0 + k) * s->stride + n0) / 2;
-            for (int r = 0; r < TILE; r += 2) codes[r][k] = (p[r / 2] & 15) ^ flip, codes[r + 1][k] = (p[r / 2] >> 4) ^ flip;
-        }
-    } else if (s->by_input) {
+    if (s->by_input) {
         for (int k = 0; k < inputs; k++)
             for (int r = 0; r < rows; r++) codes[r][k] = element(s->codes, s->dtype, (size_t)(k0 + k) * s->stride + n0 + r);
     } else if (m->kind == 8) {
@@ -100,6 +94,33 @@ static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out)
     }
 }
 
+/* Byte i of w[j] and byte j of w[i] change places. */
+static void transpose(uint64_t w[8]) {
+    static const uint64_t mask[] = {0x00000000ffffffff, 0x0000ffff0000ffff, 0x00ff00ff00ff00ff};
+    for (int s = 0, apart = 4; apart; s++, apart /= 2)
+        for (int i = 0; i < 8; i++) {
+            if (i & apart) continue;
+            uint64_t change = (w[i] >> 8 * apart ^ w[i + apart]) & mask[s];
+            w[i] ^= change << 8 * apart, w[i + apart] ^= change;
+        }
+}
+
+/* The usual int4, by inputs with two rows a byte, goes straight into its lines: 8 inputs of 16 rows are 8 words. */
+static void pack_nibbles(const uint8_t *from, size_t stride, uint64_t flip, uint8_t *out) {
+    const uint64_t low = 0x0f0f0f0f0f0f0f0f;
+    for (int u = 0; u < 4; u++) {
+        uint64_t w[8];
+        uint32_t *line = (uint32_t *)(out + 64 * u);
+        for (int i = 0; i < 8; i++, from += stride) memcpy(w + i, from, 8);
+        transpose(w);
+        for (int i = 0; i < 8; i++) {
+            uint64_t even = (w[i] ^ flip) & low, odd = (w[i] ^ flip) >> 4 & low;
+            line[2 * i] = (uint32_t)even | (uint32_t)(even >> 32) << 4;
+            line[2 * i + 1] = (uint32_t)odd | (uint32_t)(odd >> 32) << 4;
+        }
+    }
+}
+
 static int pack_floats(matrix *m, const source *s, int t) {
     int rows = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE, bad = 0;
     uint8_t *tile = m->data + t * m->tile_bytes;
@@ -140,7 +161,13 @@ int matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
                 scales[g * TILE + r] = v;
                 if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, s->by_input ? s->dtype : EW_UINT8, from);
             }
+        const int nibbles = s->by_input && m->kind == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0;
         for (int b = 0; b < m->blocks; b++) {
+            if (nibbles && (b + 1) * BLOCK <= m->inputs) {
+                pack_nibbles(s->codes + ((size_t)b * BLOCK * s->stride + n0) / 2, s->stride / 2,
+                             s->dtype == EW_INT4 ? 0x8888888888888888 : 0, tile + m->codes_at + (size_t)b * 256);
+                continue;
+            }
             gather(m, s, t, b * BLOCK, codes);
             pack_block((const uint8_t (*)[BLOCK])codes, m->kind, tile + m->codes_at + (size_t)b * 64 * m->kind);
         }

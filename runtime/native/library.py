@@ -40,10 +40,9 @@ class Penalties(ctypes.Structure):
 
 
 _FUNCTIONS = {
-    "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p),
+    "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p, c_char_p),
     "ew_close": (None, c_void_p),
     "ew_isa": (c_char_p, c_void_p),
-    "ew_weight_bytes": (c_int64, c_void_p),
     "ew_cache_bytes": (c_int64, c_void_p, c_int, c_int, c_int),
     "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
     "ew_cache_free": (None, c_void_p),

@@ -194,7 +194,35 @@ static void pack_work(void *context, int thread) {
     }
 }
 
-static int load(opening *o, const char *path) {
+/* The arena as it was packed before: a header of 64 bytes, then the tiles. Anything else than expected is packed anew. */
+static void repacked_header(const opening *o, char header[64]) {
+    memset(header, 0, 64);
+    snprintf(header, 64, "edgewright tiles %d, %zu bytes", EW_TILES_VERSION, o->model->arena_bytes);
+}
+
+static int read_repacked(opening *o, const char *path) {
+    char header[64], found[64];
+    ew_model *m = o->model;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    repacked_header(o, header);
+    size_t done = read(fd, found, 64) == 64 && !memcmp(header, found, 64) ? 0 : m->arena_bytes + 1;
+    for (ssize_t n = 1; n > 0 && done < m->arena_bytes; done += n > 0 ? n : 0) n = read(fd, m->arena + done, m->arena_bytes - done);
+    close(fd);
+    return done == m->arena_bytes;
+}
+
+static void write_repacked(opening *o, const char *path) {           /* a folder that takes no files: no cache */
+    char header[64], temporary[4096];
+    repacked_header(o, header);
+    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >= (int)sizeof temporary) return;
+    FILE *f = fopen(temporary, "wb");
+    if (!f) return;
+    int whole = fwrite(header, 64, 1, f) == 1 && fwrite(o->model->arena, o->model->arena_bytes, 1, f) == 1;
+    if (fclose(f) || !whole || rename(temporary, path)) unlink(temporary);
+}
+
+static int load(opening *o, const char *path, const char *repacked) {
     ew_model *m = o->model;
     int fd = open(path, O_RDONLY | O_CLOEXEC), result = -1;
     struct stat info;
@@ -221,7 +249,10 @@ static int load(opening *o, const char *path) {
         to->data = m->arena + at;
         at += to->tile_bytes * to->tiles;
     }
-    pool_run(m->pool, pack_work, o);
+    if (!repacked || !read_repacked(o, repacked)) {
+        pool_run(m->pool, pack_work, o);
+        if (repacked && !o->bad) write_repacked(o, repacked);
+    }
     if (o->bad) fail(o, "tensor %.80s holds a value or scale that is not a finite number", o->job[o->bad - 1].tensor->name);
     for (int i = 0; i < o->jobs && !o->error[0]; i++) {
         char name[128];
@@ -239,12 +270,12 @@ done:
 static int within(int value, int low, int high) { return value >= low && value <= high; }
 
 ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, int tensors, int threads, int fp32,
-                  const char *isa, char *error) {
+                  const char *isa, const char *repacked, char *error) {
     ew_model *m = calloc(1, sizeof *m);
     opening o = {.model = m, .table = table, .tensors = tensors, .error = error};
     error[0] = 0;
     if (!m) { fail(&o, "out of memory"); return NULL; }
-    m->config = *c, m->fp32 = fp32, m->kernels = choose_kernels(isa);
+    m->config = *c, m->threads = threads, m->fp32 = fp32, m->kernels = choose_kernels(isa);
     m->lock = malloc(sizeof(pthread_mutex_t));
     if (m->lock) pthread_mutex_init(m->lock, NULL);
     int sane = within(c->vocab, 1, 1 << 24) && within(c->hidden, 1, 1 << 18) && within(c->layers, 1, 1 << 12) && within(c->head_dim, 1, 1024)
@@ -266,7 +297,7 @@ ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, 
             int widest = ceil_div(y->heads * c->head_dim, BLOCK) * BLOCK;
             if (widest > m->widest) m->widest = widest;
         }
-        if (!load(&o, path) && scratch_new(m)) fail(&o, "out of memory");
+        if (!load(&o, path, repacked) && scratch_new(m)) fail(&o, "out of memory");
     }
     m->config.heads = m->config.kv_heads = m->config.mlp = NULL;
     free(o.job);
@@ -285,4 +316,3 @@ void ew_close(ew_model *m) {
 }
 
 const char *ew_isa(const ew_model *m) { return (m ? m->kernels : choose_kernels(NULL))->name; }
-int64_t ew_weight_bytes(const ew_model *m) { return m->arena_bytes; }

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define EW_VERSION 1
+#define EW_TILES_VERSION 1                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
 enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6, EW_UINT7 };
 enum { EW_SILU, EW_GELU, EW_GELU_TANH };
@@ -27,12 +27,12 @@ typedef struct {                                     /* one row of the manifest'
     int64_t shape[2], offset, bytes;                 /* dims 1: shape[1] is 1 */
 } ew_tensor;
 
-/* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. */
+/* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. repacked: NULL, or a file
+ * that keeps the tiles (which are the same for every isa), read if it is there and fits, else written. */
 ew_model *ew_open(const char *path, const ew_config *, const ew_tensor *, int tensors, int threads, int fp32,
-                  const char *isa, char *error);
+                  const char *isa, const char *repacked, char *error);
 void ew_close(ew_model *);
 const char *ew_isa(const ew_model *);                /* model NULL: the best of this CPU */
-int64_t ew_weight_bytes(const ew_model *);
 
 /* Caches of `rows` sequences; kind EW_FLOAT32, EW_FLOAT16 or EW_INT8. ew_cache_copy copies row `from` of `source` over row
  * `to` of `target` (another cache of the model, or the same one): the first `length` slots. */

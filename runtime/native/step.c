@@ -71,7 +71,7 @@ int scratch_new(ew_model *m) {
     for (int i = 0; i < 4; i++) bad |= !(*buffers[i] = calloc(pass, sizeof(float)));
     bad |= activations_new(&s->shared, EW_PASS, m->widest, 1);
     bad |= !(s->finished = calloc(4 * MAX_THREADS, sizeof(int)));
-    for (int i = 0; i < pool_threads(m->pool); i++) {
+    for (int i = 0; i < m->threads; i++) {
         bad |= activations_new(&s->own[i], FEW, m->widest, 1);
         bad |= !(s->state[i] = malloc(2 * (size_t)RUN * m->most_queries * (2 + m->padded_dim) * sizeof(float)));
     }
@@ -244,6 +244,7 @@ static void head(step *s, int id) {
 
 static void work(void *context, int id) {
     step *shared = context, mine = *shared, *s = &mine;      /* each thread moves through the layers by itself */
+    s->threads = pool_threads(s->m->pool);
     if (id == 0) s->clock = now();
     embed(s, id);
     meet(s, id, EW_PART_OTHER);
@@ -291,7 +292,7 @@ static void find_runs(step *s) {
 
 static int forward(step *s, char *error) {
     ew_model *m = s->m;
-    s->s = m->scratch, s->threads = pool_threads(m->pool);
+    s->s = m->scratch, s->threads = m->threads;
     find_runs(s);
     int pairs = s->threads * 4, chunks = ceil_div(s->high, CHUNK);       /* as in attention() */
     size_t floats = (size_t)pairs * chunks * RUN * m->most_queries * (2 + m->padded_dim);
