@@ -2,8 +2,10 @@
 
     total = chunked_loss(hidden, head_weight, loss)             # loss(logits [n, vocab], slice of the tokens) -> sum
 
-`chunked_loss` makes logits for CHUNK tokens at a time and takes the gradient right there, as it goes: what stays for the
-backward pass is one gradient the size of `hidden` and one the size of the head. Products are in autocast's type.
+`chunked_loss` makes the logits of CHUNK tokens at a time, in autocast's type, and puts their gradient in their place
+right there, ROWS tokens at a time: what stays for the backward pass is one gradient the size of `hidden` and one the
+size of the head, and float32 copies of logits are never longer than ROWS (small enough for memory that the allocator
+reuses instead of asking the system anew).
 
 `top_events` turns logits into log-probabilities of given tokens and of "any other token" as one more event. Its
 gradient is written out, because autograd's way keeps several float32 copies of the logits:
@@ -18,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 512                       # tokens whose logits are in memory at once
+CHUNK = 1024                      # tokens whose logits are in memory at once
+ROWS = 64                         # tokens whose logits go through the loss at once
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 
-def chunks(tokens: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
+def chunks(tokens: int, size: int, first: int = 0) -> list[slice]:
+    """first .. tokens in slices of `size`."""
+    return [slice(start, min(start + size, tokens)) for start in range(first, tokens, size)]
 
 
 def chunked_loss(hidden: Tensor, head: Tensor, loss: ChunkLoss) -> Tensor:
@@ -41,15 +45,19 @@ class _ChunkedLoss(torch.autograd.Function):
         head_gradient = torch.zeros_like(head) if head.requires_grad else None
         with torch.autocast(kind, enabled=False):
             weight, inputs = head.to(dtype), hidden.to(dtype)
-            for part in chunks(len(hidden)):
-                logits = F.linear(inputs[part], weight).requires_grad_()
-                with torch.enable_grad():
-                    value = loss(logits, part)
-                gradient, = torch.autograd.grad(value, logits)
-                hidden_gradient[part] = gradient @ weight
+            buffer = inputs.new_empty(min(CHUNK, len(inputs)), len(weight))
+            for part in chunks(len(inputs), CHUNK):
+                logits = torch.mm(inputs[part], weight.T, out=buffer[:part.stop - part.start])
+                for rows in chunks(part.stop, ROWS, part.start):
+                    here = logits[rows.start - part.start:rows.stop - part.start]
+                    with torch.enable_grad():
+                        leaf = here.detach().requires_grad_()
+                        value = loss(leaf, rows)
+                    here.copy_(torch.autograd.grad(value, leaf)[0])
+                    total += value.detach()
+                hidden_gradient[part] = logits @ weight
                 if head_gradient is not None:
-                    head_gradient += gradient.T @ inputs[part]
-                total += value.detach()
+                    head_gradient += logits.T @ inputs[part]
         context.save_for_backward(hidden_gradient, head_gradient)
         return total
 
@@ -69,7 +77,7 @@ class _TopEvents(torch.autograd.Function):
     def forward(context, logits: Tensor, index: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         largest = logits.amax(-1, keepdim=True).to(wide)
-        weights = logits.to(wide).sub_(largest).exp_() if logits.dtype != wide else (logits - largest).exp_()
+        weights = (logits - largest).exp_()
         given = logits.gather(-1, index).to(wide) - largest
         weights.scatter_(-1, index, 0.0)
         others = weights.sum(-1, keepdim=True)                      # summed, not 1 - the rest: it may be tiny

@@ -87,7 +87,8 @@ def test_a_rest_that_has_almost_no_mass_stays_finite():
 
 
 def test_the_chunked_loss_is_the_whole_one(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "ROWS", 3)
     hidden, head = logits(10, 4).requires_grad_(), logits(9, 4).requires_grad_()
     labels = torch.randint(0, 9, (10,), generator=DRAW)
     scale = 0.25

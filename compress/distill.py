@@ -1,0 +1,243 @@
+"""Distill: train a student to predict what its teacher predicts.
+
+    python -m compress.distill --teacher A --student B -o OUT --data FILES
+
+The student is any full-precision checkpoint with the teacher's tokenizer (a pruned teacher, usually), every k-th layer of
+one (--layers), or a new model (--preset). The loss is in compress/distiller.py; divergences in compress/divergence.py;
+hidden states and attention in compress/matching.py; --on-policy in compress/on_policy.py.
+
+The teacher's top-k predictions are cached on disk first (compress/teacher.py), so that several runs, and several passes
+over the text, ask it once. A live teacher (--live) gives whole distributions, and is needed where the cache cannot say: a
+temperature, hidden states, attention, the student's own text. With --label-share 1 the teacher only judges.
+
+A run learns from steps x batch blocks, spread evenly over the text, again and again where the text has fewer. Held-out
+blocks (--valid, or --eval-rows blocks of the text set aside) show KL(teacher || student), "valid_loss", counted on the
+cached events, and top-1 agreement. OUT is a run's folder as in models.train: last/ and best/ are checkpoints, --resume
+goes on after kill -9. A teacher of another tokenizer is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compress.distiller import Distiller, Losses
+from compress.divergence import KINDS, divergence
+from compress.layerwise import fast_matmul
+from compress.on_policy import OnPolicy
+from compress.teacher import build_cache
+from models import lineage
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.data import Blocks, DataOptions, build_corpus
+from models.decoder import Decoder
+from models.presets import preset
+from models.teacher_cache import TeacherCache, tokenizer_digest
+from models.trainer import Trainer, TrainerOptions
+from runtime.cli import arg, run
+from runtime.errors import UserError
+
+MICRO_TOKENS = 2048              # of a micro-batch, by default
+EXAMPLES = """recipes:
+  a model that lost layers learns them back:
+    python -m compress.prune build/smollm2-135m -o build/pruned --data corpus.txt --what depth --keep 0.7 --order influence
+    python -m compress.distill --teacher build/smollm2-135m --student build/pruned --data corpus.txt -o build/distilled
+  a draft of six layers, for speculative decoding; it also reads what it writes itself:
+    python -m compress.distill --teacher build/smollm2-135m --layers 6 --data corpus.txt -o build/draft \\
+        --loss skew --on-policy 0.25
+  a new, smaller model from nothing, helped by hidden states and attention:
+    python -m compress.distill --teacher build/smollm2-135m --preset 15m --data corpus.txt -o build/small \\
+        --label-share 0.3 --hidden-weight 1 --attention-weight 1
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions, TrainerOptions):
+    """Train a student to predict what its teacher predicts."""
+    teacher: Path = arg(help="checkpoint folder of the teacher")
+    student: Path | None = arg(None, help="checkpoint folder of the student (default: a copy of the teacher)")
+    layers: int | None = arg(None, help="take this many of the student's layers, spread evenly, the first and the last too")
+    preset: str | None = arg(None, help="a new student of about this many parameters, such as 5m, in place of --student")
+    valid: tuple[str, ...] = arg((), help="text to judge on (default: blocks of --data are set aside)")
+    loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=KINDS)
+    mix: float | None = arg(None, help="js: weight of the teacher in the mean (0.5); skew: of the teacher in the student (0.1)")
+    temperature: float = arg(1.0, help="divides the logits of both (other than 1: with a live teacher)")
+    label_share: float = arg(0.0, help="share of the label loss; 1: the labels alone, without the teacher")
+    hidden_weight: float = arg(0.0, help="weight of matching hidden states (with a live teacher)")
+    attention_weight: float = arg(0.0, help="weight of matching attention (with a live teacher)")
+    on_policy: float = arg(0.0, help="probability that the student writes the text (with a live teacher)")
+    prompt: int = arg(32, help="on policy: tokens of a block that are kept")
+    live: bool = arg(False, help="run the teacher beside the student, in place of its cache")
+    top: int = arg(64, help="teacher's log-probabilities cached for each token")
+    teacher_cache: Path = arg(Path("~/.cache/edgewright/teacher"), help="where the teacher's predictions are kept")
+    context: int = arg(256, help="tokens of a block")
+    steps: int = arg(500, help="updates of the weights")
+    batch: int = arg(8, help="blocks that one update learns from")
+    learning_rate: float | None = arg(None, help="peak learning rate (default: 5e-4, a preset's own)")
+    eval_rows: int = arg(32, help="blocks to judge on")
+
+
+class Taught:
+    """Blocks `chosen` of a corpus with what a cache says about them, or without."""
+
+    lengths = None
+
+    def __init__(self, blocks: Blocks, chosen: np.ndarray, cache: TeacherCache | None = None):
+        self.blocks, self.chosen, self.cache = blocks, chosen, cache
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(input_ids, labels) [r, s], and of a cache index int64 and log-probabilities [r, s, k], others [r, s] float32."""
+        rows = self.blocks.rows(self.chosen[indices])
+        if self.cache is None:
+            return rows
+        cache = self.cache
+        return *rows, cache.indices[indices].astype(np.int64), *(
+            part[indices].astype(np.float32) for part in (cache.log_probabilities, cache.others))
+
+
+def distill(options: Options) -> None:
+    """Read, train, report. Raises UserError for input that cannot be used, CheckFailed at a loss not finite."""
+    teacher = open_checkpoint(options.teacher)
+    options = _checked(options, teacher)
+    check_output(options.out / "last", options.student)
+    torch.manual_seed(options.seed)
+    student, source, options = _student(options, teacher)
+    losses = Losses(divergence(options.loss, options.mix), options.temperature, options.label_share, options.hidden_weight,
+                    options.attention_weight)
+    learned = options.label_share < 1 or options.hidden_weight > 0 or options.attention_weight > 0
+    live = learned and (options.live or options.temperature != 1 or options.on_policy > 0 or options.hidden_weight > 0
+                        or options.attention_weight > 0)
+    train, valid, inputs = _rows(options, teacher, cached=learned and not live)
+    inputs |= {"teacher": teacher.sha256(), "student": source.sha256()}
+    distiller = Distiller(student, load_decoder(options.teacher).requires_grad_(False) if live else None, losses)
+    if options.on_policy:
+        train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer)
+    trainer = Trainer(distiller, options, train, valid, partial(_save, student, source, options, inputs), inputs,
+                      loss=lambda module, *rows: module(*rows), judge=lambda module, *rows: module.judge(*rows))
+    if live:
+        distiller.teacher.to(trainer.accelerator.device)
+    parameters = sum(p.numel() for p in student.parameters()) / 1e6
+    print(f"student: {parameters:.1f}M parameters in {len(student.config.layers)} layers; {len(train)} blocks to learn from, "
+          f"{len(valid)} to judge on; {options.steps} steps of {options.batch} x {options.context} tokens")
+    metrics = trainer.fit()
+    if "valid_top1" not in metrics:                              # resumed where it was finished
+        metrics = {f"valid_{name}": mean for name, mean in trainer.validate().items()}
+    print(f"{options.out / 'last'}: step {trainer.step}, KL {metrics['valid_loss']:.4f} nats a token, top-1 agreement "
+          f"{metrics['valid_top1']:.1%} on held-out text; lowest KL {trainer.best:.4f} in {options.out / 'best'}")
+
+
+def _checked(options: Options, teacher: Checkpoint) -> Options:
+    """The options with their defaults filled in. Raises UserError for those that do not go together."""
+    if options.preset is not None and (options.student is not None or options.layers is not None):
+        raise UserError("--preset makes a new student: leave out --student and --layers")
+    if options.preset is None and options.student is None and options.layers is None:
+        raise UserError("give a student: --student FOLDER, --layers N or --preset SIZE")
+    for name in ("label_share", "on_policy"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be from 0 to 1")
+    for name in ("hidden_weight", "attention_weight"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 0 or more")
+    if not options.temperature > 0:
+        raise UserError(f"--temperature is {options.temperature}, which should be above 0")
+    if options.on_policy and options.label_share:
+        raise UserError("--on-policy learns from what the student writes, which has no labels: leave out --label-share")
+    if options.on_policy and not 1 <= options.prompt < options.context:
+        raise UserError(f"--prompt is {options.prompt}, which should be from 1 to one less than --context {options.context}")
+    if options.eval_rows < 1:
+        raise UserError(f"--eval-rows is {options.eval_rows}, which should be at least 1")
+    if not 1 <= options.context <= teacher.config.context_length:
+        raise UserError(f"--context {options.context}: the teacher's context is {teacher.config.context_length}")
+    micro = options.micro_batch or min(options.batch, max(1, MICRO_TOKENS // options.context))
+    warmup = options.steps // 20 if options.warmup is None else options.warmup
+    return replace(options, micro_batch=micro, warmup=warmup)
+
+
+def _student(options: Options, teacher: Checkpoint) -> tuple[Decoder, Checkpoint, Options]:
+    """(student in float32, the checkpoint whose tokenizer and lineage it takes, options with their learning rate)."""
+    rate = options.learning_rate
+    if options.preset is not None:
+        config = teacher.config
+        shape = preset(options.preset, config.vocab_size, config.context_length, eos=0)
+        new = replace(shape.config, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids,
+                      pad_token_id=config.pad_token_id)
+        return Decoder(new), teacher, replace(options, learning_rate=shape.learning_rate if rate is None else rate)
+    source = teacher if options.student is None else open_checkpoint(options.student)
+    if source.quantization is not None:
+        raise UserError(f"{source.path} is quantized: distill the checkpoint it was made from, or train its scales with "
+                        f"python -m compress.recover")
+    if source.config.vocab_size != teacher.config.vocab_size or tokenizer_digest(source.path) != tokenizer_digest(teacher.path):
+        raise UserError(f"teacher and student vocabularies differ ({teacher.path} has {teacher.config.vocab_size} tokens, "
+                        f"{source.path} {source.config.vocab_size}): both must share one tokenizer")
+    if options.context > source.config.context_length:
+        raise UserError(f"--context {options.context}: the student's context is {source.config.context_length}")
+    decoder = load_decoder(source.path)
+    if options.layers is not None:
+        decoder = every_kth_layer(decoder, options.layers)
+    return decoder, source, replace(options, learning_rate=5e-4 if rate is None else rate)
+
+
+def every_kth_layer(decoder: Decoder, count: int) -> Decoder:
+    """The decoder with `count` of its layers, spread evenly. Raises UserError for a count it cannot have."""
+    layers = decoder.config.layers
+    if not 1 <= count <= len(layers):
+        raise UserError(f"--layers is {count}, which should be from 1 to {len(layers)}")
+    kept = np.linspace(0, len(layers) - 1, count).round().astype(int).tolist()
+    with torch.device("meta"):
+        student = Decoder(replace(decoder.config, layers=tuple(layers[n] for n in kept)))
+    state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("model.layers.")}
+    for new, old in enumerate(kept):
+        state |= {f"model.layers.{new}.{name}": tensor for name, tensor in decoder.model.layers[old].state_dict().items()}
+    student.load_state_dict(state, assign=True)
+    return student
+
+
+def _rows(options: Options, teacher: Checkpoint, cached: bool) -> tuple[Taught, Taught, dict[str, str]]:
+    """Blocks to learn from and to judge on, the second always with the teacher's cache, and the digests of their text."""
+    eos = teacher.config.eos_token_ids[0] if teacher.config.eos_token_ids else 0
+    corpus = build_corpus(options, options.data, options.teacher / "tokenizer.json", eos)
+    blocks = Blocks(corpus, options.context)
+    inputs = {"data": corpus.digest}
+    if options.valid:
+        judged = build_corpus(options, options.valid, options.teacher / "tokenizer.json", eos)
+        inputs["valid"] = judged.digest
+        valid_blocks, left = Blocks(judged, options.context), np.arange(len(blocks))
+        held = _spread(np.arange(len(valid_blocks)), options.eval_rows)
+    else:
+        valid_blocks, held = blocks, _spread(np.arange(len(blocks)), min(options.eval_rows, max(1, len(blocks) // 10)))
+        left = np.setdiff1d(np.arange(len(blocks)), held)
+    if not len(left):
+        raise UserError(f"{options.data[0]}: {len(corpus.tokens)} tokens are too few to learn from and to judge on in "
+                        f"blocks of {options.context}: give more, --valid FILES, or a shorter --context")
+    chosen = _spread(left, options.steps * options.batch)
+
+    def with_cache(blocks: Blocks, chosen: np.ndarray) -> Taught:
+        ids = torch.from_numpy(blocks.rows(chosen)[0])
+        with fast_matmul():
+            return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top))
+    return with_cache(blocks, chosen) if cached else Taught(blocks, chosen), with_cache(valid_blocks, held), inputs
+
+
+def _spread(indices: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the indices, spread evenly."""
+    return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
+
+
+def _save(student: Decoder, source: Checkpoint, options: Options, inputs: dict, folder: Path, metrics: dict) -> None:
+    stage = lineage.stage("compress.distill", options, inputs, metrics, options.seed)
+    hf_config = source.hf_config if student.config == source.config else student.config.to_hf()
+    write_checkpoint(folder, hf_config, student.state_dict().items(), source.path, stage)
+
+
+def main(argv=None) -> int:
+    return run(Options, distill, argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
