@@ -21,6 +21,7 @@ from export import trt, trt_build                                   # noqa: E402
 from compress import quantize                                       # noqa: E402
 from runtime.bundle import open_bundle                              # noqa: E402
 from runtime.errors import CheckFailed                              # noqa: E402
+from runtime.trt_device import Gpu                                  # noqa: E402
 from trt_networks import convolution, model, node, product, value   # noqa: E402
 
 
@@ -54,7 +55,7 @@ def leftovers(folder):
     return [p.name for p in folder.rglob("*") if p.name.endswith((".part", ".engine", ".engine.gz", ".engine.json"))]
 
 
-@pytest.mark.parametrize("dtype, bits", [("fp16", 4), ("fp16", 8), ("fp16", None), ("fp32", 4)])
+@pytest.mark.parametrize("dtype, bits", [("fp16", 4), ("fp16", 8), ("fp16", None), ("fp32", 4), ("bf16", 4)])
 def test_a_bundle_gains_an_engine_for_each_capacity(bundle, capsys, dtype, bits):
     folder = bundle(dtype, bits)
     before = open_bundle(folder).manifest
@@ -130,6 +131,75 @@ def test_plain_tensorrt_says_what_is_missing(conv, capsys):
             "error: --backend trt: tensorrt cannot be loaded (No module named 'tensorrt'); pip install")
     else:
         pytest.skip("plain tensorrt is installed here")
+
+
+class PlainTensorRT:
+    """Plain tensorrt, played by TensorRT-RTX: it records what is set on a configuration, has no compute capabilities to
+    set, and its GPU is an SM89. A name that the real module lacks is an AttributeError."""
+
+    def __init__(self):
+        self.seen = seen = []
+
+        class Configuration:
+            def __init__(self, real):
+                super().__setattr__("real", real)
+
+            def __getattr__(self, name):
+                assert "compute_capabilit" not in name, f"plain tensorrt has no {name}"
+                method = getattr(self.real, name)
+                return lambda *args: seen.append((name, *args)) or method(*args)
+
+            def __setattr__(self, name, value):
+                assert hasattr(type(self.real), name) and "compute_capabilit" not in name
+                seen.append((name, value))
+                setattr(self.real, name, value)
+
+        class Builder(tensorrt.Builder):
+            def create_builder_config(self):
+                real = super().create_builder_config()
+                real.num_compute_capabilities = 1
+                real.set_compute_capability(tensorrt.ComputeCapability.SM89, 0)
+                return Configuration(real)
+
+            def build_serialized_network(self, network, config):
+                return super().build_serialized_network(network, config.real)
+        self.Builder = Builder
+
+    def __getattr__(self, name):
+        if name == "ComputeCapability":
+            raise AttributeError(name)
+        return getattr(tensorrt, name)
+
+
+def test_plain_tensorrt_takes_the_same_way_to_an_engine(bundle, conv, tmp_path, capsys, monkeypatch):
+    plain, load = PlainTensorRT(), trt_build.importlib.import_module
+    monkeypatch.setattr(trt_build.importlib, "import_module", lambda name: plain if name == "tensorrt" else load(name))
+    monkeypatch.setattr("runtime.trt_device.present_gpu", lambda: Gpu("Double", 89))
+    folder, timings = bundle(), tmp_path / "timings"
+    argv = [str(folder), "--capacity", "64", "--workspace-mb", "64", "--timing-cache", str(timings),
+            "--hardware-compatibility", "same_compute_capability"]
+    assert trt.main(argv) == 0                                      # the default where plain tensorrt finds a GPU
+    (engine,) = open_bundle(folder, verify=True).manifest["engines"]
+    assert (engine["file"], engine["backend"], engine["compute_capabilities"]) == ("engines/trt-sm89-c64.engine.gz", "trt", ["89"])
+    first, kept = dict((name, args) for name, *args in plain.seen), timings.read_bytes()
+    assert first["set_memory_pool_limit"] == [tensorrt.MemoryPoolType.WORKSPACE, 64 << 20]
+    assert first["hardware_compatibility_level"] == [tensorrt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY]
+    assert first["create_timing_cache"] == [b""] and first["set_timing_cache"][1] is False and kept
+    assert [name for name, *_ in plain.seen].count("add_optimization_profile") == 2
+    plain.seen.clear()
+    assert trt.main(argv) == 0
+    assert ("create_timing_cache", kept) in plain.seen              # what the first build learned
+    assert "builds for the GPU of this machine, SM89" in fails(capsys, folder, "--sm", "86")
+    assert trt.main(["--list"]) == 0 and "builds for the GPU of this machine only" in capsys.readouterr().out
+
+
+def test_plain_tensorrt_without_a_gpu(conv, capsys, monkeypatch):
+    class NoDriver(PlainTensorRT):
+        def Builder(self, log):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+    load = trt_build.importlib.import_module
+    monkeypatch.setattr(trt_build.importlib, "import_module", lambda name: object.__new__(NoDriver) if name == "tensorrt" else load(name))
+    assert "--backend trt: TensorRT found no NVIDIA GPU or driver here (pybind11" in fails(capsys, conv, "--backend", "trt")
 
 
 BAD_SHAPES = {
