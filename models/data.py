@@ -176,6 +176,8 @@ def _open_corpus(folder: Path) -> Corpus:
 class Blocks:
     """A corpus cut into blocks of `context` inputs and as many labels; see the module for `boundaries`."""
 
+    lengths = None               # all rows are alike
+
     def __init__(self, corpus: Corpus, context: int, boundaries: str = "eos"):
         self.corpus, self.context = corpus, context
         stops = np.append(corpus.starts[1:], len(corpus.tokens))

@@ -100,6 +100,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
+def _for_products(x: Tensor) -> Tensor:
+    """x as mixed precision multiplies it, converted once for all linears that read it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def _norm(config: ModelConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
@@ -165,8 +171,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
                 cache: _LayerCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(_for_products(self.input_layernorm(x)), rope, mask, cache)
+        return x + self.mlp(_for_products(self.post_attention_layernorm(x)))
 
 
 class Backbone(nn.Module):

@@ -65,11 +65,12 @@ def join(question: list[int], answer: list[int]) -> Encoded:
 
 
 class Examples:
-    """Encoded examples as rows for the trainer; `context` is the longest, `labels` the most labels of one."""
+    """Encoded examples as rows for the trainer; `lengths` in tokens, `context` the longest, `labels` the most of one."""
 
     def __init__(self, encoded: list[Encoded], pad: int):
         self.encoded, self.pad = encoded, pad
-        self.context = max(len(ids) - 1 for ids, _ in encoded)
+        self.lengths = np.array([len(ids) - 1 for ids, _ in encoded])
+        self.context = int(self.lengths.max())
         self.labels = max(int(learned[1:].sum()) for _, learned in encoded)
 
     def __len__(self) -> int:

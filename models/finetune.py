@@ -31,7 +31,7 @@ from models.data_formats import as_labelled, as_messages, find_sources, read_rec
 from models.examples import Examples, encode_chat, encode_labelled, fitting, join, open_template
 from models.lora import add_lora, merged_tensors
 from models.memory import memory_line, training_bytes
-from models.trainer import Trainer, TrainerOptions, process_state
+from models.trainer import Trainer, TrainerOptions, mixed_precision, process_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
@@ -93,7 +93,8 @@ def finetune(options: FinetuneOptions) -> None:
     torch.manual_seed(options.seed)
     model = load_decoder(options.checkpoint)
     if options.method == "lora":
-        model = add_lora(model, options.rank, options.alpha, options.checkpoint)
+        frozen = torch.bfloat16 if mixed_precision(options.precision) == "bf16" else torch.float32
+        model = add_lora(model, options.rank, options.alpha, options.checkpoint, frozen)
     inputs = {"checkpoint": checkpoint.sha256()} | {
         s: source_digest(s) for s in find_sources(options.data + options.valid)}
     trainer = Trainer(model, options, train, valid, partial(_save, model, checkpoint, options, inputs), inputs)
@@ -155,7 +156,7 @@ class Classify:
     def accuracy(self, trainer: Trainer) -> float:
         """Share of the first `eval_rows` validation examples whose label continues the prompt most likely."""
         right = 0
-        examples = trainer.valid.encoded[:trainer.options.eval_rows or None]
+        examples = sorted(trainer.valid.encoded[:trainer.options.eval_rows or None], key=lambda example: len(example[0]))
         trainer.module.eval()
         for start in tqdm(range(0, len(examples), SCORED_TOGETHER), desc="accuracy", mininterval=1.0):
             chunk = [(ids[~learned], ids[learned]) for ids, learned in examples[start:start + SCORED_TOGETHER]]
@@ -170,10 +171,11 @@ class Classify:
 
 
 def _row_scores(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """ln p of each row's labels."""
+    """ln p of each row's labels. Rows of equal inputs (answers of one token) are run once."""
+    input_ids, which = input_ids.unique(dim=0, return_inverse=True)
     columns = (labels != IGNORE).any(0).nonzero()[:, 0]
     labels = labels[:, columns]
-    logits = model(input_ids, logits_positions=columns.expand(len(labels), -1))
+    logits = model(input_ids, logits_positions=columns.expand(len(input_ids), -1))[which]
     return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none").sum(1)
 
 
@@ -209,7 +211,7 @@ def _save(model, checkpoint, options: FinetuneOptions, inputs: dict, folder: Pat
         model.save_pretrained(folder, save_embedding_layers=False)
         lineage.write(folder, [*lineage.read(checkpoint.path), stage])
     else:
-        tensors = merged_tensors(model) if options.method == "lora" else model.state_dict().items()
+        tensors = merged_tensors(model, checkpoint) if options.method == "lora" else model.state_dict().items()
         write_checkpoint(folder, checkpoint.hf_config, tensors, checkpoint.path, stage)
 
 

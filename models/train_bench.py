@@ -97,6 +97,8 @@ class PlainLoop:
 
 
 class RandomBlocks:
+    lengths = None
+
     def __init__(self, options: BenchOptions):
         self.tokens = np.random.default_rng(0).integers(0, options.vocab_size, (256, options.context + 1))
 

@@ -1,12 +1,14 @@
-"""The training loop that training and fine-tuning share.
+"""The training loop that training, fine-tuning and distillation share.
 
     trainer = Trainer(module, options, train, valid, save, inputs)
     metrics = trainer.fit()
 
-`module(input_ids, logits_positions=)` gives float32 logits. `train` and `valid` have `len()` and
-`rows(indices) -> (input_ids, labels)` (int64 [r, s], labels IGNORE where there is no loss), as models.data.Blocks does.
-`save(folder, metrics)` writes the module as a checkpoint. The loss is the mean over the labels of the whole global
-batch, however it is cut into micro-batches and processes, in nats per token.
+`train` and `valid` have `len()`, the `lengths` of their rows (None: all alike) and `rows(indices) -> (input_ids, labels,
+...)` (int64 [r, s], labels IGNORE where there is no loss; then whatever else the loss wants), as models.data.Blocks does.
+`save(folder, metrics)` writes the module as a checkpoint. `loss(module, *rows)` is a sum over labels, by default of
+negative log-likelihoods; learned from is its mean over the labels of the whole global batch, however it is cut into
+micro-batches and processes, in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means
+over the validation labels are the metrics valid_NAME, and the lowest valid_loss is best.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
 processes with DDP, each on its share of every batch; losses equal one process's up to the order of summation. FSDP is
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +59,7 @@ class TrainerOptions:
     decay_share: float = arg(0.2, help="share of the steps in which wsd decays")
     weight_decay: float = arg(0.1, help="AdamW's decay of matrices")
     clip: float = arg(1.0, help="largest norm of the gradient")
-    precision: str = arg("auto", help="auto: bf16 on a GPU that has it, else fp32",
+    precision: str = arg("auto", help="auto: bf16 on a GPU that has it or a CPU with AMX, else fp32",
                          choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = arg(False, help="torch.compile the network")
     checkpointing: bool = arg(False, help="recompute activations in the backward pass, to save memory")
@@ -67,12 +71,22 @@ class TrainerOptions:
 
 
 class Rows(Protocol):
+    lengths: np.ndarray | None           # tokens of each row; None where all are alike
+
     def __len__(self) -> int: ...
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]: ...
+
+
+def _by_length(rows: Rows, indices: np.ndarray) -> np.ndarray:
+    """The same rows, short ones first: micro-batches of rows alike hold little padding."""
+    return indices if rows.lengths is None else indices[np.argsort(rows.lengths[indices], kind="stable")]
 
 
 def summed_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of the labels, in nats; logits are made only where some row has a label."""
+    """Sum of the negative log-likelihoods of the labels, in nats; logits are made only where some row has a label.
+
+    `model(input_ids, logits_positions=)` gives float32 logits.
+    """
     columns = int((labels != IGNORE).sum(1).max())
     if columns < labels.shape[1]:
         order = (labels == IGNORE).to(torch.uint8).argsort(dim=1, stable=True)[:, :columns]
@@ -82,6 +96,10 @@ def summed_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.T
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def label_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"loss": summed_loss(model, input_ids, labels)}
+
+
 def process_state() -> PartialState:
     """This process among those launched with it. Without a GPU (or with ACCELERATE_USE_CPU=true) they speak gloo."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -89,11 +107,13 @@ def process_state() -> PartialState:
 
 class Trainer:
     def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
-                 save: Callable[[Path, dict], None], inputs: dict[str, str]):
+                 save: Callable[[Path, dict], None], inputs: dict[str, str], loss=summed_loss, judge=label_loss):
         self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
+        self.loss, self.judge = loss, judge
         check_options(options)
         process_state()                              # before Accelerator, which would not look for gloo
-        self.accelerator = Accelerator(mixed_precision=_precision(options.precision))
+        AcceleratorState._reset_state()              # a trainer before this one may have had another precision
+        self.accelerator = Accelerator(mixed_precision=mixed_precision(options.precision))
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise UserError("training under FSDP is not supported; launch with DDP (the default of several processes)")
         self.processes = self.accelerator.num_processes
@@ -152,15 +172,15 @@ class Trainer:
         options, accelerator = self.options, self.accelerator
         indices = batch_indices(len(self.train), options.batch, options.seed, self.step)
         share = len(indices) // self.processes
-        mine = indices[accelerator.process_index * share:][:share]
+        mine = _by_length(self.train, indices[accelerator.process_index * share:][:share])
         pieces = [mine[i:i + options.micro_batch] for i in range(0, share, options.micro_batch)]
         batches = [self.tensors(self.train.rows(piece)) for piece in pieces]
-        count = self._sum(sum((labels != IGNORE).sum() for _, labels in batches))
+        count = self._sum(sum((labels != IGNORE).sum() for _, labels, *_ in batches))
         total = torch.zeros((), device=accelerator.device)
-        for number, (input_ids, labels) in enumerate(batches):
+        for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
-                loss = summed_loss(self.model, input_ids, labels)
+                loss = self.loss(self.model, *batch)
                 accelerator.backward(loss * (self.processes / count))        # DDP averages over the processes
             total += loss.detach()
         loss = float(self._sum(total) / count)
@@ -176,36 +196,43 @@ class Trainer:
         self.prepared.step()
         self.prepared.zero_grad()
         self.step += 1
-        return loss, norm, sum(input_ids.numel() for input_ids, _ in batches) * self.processes
+        return loss, norm, sum(batch[0].numel() for batch in batches) * self.processes
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss over the first `eval_rows` validation rows, in nats per token."""
+    def validate(self) -> dict[str, float]:
+        """Means, by name, of what `judge` sums over the labels of the first `eval_rows` validation rows."""
         count = len(self.valid) if self.options.eval_rows == 0 else min(len(self.valid), self.options.eval_rows)
-        mine = np.arange(self.accelerator.process_index, count, self.processes)
-        total, labelled = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        mine = _by_length(self.valid, np.arange(self.accelerator.process_index, count, self.processes))
+        if count < self.processes:
+            raise UserError(f"{count} validation rows are too few for {self.processes} processes: give more, or raise --eval-rows")
+        zero = partial(torch.zeros, (), device=self.accelerator.device, dtype=torch.float64)
+        totals: dict[str, torch.Tensor] = defaultdict(zero)
         self.module.eval()
         for start in range(0, len(mine), self.options.micro_batch):
-            input_ids, labels = self.tensors(self.valid.rows(mine[start:start + self.options.micro_batch]))
+            batch = self.tensors(self.valid.rows(mine[start:start + self.options.micro_batch]))
             with self.accelerator.autocast():
-                total += summed_loss(self.module, input_ids, labels)
-            labelled += (labels != IGNORE).sum()
+                for name, total in self.judge(self.module, *batch).items():
+                    totals[name] += total
+            totals["labels"] += (batch[1] != IGNORE).sum()
         self.module.train()
-        return float(self._sum(total) / self._sum(labelled))
+        labels = self._sum(totals.pop("labels"))
+        return {name: float(self._sum(total) / labels) for name, total in totals.items()}
 
-    def tensors(self, rows: tuple[np.ndarray, np.ndarray]) -> list[torch.Tensor]:
-        """(input_ids, labels) on this process's device."""
+    def tensors(self, rows: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        """(input_ids, labels, ...) on this process's device."""
         return [torch.from_numpy(part).to(self.accelerator.device) for part in rows]
 
     def _sum(self, value):
         return self.accelerator.reduce(value, "sum") if self.processes > 1 else value
 
     def _evaluate(self) -> dict:
-        loss = self.validation_loss()
+        means = self.validate()
+        loss = means["loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss} after step {self.step}")
         self.bad_evaluations = 0 if loss < self.best else self.bad_evaluations + 1
-        metrics = {"valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        metrics = {f"valid_{name}": mean for name, mean in means.items()}
+        metrics["valid_perplexity"] = math.exp(means.get("nll", loss))
         self._log("valid", **metrics)
         return metrics
 
@@ -264,15 +291,26 @@ def check_options(options: TrainerOptions) -> None:
         raise UserError(f"--warmup {options.warmup}: give a number from 0 to --steps {options.steps}")
 
 
-def _precision(asked: str) -> str:
-    """accelerate's name for the precision, refused where the device does not compute in it."""
-    cuda, cpu = torch.cuda.is_available(), torch.cpu.get_capabilities()
-    bf16 = torch.cuda.is_bf16_supported() if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+def has_bf16() -> bool:
+    """Whether the GPU, or where there is none the CPU, multiplies in bfloat16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def mixed_precision(asked: str) -> str:
+    """accelerate's name for the precision, refused where the device does not compute in it.
+
+    A CPU's AMX tiles make bf16 worth choosing unasked; AVX-512's bf16 instructions alone may be slower than fp32.
+    """
+    cuda, bf16 = torch.cuda.is_available(), has_bf16()
     if asked == "fp16" and not cuda:
         raise UserError("--precision fp16 needs a GPU; this machine has none: use fp32")
     if asked == "bf16" and not bf16:
         raise UserError("--precision bf16: this device does not compute in bf16: use fp32")
-    return {"auto": "bf16" if cuda and bf16 else "no", "fp32": "no"}.get(asked, asked)
+    fast = bf16 and (cuda or torch.cpu.get_capabilities().get("amx_bf16"))
+    return {"auto": "bf16" if fast else "no", "fp32": "no"}.get(asked, asked)
 
 
 def _checkpoint_layers(module: torch.nn.Module) -> None:

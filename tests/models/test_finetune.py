@@ -106,8 +106,17 @@ def test_merged_weights_give_the_adapters_logits(parts):
     ids = torch.arange(40)[None]
     with_adapter, plain = model(ids), load_decoder(parts[0])
     assert not torch.allclose(plain(ids), with_adapter, atol=1e-2)
-    plain.load_state_dict(dict(merged_tensors(model)))
+    plain.load_state_dict(dict(merged_tensors(model, open_checkpoint(parts[0]))))
     torch.testing.assert_close(plain(ids), with_adapter, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_frozen_in_bf16_are_merged_from_the_checkpoints_own(parts):
+    model = add_lora(load_decoder(parts[0]), rank=4, alpha=8.0, source=parts[0], frozen=torch.bfloat16)
+    kept = load_decoder(parts[0]).state_dict()
+    assert any(not torch.equal(p, kept[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+               for name, p in model.named_parameters() if ".base_layer." in name)
+    for name, tensor in merged_tensors(model, open_checkpoint(parts[0])):           # the adapter is still 0
+        assert torch.equal(tensor, kept[name])
 
 
 def test_a_kept_adapter_opens_with_peft_in_transformers(parts, chats, tmp_path):
