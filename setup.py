@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("runtime/native")
 
@@ -17,8 +18,13 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class PlainName(build_ext):
+    def get_ext_filename(self, name):
+        return str(Path(*name.split(".")).with_suffix(".so"))
+
+
 setup(
-    cmdclass={"bdist_wheel": AnyPython},
+    cmdclass={"bdist_wheel": AnyPython, "build_ext": PlainName},
     ext_modules=[Extension(
         "runtime.native._core", sorted(str(path) for path in NATIVE.glob("*.c")),
         depends=[str(path) for path in NATIVE.glob("*.h")], optional=True, libraries=["m", "pthread"],

@@ -57,15 +57,15 @@ _FUNCTIONS = {
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library. Raises UserError where it was not built (no compiler at installation) or cannot be opened."""
-    found = [os.environ[PATH_VARIABLE]] if PATH_VARIABLE in os.environ else sorted(Path(__file__).parent.glob("_core*.so"))
-    if not found:
+    path = Path(os.environ.get(PATH_VARIABLE) or Path(__file__).with_name("_core.so"))
+    if not path.exists():
         warnings.warn("the native core was not built; falling back to ONNX Runtime", RuntimeWarning, stacklevel=2)
         raise UserError("the native core was not built (no C compiler when edgewright was installed); install again with one")
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(path))
         for name, (result, *arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise UserError(f"{found[0]}: the native core cannot be opened ({error}); install edgewright again") from None
+        raise UserError(f"{path}: the native core cannot be opened ({error}); install edgewright again") from None
     return library
