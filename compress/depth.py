@@ -1,11 +1,12 @@
 """Depth pruning: leave out whole layers, those whose absence the model notices least.
 
-Three orders in which layers go:
+Four orders in which layers go:
 - "influence": 1 - cos(what enters a layer, what leaves it), averaged over tokens; one pass over the text (Men et al.
   2024, "ShortGPT", block influence).
 - "kl": KL(whole model || model without the layer), one pass for each layer.
 - "greedy": the same, measured anew after every removal, because layers stand in for each other; passes grow with
   layers times removals.
+- "beam": greedy, with the `BEAM` best sets of removals followed side by side, as many times the passes.
 
 What is left is an ordinary model with fewer layers; nothing is retrained here.
 """
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from compress.layerwise import fast_matmul
 from models.decoder import Decoder
 
-ORDERS = ("influence", "kl", "greedy")
+ORDERS = ("influence", "kl", "greedy", "beam")
+BEAM = 3
 
 
 @torch.no_grad()
@@ -30,18 +32,20 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, progress
         return torch.tensor(block_influence(decoder, ids)).argsort()[:drop].tolist()
     with fast_matmul():
         whole = [torch.log_softmax(decoder(row[None])[0], -1) for row in ids]
-        left, gone = list(range(len(decoder.model.layers))), []
-        rounds = drop if order == "greedy" else 1
-        with tqdm(total=sum(len(left) - r for r in range(rounds)), desc="layers", unit="trial", disable=not progress) as bar:
-            for _ in range(rounds):
-                damage = {}
-                for layer in left:
-                    damage[layer] = _divergence(decoder, ids, whole, [n for n in left if n != layer])
-                    bar.update()
-                ranked = sorted(damage, key=damage.get)
-                gone += ranked[:1] if order == "greedy" else ranked[:drop]
-                left = [n for n in left if n not in gone]
-    return gone
+        every = list(range(len(decoder.model.layers)))
+
+        def damage(gone: tuple[int, ...]) -> float:
+            bar.update()
+            return _divergence(decoder, ids, whole, [n for n in every if n not in gone])
+
+        with tqdm(desc="layers", unit="trial", disable=not progress) as bar:
+            if order == "kl":
+                return sorted(every, key=lambda layer: damage((layer,)))[:drop]
+            best: list[tuple[int, ...]] = [()]                   # removals, each in the order they were made
+            for _ in range(drop):
+                found = {frozenset((*gone, layer)): (*gone, layer) for gone in best for layer in every if layer not in gone}
+                best = sorted(found.values(), key=damage)[:BEAM if order == "beam" else 1]
+    return list(best[0])
 
 
 def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:

@@ -2,8 +2,8 @@
 
     python -m compress.prune CKPT -o OUT --data FILES --what depth --keep 0.8
 
-Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads and vocabulary make a smaller model that
-exports and runs faster (depth.py, width.py, vocabulary.py); sparse keeps every shape (sparse.py). Prune one way, then
+Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads, hidden and vocabulary make a smaller model that
+exports and runs faster (depth.py, width.py, hidden.py, vocabulary.py); sparse keeps every shape (sparse.py). Prune one way, then
 another: stages compose. What was lost comes back in part by training afterwards (models.finetune, compress.distill).
 """
 
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from compress import depth, sparse, vocabulary, width
 from compress.calibration_text import corpus_windows
+from compress.hidden import principal_directions, sliced
+from compress.mixed import parse_size
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.config import ModelConfig
@@ -31,10 +33,12 @@ from models.decoder import tensor_shapes
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
+CHANNELS = 32             # groups of later quantization divide what --keep leaves of the stream
 EXAMPLES = """examples:
   python -m compress.prune CKPT -o OUT --data corpus.txt --what depth --layers 24 --order greedy
   python -m compress.prune CKPT -o OUT --data corpus.txt --what mlp --keep 0.85      (of all parameters)
   python -m compress.prune CKPT -o OUT --data corpus.txt --what heads --groups 2
+  python -m compress.prune CKPT -o OUT --data corpus.txt --what hidden --hidden 512
   python -m compress.prune CKPT -o OUT --data english/ --what vocabulary --tokens 24000
   python -m compress.prune CKPT -o OUT --data corpus.txt --what sparse --sparsity 2:4 --score sparsegpt
 """
@@ -45,13 +49,15 @@ class Options(DataOptions):
     """Prune a checkpoint's layers, MLP neurons, attention heads, vocabulary or single weights."""
     checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
     out: Path = arg(help="checkpoint folder to write", short="-o")
-    what: str = arg(help="what to leave out", choices=("depth", "mlp", "heads", "vocabulary", "sparse"))
-    keep: float | None = arg(None, help="depth, mlp: share of all parameters to keep")
+    what: str = arg(help="what to leave out", choices=("depth", "mlp", "heads", "hidden", "vocabulary", "sparse"))
+    keep: float | None = arg(None, help="depth, mlp, hidden: share of all parameters to keep")
+    target_size: str | None = arg(None, help="the same as bytes of the checkpoint's tensors, such as 400MB")
     layers: int | None = arg(None, help="depth: layers to keep")
     order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=depth.ORDERS)
     neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers")
     step: int = arg(64, help="mlp: widths are multiples of this")
     groups: int | None = arg(None, help="heads: key/value groups to keep in each layer")
+    hidden: int | None = arg(None, help=f"hidden: channels of the residual stream to keep (with --keep: a multiple of {CHANNELS})")
     tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)")
     sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4")
     score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=sparse.SCORES)
@@ -69,7 +75,8 @@ def prune(options: Options) -> None:
         config = _vocabulary(checkpoint, options)
     else:
         ids = corpus_windows(checkpoint, options, options.windows, min(options.length, checkpoint.config.context_length))
-        config, tensors, metrics = {"depth": _depth, "mlp": _mlp, "heads": _heads, "sparse": _sparse}[options.what](
+        config, tensors, metrics = {"depth": _depth, "mlp": _mlp, "heads": _heads, "hidden": _hidden,
+                                   "sparse": _sparse}[options.what](
             checkpoint, ids, options)
         _write(options, checkpoint, config, tensors, metrics)
     after = _parameters(config)
@@ -88,7 +95,16 @@ def _write(options: Options, checkpoint: Checkpoint, config: ModelConfig, tensor
 
 
 def _target(options: Options, config: ModelConfig) -> int:
-    """Parameters to keep, from --keep."""
+    """Parameters to keep, from --keep or --target-size."""
+    if options.target_size is not None:
+        if options.keep is not None:
+            raise UserError("--keep and --target-size say the same thing twice: give one of them")
+        checkpoint = open_checkpoint(options.checkpoint)
+        stored = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+        if parse_size(options.target_size) >= stored:
+            raise UserError(f"--target-size {options.target_size} is not below the {stored / 1e6:.2f} MB that "
+                            f"{options.checkpoint} has")
+        return parse_size(options.target_size) * _parameters(config) // stored
     if options.keep is None or not 0 < options.keep < 1:
         raise UserError(f"--keep is {options.keep}, which should be a share between 0 and 1 (or give a count: --layers, --neurons)")
     return int(options.keep * _parameters(config))
@@ -102,7 +118,8 @@ def _depth(checkpoint: Checkpoint, ids: Tensor, options: Options):
         sizes = [_parameters(replace(config, layers=config.layers[:n])) for n in range(1, total + 1)]
         layers = max((n for n, size in enumerate(sizes, 1) if size <= target), default=0)
         if layers == 0:
-            raise UserError(f"--keep {options.keep} is below {sizes[0] / sizes[-1]:.3f}, which one layer and the embedding take")
+            raise UserError(f"--keep {target / sizes[-1]:.3g} is below {sizes[0] / sizes[-1]:.3f}, which one layer and the "
+                            f"embedding take")
     if not 1 <= layers < total:
         raise UserError(f"--layers is {layers}, which should be from 1 to {total - 1}")
     gone = depth.choose_layers(load_decoder(options.checkpoint), ids, total - layers, options.order)
@@ -147,6 +164,20 @@ def _heads(checkpoint: Checkpoint, ids: Tensor, options: Options):
     widths, groups = [layer.mlp_size for layer in config.layers], [options.groups] * len(config.layers)
     return (width.narrowed_config(config, widths, groups), width.narrowed(checkpoint, ids, importance, widths, groups),
             {"kv_heads": options.groups})
+
+
+def _hidden(checkpoint: Checkpoint, ids: Tensor, options: Options):
+    config, kept = checkpoint.config, options.hidden
+    if kept is None:
+        target = _target(options, config)
+        sizes = {n: _parameters(replace(config, hidden_size=n)) for n in range(CHANNELS, config.hidden_size, CHANNELS)}
+        kept = max((n for n, size in sizes.items() if size <= target), default=None)
+        if kept is None:
+            raise UserError(f"{target} of {_parameters(config)} parameters is below what {CHANNELS} channels take: keep more")
+    if not 1 <= kept < config.hidden_size:
+        raise UserError(f"--hidden is {kept}, which should be from 1 to {config.hidden_size - 1}")
+    turn = principal_directions(checkpoint, ids)[:, :kept].contiguous()
+    return replace(config, hidden_size=kept), sliced(checkpoint, turn), {"hidden_size": kept}
 
 
 def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):

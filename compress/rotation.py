@@ -26,6 +26,10 @@ from models.decoder import Layer
 from runtime.errors import UserError
 
 
+READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",      # linear: its norm
+           "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
+
+
 def rotation(size: int, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix [size, size], float32: Hadamard with random signs for powers of two, else random."""
     if size & (size - 1):
@@ -61,23 +65,27 @@ def rotate_stream(checkpoint: Checkpoint, seed: int = 0) -> Iterator[tuple[str, 
     if config.tied_embeddings:
         raise UserError(f"{checkpoint.path} ties its head to its embedding, and a rotated stream would need both stored: "
                         f"rotate the value space instead")
-    if config.norm != "rms" or config.positions != "rope":
-        raise UserError(f"{checkpoint.path} has {config.norm} norms and {config.positions} positions: rotating the stream "
-                        f"needs RMSNorm and RoPE")
+    check_stream(checkpoint)
     turn = rotation(config.hidden_size, torch.Generator().manual_seed(seed))
-    gains = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
-             "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
     for name in checkpoint.names():
         tensor, parts = checkpoint.read(name).float(), name.split(".")
         if name == "lm_head.weight":
             tensor = (tensor * checkpoint.read("model.norm.weight").float()) @ turn.T
         elif name == "model.embed_tokens.weight":
             tensor = tensor @ turn.T
-        elif parts[-1] == "weight" and parts[-2] in gains:
-            gain = checkpoint.read(".".join([*parts[:3], gains[parts[-2]], "weight"])).float()
+        elif parts[-1] == "weight" and parts[-2] in READERS:
+            gain = checkpoint.read(".".join([*parts[:3], READERS[parts[-2]], "weight"])).float()
             tensor = (tensor * gain) @ turn.T
         elif parts[-2] in ("o_proj", "down_proj"):
             tensor = turn @ tensor                              # a weight's rows, or a bias
         elif parts[-2] in ("input_layernorm", "post_attention_layernorm", "norm"):
             tensor = torch.ones_like(tensor)
         yield name, tensor
+
+
+def check_stream(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a model whose residual stream cannot be rotated."""
+    config = checkpoint.config
+    if config.norm != "rms" or config.positions != "rope":
+        raise UserError(f"{checkpoint.path} has {config.norm} norms and {config.positions} positions: rotating the stream "
+                        f"needs RMSNorm and RoPE")

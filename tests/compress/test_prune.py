@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from compress import depth, prune, sparse, vocabulary, width
+from compress.gptq import DAMPING
 from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 
 TEXT = "The small engine reads a sentence and answers in another. " * 40
@@ -105,6 +106,53 @@ def test_neurons_are_shared_out_by_importance():
     assert sum(width.choose_neurons(importance, 12, 2)) == 12
 
 
+@pytest.mark.parametrize("family", ("smollm2", "qwen2", "mistral"))
+def test_directions_that_carry_nothing_go_without_a_trace(family, tiny_checkpoint, tmp_path, data):
+    """Whatever writes the stream stays in a random half of it (here with an even final gain, see hidden.py)."""
+    size = 64
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0))).Q[:, :size // 2]
+
+    def flatten(state):
+        for name, tensor in state.items():
+            if name == "model.embed_tokens.weight":
+                state[name] = tensor @ basis @ basis.T
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                state[name] = basis @ basis.T @ tensor
+            elif name == "model.norm.weight":
+                state[name] = torch.full_like(tensor, 0.7)
+    source = changed(tiny_checkpoint(family), tmp_path / "a", flatten)
+    assert run(source, tmp_path / "b", "--data", data, "--what", "hidden", "--hidden", size // 2) == 0
+    assert open_checkpoint(tmp_path / "b").config.hidden_size == size // 2
+    expected = logits(source)
+    assert (logits(tmp_path / "b") - expected).abs().max() < 0.02 * expected.abs().max()          # bfloat16 moments
+    assert run(source, tmp_path / "c", "--data", data, "--what", "hidden", "--hidden", size // 4) == 0
+    assert (logits(tmp_path / "c") - expected).abs().max() > 0.1 * expected.abs().max()           # these did say something
+
+
+def test_a_beam_finds_what_greedy_misses(monkeypatch):
+    """Layer 0 looks cheapest alone, but 1 and 2 together cost least; the beam is exact on three layers."""
+    costs = {(0,): 1.0, (1,): 1.5, (2,): 1.6, (0, 1): 5.0, (0, 2): 4.0, (1, 2): 2.0}
+    every = [torch.nn.Identity() for _ in range(3)]
+    decoder = torch.nn.Module()
+    decoder.model = torch.nn.Module()
+    decoder.model.layers = torch.nn.ModuleList(every)
+    decoder.forward = lambda ids: torch.zeros(1, 1, 2)
+    monkeypatch.setattr(depth, "_divergence", lambda d, ids, whole, left: costs[tuple(sorted({0, 1, 2} - set(left)))])
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    assert depth.choose_layers(decoder, ids, 2, "greedy", progress=False) == [0, 2]
+    assert sorted(depth.choose_layers(decoder, ids, 2, "beam", progress=False)) == [1, 2]
+
+
+def test_sizes_are_met(tiny_checkpoint, tmp_path, data):
+    source = tiny_checkpoint("smollm2")
+    before = open_checkpoint(source)
+    stored = sum(before.nbytes(name) for name in before.names())
+    for what in ("depth", "mlp", "hidden"):
+        assert run(source, tmp_path / what, "--data", data, "--what", what, "--step", 16, "--target-size", int(0.75 * stored)) == 0
+        after = open_checkpoint(tmp_path / what)
+        assert 0.4 * stored < sum(after.nbytes(name) for name in after.names()) <= 0.75 * stored
+
+
 @pytest.mark.parametrize("score", sparse.SCORES)
 @pytest.mark.parametrize("pattern", ("0.5", "2:4"))
 def test_zeros_are_where_they_should_be(score, pattern, tiny_checkpoint, tmp_path, data):
@@ -127,6 +175,18 @@ def test_sparsegpt_loses_less_than_magnitude_and_wanda_is_its_definition():
     for pattern in ("2:4", 0.5):
         plain = weight.masked_fill(sparse.zeros(weight.abs(), pattern), 0)
         assert loss(sparse.sparsegpt(weight, moment, pattern)) < 0.8 * loss(plain), pattern
+
+    # 2:4 by the paper's equations in float64: the inverse of what is left of H, anew for every column.
+    narrow, h = weight[:, :32].double().clone(), moment[:32, :32]
+    h = (h + DAMPING * h.diagonal().mean() * torch.eye(32)).double()
+    for column in range(32):
+        inverses = [torch.linalg.inv(h[j:, j:]) for j in range(column, min(column - column % 4 + 4, 32))]
+        if column % 4 == 0:
+            cost = narrow[:, column:column + 4].square() / torch.stack([inverse[0, 0] for inverse in inverses])
+            gone = torch.zeros_like(cost, dtype=torch.bool).scatter_(1, cost.argsort(1)[:, :2], True)
+        error = torch.where(gone[:, column % 4], narrow[:, column], 0.0) / inverses[0][0, 0]
+        narrow[:, column:] -= error[:, None] * inverses[0][0]
+    torch.testing.assert_close(sparse.sparsegpt(weight[:, :32], moment[:32, :32], "2:4"), narrow.float(), atol=2e-4, rtol=1e-3)
 
     # Where the zeros all come first, passing errors on is least squares over the columns behind them.
     first, moment = weight[:, :128].clone(), moment[:128, :128]
@@ -174,7 +234,8 @@ def test_a_vocabulary_of_a_given_size_keeps_the_frequent():
     (("--what", "depth", "--keep", 0.01), "one layer and the embedding"), (("--what", "mlp", "--keep", 1.5), "--keep is 1.5"),
     (("--what", "mlp", "--neurons", 1), "neurons would stay"), (("--what", "heads"), "--groups is None"),
     (("--what", "heads", "--groups", 9), "--groups is 9"), (("--what", "sparse", "--sparsity", "3:4"), "sparsity is '3:4'"),
-    (("--what", "vocabulary", "--tokens", 3), "cannot hold")])
+    (("--what", "vocabulary", "--tokens", 3), "cannot hold"), (("--what", "hidden", "--hidden", 64), "--hidden is 64"),
+    (("--what", "mlp", "--target-size", "1GB"), "is not below"), (("--what", "hidden", "--keep", 0.01), "keep more")])
 def test_refusals(args, says, tiny_checkpoint, tmp_path, data, capsys):
     assert run(tiny_checkpoint("smollm2"), tmp_path / "b", "--data", data, *args) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "b").exists()
