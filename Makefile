@@ -51,19 +51,23 @@ NATIVE  := $(wildcard runtime/native/*.c)
 KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c,$(NATIVE))
 CHECK   := tests/runtime/native/check_kernels.c
 CFLAGS_NATIVE := -std=gnu11 -O2 -fno-math-errno -Wall -Wextra -Wno-unused-parameter -Iruntime/native
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1 -fPIC
+SANE    := $(NATIVE:runtime/native/%.c=build/asan/%.o)
 
 test-arm:
 	mkdir -p build
 	aarch64-linux-gnu-gcc $(CFLAGS_NATIVE) -static -o build/check_kernels_arm $(CHECK) $(KERNELS) -lm
 	qemu-aarch64 -cpu max build/check_kernels_arm 40
 
-# Python and PyTorch leak on purpose at exit, so leaks are looked for in the C program only.
-test-asan: .venv/.installed
+build/asan/%.o: runtime/native/%.c $(wildcard runtime/native/*.h)
 	mkdir -p build/asan
-	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -o build/asan/check_kernels $(CHECK) $(KERNELS) -lm
+	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -c -o $@ $<
+
+# Python and PyTorch leak on purpose at exit, so leaks are looked for in the C program only.
+test-asan: $(SANE) .venv/.installed
+	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -o build/asan/check_kernels $(CHECK) $(KERNELS:runtime/native/%.c=build/asan/%.o) -lm
 	build/asan/check_kernels 20
-	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -shared -fPIC -o build/asan/_core.so $(NATIVE) -lm -lpthread
+	$(CC) $(SANITIZE) -shared -o build/asan/_core.so $(SANE) -lm -lpthread
 	EDGEWRIGHT_NATIVE=build/asan/_core.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest tests/runtime/native -k 'not out_of_memory'
 

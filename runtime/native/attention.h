@@ -6,11 +6,12 @@
  * transposed in blocks of 16 slots, so the scores of W slots are one vector and need no sum across lanes.
  */
 #define NO_SCORE (-1e30f)
+#define ABREAST (W == 16 ? 2 * TILE : TILE)          /* slots scored at once: enough sums to hide an addition's latency */
 
 INLINE vf load_cached(const void *base, size_t index, const int kind) {
     if (kind == EW_FLOAT32) return load((const float *)base + index);
     if (kind == EW_FLOAT16) return load_half((const uint16_t *)base + index);
-    return load_bytes((const int8_t *)base + index);
+    return to_float((load_bytes((const uint8_t *)base + index) ^ 128) - 128);      /* signed */
 }
 
 /* N queries (from the job's i-th) over the chunk. */
@@ -34,18 +35,17 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     vf most[4], lanes = {0};
     for (int i = 0; i < W; i++) lanes[i] = i;
     EACH(i, N) most[i] = splat(NO_SCORE);
-    const int from = low / TILE * TILE;
-    for (int slot = from; slot < high; slot += TILE) {
-        vf s[4][PARTS];
-        EACH(i, N) EACH(p, PARTS) s[i][p] = splat(0);
-        for (int d = 0; d < dim; d++) {
-            size_t at = ((size_t)slot / TILE * dim + d) * TILE;
-            EACH(p, PARTS) {
-                vf key = load_cached(k, at + p * W, kind);
+    const int from = low / ABREAST * ABREAST;
+    for (int slot = from; slot < high; slot += ABREAST) {
+        vf s[4][ABREAST / W];
+        EACH(i, N) EACH(p, ABREAST / W) s[i][p] = splat(0);
+        const size_t block = (size_t)slot * dim;
+        for (int d = 0; d < dim; d++)
+            EACH(p, ABREAST / W) {
+                vf key = load_cached(k, block + (p / PARTS * dim + d) * TILE + p % PARTS * W, kind);
                 EACH(i, N) s[i][p] = key * splat(job->query[first + i][d]) + s[i][p];
             }
-        }
-        EACH(p, PARTS) {
+        EACH(p, ABREAST / W) {
             vf at = lanes + (float)(slot + p * W);           /* exact: slots are far below 2^24 */
             EACH(i, N) {
                 vf x = kind == EW_INT8 ? s[i][p] * load(k_scale + slot + p * W) : s[i][p];

@@ -9,7 +9,7 @@ static size_t layer_bytes(const ew_model *m, int l, int rows, int capacity, int 
          + (kind == EW_INT8 ? 2 * align64(slots * sizeof(float)) : 0);
 }
 
-static int rounded(int capacity) { return ceil_div(capacity, TILE) * TILE; }
+static int rounded(int capacity) { return ceil_div(capacity, 2 * TILE) * 2 * TILE; }
 
 int64_t ew_cache_bytes(const ew_model *m, int rows, int capacity, int kind) {
     size_t bytes = 0;
@@ -51,7 +51,7 @@ cache_layer cache_of_layer(const ew_cache *c, int l) {
     return y;
 }
 
-/* Keys go by whole blocks of 16 slots: the slots after `length` are beyond the row's end and mean nothing. */
+/* Keys go by whole blocks of slots: the slots after `length` are beyond the row's end and mean nothing. */
 void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, int length) {
     size_t element = dtype_bits(source->kind) / 8;
     for (int l = 0; l < source->model->config.layers; l++) {

@@ -52,7 +52,7 @@ struct ew_cache {
     uint8_t *data;
 };
 
-/* One layer of a cache: K is [row][kv head][slot / 16][head_dim][16], V is [row][kv head][slot][padded head_dim];
+/* One layer of a cache, whose capacity is a multiple of 32: K is [row][kv head][slot / 16][head_dim][16], V is [row][kv head][slot][padded head_dim];
  * int8 caches have a float scale for every slot of every head. */
 typedef struct {
     uint8_t *k, *v;

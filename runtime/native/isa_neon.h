@@ -5,6 +5,11 @@
 
 INLINE vf load_half(const uint16_t *p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16 *)p)); }
 INLINE void store_half(uint16_t *p, vf x) { vst1_f16((__fp16 *)p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE vi load_bytes(const void *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+}
 INLINE int8x16_t four_times(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, 4);

@@ -8,6 +8,11 @@ INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
     for (int j = 0; j < 4; j++) acc += ((w >> 8 * j) & 255) * x[j];
     return acc;
 }
+INLINE vi load_bytes(const void *p) {
+    vi v;
+    for (int i = 0; i < W; i++) v[i] = ((const uint8_t *)p)[i];
+    return v;
+}
 INLINE vf load_half(const uint16_t *p) {             /* Giesen's conversion: shift the exponent, mend subnormals and infinities */
     vi h = {0}, magic = splat_int(113 << 23);
     for (int i = 0; i < W; i++) h[i] = p[i];

@@ -14,12 +14,12 @@
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int8_t vb __attribute__((vector_size(W)));
-typedef uint8_t vu __attribute__((vector_size(W)));
 
 /* isa: dot4(acc, w, x): acc[i] += sum over 4 of (w.byte[4i+j] - CODE_BIAS(bits)) * x[j]; bytes of w are unsigned. */
 INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits);
 INLINE vf load_half(const uint16_t *p);              /* isa: W halves */
 INLINE void store_half(uint16_t *p, vf x);           /* isa */
+INLINE vi load_bytes(const void *p);                 /* isa: W unsigned bytes (GCC 12 widens vectors one by one) */
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
@@ -29,8 +29,6 @@ INLINE vi splat_int(int32_t x) { return x - (vi){0}; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
-INLINE vf load_bytes(const int8_t *p) { vb b; memcpy(&b, p, W); return __builtin_convertvector(b, vf); }
-INLINE vi load_zeros(const uint8_t *p) { vu b; memcpy(&b, p, W); return __builtin_convertvector(b, vi); }
 INLINE vi round_int(vf x) { return (vi)(x + 12582912.f) - 0x4B400000; }          /* nearest even, |x| < 2^22 */
 
 INLINE float total(vf x) {                           /* pairwise, always in the same order */
@@ -105,7 +103,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
     for (int g = 0, b = 0; g < m->groups; g++) {
         vf group[8];
         EACH(r, R) group[r] = splat(0);
-        const vi zero = asymmetric ? load_zeros(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
+        const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
         for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R) {
             vi s[8];
             if (R == 1) EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
@@ -135,7 +133,7 @@ INLINE void multiply_codes_exact(const matrix *m, const uint8_t *tile, const act
     vf acc[8];
     EACH(r, R) acc[r] = splat(0);
     for (int g = 0, b = 0; g < m->groups; g++) {
-        vf group[8], zero = m->asymmetric ? to_float(load_zeros(zeros + g * TILE)) : splat(1 << (bits - 1));
+        vf group[8], zero = m->asymmetric ? to_float(load_bytes(zeros + g * TILE)) : splat(1 << (bits - 1));
         EACH(r, R) group[r] = splat(0);
         for (int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks; b < end; b++, block += 64 * bits)
             EACH(j, 8) {
@@ -192,12 +190,12 @@ enum { MOST_INT8 = 8, MOST_FLOAT = 4 };
 #define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2, body##_##kind##_4}
 #endif
 #define BOTH(bits) MAKE_INT8(bits) MAKE_FLOAT(multiply_codes_exact, bits)
-BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6) BOTH(7) BOTH(8)
+BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6) BOTH(8)
 MAKE_FLOAT(multiply_floats, KIND_F16) MAKE_FLOAT(multiply_floats, KIND_BF16) MAKE_FLOAT(multiply_floats, KIND_F32)
 #define EXACT(bits) [bits] = LIST_FLOAT(multiply_codes_exact, bits)
 static tile_kernel *const by_int8[9][4] = {[2] = LIST_INT8(2), [3] = LIST_INT8(3), [4] = LIST_INT8(4), [5] = LIST_INT8(5),
-    [6] = LIST_INT8(6), [7] = LIST_INT8(7), [8] = LIST_INT8(8)};
-static tile_kernel *const by_float[KIND_F32 + 1][3] = {EXACT(2), EXACT(3), EXACT(4), EXACT(5), EXACT(6), EXACT(7), EXACT(8),
+    [6] = LIST_INT8(6), [8] = LIST_INT8(8)};
+static tile_kernel *const by_float[KIND_F32 + 1][3] = {EXACT(2), EXACT(3), EXACT(4), EXACT(5), EXACT(6), EXACT(8),
     [KIND_F16] = LIST_FLOAT(multiply_floats, KIND_F16), [KIND_BF16] = LIST_FLOAT(multiply_floats, KIND_BF16),
     [KIND_F32] = LIST_FLOAT(multiply_floats, KIND_F32)};
 

@@ -10,8 +10,8 @@
 #include <math.h>
 
 int dtype_bits(int dtype) {
-    static const int bits[] = {32, 16, 16, 8, 8, 4, 4, 2, 3, 5, 6, 7};
-    return dtype >= 0 && dtype <= EW_UINT7 ? bits[dtype] : 0;
+    static const int bits[] = {32, 16, 16, 8, 8, 4, 4, 2, 3, 5, 6};
+    return dtype >= 0 && dtype <= EW_UINT6 ? bits[dtype] : 0;
 }
 
 float half_to_float(uint16_t h) {

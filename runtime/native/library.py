@@ -18,7 +18,7 @@ PASS = 128                        # EW_PASS: tokens of one ew_forward
 ERROR_BYTES = 256
 PATH_VARIABLE = "EDGEWRIGHT_NATIVE"    # another build of the library, such as one with sanitizers
 DTYPES = {name: i for i, name in enumerate(
-    ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6", "uint7"))}
+    ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6"))}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 PARTS = ("qkv", "attention", "output", "gate_up", "down", "head", "other")
 CHOOSE = ctypes.CFUNCTYPE(c_int, c_int)

@@ -46,7 +46,7 @@ static const ew_tensor *find(opening *o, const char *prefix, const char *suffix)
     return NULL;
 }
 
-static int is_stream(int dtype) { return dtype == EW_UINT2 || dtype == EW_UINT3 || (dtype >= EW_UINT5 && dtype <= EW_UINT7); }
+static int is_stream(int dtype) { return dtype == EW_UINT2 || dtype == EW_UINT3 || dtype == EW_UINT5 || dtype == EW_UINT6; }
 
 static int check_table(opening *o) {
     for (int i = 0; i < o->tensors; i++) {
@@ -139,14 +139,13 @@ static int plan_layer(opening *o, int l) {
         {&y->gate, "gate", "gate_up", y->mlp, c->hidden, 0, 2 * y->mlp}, {&y->up, "up", "gate_up", y->mlp, c->hidden, y->mlp, 2 * y->mlp},
         {&y->down, "down", NULL, c->hidden, y->mlp, 0, c->hidden}};
     for (int i = 0; i < 7 && !bad; i++) {
-        int n = snprintf(name, sizeof name, "layers.%d.%s", l, linear[i].own);
+        snprintf(name, sizeof name, "layers.%d.%s", l, linear[i].own);
         int found = find(o, name, ".codes") || find(o, name, ".weight");
         if (!found && linear[i].fused) {
             snprintf(name, sizeof name, "layers.%d.%s", l, linear[i].fused);
             if (i == 4 && !find(o, name, ".codes") && !find(o, name, ".weight")) continue;      /* a plain MLP */
             bad = plan(o, linear[i].m, name, linear[i].rows, linear[i].inputs, linear[i].row0, linear[i].total, 1);
         } else bad = plan(o, linear[i].m, name, linear[i].rows, linear[i].inputs, 0, linear[i].rows, 1);
-        (void)n;
     }
     snprintf(name, sizeof name, "layers.%d.", l);
     return bad || floats(o, &y->attn_norm, name, "attn_norm.weight", c->hidden, 1, 0)

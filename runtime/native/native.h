@@ -7,7 +7,7 @@
 
 #define EW_TILES_VERSION 1                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
-enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6, EW_UINT7 };
+enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6 };
 enum { EW_SILU, EW_GELU, EW_GELU_TANH };
 enum { EW_PART_QKV, EW_PART_ATTENTION, EW_PART_OUTPUT, EW_PART_GATE_UP, EW_PART_DOWN, EW_PART_HEAD, EW_PART_OTHER, EW_PARTS };
 

@@ -77,7 +77,7 @@ def _timed(call) -> float:
     return time.perf_counter() - start
 
 
-def steps_per_s(bundle: Bundle, options: Options, threads: int | None, seconds: float = 2.0) -> float:
+def steps_per_s(bundle: Bundle, options: Options, threads: int | None, seconds: float) -> float:
     """Median of the steps of one row in each tenth of the time."""
     backend, counts = NativeBackend(bundle, threads=threads, cache_dtype=options.cache_dtype), []
     cache, zeros = backend.new_cache(1, options.context + 1), np.zeros((1, 1), np.int64)
@@ -91,16 +91,16 @@ def steps_per_s(bundle: Bundle, options: Options, threads: int | None, seconds: 
     return float(np.median(counts))
 
 
-def share(options: Options, bundle: Bundle, rounds: int = 3) -> None:
+def share(options: Options, bundle: Bundle, rounds: int = 3, seconds: float = 2.0) -> None:
     """Print the speed beside busy processes against the fair one, in turns."""
     cpus = available_cpus()
     threads = min(options.threads or cpus, max(1, cpus - options.beside, cpus // (options.beside + 1)))
     alone, beside = [], []
     for _ in range(rounds):
-        alone.append(steps_per_s(bundle, options, threads))
+        alone.append(steps_per_s(bundle, options, threads, seconds))
         busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(options.beside)]
         try:
-            beside.append(steps_per_s(bundle, options, options.threads))
+            beside.append(steps_per_s(bundle, options, options.threads, seconds))
         finally:
             for process in busy:
                 process.kill()

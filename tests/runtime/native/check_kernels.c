@@ -56,15 +56,15 @@ static source make(tensor *t) {
             if (!t->by_input || t->bits == 8) t->zero_bytes[i] = (uint8_t)zero;
             else t->zero_bytes[i / 2] |= zero << 4 * (i % 2);
         }
-    static const int stream[] = {0, 0, EW_UINT2, EW_UINT3, 0, EW_UINT5, EW_UINT6, EW_UINT7, 0};
+    static const int stream[] = {0, 0, EW_UINT2, EW_UINT3, 0, EW_UINT5, EW_UINT6, 0, 0};
     int dtype = !t->by_input && t->bits != 8 ? stream[t->bits] : t->bits == 8 ? (t->asymmetric ? EW_UINT8 : EW_INT8) : t->asymmetric ? EW_UINT4 : EW_INT4;
     if (!t->by_input && t->bits == 8) dtype = EW_UINT8;
     return (source){t->bytes, scale, t->zero_bytes, dtype, t->by_input, t->rows, 0};
 }
 
 static void check_product(const kernels *k) {
-    static const int widths[] = {2, 3, 4, 5, 6, 7, 8}, groups[] = {32, 64, 128, 0};
-    tensor t = {.bits = widths[up_to(7)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
+    static const int widths[] = {2, 3, 4, 5, 6, 8}, groups[] = {32, 64, 128, 0};
+    tensor t = {.bits = widths[up_to(6)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
     t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
     t.by_input = t.bits == 4 || (t.bits == 8 && up_to(2));
     int rows = 1 + up_to(19), fp32 = up_to(2);
@@ -149,7 +149,7 @@ static void check_floats(const kernels *k) {
 static void check_attention(const kernels *k) {
     static const int kinds[] = {EW_FLOAT32, EW_FLOAT16, EW_INT8}, dims[] = {8, 16, 24, 64, 80, 128};
     int kind = kinds[up_to(3)], dim = dims[up_to(6)], padded = ceil_div(dim, TILE) * TILE, length = 1 + up_to(400), queries = 1 + up_to(7);
-    int capacity = ceil_div(length, TILE) * TILE, heads = 1 + up_to(2), window = up_to(2) ? 1 + up_to(200) : 1 << 20;
+    int capacity = ceil_div(length, 2 * TILE) * 2 * TILE, heads = 1 + up_to(2), window = up_to(2) ? 1 + up_to(200) : 1 << 20;
     size_t slots = (size_t)2 * heads * capacity, element = dtype_bits(kind) / 8, stride = 2 + padded;
     cache_layer c = {calloc(slots * dim, element), calloc(slots * padded, element), calloc(slots, 4), calloc(slots, 4), kind, capacity, heads, dim, padded};
     float *key = malloc((size_t)length * dim * 4), *value = malloc((size_t)length * dim * 4), *q = malloc((size_t)queries * dim * 4);

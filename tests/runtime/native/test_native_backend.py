@@ -20,7 +20,7 @@ from runtime import decode
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.native import backend as module
-from runtime.native import library
+from runtime.native import library, profile
 from runtime.native.backend import NativeBackend
 from runtime.sampling import Sampler, SamplingOptions
 
@@ -326,6 +326,21 @@ sys.exit('opened')
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_profile_counts_every_weight_and_the_share_beside_a_busy_process(tmp_path, monkeypatch, capsys):
+    config = native_bundle.config(tied_embeddings=False, layers=[(4, 2, 96)])
+    bundle = native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config))
+    monkeypatch.setattr(profile, "open_bundle", lambda folder: bundle)
+    monkeypatch.setattr(profile, "bandwidth", lambda: 2.0)
+    assert profile.main([str(tmp_path), "--threads", "1", "--steps", "4", "--context", "16", "--rows", "2"]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:] if line}
+    # int4 in groups of 32: 0.5625 bytes a weight. qkv 128 x 64, o 64 x 64, gate and up 192 x 64, down 64 x 96, head 200 x 64
+    sizes = {"qkv": 128 * 64, "output": 64 * 64, "gate_up": 192 * 64, "down": 64 * 96, "head": 200 * 64}
+    assert {part: float(lines[part][2]) for part in sizes} == {part: round(n * 0.5625 / 1e6, 2) for part, n in sizes.items()}
+    options = profile.Options(bundle=tmp_path, threads=1, beside=1, context=16)
+    profile.share(options, bundle, rounds=1, seconds=0.1)
+    assert float(capsys.readouterr().out.split()[-1]) > 0
 
 
 def test_the_interface_matches_the_header():
