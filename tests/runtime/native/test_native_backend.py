@@ -216,7 +216,7 @@ def test_refusals(tmp_path):
             NativeBackend(bundle, **options)
     backend = NativeBackend(bundle, threads=1)
     cache = backend.new_cache(1, 16)
-    for ids, at, words in [([[999]], 0, "vocabulary"), ([[-1]], 0, "vocabulary"), ([[1]], 16, "outside the cache"), ([[1]], 320, "beyond the context")]:
+    for ids, at, words in [([[999]], 0, "vocabulary"), ([[-1]], 0, "vocabulary"), ([[1]], 32, "outside the cache"), ([[1]], 320, "beyond the context")]:
         with pytest.raises(UserError, match=words):
             backend.forward(np.array(ids), None, np.array([at]), np.zeros((1, 1), np.int64), cache)
 
