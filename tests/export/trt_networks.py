@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 FLOATS = {"fp32": (TensorProto.FLOAT, np.float32), "fp16": (TensorProto.FLOAT16, np.float16),
           "bf16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
-WEIGHTS = ("dense", "int8", "int8/32", "int4/32", "int4/64", "fp8")
+WEIGHTS = ("dense", "int8", "int8/32", "int4/32", "int4/64", "fp8", "fp8 tensor")
 
 
 def node(kind, inputs, outputs=("y",), domain="", **attributes):
@@ -34,12 +34,13 @@ def product(dtype: str, weights: str) -> onnx.ModelProto:
     if weights == "dense":
         constants["w"] = rng.standard_normal((k, n)).astype(kind)
     else:
-        width, _, group = weights.partition("/")
+        width, _, group = weights.replace(" tensor", "").partition("/")
+        whole = weights.endswith(" tensor")
         codes = {"int8": lambda: rng.integers(-127, 128, (k, n)).astype(np.int8),
                  "int4": lambda: rng.integers(-8, 8, (k, n)).astype(ml_dtypes.int4),
-                 "fp8": lambda: np.ones((k, n), ml_dtypes.float8_e4m3fn)}[width]()
-        shape = (k // int(group), n) if group else () if width == "fp8" else (n,)
-        options = dict(axis=0, block_size=int(group)) if group else {} if width == "fp8" else dict(axis=1)
+                 "fp8": lambda: rng.standard_normal((k, n)).astype(ml_dtypes.float8_e4m3fn)}[width]()
+        shape = (k // int(group), n) if group else () if whole else (n,)
+        options = dict(axis=0, block_size=int(group)) if group else {} if whole else dict(axis=1)
         constants |= {"codes": codes, "scales": np.full(shape, 0.01).astype(kind)}
         nodes.append(node("DequantizeLinear", ["codes", "scales"], ["w"], **options))
     nodes.append(node("MatMul", ["x", "w"]))
