@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calibration_text import calibration_windows
 from compress.layerwise import Walk, second_moment
 from models.checkpoint import load_decoder, open_checkpoint
-from runtime.errors import UserError
 
 FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2")
 
@@ -61,13 +59,3 @@ def test_what_a_visit_changes_is_what_the_data_passes_through(tiny_checkpoint):
     assert torch.equal(walk.x, before)                         # nothing is added to the stream any more
     assert order == [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
                      ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-
-
-def test_windows_are_spread_and_text_too_short_is_refused():
-    tokens = torch.arange(1000, dtype=torch.int32)
-    windows = calibration_windows(tokens, 3, 100)
-    assert windows.dtype == torch.int64 and windows[:, 0].tolist() == [0, 400, 900]
-    assert len(calibration_windows(tokens, 99, 100)) == 10
-    for short in (tokens[:99], tokens[:0]):
-        with pytest.raises(UserError, match=f"has {len(short)} tokens, which is less than one window of 100"):
-            calibration_windows(short, 4, 100)
