@@ -85,6 +85,8 @@ def compile(options: Options) -> None:
             bundles.write_manifest(bundle.folder, bundle.manifest | {"on_device": _device_command(options, ".")})
         if not wanted:
             return
+    if options.workspace_mb is not None and options.workspace_mb < 1:
+        raise UserError(f"--workspace-mb {options.workspace_mb}: it must be at least 1")
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
                         options.verbose)
     model = _load(path)
@@ -114,8 +116,9 @@ def _one(options, settings, path, bundle, capacity) -> None:
         bundles.write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
     else:
         trt_record.write(out, engine.plan, facts)
-    print(f"{out}: {settings.backend} {facts['version']}, SM {','.join(facts['compute_capabilities'])}, "
-          f"{out.stat().st_size / 1e6:.1f} MB ({facts['bytes'] / 1e6:.1f} in memory), {facts['build_s']} s, "
+    size, whole = out.stat().st_size, facts["bytes"]
+    print(f"{out}: {settings.backend} {facts['version']}, SM {','.join(facts['compute_capabilities'])}, {size / 1e6:.3g} MB"
+          f"{f' ({whole / 1e6:.3g} unpacked)' if size != whole else ''}, {facts['build_s']} s, "
           f"peak {facts['peak_rss_mb']} MB; native layers {facts['native_layers'] or 'none'}")
     if bundle and settings.backend == "rtx":
         print(f"on a Jetson or a data-centre GPU: {_device_command(options)}")

@@ -101,7 +101,8 @@ def inspect(engine: Path) -> str:
         facts = json.loads(path.read_text(encoding="utf-8"))
         backend = facts["backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the engine's record cannot be read ({error}); build the engine again") from None
+        raise UserError(f"{path}: the engine's record cannot be read ({getattr(error, 'strerror', None) or error}); give an "
+                        "engine that `python -m export.trt` wrote, with its record beside it") from None
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
     try:
         lines.append(_layer_information(backend, engine))
@@ -112,7 +113,9 @@ def inspect(engine: Path) -> str:
 
 def _layer_information(backend: str, engine: Path) -> str:
     tensorrt = load_backend(backend)
-    from runtime.trt_engine import read_plan, load_plan
+    from runtime.trt_device import present_gpu
+    from runtime.trt_engine import load_plan, read_plan
+    present_gpu()
     loaded = load_plan(tensorrt, read_plan(engine), engine)
     return loaded.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.ONELINE)
 

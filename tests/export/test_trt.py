@@ -88,7 +88,10 @@ def test_a_second_build_replaces_the_first_and_stays_inspectable(bundle, capsys)
     capsys.readouterr()
     assert trt.main(["inspect", str(folder / engine["file"])]) == 0
     shown = capsys.readouterr().out
-    assert 'compute_capabilities: ["89"]' in shown and "layer information: needs a GPU" in shown
+    assert 'compute_capabilities: ["89"]' in shown
+    if "layer information: needs a GPU" in shown:
+        assert "no NVIDIA GPU or driver" in shown and "[TRT]" not in shown
+    assert "record cannot be read (No such file or directory)" in fails(capsys, "inspect", folder / "portable.onnx")
     assert "no such file" in fails(capsys, "inspect", folder / "nothing.engine")
 
 
@@ -270,6 +273,7 @@ def test_options_that_do_not_apply(conv, bundle, capsys):
             ([folder, "--capacity", "512"], "--capacity 512: the cache must have 1 to 256 slots"),
             ([folder, "--capacity", "many"], "give numbers with commas between, as in 1024,4096"),
             ([folder, "--rows", "0"], "both must be at least 1"),
+            ([folder, "--workspace-mb", "-5"], "--workspace-mb -5: it must be at least 1"),
             ([conv, "--timing-cache", "t"], "--timing-cache is for --backend trt"),
             ([conv, "--hardware-compatibility", "ampere_plus"], "--hardware-compatibility is for --backend trt"),
             ([], "give a bundle or an ONNX model")):
