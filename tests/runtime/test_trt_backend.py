@@ -13,9 +13,9 @@ real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is 
 import tensorrt_double as double                                    # noqa: E402
 from export import bundle as bundles                                # noqa: E402
 from export import onnx as export_onnx                              # noqa: E402
-from runtime import decode                                          # noqa: E402
+from runtime import Engine, backends, decode                        # noqa: E402
 from runtime.bundle import open_bundle                              # noqa: E402
-from runtime.errors import UserError                                # noqa: E402
+from runtime.errors import DeviceError, UserError                   # noqa: E402
 from runtime.ort_backend import OrtBackend                          # noqa: E402
 from runtime.sampling import Sampler, SamplingOptions               # noqa: E402
 from runtime.trt_backend import TrtBackend                          # noqa: E402
@@ -156,6 +156,56 @@ def test_capacities(bundle):
     assert trt.new_cache(1, 10).capacity == 64 and trt.new_cache(1, 65).capacity == 128
     with pytest.raises(UserError, match="hold at most 128 tokens, and 129 are needed.*--capacity 129"):
         trt.new_cache(1, 129)
+    with pytest.raises(DeviceError, match="and 256 are needed"):         # the model's context, however much is asked
+        trt.cache_bytes(1, 9999)
+
+
+def test_a_closed_backend_and_a_step_that_fails_are_device_errors(bundle):
+    """Both are what makes `Engine` hand a reply to the next backend."""
+    trt, cuda, module = opened(bundle)
+    cache = trt.new_cache(1, 64)
+    feed(trt, cache, [[1, 2]], [0], [[1]])
+    module.refuse.add("execute")
+    with pytest.raises(DeviceError, match="could not run a step"):
+        feed(trt, cache, [[1, 2]], [0], [[1]])
+    module.refuse.clear()
+    cuda.fail.add("cudaStreamSynchronize")
+    with pytest.raises(DeviceError, match="cudaErrorMemoryAllocation in cudaStreamSynchronize"):
+        feed(trt, cache, [[1, 2]], [0], [[1]])
+    cuda.fail.clear()
+    trt.close()
+    with pytest.raises(DeviceError, match="was closed"):
+        feed(trt, cache, [[1, 2]], [0], [[1]])
+
+
+def test_a_reply_goes_on_where_the_device_fails(bundle, monkeypatch):
+    """An engine over the double, then over ONNX Runtime: the tokens are those of the device that never failed."""
+    def engine(**kwargs):
+        made = opened(bundle)[0]
+        fallen = lambda *_, **__: OrtBackend(bundle, role="portable")      # noqa: E731
+        monkeypatch.setattr(backends, "_OPEN", {"tensorrt": lambda *_, **__: made, "cuda": fallen, "native": fallen, "cpu": fallen})
+        return Engine(bundle.folder, **kwargs), made
+    whole, _ = engine()
+    expected = [r.tokens for r in whole.generate(["The answer", "Once"], max_new_tokens=40, ignore_model_stop=True)]
+    assert whole.backend.name == "tensorrt"
+    failing, made = engine()
+    run, calls = made.forward, []
+
+    def forward(*args):
+        calls.append(1)
+        if len(calls) > 9:
+            raise DeviceError("the GPU failed: cudaErrorMemoryAllocation")
+        return run(*args)
+    made.forward = forward
+    got = [r.tokens for r in failing.generate(["The answer", "Once"], max_new_tokens=40, ignore_model_stop=True)]
+    assert got == expected and failing.backend.name == "onnxruntime-cpu"
+    assert failing.explain().splitlines()[1:] == ["no tensorrt: the GPU failed: cudaErrorMemoryAllocation"]
+    long, _ = engine()
+    assert len(long.generate("Once", max_new_tokens=200, ignore_model_stop=True)[0].tokens) == 200
+    assert "hold at most 128 tokens" in long.explain()
+    insisting, _ = engine(provider="tensorrt")
+    with pytest.raises(UserError, match="hold at most 128 tokens"):
+        insisting.generate("Once", max_new_tokens=200)
 
 
 def test_device_memory_is_given_back(bundle):
