@@ -106,7 +106,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
         const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
         for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R) {
             vi s[8];
-            if (R == 1) EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
+            EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
             EACH(r, R) {                    /* sum holds minus the sum of q */
                 vi minus = splat_int(sum[r]);
                 s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : minus << zero_bits;

@@ -180,7 +180,7 @@ static void attention(step *s, int id, const layer *y) {
     int low[most], high[most];
     int chunks = ceil_div(s->high, CHUNK), split = chunks > 1 && pairs < 4 * s->threads;
     int units = split ? pairs * chunks : pairs;
-    for (int u = share(units, id, s->threads); u < share(units, id + 1, s->threads); u++) {
+    for (int u = id; u < units; u += s->threads) {           /* in turns: later tokens of a prompt see more slots */
         int pair = split ? u / chunks : u;
         attention_job job = queries_of(s, y, pair / y->kv_heads, pair % y->kv_heads, query, low, high);
         int begin = low[0] / CHUNK, end = ceil_div(high[job.queries - 1], CHUNK);

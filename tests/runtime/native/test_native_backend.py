@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import decode
+from runtime import backends, decode
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.native import backend as module
@@ -229,6 +229,15 @@ def test_a_group_the_core_lacks_is_refused(tmp_path, group):
         NativeBackend(bundle)
 
 
+def test_what_the_core_lacks_falls_back_with_one_line(tmp_path, monkeypatch, caplog):
+    bundle = native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(native_bundle.config()), lambda name: (4, 16, True))
+    instead = type("Instead", (), {"name": "onnxruntime-cpu", "graph": "fast.onnx"})()
+    monkeypatch.setitem(backends._OPEN, "cpu", lambda bundle, threads: instead)
+    with caplog.at_level("INFO"):
+        backend, lines = backends.open_backend(bundle, None, 1, below="cuda")
+    assert backend is instead and len(lines) == 2 and "groups of 16" in lines[1] and caplog.messages == lines[1:]
+
+
 def test_shortened_file_missing_tensor_and_nan_are_refused(tmp_path):
     decoder = native_bundle.random_decoder(native_bundle.config())
     bundle = native_bundle.write_bundle(tmp_path, decoder)
@@ -309,7 +318,7 @@ def test_out_of_memory_while_repacking_is_a_sentence(tmp_path):
     native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config))
     script = f"""
 import json, pathlib, resource, sys
-from runtime import decode
+from runtime import backends, decode
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.native.backend import NativeBackend
@@ -318,11 +327,15 @@ folder = pathlib.Path({str(tmp_path)!r})
 bundle = Bundle(folder, json.loads((folder / 'manifest.json').read_text()))
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (70 << 20), -1))
-try:
-    NativeBackend(bundle, threads=1)
-except UserError as error:
-    sys.exit(0 if 'out of memory' in str(error) else str(error))
-sys.exit('opened')
+sizes = []
+for _ in range(4):
+    try:
+        NativeBackend(bundle, threads=1)
+        sys.exit('opened')
+    except UserError as error:
+        assert 'out of memory' in str(error), error
+    sizes.append(int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize())
+assert sizes[-1] <= sizes[1], sizes               # nothing stays behind
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
