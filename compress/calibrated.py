@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from models.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
 from runtime.errors import UserError
 
 DESCENTS = 2
+PART = 1 << 23            # weights whose codes are chosen at once: what GPTQ holds in copies
 Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
 
 
@@ -55,10 +57,15 @@ def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: st
         tqdm.write(f"note: a Hessian was not positive definite, and was dampened by {damping:g}", file=sys.stderr)
     price = torch.empty(len(order))
     price[order] = factor.diagonal() ** -2                 # what is left of an error after compensation
-    grid, steady = clipped_grid(weight, form, price, negative), damped(hessian, damping)
-    codes = descend(weight, steady, grid, gptq(weight, hessian, grid, factor=factor), DESCENTS)
-    grid = refit(weight, steady, grid, codes)
-    return grid.tensor(descend(weight, steady, grid, codes))
+    steady, parts = damped(hessian, damping), []
+    for rows in weight.split(max(1, PART // weight.shape[1])):              # rows do not depend on each other
+        grid = clipped_grid(rows, form, price, negative)
+        codes = descend(rows, steady, grid, gptq(rows, hessian, grid, factor=factor), DESCENTS)
+        grid = refit(rows, steady, grid, codes)
+        parts.append(grid.tensor(descend(rows, steady, grid, codes)))
+    zeros = None if form.symmetric else torch.cat([part.zeros for part in parts])
+    return replace(parts[0], codes=torch.cat([part.codes for part in parts]), scales=torch.cat([part.scales for part in parts]),
+                   zeros=zeros)
 
 
 def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: str, work: Path,

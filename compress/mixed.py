@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from compress.allocate import Choice, allocate, size_bytes
 from compress.sensitivity import Sensitivity
 from models.checkpoint import Checkpoint
+from models.decoder import tensor_shapes
 from models.quantized import Quantization, TensorFormat
 from runtime.errors import UserError
 
@@ -135,7 +136,8 @@ def bundle_extras(checkpoint: Checkpoint) -> int:
     config = checkpoint.config
     tables = 4 * min(config.context_length, BUNDLE_CONTEXT) * config.head_dim if config.positions == "rope" else 0
     # gate and up, or q, k and v, may be stored as one
-    large = sum(2 * math.prod(checkpoint.shape(f"{module}.weight")) >= LARGE for module in checkpoint.modules())
+    shapes = tensor_shapes(config)
+    large = sum(2 * math.prod(shapes[f"{module}.weight"]) >= LARGE for module in checkpoint.modules())
     return tables + VECTOR * (16 * len(config.layers) + 4) + PAGE * large
 
 

@@ -1,11 +1,12 @@
 """Quantize a checkpoint's weights: linears, embedding and head become integer codes with fp16 scales.
 
-Weights only: activations, norms, biases and learned positions stay as they are. The codes are decided here once, stored
-(models/quantized.py), and used as they are by PyTorch and by every export. The token embedding and the head have bits of
-their own, since both read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer
-bits take the linears' group. One tensor is in memory at a time.
+Norms, biases and learned positions stay as they are; activations (--activations) and the KV cache (--kv-cache) are
+rounded where asked, when the model runs. The codes are decided here once, stored (models/quantized.py), and used as they
+are by PyTorch and by every export. The token embedding and the head have bits of their own, since both read or write the
+vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer bits take the linears' group.
 
-Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data; "clip" (compress/clipping.py) and "gptq"
+Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data, nor does "hqq", neural-compressor's
+(compress/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/clipping.py) and "gptq"
 (compress/gptq.py) are calibrated on text (--data), layer by layer (compress/calibrated.py), and resume where they were
 stopped. With --target-size or --target-bpw every module gets its own format (compress/mixed.py). ONNX and TensorRT
 bundles take 4 and 8 bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
@@ -29,23 +30,28 @@ from tqdm import tqdm
 from compress.awq import awq
 from compress.calibrated import calibrated
 from compress.calibration_text import corpus_windows
+from compress.memory import calibration_bytes, gradient_bytes
 from compress.mixed import BACKENDS, budget, candidates, check_backend, check_target, mixed_formats
+from compress.neural_compressor import hqq
 from compress.recover import TEACHER_CACHE, Options as RecoverOptions, recover
 from compress.rotation import rotate_values
 from compress.rtn import round_to_nearest
-from compress.sensitivity import Sensitivity, measure_sensitivity
+from compress.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
 from compress.smoothquant import smooth
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records, source_digest
 from models.fidelity import Window, cut_windows, measure
+from models.memory import memory_line
 from models.quantized import KINDS, Quantization, TensorFormat
 from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.machine import peak_rss_mb
 
 FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
+CALIBRATED = ("clip", "gptq")           # methods that look at text
 VOCABULARY = ("model.embed_tokens", "lm_head")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
@@ -69,7 +75,7 @@ class Options(DataOptions):
     embedding_bits: int = arg(8, help="bits of the embedding and the head; 0: leave them alone",
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
-    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "clip", "gptq"))
+    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq"))
     fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD")
     kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=KINDS)
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
@@ -95,7 +101,7 @@ class Options(DataOptions):
 def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
     if not options.recover:
-        return _quantize(options)
+        return _write_codes(options)
     if options.recover < 0 or not options.data:
         raise UserError(f"--recover is {options.recover}: it takes a number of steps, and --data FILES to train on")
     check_output(options.out, options.checkpoint)
@@ -104,7 +110,7 @@ def quantize(options: Options) -> None:
     sources = [source_digest(source) for source in find_sources(options.data)]
     coded = _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded")
     if not coded.exists():
-        _quantize(replace(options, out=coded, recover=0))
+        _write_codes(replace(options, out=coded, recover=0))
     reading = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
     recover(RecoverOptions(**reading, checkpoint=coded, teacher=options.checkpoint, out=options.out, steps=options.recover,
                            learning_rate=options.recover_rate, length=options.length, teacher_cache=options.teacher_cache))
@@ -115,7 +121,8 @@ def quantize(options: Options) -> None:
         print(f"perplexity after recovery: {perplexity:.3f}")
 
 
-def _quantize(options: Options) -> None:
+def _write_codes(options: Options) -> None:
+    """The stage without --recover."""
     checkpoint = open_checkpoint(options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
@@ -136,6 +143,8 @@ def _quantize(options: Options) -> None:
     if windows:
         before["perplexity"] = _perplexity(options.checkpoint, windows, "before")
 
+    if options.method in CALIBRATED:
+        print(f"layer by layer, {memory_line(calibration_bytes(checkpoint.config, options.windows, options.length))}")
     inputs, found = {"checkpoint": checkpoint.sha256()}, None
     if ids is not None:
         inputs["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
@@ -147,8 +156,8 @@ def _quantize(options: Options) -> None:
         print(f"predicted divergence: {damage:.4f} nats a token")
     stage = lineage.stage("compress.quantize", options, inputs)
     config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
-    if options.method == "rtn":
-        tensors, work = _quantized(checkpoint, plan.tensors), None
+    if options.method not in CALIBRATED:
+        tensors, work = _quantized(checkpoint, plan.tensors, options.method), None
     else:
         work = _work_folder(options, inputs, plan)
         tensors = calibrated(checkpoint, ids, plan, options.method, work, tuple(FOLDS[name] for name in options.fold),
@@ -162,6 +171,7 @@ def _quantize(options: Options) -> None:
     if windows:
         after["perplexity"] = _perplexity(options.out, windows, "after")
     weights = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+    after["peak_rss_mb"] = peak_rss_mb()
     for figures in (before, after):
         figures["bits_per_weight"] = 8 * figures["bytes"] / weights
     lineage.add_metrics(options.out, {"before": before, "after": after})
@@ -175,7 +185,7 @@ def _check(options: Options) -> bool:
     mixed = options.target_size is not None or options.target_bpw is not None
     if mixed and not options.data:
         raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
-    if options.method != "rtn" and not options.data:
+    if options.method in CALIBRATED and not options.data:
         raise UserError(f"--method {options.method} is calibrated on text: give --data FILES")
     for name in options.fold:
         if name not in FOLDS:
@@ -183,8 +193,9 @@ def _check(options: Options) -> bool:
     calibrates = {"--fold": options.fold, "--activation-scales static": options.activation_scales == "static",
                   "--kv-cache": options.kv_cache != "float"}
     for name, asked in calibrates.items():
-        if asked and options.method == "rtn":
-            raise UserError(f"{name} looks at calibration text, which --method rtn does not: choose --method clip or gptq")
+        if asked and options.method not in CALIBRATED:
+            raise UserError(f"{name} looks at calibration text, which --method {options.method} does not: choose --method "
+                            f"clip or gptq")
     if options.activation_scales == "static" and not options.activations:
         raise UserError("--activation-scales is about int8 activations: give --activations 8")
     if options.kind == "e4m3" and (options.method != "rtn" or options.bits != 8 or not options.symmetric):
@@ -199,6 +210,7 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
     """Read from --sensitivity, or measured and kept there."""
     if options.sensitivity is not None and options.sensitivity.exists():
         return Sensitivity.load(options.sensitivity, checkpoint.sha256())
+    print(f"sensitivity, {memory_line(gradient_bytes(checkpoint.config, options.length, stored_bytes(checkpoint)))}")
     rows = torch.linspace(0, len(ids) - 1, min(options.sensitivity_windows, len(ids))).round().long()
     found = measure_sensitivity(checkpoint, ids[rows], candidates("native"))
     if options.sensitivity is not None:
@@ -251,20 +263,21 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
     return formats
 
 
-def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat]) -> Iterator[tuple[str, torch.Tensor]]:
+def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method: str) -> Iterator[tuple[str, torch.Tensor]]:
     for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
         module = name.removesuffix(".weight")
         if module in formats:
-            yield from _tensors(checkpoint, module, formats[module]).items()
+            yield from _tensors(checkpoint, module, formats[module], method).items()
         else:
             yield name, checkpoint.read(name)
 
 
-def _tensors(checkpoint: Checkpoint, module: str, form: TensorFormat) -> dict[str, torch.Tensor]:
+def _tensors(checkpoint: Checkpoint, module: str, form: TensorFormat, method: str) -> dict[str, torch.Tensor]:
     weight = checkpoint.weight(module)
     if not torch.isfinite(weight).all():
         raise UserError(f"{checkpoint.path}: {module}.weight holds values that are not finite: the checkpoint is broken")
-    return round_to_nearest(weight, form).tensors(module)
+    found = hqq(weight, form) if method == "hqq" and module not in VOCABULARY else round_to_nearest(weight, form)
+    return found.tensors(module)
 
 
 def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:
@@ -286,6 +299,7 @@ def _report(formats: dict[str, TensorFormat], before: dict, after: dict) -> str:
     rows = [{"": "weights, MB", "before": f"{before['bytes'] / 1e6:.1f}", "after": f"{after['bytes'] / 1e6:.1f}"},
             {"": "bits per weight", "before": f"{before['bits_per_weight']:.2f}",
              "after": f"{after['bits_per_weight']:.2f}"}]
+    rows.append({"": "peak memory, MB", "before": "", "after": f"{after['peak_rss_mb']:.0f}"})
     if "perplexity" in before:
         rows.append({"": "perplexity", "before": f"{before['perplexity']:.3f}", "after": f"{after['perplexity']:.3f}"})
     kinds = {}

@@ -131,11 +131,17 @@ def _damage(weight: Tensor, gradient: Tensor, price: Tensor, formats: list[Tenso
     return result
 
 
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes a parameter with which the whole model is held: 2 where it is stored in 16 bits, and then in bfloat16."""
+    return 4 if checkpoint.dtype("model.embed_tokens.weight") == "F32" else 2
+
+
 def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, list]]:
     """G[o] of every linear, and for the embedding and the head pairs (weight of each row, Hessian of its inputs)."""
-    decoder = load_decoder(checkpoint.path).requires_grad_(False)
+    dtype = torch.float32 if stored_bytes(checkpoint) == 4 else torch.bfloat16
+    decoder = load_decoder(checkpoint.path, dtype).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    head = decoder.model.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.weight
+    head = (decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight.float()
     vocabulary, hidden_size = head.shape
     squares, spread = defaultdict(float), torch.zeros(vocabulary)
     inputs, outputs = torch.zeros(hidden_size, hidden_size), torch.zeros(hidden_size, hidden_size)
@@ -150,7 +156,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
 
     def on_table(module, arguments, output):
         def keep(gradient):
-            outputs.addmm_(gradient[0].T, gradient[0])
+            outputs.addmm_(gradient[0].float().T, gradient[0].float())
         output.requires_grad_().register_hook(keep)
 
     for name, module in decoder.model.layers.named_modules():
@@ -160,7 +166,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
     with fast_matmul():
         for row in tqdm(ids, desc="gradients", unit="window"):
             with fast_forward():
-                hidden = decoder.model(row[None])[0]
+                hidden = decoder.model(row[None])[0].float()
             gradient = torch.empty_like(hidden)
             with torch.no_grad():
                 inputs += hidden.T @ hidden

@@ -44,12 +44,28 @@ def divergence(path, reference, ids):
 
 @pytest.mark.parametrize("family", ["llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2"])
 def test_calibration_keeps_more_of_the_model(family, tiny_checkpoint, text, tmp_path):
+    """Nearer to the model as a whole at 5 bits. Coarser codes leave nothing of a random model either way, so there the
+    outputs of the first linears, whose inputs nothing has disturbed, are held against the original's."""
     source, ids, found = tiny_checkpoint(family), text_ids(tiny_checkpoint(family)), {}
-    for method in ("rtn", "gptq"):      # at 5 bits: coarser ones leave nothing of a random model
-        assert quantize(source, tmp_path / method, text, "--method", method, "--bits", 5) == 0
-        found[method] = divergence(tmp_path / method, source, ids)
-    assert found["gptq"] < 0.8 * found["rtn"]
+    for method, bits in (("rtn", 5), ("gptq", 5), ("rtn", 3), ("gptq", 3)):
+        out = tmp_path / f"{method}{bits}"
+        assert quantize(source, out, text, "--method", method, "--bits", bits, "--embedding-bits", 0) == 0
+        found[method, bits] = divergence(out, source, ids) if bits == 5 else first_error(out, source, ids)
+    assert found["gptq", 5] < 0.8 * found["rtn", 5]
+    assert found["gptq", 3] < 0.8 * found["rtn", 3]
     assert not list(tmp_path.glob(".*"))                       # the finished layers are gone
+
+
+def first_error(path, reference, ids):
+    """Mean square error of the outputs of layer 0's q, k and v on the original's inputs."""
+    original, inputs = load_decoder(reference), []
+    hook = original.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
+    with torch.no_grad():
+        original(ids)
+        hook.remove()
+        changed = load_decoder(path).model.layers[0].self_attn
+        return sum(float((getattr(changed, name)(inputs[0]) - getattr(original.model.layers[0].self_attn, name)(inputs[0])).square().mean())
+                   for name in ("q_proj", "k_proj", "v_proj"))
 
 
 def test_a_target_size_is_met_and_mixed_precision_pays(tiny_checkpoint, text, tmp_path, capsys):
@@ -114,6 +130,14 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--no-symmetric", "--backend", "tensorrt"], "zero points, and tensorrt runs none"),
     (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
     (["--method", "gptq", "--data", "empty.txt"], "holds no records"),
+    (["--activations", 8], "do not run in native: choose --backend pytorch"),
+    (["--activations", 8, "--backend", "onnx"], "a scale for each row"),
+    (["--method", "clip", "--kv-cache", "channel", "--backend", "tensorrt"], "int8 KV cache with stored scales does not run"),
+    (["--kv-cache", "channel", "--backend", "onnx"], "--kv-cache looks at calibration text"),
+    (["--bits", 8, "--group", 0, "--kind", "e4m3"], "8-bit floats, which native does not run: choose --backend pytorch or onnx"),
+    (["--kind", "e4m3", "--backend", "onnx"], "give --method rtn --bits 8"),
+    (["--activation-scales", "static", "--method", "clip"], "give --activations 8"),
+    (["--recover", -1], "--recover is -1"),
 ])
 def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
@@ -131,6 +155,15 @@ def test_data_is_asked_for(tiny_checkpoint, tmp_path, capsys):
     for options in (["--method", "gptq"], ["--target-size", "1MB"]):
         assert main([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "q"), *options]) == 2
         assert "give --data FILES" in capsys.readouterr().err
+
+
+def test_tensorrt_gets_no_negative_scale(tiny_checkpoint, text, tmp_path):
+    """Its parser refuses them; elsewhere they serve groups whose largest weight is positive."""
+    for backend in ("tensorrt", "onnx"):
+        assert quantize(tiny_checkpoint("smollm2"), tmp_path / backend, text, "--method", "gptq", "--backend", backend) == 0
+        found = open_checkpoint(tmp_path / backend)
+        least = min(float(found.quantized(module).scales.min()) for module in found.quantization.tensors)
+        assert (least > 0) == (backend == "tensorrt")
 
 
 def test_dead_and_broken_layers_are_named(tiny_checkpoint, text, tmp_path, capsys):

@@ -49,3 +49,23 @@ def test_a_group_of_zeros_and_a_huge_and_a_tiny_one():
 def test_a_group_that_does_not_divide():
     with pytest.raises(UserError, match="group of 32 does not divide the 40 inputs"):
         round_to_nearest(torch.zeros(2, 40), TensorFormat(4, 32))
+
+
+def test_hqq_keeps_neural_compressors_grid():
+    """HQQ's scales as they are; every value within half a step of zero point and half a step of rounding from its own."""
+    pytest.importorskip("neural_compressor.torch.quantization")
+    from neural_compressor.torch.quantization import HQQConfig, convert, prepare
+
+    from compress.neural_compressor import hqq
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    tensor = hqq(weight, TensorFormat(4, 64, False))
+    linear = torch.nn.Linear(128, 32, bias=False)
+    linear.weight.data = weight.reshape(-1, 64).T.reshape(32, 128).contiguous()
+    theirs = convert(prepare(torch.nn.Sequential(linear), HQQConfig(bits=4, group_size=64, quant_zero=False, quant_scale=False)))[0]
+    dense = theirs.dequantize_weight().float().reshape(64, -1).T.reshape(32, 128)
+    assert torch.equal(tensor.scales.flatten(), theirs.q_weight.scale.flatten())
+    steps = (tensor.dequantize() - dense).unflatten(1, (2, 64)) / tensor.scales.float()[:, :, None]
+    assert steps.abs().max() <= 1.01
+    assert (dense - weight).square().mean() < 0.02 * weight.square().mean()            # the groups are ours
+    with pytest.raises(UserError, match="--no-symmetric"):
+        hqq(weight, TensorFormat(4, 64))

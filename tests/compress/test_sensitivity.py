@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from compress.clipping import clipped_grid
-from compress.gptq import DAMPING, gptq, loss
+from compress.gptq import DAMPING, activation_order, gptq, loss
+from compress.grid import Grid
 from compress.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
 from models.checkpoint import load_decoder, open_checkpoint
 from models.quantized import TensorFormat
@@ -54,14 +55,27 @@ def test_predicts_measured_divergence_within_a_factor(measured):
 
 
 def test_pivots_are_the_price_of_gptq():
-    """Rounding to nearest, priced by the pivots, foretells the loss of GPTQ's codes."""
+    """GPTQ's loss is exactly its own rounding errors squared, each times its input's pivot; and where nothing is clipped
+    those errors are rounding's, so that rounding to nearest foretells the loss before GPTQ runs."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     hessian, weight = x.T @ x / 512, torch.randn(200, 64, generator=generator)
-    grid = clipped_grid(weight, TensorFormat(6, 32), pivots(hessian))
-    predicted = ((grid.values(grid.codes(weight)) - weight).square() @ pivots(hessian)).sum()
     steady = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(64)
-    assert float(predicted / loss(weight, steady, grid.values(gptq(weight, hessian, grid))).sum()) == pytest.approx(1, rel=0.3)
+    wide = Grid(torch.full((200, 1), 0.25), torch.full((200, 1), 128.0), TensorFormat(8, 0))        # +-32: nothing is clipped
+    codes, price = gptq(weight, hessian, wide), pivots(hessian)
+    measured = loss(weight, steady, wide.values(codes)).sum()
+
+    order = activation_order(hessian)
+    left, errors = weight.double().clone(), torch.zeros_like(weight)
+    for place, k in enumerate(order):                       # replay the compensation in float64, one inverse an input
+        rest = order[place:]
+        inverse = torch.linalg.inv(steady.double()[rest][:, rest])
+        errors[:, k] = (left[:, k] - wide.values(codes)[:, k]).float()
+        left[:, rest] -= errors[:, k, None].double() / inverse[0, 0] * inverse[0]
+    assert float((errors.square() @ price).sum() / measured) == pytest.approx(1, rel=1e-3)
+    assert errors.abs().max() <= 0.125 * 1.001
+    nearest = wide.values(wide.codes(weight)) - weight
+    assert float((nearest.square() @ price).sum() / measured) == pytest.approx(1, rel=0.05)
 
 
 def test_saved_and_loaded(measured, tmp_path):
