@@ -24,6 +24,7 @@ from tqdm import tqdm
 from models import fidelity, metrics, tasks
 from models.language_model import LanguageModel, check_same_tokenizer, open_model
 from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
+from runtime.backends import PROVIDERS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
@@ -60,8 +61,9 @@ class Options:
     limit: int | None = arg(None, help="solve this many examples at most, drawn by seed")
     seed: int = arg(0, help="draws the shots and the examples")
     examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file")
-    graph: str | None = arg(None, help="which graph of a bundle", choices=("portable", "fast"))
-    exact: bool = arg(False, help="bundle: no fused int8 kernels, PyTorch's numbers up to rounding")
+    provider: str | None = arg(None, help="bundle: the engine that runs it (default: the best here)", choices=PROVIDERS)
+    graph: str | None = arg(None, help="bundle: this graph of it, on ONNX Runtime's CPU", choices=("portable", "fast"))
+    exact: bool = arg(False, help="bundle: on ONNX Runtime without int8 kernels, PyTorch's numbers up to rounding")
     threads: int | None = arg(None, help="CPU threads (default: those available)")
 
 
@@ -85,12 +87,13 @@ def evaluate(options: Options) -> int:
         print(_prompts(options)[1][0])
         return 0
     cache = open_cache(options.reference) if cached else None
-    model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact)
+    model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact,
+                       provider=options.provider)
     if cache:
         result = on_cache(options, model, cache)
     else:
         result = perplexity(options, model, texts) if likelihood else labelled(options, model)
-    result = {"model": options.model.name, "task": options.task, **result}
+    result = {"model": options.model.name, "task": options.task, "backend": model.backend.name, **result}
     print(report(result))
     if options.json:
         write_json(options.json, result)
@@ -214,7 +217,7 @@ def report(result: dict) -> str:
     lines = []
     if len(texts) > 1:
         lines.append(table([{"text": name, "tokens": part["tokens"], **dict(shown(part))} for name, part in texts.items()]))
-    title = f"{result['model']}: {result['task']}, " + (f"{result['tokens']} tokens" if "tokens" in result else f"{result['examples']} examples")
+    title = f"{result['model']} on {result['backend']}: {result['task']}, " + (f"{result['tokens']} tokens" if "tokens" in result else f"{result['examples']} examples")
     lines.append(table([{"metric": name, "value [95% interval]": text} for name, text in shown(result)], title=title))
     if "confusion" in result:
         lines.append(table([{"actual \\ predicted": label, **dict(zip(result["labels"], row))}

@@ -20,6 +20,7 @@ from models.checkpoint import load_decoder, open_checkpoint
 from models.torch_backend import TorchBackend
 from runtime import decode
 from runtime.backend import Backend
+from runtime.backends import open_backend
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.machine import available_cpus
@@ -131,22 +132,29 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
 
 
-def open_model(folder: Path | str, *, threads: int | None = None, graph: str | None = None,
-               exact: bool = False) -> LanguageModel:
-    """Open a checkpoint or a bundle. `graph` and `exact` choose a bundle's graph (runtime/ort_backend.py).
+def open_model(folder: Path | str, *, threads: int | None = None, graph: str | None = None, exact: bool = False,
+               provider: str | None = None) -> LanguageModel:
+    """Open a checkpoint or a bundle.
 
+    A bundle runs as an app would run it (runtime/backends.py; `provider` insists on one of its engines), or, where
+    `graph` or `exact` is given, in that graph on ONNX Runtime's CPU (runtime/ort_backend.py).
     Raises UserError where the folder is neither, or its tokenizer is missing.
     """
     folder = Path(folder)
     threads = threads or available_cpus()
     if (folder / "manifest.json").is_file():
-        from runtime.ort_backend import OrtBackend
         bundle = open_bundle(folder)
-        backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
+        if graph or exact:
+            if provider not in (None, "cpu"):
+                raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
+            from runtime.ort_backend import OrtBackend
+            backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
+        else:
+            backend, _ = open_backend(bundle, provider, threads)
         context, eos, bos = bundle.max_context, bundle.model["eos_token_ids"], bundle.model["bos_token_id"]
     else:
-        if graph or exact:
-            raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs to choose from")
+        if graph or exact or provider:
+            raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
         config = open_checkpoint(folder).config
         torch.set_num_threads(threads)
         backend = TorchBackend(load_decoder(folder))

@@ -38,7 +38,7 @@ def files(tmp_path_factory):
 def arguments(files, out, *more, steps=12):
     return ["--preset", "80k", "--tokenizer", str(files / "tokenizer"), "--data", str(files / "train.txt"), "--valid",
             str(files / "valid.txt"), "--cache", str(files / "cache"), "--documents", "line", "--steps", str(steps),
-            "--batch", "8", "--context", "16", "--eval-every", "4", "--eval-rows", "16", "-o", str(out), *more]
+            "--precision", "fp32", "--batch", "8", "--context", "16", "--eval-every", "4", "--eval-rows", "16", "-o", str(out), *more]
 
 
 def losses(out, kind="train", key="loss"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models.data import IGNORE
 from models.decoder import Decoder
 from models.optimizer import adamw, learning_rate
 from models.presets import parameter_count, preset
-from models.trainer import Trainer, TrainerOptions, summed_loss
+from models.trainer import Trainer, TrainerOptions, has_bf16, mixed_precision, summed_loss
 from models.training_state import finish_replacement, replace_folder
 from runtime.errors import CheckFailed, UserError
 
@@ -154,6 +155,38 @@ def test_numbers_that_cannot_train_are_refused(tmp_path, option, value):
 def test_fp16_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         trainer(tmp_path, precision="fp16")
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this machine does not compute in bf16")
+def test_bf16_learns_as_fp32_does(tmp_path):
+    """Mixed precision: other roundings, the same curve; the weights themselves stay in float32."""
+    runs = {precision: trainer(tmp_path, name=precision, precision=precision, steps=30, eval_every=30)
+            for precision in ("fp32", "bf16")}
+    for run in runs.values():
+        run.fit()
+    fp32, bf16 = ([line["loss"] for line in lines(tmp_path / name)] for name in ("fp32", "bf16"))
+    assert fp32 != bf16 and bf16 == pytest.approx(fp32, rel=0.02)
+    assert all(p.dtype == torch.float32 for p in runs["bf16"].module.parameters())
+
+
+def test_auto_is_bf16_only_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, chosen in (({}, "no"), ({"avx512_bf16": True}, "no"), ({"avx512_bf16": True, "amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert mixed_precision("auto") == chosen
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(UserError, match="does not compute in bf16"):
+        mixed_precision("bf16")
+
+
+def test_compiled_it_learns_the_same(tmp_path, monkeypatch):
+    """Traced, differentiated and run as compiled graphs; without generated code, which takes a minute to build."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for name in ("plain", "compiled"):
+        trainer(tmp_path, name=name, steps=3, compile=name == "compiled").fit()
+    for plain, compiled in zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_schedules():
