@@ -29,6 +29,7 @@ from compress.distiller import Distiller, Losses
 from compress.divergence import KINDS, divergence
 from compress.layerwise import fast_matmul
 from compress.on_policy import OnPolicy
+from compress.recover import TEACHER_CACHE
 from compress.teacher import build_cache
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
@@ -43,14 +44,16 @@ from runtime.errors import UserError
 MICRO_TOKENS = 2048              # of a micro-batch, by default
 EXAMPLES = """recipes:
   a model that lost layers learns them back:
-    python -m compress.prune build/smollm2-135m -o build/pruned --data corpus.txt --what depth --keep 0.7 --order influence
-    python -m compress.distill --teacher build/smollm2-135m --student build/pruned --data corpus.txt -o build/distilled
-  a draft of six layers, for speculative decoding; it also reads what it writes itself:
-    python -m compress.distill --teacher build/smollm2-135m --layers 6 --data corpus.txt -o build/draft \\
-        --loss skew --on-policy 0.25
+    python -m compress.prune build/smollm2-135m -o build/pruned --what depth --keep 0.7 --order influence \\
+        --data ../shared/data/text/sotu-train.txt
+    python -m compress.distill --teacher build/smollm2-135m --student build/pruned \\
+        --data ../shared/data/text/sotu-train.txt -o build/distilled
+  a draft of six layers, for speculative decoding, which now and then reads what it writes itself:
+    python -m compress.distill --teacher build/smollm2-135m --layers 6 --loss skew --on-policy 0.25 \\
+        --data ../shared/data/text/sotu-train.txt -o build/draft
   a new, smaller model from nothing, helped by hidden states and attention:
-    python -m compress.distill --teacher build/smollm2-135m --preset 15m --data corpus.txt -o build/small \\
-        --label-share 0.3 --hidden-weight 1 --attention-weight 1
+    python -m compress.distill --teacher build/smollm2-135m --preset 15m --label-share 0.3 --hidden-weight 1 \\
+        --attention-weight 1 --data ../shared/data/text/sotu-train.txt -o build/small
 """
 
 
@@ -58,8 +61,8 @@ EXAMPLES = """recipes:
 class Options(DataOptions, TrainerOptions):
     """Train a student to predict what its teacher predicts."""
     teacher: Path = arg(help="checkpoint folder of the teacher")
-    student: Path | None = arg(None, help="checkpoint folder of the student (default: a copy of the teacher)")
-    layers: int | None = arg(None, help="take this many of the student's layers, spread evenly, the first and the last too")
+    student: Path | None = arg(None, help="checkpoint folder of the student (with --layers, by default the teacher)")
+    layers: int | None = arg(None, help="take so many of its layers, spread evenly, the first and the last among them")
     preset: str | None = arg(None, help="a new student of about this many parameters, such as 5m, in place of --student")
     valid: tuple[str, ...] = arg((), help="text to judge on (default: blocks of --data are set aside)")
     loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=KINDS)
@@ -72,7 +75,7 @@ class Options(DataOptions, TrainerOptions):
     prompt: int = arg(32, help="on policy: tokens of a block that are kept")
     live: bool = arg(False, help="run the teacher beside the student, in place of its cache")
     top: int = arg(64, help="teacher's log-probabilities cached for each token")
-    teacher_cache: Path = arg(Path("~/.cache/edgewright/teacher"), help="where the teacher's predictions are kept")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
     context: int = arg(256, help="tokens of a block")
     steps: int = arg(500, help="updates of the weights")
     batch: int = arg(8, help="blocks that one update learns from")

@@ -43,9 +43,10 @@ def split_text(options: DataOptions, folder: Path) -> tuple[Path, Path]:
 
 
 def _cut(text: str, length: int) -> tuple[str, str]:
-    """`text` in two, before the last blank within its first `length` characters, or where there is none, right there."""
+    """`text` in two, before the last blank within its first `length` characters; a text without blanks right there."""
     if length >= len(text) or length <= 0:
         return (text, "") if length > 0 else ("", text)
     place = max(text.rfind("\n", 0, length), text.rfind(" ", 0, length))
-    place = length if place < 0 else place
+    if place < 0:
+        place = 0 if " " in text or "\n" in text else length
     return text[:place], text[place:]

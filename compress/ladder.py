@@ -4,7 +4,7 @@
     print(ladder([("original", figures), ...]))
 
 Quality is measured in PyTorch, float32, on the second half of 512-token windows (models/fidelity.py); the reference is
-the model that the compression began with. A size counts every byte of the checkpoint's tensors. Speed is that of an
+the model that the compression began with. A size is that of a bundle's weights file (compress/mixed.py). Speed is that of an
 exported bundle on this machine, by the commands a user would type (export.onnx, runtime.bench), each in a process of its
 own; it depends on what else the machine does.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from compress.mixed import bundle_extras
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data_formats import as_text, find_sources, read_records
 from models.fidelity import Window, cut_windows, measure
@@ -35,7 +36,7 @@ def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...],
     texts: files, each judged on its first `windows` windows. Raises UserError for text too short.
     """
     checkpoint = open_checkpoint(folder)
-    size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names())}
+    size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names()) + bundle_extras(checkpoint)}
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     context = checkpoint.config.context_length
     cut = [window for text in find_sources(texts) for window in _windows(tokenizer, text, context, windows)]

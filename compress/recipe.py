@@ -106,11 +106,11 @@ def check_stage(table: dict, place: str) -> Stage:
 
 
 def command_line(stage: Stage, filled: dict) -> list[str]:
-    """What one would type after `python -m compress.NAME`; `filled` are options as in `settings`."""
+    """What one would type after `python -m compress.NAME`; of `filled`, what the stage has an option for."""
     fields = {field.name: field for field in dataclasses.fields(stage.options_class)}
     words, named = [], []
     for key, value in (filled | stage.settings).items():
-        if value == fields[key].default:
+        if key not in fields or value == fields[key].default:
             continue
         flag = "--" + key.replace("_", "-")
         if fields[key].metadata["positional"]:

@@ -27,6 +27,7 @@ from compress.held_out import split_text
 from compress.ladder import ladder, measure_quality, measure_speed
 from compress.mixed import BACKENDS
 from compress.recipe import Recipe, Stage, command_line, open_recipe, shipped
+from compress.recover import TEACHER_CACHE
 from models import lineage
 from models.checkpoint import open_checkpoint, replace_folder
 from models.data import DataOptions
@@ -53,7 +54,7 @@ class Options(DataOptions):
     data: tuple[str, ...] = arg((), help="text to calibrate and train on: files, folders, globs or hf:NAME@SPLIT")
     valid: tuple[str, ...] = arg((), help="text to judge on (default: the last tenth of every file of --data)")
     out: Path | None = arg(None, short="-o", help="folder of the run; OUT/model is the finished checkpoint")
-    target_size: str | None = arg(None, help="bytes of all tensors, such as 92MB, in place of the recipe's target")
+    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB, in place of the recipe's")
     backend: str | None = arg(None, help="formats to choose from, in place of the recipe's", choices=tuple(BACKENDS))
     eval_windows: int = arg(16, help="windows of 512 tokens of each text to judge on")
     speed: bool = arg(True, help="export each result and measure its decode speed")
@@ -74,18 +75,20 @@ def compress(options: Options) -> int:
     if not (options.model / "tokenizer.json").is_file():
         raise UserError(f"{options.model} has no tokenizer.json, which reading text needs")
     text, judged = _texts(options)
-    digests = [source_digest(source) for source in find_sources(text.data)]
+    reading = dataclasses.asdict(replace(text, data=(), cache=None))
+    learned = [reading, *(source_digest(source) for source in find_sources(text.data))]
     rungs = [("original", _figures(options, options.out / f"0-original-{original[:8]}", options.model, None, judged))]
     print(ladder(rungs))
     current, source = options.model, original
     for number, stage in enumerate(recipe.stages, 1):
-        key = _hash([stage.name, stage.settings, source, original, digests])[:8]
+        key = _hash([stage.name, stage.settings, source, original, learned])[:8]
         folder = options.out / f"{number}-{stage.name}-{key}"
         result = _result(folder, stage)
         if (folder / "done").is_file():
             print(f"\n{number} {stage.name}: unchanged, {folder}")
         else:
-            code = _run_stage(options, stage, folder, current, text, _hash([source, digests])[:8])
+            measured = [stage.settings.get(name) for name in ("windows", "length", "sensitivity_windows")]
+            code = _run_stage(options, stage, folder, current, text, _hash([source, learned, measured])[:8])
             if code:
                 return code
         if stage.name != "teacher":
@@ -130,8 +133,7 @@ def _result(folder: Path, stage: Stage) -> Path:
 
 
 def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text: DataOptions, read: str) -> int:
-    """Run one stage by its command line; returns its exit code. `read` names the checkpoint and text it reads."""
-    names = {field.name for field in dataclasses.fields(stage.options_class)}
+    """Run one stage by its command line; returns its exit code. `read` names the checkpoint and the windows it reads."""
     out = folder / "checkpoint"
     resume = (out / "last").exists() or (out / "last.old").exists()
     if not resume:
@@ -139,10 +141,8 @@ def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text
     filled = {"checkpoint": current, "student": current, "teacher": options.model, "out": out, "resume": resume,
               "sensitivity": options.out / f"0-sensitivity-{read}.safetensors"}
     if stage.name == "teacher":
-        filled |= {"checkpoint": options.model, "out": Path("~/.cache/edgewright/teacher").expanduser()}
-    filled |= dataclasses.asdict(text)
-    filled = {name: value for name, value in filled.items() if name in names}
-    words = command_line(stage, filled)
+        filled |= {"checkpoint": options.model, "out": TEACHER_CACHE.expanduser()}
+    words = command_line(stage, filled | dataclasses.asdict(text))
     print(f"\npython -m compress.{stage.name} {shlex.join(words)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     code = importlib.import_module(f"compress.{stage.name}").main(words)

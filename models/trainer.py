@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -234,6 +235,9 @@ class Trainer:
         metrics = {f"valid_{name}": mean for name, mean in means.items()}
         metrics["valid_perplexity"] = math.exp(means.get("nll", loss))
         self._log("valid", **metrics)
+        if self.accelerator.is_main_process:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
         return metrics
 
     def _diverged(self, what: str) -> CheckFailed:
