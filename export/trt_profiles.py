@@ -1,8 +1,9 @@
 """Optimization profiles: for which shapes of its inputs an engine is built.
 
 A decoder's graph gets two, both with the cache at one fixed capacity: "decode" (one new token a row) and "prefill" (up
-to a chunk of new tokens). TensorRT chooses kernels for the optimal shape: one row, and a prompt of 128 tokens. Any
-other model gets one, from `--shapes name:min,opt,max`, or none where its inputs are fixed.
+to a chunk of new tokens). TensorRT chooses kernels for the optimal shape: one row, and a prompt of 128 tokens. An engine
+holds the kernels of every profile, so where its size counts more than its speed the second alone serves single tokens
+too. Any other model gets one, from `--shapes name:min,opt,max`, or none where its inputs are fixed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ def fix_dimension(model: onnx.ModelProto, symbol: str, size: int) -> None:
                 dim.dim_value = size
 
 
-def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int) -> list[Profile]:
-    """Profiles of a decoder whose capacity is fixed: up to `rows` sequences, `chunk` new tokens each."""
+def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = False) -> list[Profile]:
+    """Profiles of a decoder whose capacity is fixed: up to `rows` sequences, `chunk` new tokens each.
+
+    `one` leaves out the profile of decode steps; the prefill profile reaches down to one token and runs them too.
+    """
     def shapes(b, s, k):
         sizes = {"b": b, "s": s, "k": k}
         return {i.name: tuple(sizes.get(d, d) for d in shape_of(i)) for i in model.graph.input}
@@ -39,7 +43,8 @@ def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int) -> list[Prof
     def profile(name, best_s, high_s, high_k):
         low, best, high = shapes(1, 1, 1), shapes(1, best_s, 1), shapes(rows, high_s, high_k)
         return Profile(name, {key: (low[key], best[key], high[key]) for key in low})
-    return [profile("decode", 1, 1, 1), profile("prefill", min(BEST_CHUNK, chunk), chunk, min(LOGITS, chunk))]
+    prefill = profile("prefill", min(BEST_CHUNK, chunk), chunk, min(LOGITS, chunk))
+    return [prefill] if one else [profile("decode", 1, 1, 1), prefill]
 
 
 def given_profiles(model: onnx.ModelProto, given: tuple[str, ...]) -> list[Profile]:

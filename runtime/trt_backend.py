@@ -5,9 +5,9 @@ The cache is one device buffer per layer and key or value, [rows, kv_heads, capa
 present at once, so that the engine updates it in place; a view of some rows is an offset into it. An engine's capacity
 is fixed: a cache gets the smallest engine that holds what was asked, and `grow` moves it to a larger one.
 
-An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more. A call
-that is larger than the profile (rows, tokens or logits) is split. The decode step of a view is recorded as a CUDA graph
-once it has run, and launched from then on.
+An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more (and for
+one, in an engine built without the first). A call that is larger than the profile (rows, tokens or logits) is split. The
+decode step of a view is recorded as a CUDA graph once it has run, and launched from then on.
 
 Written against the Python API of TensorRT-RTX 1.7 and cuda-python 13, and tested against a double of both; it has not
 run on a GPU yet.
@@ -216,7 +216,7 @@ class _Engine:
         arrays = (input_ids, position_ids, write_index, logits_positions)
         (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
         decode = tokens == 1 and wanted == 1
-        context = self._contexts["decode" if decode else "prefill"]
+        context = self._contexts["decode" if decode and "decode" in self._contexts else "prefill"]
         staging = self._stage(rows, tokens, wanted)
         for name, array in zip(TOKEN_INPUTS, arrays):
             staging.host[name][...] = array

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -33,10 +34,10 @@ def bundle(tiny_checkpoint, tmp_path_factory):
     return open_bundle(folder)
 
 
-def add_engine(folder, name, capacity, **changes):
+def add_engine(folder, name, capacity, profiles=("decode", "prefill"), **changes):
     manifest = open_bundle(folder).manifest
     high = {"input_ids": [ROWS, TOKENS], "logits_positions": [ROWS, LOGITS]}
-    profiles = [{"name": name, "shapes": {k: [None, None, v] for k, v in high.items()}} for name in ("decode", "prefill")]
+    profiles = [{"name": name, "shapes": {k: [None, None, v] for k, v in high.items()}} for name in profiles]
     manifest["engines"].append({"file": name, "backend": "rtx", "version": double.VERSION, "capacity": capacity,
                                 "compute_capabilities": ["86", "89"], "profiles": profiles, "bytes": 1} | changes)
     plan = json.dumps({"onnx": str(folder / "portable.onnx"), "capacity": capacity})
@@ -149,6 +150,20 @@ def test_profiles_shapes_and_addresses_of_a_call(bundle):
     order = [name for name, _ in cuda.calls]
     upload, download = (i for i, n in enumerate(order) if n == "cudaMemcpyAsync")
     assert upload < download < len(order) - 1 - order[::-1].index("cudaStreamSynchronize")
+
+
+def test_an_engine_of_one_profile_runs_steps_in_it(bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    bundles.write_manifest(folder, bundle.manifest | {"engines": []})
+    add_engine(folder, "engines/one.engine", 64, profiles=("prefill",))
+    (two, *_), (one, cuda, module) = opened(bundle), opened(open_bundle(folder))
+    caches = two.new_cache(1, 64), one.new_cache(1, 64)
+    for ids, start in (([[5, 6, 7]], 0), ([[8]], 3), ([[9]], 4)):
+        expected, found = (feed(trt, cache, ids, [start], [[len(ids[0]) - 1]]).copy() for trt, cache in zip((two, one), caches))
+        np.testing.assert_array_equal(found, expected)
+    assert {profile for profile, *_ in module.calls} == {0}
+    assert sum(name == "cudaGraphLaunch" for name, _ in cuda.calls) == 1
 
 
 def test_capacities(bundle):
@@ -268,7 +283,6 @@ def test_a_compressed_engine_and_a_broken_one(bundle, tmp_path):
     ({"compute_capabilities": [86]}, "engines[0].compute_capabilities[0] should be str, not 86"),
 ])
 def test_a_broken_engine_entry_is_refused_when_the_bundle_opens(bundle, tmp_path, change, sentence):
-    import shutil
     folder = tmp_path / "copy"
     shutil.copytree(bundle.folder, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
