@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 enum { SPIN_MEETING_NS = 30000, SPIN_IDLE_NS = 500000 };
-enum { WATCH_NS = 40000000, OFTEN = 200, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };  /* OFTEN: a second and thread */
+enum { WATCH_NS = 40000000, OFTEN = 300, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };  /* OFTEN: a second and thread */
 
 typedef struct { _Alignas(64) atomic_uint value; atomic_int sleepers; } gate;
 
