@@ -185,7 +185,7 @@ def test_the_student_comes_nearer_to_its_teacher(more, tiny_checkpoint, text, tm
 
 def test_killed_and_resumed_it_ends_as_if_uninterrupted(tiny_checkpoint, text, tmp_path):
     """With maps to train and text of its own: their state and the draws come back too."""
-    more = ("--preset", "60k", "--hidden-weight", "1", "--on-policy", "0.5", "--prompt", "8", "--steps", "60")
+    more = ("--preset", "60k", "--hidden-weight", "1", "--on-policy", "0.5", "--prompt", "8", "--steps", "40")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "compress.distill"]
     subprocess.run([*command, *arguments(tiny_checkpoint, text, tmp_path / "whole", *more)], env=environment, check=True)
