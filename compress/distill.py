@@ -121,7 +121,7 @@ def distill(options: Options) -> None:
     distiller = Distiller(student, load_decoder(options.teacher).requires_grad_(False) if live else None, losses)
     if options.on_policy:
         train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer)
-    trainer = Trainer(distiller, options, train, valid, partial(_save, student, source, options, inputs), inputs,
+    trainer = Trainer(distiller, options, train, valid, partial(_save, source, options, inputs), inputs,
                       loss=lambda module, *rows: module(*rows), judge=lambda module, *rows: module.judge(*rows))
     if live:
         distiller.teacher.to(trainer.accelerator.device)
@@ -232,7 +232,8 @@ def _spread(indices: np.ndarray, count: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
 
 
-def _save(student: Decoder, source: Checkpoint, options: Options, inputs: dict, folder: Path, metrics: dict) -> None:
+def _save(source: Checkpoint, options: Options, inputs: dict, distiller: Distiller, folder: Path, metrics: dict) -> None:
+    student = distiller.student
     stage = lineage.stage("compress.distill", options, inputs, metrics, options.seed)
     hf_config = source.hf_config if student.config == source.config else student.config.to_hf()
     write_checkpoint(folder, hf_config, student.state_dict().items(), source.path, stage)

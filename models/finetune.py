@@ -97,7 +97,7 @@ def finetune(options: FinetuneOptions) -> None:
         model = add_lora(model, options.rank, options.alpha, options.checkpoint, frozen)
     inputs = {"checkpoint": checkpoint.sha256()} | {
         s: source_digest(s) for s in find_sources(options.data + options.valid)}
-    trainer = Trainer(model, options, train, valid, partial(_save, model, checkpoint, options, inputs), inputs)
+    trainer = Trainer(model, options, train, valid, partial(_save, checkpoint, options, inputs), inputs)
     if state.is_main_process:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{len(train)} training and {len(valid)} validation examples of up to {train.context} tokens; "
@@ -205,7 +205,7 @@ def _with_defaults(options: FinetuneOptions, train: Examples) -> FinetuneOptions
     return dataclasses.replace(options, **{k: v for k, v in filled.items() if getattr(options, k) is None})
 
 
-def _save(model, checkpoint, options: FinetuneOptions, inputs: dict, folder: Path, metrics: dict) -> None:
+def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("finetune", options, inputs, metrics, options.seed)
     if options.keep_adapter:
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -74,7 +74,7 @@ def train(options: TrainOptions) -> None:
               "tokenizer": source_digest(str(folder / "tokenizer.json"))}
     if options.checkpoint:
         inputs["checkpoint"] = open_checkpoint(options.checkpoint).sha256()
-    trainer = Trainer(model, options, train_rows, valid_rows, partial(_save, model, folder, options, inputs), inputs)
+    trainer = Trainer(model, options, train_rows, valid_rows, partial(_save, folder, options, inputs), inputs)
     if state.is_main_process:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{parameters / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training and {len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x "
@@ -136,7 +136,7 @@ def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, 
                  for part in ("train", "valid"))
 
 
-def _save(model, source: Path, options: TrainOptions, inputs: dict, folder: Path, metrics: dict) -> None:
+def _save(source: Path, options: TrainOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("train", options, inputs, metrics, options.seed)
     if isinstance(model, Decoder):
         hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()

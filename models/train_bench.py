@@ -116,7 +116,7 @@ def bench(options: BenchOptions) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainerOptions(out=Path(folder) / "run", steps=10**6, batch=options.batch, micro_batch=options.batch,
                                   learning_rate=1e-3, warmup=0, precision="fp32")
-        ours = Trainer(Decoder(config), settings, rows, rows, save=lambda out, metrics: None, inputs={})
+        ours = Trainer(Decoder(config), settings, rows, rows, save=lambda module, out, metrics: None, inputs={})
         plain = PlainLoop(config, rows, options)
         tokens = options.steps * options.batch * options.context
         speeds = {"plain": [], "ours": []}

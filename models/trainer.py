@@ -5,18 +5,20 @@
 
 `train` and `valid` have `len()`, the `lengths` of their rows (None: all alike) and `rows(indices) -> (input_ids, labels,
 ...)` (int64 [r, s], labels IGNORE where there is no loss; then whatever else the loss wants), as models.data.Blocks does.
-`save(folder, metrics)` writes the module as a checkpoint. `loss(module, *rows)` is a sum over labels, by default of
-negative log-likelihoods; learned from is its mean over the labels of the whole global batch, however it is cut into
-micro-batches and processes, in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means
+`save(module, folder, metrics)` writes the module (a copy with whole weights where its own are sharded) as a checkpoint.
+`loss(module, *rows)` is a sum over labels, by default of negative log-likelihoods; learned from is its mean over the
+labels of the whole global batch, however it is cut into micro-batches and processes, in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means
 over the validation labels are the metrics valid_NAME, and the lowest valid_loss is best.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
-processes with DDP, each on its share of every batch; losses equal one process's up to the order of summation. FSDP is
-refused: its sharded optimizer state does not fit the state kept here. On a CPU a run is reproducible to the bit.
+processes with DDP or FSDP (version 2), each on its share of every batch; losses equal one process's up to the order of
+summation, and the state kept is the same. Without GPUs accelerate falls back from FSDP to DDP. On a CPU a run is
+reproducible to the bit.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -41,7 +43,8 @@ from tqdm import tqdm
 
 from models.data import IGNORE, batch_indices
 from models.optimizer import adamw, learning_rate
-from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, replace_folder, save_state)
+from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, replace_folder, save_state,
+                                   training_tensors, whole)
 from runtime.cli import arg
 from runtime.errors import CheckFailed, UserError
 
@@ -108,19 +111,22 @@ def process_state() -> PartialState:
 
 class Trainer:
     def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
-                 save: Callable[[Path, dict], None], inputs: dict[str, str], loss=summed_loss, judge=label_loss):
+                 save: Callable[[torch.nn.Module, Path, dict], None], inputs: dict[str, str], loss=summed_loss,
+                 judge=label_loss):
         self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
         self.loss, self.judge = loss, judge
         check_options(options)
         process_state()                              # before Accelerator, which would not look for gloo
         AcceleratorState._reset_state()              # a trainer before this one may have had another precision
         self.accelerator = Accelerator(mixed_precision=mixed_precision(options.precision))
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise UserError("training under FSDP is not supported; launch with DDP (the default of several processes)")
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded:
+            self._check_sharded()
         self.processes = self.accelerator.num_processes
         if options.batch % self.processes:
             raise UserError(f"--batch {options.batch} does not divide among {self.processes} processes")
         self.module, self.optimizer = module, adamw(module, options.weight_decay)
+        self.whole = copy.deepcopy(module) if self.sharded and self.accelerator.is_main_process else module
         if options.checkpointing:
             _checkpoint_layers(module)
         model = torch.compile(module) if options.compile else module
@@ -203,6 +209,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Means, by name, of what `judge` sums over the labels of the first `eval_rows` validation rows."""
         count = len(self.valid) if self.options.eval_rows == 0 else min(len(self.valid), self.options.eval_rows)
+        if self.sharded:                             # layers are gathered together: all run as many batches
+            count -= count % self.processes
         mine = _by_length(self.valid, np.arange(self.accelerator.process_index, count, self.processes))
         if count < self.processes:
             raise UserError(f"{count} validation rows are too few for {self.processes} processes: give more, or raise --eval-rows")
@@ -259,20 +267,31 @@ class Trainer:
         """Write best/ where the loss is the lowest yet, and last/ with the state to continue from."""
         better = metrics["valid_loss"] < self.best
         self.best = min(self.best, metrics["valid_loss"])
+        if self.sharded:                             # state_dict() also shards again what validation left whole
+            weights = {name: whole(tensor) for name, tensor in self.module.state_dict().items()}
+            if self.accelerator.is_main_process:
+                self.whole.load_state_dict(weights)
+        tensors, updates = training_tensors(self.module, self.optimizer)
         if self.accelerator.is_main_process:
             if better:
-                replace_folder(self.options.out / "best", partial(self.save_module, metrics=metrics))
-            replace_folder(self.options.out / "last", partial(self._write_last, metrics))
+                replace_folder(self.options.out / "best", partial(self.save_module, self.whole, metrics=metrics))
+            replace_folder(self.options.out / "last", partial(self._write_last, metrics, tensors, updates))
         self.accelerator.wait_for_everyone()
         self.saved = self.step
 
-    def _write_last(self, metrics: dict, folder: Path) -> None:
-        self.save_module(folder, metrics=metrics)
+    def _write_last(self, metrics: dict, tensors: dict, updates: int, folder: Path) -> None:
+        self.save_module(self.whole, folder, metrics=metrics)
         scaler = self.accelerator.scaler
-        save_state(folder, self.module, self.optimizer, {
-            "step": self.step, "best": self.best, "bad_evaluations": self.bad_evaluations,
+        save_state(folder, tensors, {
+            "step": self.step, "updates": updates, "best": self.best, "bad_evaluations": self.bad_evaluations,
             "loss_scale": scaler.state_dict() if scaler else None,
             "options": comparable(self.options), "inputs": self.inputs})
+
+    def _check_sharded(self) -> None:
+        if not self.accelerator.is_fsdp2:
+            raise UserError("FSDP's first version is not supported: launch with --fsdp_version 2")
+        if self.options.compile or self.judge is not label_loss:
+            raise UserError("FSDP does not go with --compile, nor with distillation: leave it out, or launch with DDP")
 
     def _resume(self) -> None:
         with self.accelerator.main_process_first():

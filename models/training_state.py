@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.errors import UserError
 
@@ -65,18 +66,29 @@ def comparable(options) -> dict:
     return {key: value for key, value in plain.items() if key not in MAY_CHANGE}
 
 
-def save_state(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write `checkpoint`/training_state: trainable parameters and moments by name, `state` with the update count."""
-    folder = checkpoint / FOLDER
-    folder.mkdir()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU; one that is sharded over processes is gathered, for which all of them call this."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def training_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
+    """(trainable parameters and their moments by name, updates made so far). All processes call this together."""
     tensors, updates = {}, 0
     for name, parameter in _trainable(module):
-        tensors[f"parameter.{name}"] = parameter.detach()
+        tensors[f"parameter.{name}"] = whole(parameter)
         moments = optimizer.state.get(parameter, {})
         updates = int(moments.get("step", 0))
-        tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-    (folder / STATE).write_text(json.dumps(state | {"updates": updates}, indent=1))
+        tensors |= {f"{moment}.{name}": whole(moments[moment]) for moment in MOMENTS if moment in moments}
+    return tensors, updates
+
+
+def save_state(checkpoint: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """Write `checkpoint`/training_state."""
+    folder = checkpoint / FOLDER
+    folder.mkdir()
+    save_file(tensors, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(state, indent=1))
 
 
 def load_state(out: Path, options, inputs: dict) -> dict | None:
@@ -101,9 +113,9 @@ def load_tensors(out: Path, module: torch.nn.Module, optimizer: torch.optim.Opti
     with safe_open(out / "last" / FOLDER / TENSORS, framework="pt") as file, torch.no_grad():
         held = set(file.keys())
         for name, parameter in _trainable(module):
-            parameter.copy_(file.get_tensor(f"parameter.{name}"))
+            parameter.copy_(_as_held(file.get_tensor(f"parameter.{name}"), parameter))
             if f"exp_avg.{name}" in held:
-                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter) for moment in MOMENTS}
+                moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
                 step = torch.tensor(float(updates), device=parameter.device)
                 optimizer.state[parameter] = {"step": step, **moments}
 
@@ -116,6 +128,14 @@ def keep_metrics_until(file: Path, step: int) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))
     os.replace(temporary, file)
+
+
+def _as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor on the parameter's device, sharded as the parameter is."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 def _trainable(module):

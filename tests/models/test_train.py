@@ -4,9 +4,11 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +117,38 @@ def test_two_processes_have_the_loss_curve_of_one(finished, files, tmp_path):
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
     assert list(losses(out, "valid", "valid_loss").values()) == pytest.approx(
         list(losses(finished, "valid", "valid_loss").values()), rel=1e-4)
+
+
+def start_sharded(*arguments) -> list[subprocess.Popen]:
+    """The two processes of a run under FSDP, started as `accelerate launch` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer"}
+    return [subprocess.Popen([sys.executable, str(Path(__file__).parents[1] / "fsdp_on_cpu.py"), *arguments],
+                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+
+
+def test_sharded_over_two_processes_killed_and_resumed_it_has_the_loss_curve_of_one(finished, tmp_path, files):
+    """FSDP: the sharded weights and moments are gathered when saved and shared out again when resumed."""
+    out = tmp_path / "sharded"
+    first = start_sharded(*arguments(files, out, steps=40))
+    while first[0].poll() is None and not (out / "last/training_state").is_dir():
+        time.sleep(0.01)
+    for process in first:
+        process.kill()
+        process.wait()
+    assert max(losses(out)) < 40
+    assert [process.wait(300) for process in start_sharded(*arguments(files, out, "--resume", steps=40))] == [0, 0]
+    for kind, key in (("train", "loss"), ("train", "gradient_norm"), ("valid", "valid_loss")):
+        one, sharded = losses(finished, kind, key), losses(out, kind, key)
+        assert list(one) == list(sharded)
+        assert list(sharded.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    ids = torch.randint(0, 290, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(load_decoder(out / "last")(ids), load_decoder(finished / "last")(ids), rtol=1e-3, atol=1e-3)
 
 
 def test_resume_with_other_options_or_data_names_them_and_refuses(finished, files, tmp_path, capsys):

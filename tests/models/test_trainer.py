@@ -47,7 +47,7 @@ def trainer(tmp_path, module=None, name="run", train=None, valid=None, **options
     options = {"steps": 6, "batch": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 2, "eval_every": 3,
                "precision": "fp32"} | options
     return Trainer(module or tiny_decoder(), TrainerOptions(out=tmp_path / name, **options), train or RandomRows(20, 1),
-                   valid or RandomRows(8, 2), lambda folder, metrics: folder.mkdir(), {})
+                   valid or RandomRows(8, 2), lambda module, folder, metrics: folder.mkdir(), {})
 
 
 def lines(folder, kind="train"):
