@@ -102,8 +102,9 @@ def finetune(options: FinetuneOptions) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{len(train)} training and {len(valid)} validation examples of up to {train.context} tokens; "
               f"{trained / 1e6:.2f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters are trained")
+        merged = 0 if options.method == "full" or options.keep_adapter else sum(map(checkpoint.nbytes, checkpoint.names()))
         print(memory_line(training_bytes(model, checkpoint.config, options.micro_batch, train.context, train.labels,
-                                         options.checkpointing)))
+                                         options.checkpointing, ragged=True, merged=merged)))
     before = task.accuracy(trainer) if trainer.step == 0 else None
     metrics = trainer.fit()
     after = task.accuracy(trainer)

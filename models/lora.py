@@ -27,9 +27,9 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: to
     model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
     config = model.peft_config["default"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", str(source)    # for whoever opens the adapter
-    for name, parameter in model.named_parameters():
-        if name.endswith(".base_layer.weight"):
-            parameter.data = parameter.data.to(frozen)
+    if frozen != torch.float32:
+        for name, parameter in model.named_parameters():      # what stays is copied: then the file need not stay mapped
+            parameter.data = parameter.data.to(frozen) if name.endswith(".base_layer.weight") else parameter.data.clone()
     return model
 
 

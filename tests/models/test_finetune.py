@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -220,3 +222,15 @@ def test_memory_counts_what_is_trained(parts):
     assert less["activations"] < full["activations"]
     lora = training_bytes(add_lora(decoder, 2, 4.0, parts[0]), config, 4, 32, 32, checkpointing=False)
     assert lora["gradients and optimizer"] < full["gradients and optimizer"] / 5
+
+
+def test_weights_frozen_in_bf16_let_go_of_the_file(parts, tmp_path):
+    source = shutil.copytree(parts[0], tmp_path / "source")
+
+    def mapped():
+        return str(source) in Path("/proc/self/maps").read_text()
+
+    decoder = load_decoder(source)
+    assert mapped()
+    model = add_lora(decoder, rank=4, alpha=8.0, source=source, frozen=torch.bfloat16)
+    assert model is not None and not mapped()
