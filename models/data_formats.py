@@ -177,10 +177,11 @@ def _squad(source, articles):
         for article in articles:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
-                    yield Record(f"{source}:{question['id']}", {
-                        "id": question["id"], "context": paragraph["context"], "question": question["question"],
+                    name = question.get("id", question["question"])
+                    yield Record(f"{source}:{name}", {
+                        "id": name, "context": paragraph["context"], "question": question["question"],
                         "answers": [answer["text"] for answer in question.get("answers", [])]})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: not SQuAD's layout (data, paragraphs, qas): {error} is missing") from None
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import random
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.data_formats import read_records
 from runtime.errors import UserError
 
 
@@ -98,11 +98,10 @@ def read_text(file: Path) -> str:
 
 def read_examples(task: str, file: Path) -> list[Example]:
     """Every example of a task's file, in the file's order."""
-    text = read_text(file)
     try:
         examples = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions,
-                    "classify": _labelled}[task](text, file)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                    "classify": _labelled}[task](file)
+    except (KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file}: is not in the format of task {task} ({what}); see python -m models.evaluate --help") from None
     if not examples:
@@ -110,24 +109,28 @@ def read_examples(task: str, file: Path) -> list[Example]:
     return examples
 
 
-def _squad(text, file):
-    return [Example({"context": p["context"], "question": q["question"]}, tuple(dict.fromkeys(a["text"] for a in q["answers"])))
-            for article in json.loads(text)["data"] for p in article["paragraphs"] for q in p["qas"] if q["answers"]]
+def _fields(file, format):
+    return [record.fields for record in read_records([str(file)], format)]
 
 
-def _summaries(text, file):
-    records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [Example({"text": r["text"]}, (r["summary"],)) for r in records]
+def _squad(file):
+    return [Example({"context": r["context"], "question": r["question"]}, tuple(dict.fromkeys(r["answers"])))
+            for r in _fields(file, "json") if r["answers"]]
 
 
-def _instructions(text, file):
-    records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
-    return [Example({"instruction": r["instruction"], "input": r.get("input", "")}, (r["output"],)) for r in records]
+def _summaries(file):
+    return [Example({"text": r["text"]}, (r["summary"],)) for r in _fields(file, "jsonl")]
 
 
-def _columns(text, file):
+def _instructions(file):
+    return [Example({"instruction": r["instruction"], "input": r.get("input", "")}, (r["output"],))
+            for r in _fields(file, "json" if Path(file).suffix.lower() == ".json" else "jsonl")]
+
+
+def _columns(file):
     """Rows of two columns. A rare line with other than two is left out and said; more than 1% of them is a wrong file."""
-    rows = [(n, row) for n, row in enumerate(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE), 1) if row]
+    lines = csv.reader(read_text(file).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = [(number, row) for number, row in enumerate(lines, 1) if row]
     odd = [(n, row) for n, row in rows if len(row) != 2]
     if len(odd) > len(rows) / 100:
         raise UserError(f"{file}: line {odd[0][0]} has {len(odd[0][1])} columns, not 2 separated by a tab")
@@ -137,12 +140,12 @@ def _columns(text, file):
     return [row for _, row in rows if len(row) == 2]
 
 
-def _pairs(text, file):
-    return [Example({"source": a}, (b,)) for a, b in _columns(text, file)]
+def _pairs(file):
+    return [Example({"source": a}, (b,)) for a, b in _columns(file)]
 
 
-def _labelled(text, file):
-    return [Example({"sentence": a}, (b,)) for a, b in _columns(text, file)]
+def _labelled(file):
+    return [Example({"sentence": a}, (b,)) for a, b in _columns(file)]
 
 
 def split_shots(examples: list[Example], shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:
