@@ -36,6 +36,7 @@ class BenchOptions:
     batch: int = arg(16, help="blocks of an update")
     steps: int = arg(5, help="updates of a round")
     rounds: int = arg(5, help="rounds of each, alternating")
+    precision: str = arg("fp32", help="of the products; bf16 is mixed precision", choices=("fp32", "bf16"))
     threads: int | None = arg(None, help="threads of PyTorch (by default its own choice)")
 
 
@@ -82,13 +83,16 @@ class PlainModel(nn.Module):
 
 
 class PlainLoop:
-    def __init__(self, config: ModelConfig, rows, options: BenchOptions):
-        self.model, self.data, self.batch = PlainModel(config), rows, options.batch
+    def __init__(self, config: ModelConfig, rows, options: BenchOptions, device: torch.device):
+        self.model, self.data, self.batch = PlainModel(config).to(device), rows, options.batch
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=BETAS, weight_decay=0.1, fused=True)
 
     def train_step(self):
         ids, labels = self.data.rows(np.random.randint(0, len(self.data), self.batch))
-        loss = self.model(torch.from_numpy(ids), torch.from_numpy(labels))
+        with self.autocast:
+            loss = self.model(torch.from_numpy(ids).to(self.device), torch.from_numpy(labels).to(self.device))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -115,9 +119,9 @@ def bench(options: BenchOptions) -> None:
     config, rows = preset(options.preset, options.vocab_size, options.context, eos=0).config, RandomBlocks(options)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainerOptions(out=Path(folder) / "run", steps=10**6, batch=options.batch, micro_batch=options.batch,
-                                  learning_rate=1e-3, warmup=0, precision="fp32")
+                                  learning_rate=1e-3, warmup=0, precision=options.precision)
         ours = Trainer(Decoder(config), settings, rows, rows, save=lambda module, out, metrics: None, inputs={})
-        plain = PlainLoop(config, rows, options)
+        plain = PlainLoop(config, rows, options, ours.accelerator.device)
         tokens = options.steps * options.batch * options.context
         speeds = {"plain": [], "ours": []}
         for number in range(options.rounds + 1):
@@ -128,7 +132,8 @@ def bench(options: BenchOptions) -> None:
                 if number:                                           # the first round warms up
                     speeds[name].append(tokens / (time.perf_counter() - start))
     parameters = {"plain": plain.model, "ours": ours.module}
-    title = f"{options.preset}, {options.batch} x {options.context} tokens an update, {torch.get_num_threads()} threads"
+    title = f"{options.preset}, {options.batch} x {options.context} tokens an update, {options.precision}, " \
+            f"{torch.get_num_threads()} threads"
     print(table([{"loop": name, "parameters": sum(p.numel() for p in parameters[name].parameters()),
                   "tokens/s": round(statistics.median(values)), "least": round(min(values)), "most": round(max(values))}
                  for name, values in speeds.items()], title=title))
