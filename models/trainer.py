@@ -7,8 +7,9 @@
 ...)` (int64 [r, s], labels IGNORE where there is no loss; then whatever else the loss wants), as models.data.Blocks does.
 `save(module, folder, metrics)` writes the module (a copy with whole weights where its own are sharded) as a checkpoint.
 `loss(module, *rows)` is a sum over labels, by default of negative log-likelihoods; learned from is its mean over the
-labels of the whole global batch, however it is cut into micro-batches and processes, in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means
-over the validation labels are the metrics valid_NAME, and the lowest valid_loss is best.
+labels of the whole global batch, however it is cut into micro-batches and processes, in nats per token.
+`judge(module, *rows)` gives sums by name, "loss" among them; their means over the validation labels are the metrics
+valid_NAME, and the lowest valid_loss is best.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
 processes with DDP or FSDP (version 2), each on its share of every batch; losses equal one process's up to the order of

@@ -75,12 +75,8 @@ def test_labelled_tasks_give_the_same_answers(world, tmp_path, task, file, names
 @pytest.mark.real
 def test_smollm2(smollm2, shared_data, tmp_path):
     checkpoint, bundle = bundled(smollm2, tmp_path)
-    text = ["--data", shared_data / "text" / "wikitext2-valid.txt", "--window", 512, "--max-windows", 4]
+    text = ["--data", shared_data / "text" / "wikitext2-valid.txt", "--window", 256, "--max-windows", 2]
     torch, portable, fast = (metrics(which, tmp_path / "out.json", *text, *how)
                              for which, how in ((checkpoint, ()), (bundle, PORTABLE), (bundle, FAST)))
     assert portable["perplexity"] == pytest.approx(torch["perplexity"], rel=1e-3)
     assert fast["perplexity"] == pytest.approx(torch["perplexity"], rel=5e-3)
-    sentences = ["--task", "classify", "--data", shared_data / "classify" / "sst2-dev.tsv", "--limit", 8]
-    torch, portable = (metrics(which, tmp_path / "out.json", *sentences, *how)
-                       for which, how in ((checkpoint, ()), (bundle, PORTABLE)))
-    assert portable["confusion"] == torch["confusion"]

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from models.data import IGNORE
 from models.decoder import Decoder
 from models.optimizer import adamw, learning_rate
 from models.presets import parameter_count, preset
-from models.trainer import Trainer, TrainerOptions, has_bf16, mixed_precision, summed_loss
+from models.trainer import Trainer, TrainerOptions, has_bf16, label_loss, mixed_precision, summed_loss
 from models.training_state import finish_replacement, replace_folder
 from runtime.errors import CheckFailed, UserError
 
@@ -187,6 +189,17 @@ def test_compiled_it_learns_the_same(tmp_path, monkeypatch):
     for plain, compiled in zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True):
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("version, options, judge, message", [
+    (1, {}, label_loss, "--fsdp_version 2"), (2, {"compile": True}, label_loss, "does not go with --compile"),
+    (2, {}, lambda module, *rows: {}, "distillation")])
+def test_what_fsdp_cannot_do_is_refused(tmp_path, version, options, judge, message):
+    run = trainer(tmp_path)
+    run.accelerator, run.judge = SimpleNamespace(is_fsdp2=version == 2), judge
+    run.options = replace(run.options, **options)
+    with pytest.raises(UserError, match=message):
+        run._check_sharded()
 
 
 def test_schedules():
