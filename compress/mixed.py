@@ -42,8 +42,8 @@ class Backend:
 
 BACKENDS = {"pytorch": Backend((2, 3, 4, 5, 6, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
             "native": Backend((2, 3, 4, 5, 6, 8)),
-            "onnx": Backend((4, 8), float8=True, activations=("tensor",), kv_cache=True),
-            "tensorrt": Backend((4, 8), zeros=False, negative_scales=False)}
+            "onnx": Backend((4, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
+            "tensorrt": Backend((4, 8), zeros=False, negative_scales=False, activations=("row",))}
 
 
 def candidates(backend: str) -> list[TensorFormat]:

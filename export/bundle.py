@@ -140,6 +140,11 @@ def stored_tensors(manifest: dict) -> dict[str, StoredTensor]:
             for tensor in manifest["weights"]["tensors"]}
 
 
+def int8_rows(model: dict) -> bool:
+    """Whether the manifest's "model" says that linears round their inputs to int8, with a scale for each row."""
+    return model.get("activations", {}).get("per") == "row"
+
+
 def add_file(folder: Path, manifest: dict, name: str, data) -> None:
     """Write one file, given as bytes, into an existing bundle and replace its manifest last.
 

@@ -5,7 +5,10 @@ logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacit
 [b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i.
 
 A quantized linear is `DequantizeLinear` + `MatMul`: standard operators, which ONNX Runtime fuses into MatMulNBits while
-loading and TensorRT keeps as a weight-only quantized product.
+loading and TensorRT keeps as a weight-only quantized product. Where the checkpoint rounds the inputs of its linears to
+int8 (models/activations.py), the same numbers come from standard operators before the product: QuantizeLinear and
+DequantizeLinear for stored scales; Abs, ReduceMax, Div, Round, Mul for a scale of each row, once for all linears that
+read the input.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from models.config import ModelConfig
 class DecoderGraph(GraphBuilder):
     """A graph builder that knows the model's shape and the type it computes in ("float32", "float16" or "bfloat16")."""
 
-    def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str):
+    def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False):
+        """int8_rows: the layers' quantized linears round their inputs to int8, with a scale for each row."""
         super().__init__(stored)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.int8_rows = config, dtype, int8_rows
         self._dequantized: dict[str, str] = {}
+        self._rounded: dict[str, str] = {}
 
     def tokens(self, *, positions: bool = True) -> None:
         """Declare the token inputs; `positions` False leaves out position_ids, for a graph that does not read them."""
@@ -67,13 +72,39 @@ class DecoderGraph(GraphBuilder):
         return self.op("DequantizeLinear", inputs, f"{name}.dequantized", **blocks)
 
     def linear(self, x: str, name: str, *, bias: bool = True) -> str:
-        """x @ W, plus the bias where there is one and the caller does not add it. x is rounded where it has a scale."""
-        if self.has_weight(f"{name}.input_scale"):
-            x = self.fake_int8(x, f"{name}.input_scale", f"{name}.rounded")
-        product = self.op("MatMul", [x, self.dequantized(name, 0)], f"{name}.product")
+        """x @ W, plus the bias where there is one and the caller does not add it. x is rounded where the model asks for it."""
+        product = self.product(x, name)
         if not (bias and self.has_weight(f"{name}.bias")):
             return product
         return self.op("Add", [product, self.weight(f"{name}.bias")], f"{name}.sum")
+
+    def product(self, x: str, name: str) -> str:
+        """x @ W, x [..., K] rounded as the checkpoint says."""
+        if self.has_weight(f"{name}.input_scale"):
+            x = self.fake_int8(x, f"{name}.input_scale", f"{name}.rounded")
+        elif self.rounds_rows(name):
+            x = self.fake_int8_rows(x)
+        return self.op("MatMul", [x, self.dequantized(name, 0)], f"{name}.product")
+
+    def rounds_rows(self, name: str) -> bool:
+        return self.int8_rows and name.startswith("layers.") and self.has_weight(f"{name}.codes")
+
+    def fake_int8_rows(self, x: str) -> str:
+        """x rounded to int8 row by row: models.activations.round_rows, step for step and in float32."""
+        if x not in self._rounded:
+            wide, scale = self.row_scales(x)
+            steps = self.op("Round", [self.op("Div", [wide, scale], f"{x}.steps")], f"{x}.codes")
+            rounded = self.op("Mul", [steps, scale], f"{x}.rounded")
+            self._rounded[x] = rounded if self.dtype == "float32" else self.cast(rounded, self.dtype, f"{x}.rounded.cast")
+        return self._rounded[x]
+
+    def row_scales(self, x: str) -> tuple[str, str]:
+        """x [..., K] in float32, and max|x| / 127 of each row, [..., 1]."""
+        wide = x if self.dtype == "float32" else self.cast(x, "float32", f"{x}.float32")
+        largest = self.op("ReduceMax", [self.op("Abs", [wide], f"{x}.abs"), self.constant([-1])], f"{x}.max")
+        # a row of zeros has a scale too
+        largest = self.op("Max", [largest, self.constant(1e-30, np.float32)], f"{x}.max.positive")
+        return wide, self.op("Div", [largest, self.constant(127, np.float32)], f"{x}.row_scales")
 
     def fake_int8(self, x: str, scale: str, output: str) -> str:
         """x rounded to int8 with a stored float32 scalar as scale, as QuantizeLinear and DequantizeLinear do."""

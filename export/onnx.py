@@ -57,9 +57,6 @@ def export(options: Options) -> None:
     if not (checkpoint.path / bundles.TOKENIZER).is_file():
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
-    if checkpoint.quantization and checkpoint.quantization.activations.get("per") == "row":
-        raise UserError(f"{checkpoint.path} rounds its activations row by row, which runs in PyTorch alone: quantize again "
-                        f"with --activation-scales static")
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
@@ -71,7 +68,8 @@ def export(options: Options) -> None:
         bundles.copy_companions(checkpoint, folder, manifest)
         widths = sorted({form.bits for form in checkpoint.quantization.tensors.values()} if checkpoint.quantization else ())
         if set(widths) <= set(GRAPH_BITS):
-            graph = portable_graph(config, bundles.stored_tensors(manifest), DTYPES[options.dtype])
+            graph = portable_graph(config, bundles.stored_tensors(manifest), DTYPES[options.dtype],
+                                   bundles.int8_rows(manifest["model"]))
             (folder / GRAPH).write_bytes(graph.serialize(manifest["name"]))
             check(folder / GRAPH)
             manifest["files"][GRAPH] = bundles.file_entry(folder / GRAPH)
@@ -87,7 +85,7 @@ def export(options: Options) -> None:
 
 
 def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
-    """The manifest's "model": the configuration, and what generation_config.json adds."""
+    """The manifest's "model": the configuration, how activations are rounded, and what generation_config.json adds."""
     config = checkpoint.config
     generation = bundles.read_json(checkpoint.path / "generation_config.json")
     listed = generation.get("eos_token_id")
@@ -98,7 +96,8 @@ def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
         value = getattr(config, name)
         return value if value is not None else generation.get(name)
 
-    return {"config": config.to_dict(), "max_context": max_context, "bos_token_id": special("bos_token_id"),
+    return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},
+            "max_context": max_context, "bos_token_id": special("bos_token_id"),
             "eos_token_ids": eos, "pad_token_id": special("pad_token_id"), "generation": generation}
 
 

@@ -5,7 +5,8 @@
 - attention, rotation and cache update in `GroupQueryAttention`, whose lengths are computed in the graph from
   write_index; QK-norm stays a norm of its own before it; its caches are int8 where the checkpoint has scales for them;
 - residual addition, bias and norm in `SkipSimplifiedLayerNormalization` or `SkipLayerNormalization`;
-- quantized linears: left as DequantizeLinear + MatMul, which ONNX Runtime makes MatMulNBits while loading;
+- quantized linears: left as DequantizeLinear + MatMul, which ONNX Runtime makes MatMulNBits while loading. Where inputs
+  are rounded to int8 row by row and the weights are int8 with one scale an output, an int8 product with int32 sums;
 - a tied quantized table. ONNX Runtime would unfold DequantizeLinear -> Transpose -> MatMul at every step, so the head is
   a MatMulNBits over unsigned codes, computed in the graph from the same initializer: ONNX Runtime folds that once,
   while loading, packs the result and frees it. Rows of an 8-bit table are looked up in the mapped file, so that only
@@ -56,7 +57,7 @@ def add_fast_graph(options: Options) -> None:
     if portable["dtype"] == "bf16":
         raise UserError(f"{options.bundle} computes in bf16, which ONNX Runtime's CPU does not; export with --dtype fp32 or fp16")
     config = ModelConfig.from_dict(opened.model["config"])
-    graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]])
+    graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]], bundles.int8_rows(opened.model))
     data = graph.serialize(opened.name)
     stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})
     manifest = bundles.without_file(opened.manifest, GRAPH)
@@ -66,9 +67,33 @@ def add_fast_graph(options: Options) -> None:
     print(summary(options.bundle, manifest))
 
 
-def fast_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str) -> DecoderGraph:
+class FastGraph(DecoderGraph):
+    """A decoder graph whose W8A8 linears are products of integers."""
+
+    def product(self, x: str, name: str) -> str:
+        if not self.rounds_rows(name) or self.has_weight(f"{name}.zeros") or self.stored(f"{name}.codes").dtype != "int8" \
+                or len(self.stored(f"{name}.scales").shape) > 1:
+            return super().product(x, name)
+        codes, row_scales = self._int8_rows(x)
+        scales = self.cast(self.weight(f"{name}.scales"), "float32", f"{name}.scales.float32")
+        columns = self.op("MatMulIntegerToFloat", [codes, self.weight(f"{name}.codes"), self.constant(1, np.float32), scales,
+                                                   self.constant(128, np.uint8)], f"{name}.columns", domain=MICROSOFT)
+        product = self.op("Mul", [columns, row_scales], f"{name}.product")
+        return product if self.dtype == "float32" else self.cast(product, self.dtype, f"{name}.product.cast")
+
+    def _int8_rows(self, x: str) -> tuple[str, str]:
+        """Codes of x's rows plus 128, which MLAS multiplies 40 times faster as uint8 than as int8, and the rows' scales."""
+        codes, scales = f"{x}.codes", f"{x}.row_scales"
+        if x not in self._rounded:
+            wide, _ = self.row_scales(x)
+            steps = self.op("Div", [wide, scales], f"{x}.steps")
+            self._rounded[x] = self.op("QuantizeLinear", [steps, self.constant(1, np.float32), self.constant(128, np.uint8)], codes)
+        return codes, scales
+
+
+def fast_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False) -> DecoderGraph:
     """Build the graph over stored tensors. dtype: "float32" or "float16", of activations and caches."""
-    graph = DecoderGraph(config, stored, dtype)
+    graph = FastGraph(config, stored, dtype, int8_rows)
     graph.tokens(positions=config.positions == "learned")
     table = Table(graph)
     x = table.rows()

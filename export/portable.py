@@ -18,9 +18,9 @@ from export.graph import StoredTensor
 from models.config import ModelConfig
 
 
-def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str) -> DecoderGraph:
+def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False) -> DecoderGraph:
     """Build the graph over stored tensors. dtype: "float32", "float16" or "bfloat16", of activations and caches."""
-    graph = DecoderGraph(config, stored, dtype)
+    graph = DecoderGraph(config, stored, dtype, int8_rows)
     graph.tokens()
     table = graph.dequantized("embed", 1)
     x = graph.op("Gather", [table, "input_ids"], "embedded")

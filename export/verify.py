@@ -15,7 +15,10 @@ a near tie, not an error.
 
 Rungs. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
 kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "fast", or "portable
-fused" in a bundle without a fast graph, is what users run: int8 activations, mean KL below 0.01. Past a budget the exit
+fused" in a bundle without a fast graph, is what users run: int8 activations, mean KL below 0.01. A checkpoint that itself
+rounds activations to int8 turns the last bit of a float32 sum into a whole step, here and there, and every layer spreads
+it: PyTorch fed in other chunks is a KL of 0.01 from itself on SmolLM2-135M. All rungs of its bundle may have 0.02; that
+each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget the exit
 code is 1 and the bundle stays as it was; else the golden outputs go into it.
 
 The report ends with every rung of the bundle: what ran here and with what result, what runs elsewhere (the native core and
@@ -47,6 +50,7 @@ from runtime.ort_backend import OrtBackend
 from runtime.text import Tokenizer
 
 BUDGETS = {"portable": {"fp32": 1e-6, "fp16": 1e-3}, "portable_fused": 0.01, "fast": 0.01}     # mean KL, nats
+INT8_BUDGET = 0.02                # of every rung, where the checkpoint rounds its activations
 TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast"}
 NEVER = "built, never run"
 CHUNK = 16                        # tokens a call of the chunked prefill
@@ -82,7 +86,8 @@ def verify(options: Options) -> None:
     tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
     golden = golden_outputs(reference, tokenizer, bundle.max_context)
     budgets = rung_budgets(bundle)
-    rows, failures = measure("pytorch", reference, golden, BUDGETS["portable"]["fp32"])
+    rows, failures = measure("pytorch", reference, golden,
+                             INT8_BUDGET if bundle.model.get("activations") else BUDGETS["portable"]["fp32"])
     reference.close()
     for rung, budget in budgets.items() if runs_here(bundle) else ():
         backend = OrtBackend(bundle, threads=options.threads or available_cpus(), exact=rung == "portable",
@@ -121,9 +126,9 @@ def rung_budgets(bundle: Bundle) -> dict[str, float]:
     if portable is None:
         return {}
     second = "fast" if bundle.graph("fast") else "portable_fused"
-    if not runs_here(bundle):
-        return {second: BUDGETS[second]}
-    return {"portable": BUDGETS["portable"][portable["dtype"]], second: BUDGETS[second]}
+    budgets = {"portable": BUDGETS["portable"][portable["dtype"]]} if runs_here(bundle) else {}
+    budgets[second] = BUDGETS[second]
+    return dict.fromkeys(budgets, INT8_BUDGET) if bundle.model.get("activations") else budgets
 
 
 def runs_here(bundle: Bundle) -> bool:

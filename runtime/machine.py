@@ -47,6 +47,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def has_vnni() -> bool:
+    """Whether an x86 processor is known to multiply 8-bit integers with 32-bit sums (AVX-512 VNNI or AVX-VNNI)."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.split())
+
+
 def peak_rss_mb() -> float:
     """Largest resident memory of this program so far, in MiB (mapped files that are in memory included)."""
     try:                                # Linux: since exec; ru_maxrss would count what the parent held when it forked

@@ -21,6 +21,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.errors import DeviceError, UserError
+from runtime.machine import has_vnni
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -49,6 +50,8 @@ class OrtBackend:
         options.log_severity_level = 3            # errors; what ORT warns of here is by design
         # Neither an arena that grows by powers of two nor one block for a step's activations: 5 to 9 MB less at the peak.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        if not has_vnni():                        # there, sums of uint8 x int8 saturate unless ONNX Runtime is told
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if exact:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:

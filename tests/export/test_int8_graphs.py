@@ -1,6 +1,7 @@
 """Int8 activations and caches, 8-bit floats and negative scales: graphs against PyTorch's own rounding, and refusals."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import course
@@ -103,8 +104,35 @@ def test_negative_scales(quantized):
     assert mean_kl(decoder, OrtBackend(bundle, role="fast")) < 0.02
 
 
-def test_rows_have_no_graph(quantized, tiny_checkpoint, tmp_path, capsys):
-    assert quantize([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "rows"), "--bits", "8", "--group", "0",
-                     "--activations", "8", "--backend", "pytorch"]) == 0
-    assert export_onnx.main([str(tmp_path / "rows"), "-o", str(tmp_path / "bundle")]) == 2
-    assert "runs in PyTorch alone" in capsys.readouterr().err and not (tmp_path / "bundle").exists()
+@pytest.fixture(scope="module")
+def rows(quantized):
+    return quantized("rows", "--method", "clip", "--bits", "8", "--group", "0", "--activations", "8")
+
+
+def test_a_scale_for_each_row(rows):
+    """Both graphs round each token's row as PyTorch does, the fast one in products of integers."""
+    checkpoint, bundle = rows
+    decoder, weights_only = load_decoder(checkpoint), load_decoder(checkpoint)
+    for module in weights_only.modules():
+        module._forward_pre_hooks.clear()
+    rounding = mean_kl(decoder, TorchBackend(weights_only))
+    nodes = [node.op_type for node in onnx.load(bundle.path("fast.onnx"), load_external_data=False).graph.node]
+    assert nodes.count("MatMulIntegerToFloat") == 2 * 4 and nodes.count("QuantizeLinear") == 2 * 4
+    assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 1e-6 < 0.01 * rounding
+    assert mean_kl(decoder, OrtBackend(bundle, role="fast")) < 0.005
+
+
+def test_a_row_is_the_same_alone_and_beside_others(rows):
+    """To the bit, through the whole network: a prompt, then a step on its cache."""
+    _, bundle = rows
+    fast = OrtBackend(bundle, role="fast")
+    ids = np.random.default_rng(0).integers(3, 384, (4, 20))
+    positions, last = np.tile(np.arange(20), (4, 1)), np.full((4, 1), 19)
+
+    def logits(chosen):
+        cache, n = fast.new_cache(len(chosen), 32), len(chosen)
+        first = fast.forward(ids[chosen], positions[:n], np.zeros(n, np.int64), last[:n], cache).copy()
+        return np.stack([first, fast.forward(ids[chosen, :1], last[:n] + 1, np.full(n, 20), np.zeros((n, 1), np.int64), cache)])
+    together = logits(range(4))
+    for row in range(4):
+        assert np.array_equal(together[:, row], logits([row])[:, 0])
