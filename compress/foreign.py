@@ -49,7 +49,7 @@ class Options:
     out: Path = arg(help="checkpoint folder to write", short="-o")
 
 
-class _Tensors:
+class FolderTensors:
     """All tensors of a folder's safetensors files, read one at a time."""
 
     def __init__(self, folder: Path):
@@ -163,7 +163,7 @@ def adopt(options: Options) -> None:
     plain = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     config = ModelConfig.from_hf(plain)
     check_output(options.out, folder)
-    tensors = _Tensors(folder)
+    tensors = FolderTensors(folder)
     modules = sorted(name.removesuffix(f".{SUFFIX[method]}") for name in tensors.places if name.endswith(f".{SUFFIX[method]}"))
     known = {name.removesuffix(".weight") for name in tensor_shapes(config)}
     if not modules or not known.issuperset(modules):

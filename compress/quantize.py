@@ -8,7 +8,7 @@ vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer 
 Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data, nor does "hqq", neural-compressor's
 (compress/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/clipping.py) and "gptq"
 (compress/gptq.py) are calibrated on text (--data), layer by layer (compress/calibrated.py), and resume where they were
-stopped. With --target-size or --target-bpw every module gets its own format (compress/mixed.py). ONNX and TensorRT
+stopped; "autoround", neural-compressor's too, is calibrated and does not resume. With --target-size or --target-bpw every module gets its own format (compress/mixed.py). ONNX and TensorRT
 bundles take 4 and 8 bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
 """
 
@@ -32,7 +32,7 @@ from compress.calibrated import calibrated
 from compress.calibration_text import corpus_windows
 from compress.memory import calibration_bytes, gradient_bytes
 from compress.mixed import BACKENDS, budget, candidates, check_backend, check_target, mixed_formats
-from compress.neural_compressor import hqq
+from compress.neural_compressor import autoround, hqq
 from compress.recover import TEACHER_CACHE, Options as RecoverOptions, recover
 from compress.rotation import rotate_values
 from compress.rtn import round_to_nearest
@@ -44,7 +44,7 @@ from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records, source_digest
 from models.fidelity import Window, cut_windows, measure
 from models.memory import memory_line
-from models.quantized import KINDS, Quantization, TensorFormat
+from models.quantized import KINDS, Quantization, QuantizedTensor, TensorFormat
 from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
@@ -75,7 +75,7 @@ class Options(DataOptions):
     embedding_bits: int = arg(8, help="bits of the embedding and the head; 0: leave them alone",
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
-    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq"))
+    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq", "autoround"))
     fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD")
     kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=KINDS)
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
@@ -86,6 +86,7 @@ class Options(DataOptions):
     data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT")
     windows: int = arg(128, help="windows of calibration text, spread evenly over it")
     length: int = arg(512, help="tokens in a window")
+    iterations: int = arg(200, help="steps of learning for each layer, of --method autoround")
     target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB: formats are chosen for each module")
     target_bpw: float | None = arg(None, help="the same as bits per weight")
     backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS))
@@ -157,7 +158,9 @@ def _write_codes(options: Options) -> None:
     stage = lineage.stage("compress.quantize", options, inputs)
     config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
     if options.method not in CALIBRATED:
-        tensors, work = _quantized(checkpoint, plan.tensors, options.method), None
+        linears = {name: form for name, form in plan.tensors.items() if name not in VOCABULARY}
+        found = autoround(checkpoint.path, ids, linears, options.iterations) if options.method == "autoround" else {}
+        tensors, work = _quantized(checkpoint, plan.tensors, options.method, found), None
     else:
         work = _work_folder(options, inputs, plan)
         tensors = calibrated(checkpoint, ids, plan, options.method, work, tuple(FOLDS[name] for name in options.fold),
@@ -185,7 +188,7 @@ def _check(options: Options) -> bool:
     mixed = options.target_size is not None or options.target_bpw is not None
     if mixed and not options.data:
         raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
-    if options.method in CALIBRATED and not options.data:
+    if options.method in (*CALIBRATED, "autoround") and not options.data:
         raise UserError(f"--method {options.method} is calibrated on text: give --data FILES")
     for name in options.fold:
         if name not in FOLDS:
@@ -200,7 +203,10 @@ def _check(options: Options) -> bool:
         raise UserError("--activation-scales is about int8 activations: give --activations 8")
     if options.kind == "e4m3" and (options.method != "rtn" or options.bits != 8 or not options.symmetric):
         raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
-    for name in ("windows", "length", "sensitivity_windows"):
+    if options.method == "autoround" and (mixed or not BACKENDS[options.backend].negative_scales):
+        raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
+                        "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
+    for name in ("windows", "length", "iterations", "sensitivity_windows"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be at least 1")
     return mixed
@@ -263,10 +269,14 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
     return formats
 
 
-def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method: str,
+               done: dict[str, QuantizedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the result; `done`: modules whose codes are decided already."""
     for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
         module = name.removesuffix(".weight")
-        if module in formats:
+        if module in done:
+            yield from done[module].tensors(module).items()
+        elif module in formats:
             yield from _tensors(checkpoint, module, formats[module], method).items()
         else:
             yield name, checkpoint.read(name)
