@@ -197,7 +197,15 @@ def test_works_in_the_child_after_fork(tmp_path):
     assert np.array_equal(everything(backend, ids), expected)
 
 
-def test_ctrl_c_is_heard_within_a_long_prompt(tmp_path):
+@pytest.fixture
+def listening():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_heard_within_a_long_prompt(tmp_path, listening):
     config = native_bundle.config(context_length=60_000)
     backend = NativeBackend(native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(config)), threads=1)
     cache, ids = backend.new_cache(1, 50_000), ids_for(config, rows=1, width=50_000)
