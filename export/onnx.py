@@ -23,6 +23,7 @@ from models import lineage
 from models.checkpoint import Checkpoint, open_checkpoint
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.text import Tokenizer
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
@@ -57,6 +58,7 @@ def export(options: Options) -> None:
     if not (checkpoint.path / bundles.TOKENIZER).is_file():
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
+    Tokenizer(checkpoint.path / bundles.TOKENIZER)          # one that cannot be read is refused before the long work
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})

@@ -17,6 +17,7 @@ fit what the machine has free.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,9 +109,10 @@ class Engine:
         self._provider, self._threads = provider, threads or available_cpus()
         asked = {"cache_dtype": cache_dtype, "repack_cache": repack_cache}
         self._native = {name: value for name, value in asked.items() if value}
-        self.backend, self._explanation = open_backend(self.bundle, provider, self._threads, native=self._native)
-        release_free_memory()                     # before the tokenizer, so that the two peaks do not add up
-        self.tokenizer = Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"]))
+        read_tokenizer = functools.cache(lambda: Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"])))
+        self.backend, self._explanation = open_backend(self.bundle, provider, self._threads,
+                                                       native={**self._native, "meanwhile": read_tokenizer})
+        self.tokenizer = read_tokenizer()
         release_free_memory()
         self._template = None
 

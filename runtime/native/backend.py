@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -32,13 +33,14 @@ class NativeBackend:
     threads: None for every CPU available to the process. isa: None for the best of this CPU, or a name from native.h's
     kernels ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache.
     repack_cache: keep the repacked weights in a file beside the bundle's, named by their hash, and open that next time.
+    meanwhile: called while the core opens the weights, for work that needs the GIL; what it raises is raised here.
     """
 
     max_chunk_rows = None
     name = "native"
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, exact: bool = False, isa: str | None = None,
-                 cache_dtype: str | None = None, repack_cache: bool = False):
+                 cache_dtype: str | None = None, repack_cache: bool = False, meanwhile: Callable[[], object] | None = None):
         self._core = library.load()
         cpus = available_cpus()
         threads = cpus if threads is None else threads
@@ -53,8 +55,16 @@ class NativeBackend:
         config = _config(bundle)
         tensors = _tensors(bundle)
         repacked = weights.with_name(f".{weights.name}.{bundle.manifest['files'][weights.name]['sha256'][:16]}.tiles") if repack_cache else None
-        self.model = self._core.ew_open(os.fsencode(weights), config, tensors, len(tensors), threads, exact,
-                                        isa.encode() if isa else None, repacked and os.fsencode(repacked), self._error)
+
+        def open_model() -> None:
+            self.model = self._core.ew_open(os.fsencode(weights), config, tensors, len(tensors), threads, exact,
+                                            isa.encode() if isa else None, repacked and os.fsencode(repacked), self._error)
+
+        with ThreadPoolExecutor(1) as beside:     # left when the core is done, whatever `meanwhile` raises
+            opening = beside.submit(open_model)
+            if meanwhile:
+                meanwhile()
+            opening.result()
         if not self.model:
             raise UserError(f"{weights}: {self._reason()}")
         self.vocab, self._max_context = config.vocab, config.max_context

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import everywhere, small_config, write_random
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from export import bundle as bundles
 from export import onnx as export_onnx
@@ -72,6 +73,19 @@ def test_manifest_tells_what_the_model_is(tiny_checkpoint, tmp_path):
     assert {graph["source_checkpoint"] for graph in manifest["graphs"]} == {open_checkpoint(checkpoint).sha256()}
     assert manifest["chat_template"] == "chat_template.jinja"
     assert set(manifest["files"]) == set(os.listdir(tmp_path / "b")) - {"manifest.json"}
+
+
+def test_the_bundles_tokenizer_is_smaller_and_the_same(tiny_checkpoint, tmp_path):
+    """Its merges are strings, as long as every one can be said so; the library reads both files as one tokenizer."""
+    checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
+    assert export(checkpoint, tmp_path / "b") == 0
+    ours, source = tmp_path / "b" / "tokenizer.json", checkpoint / "tokenizer.json"
+    assert Tokenizer.from_file(str(ours)).to_str() == Tokenizer.from_file(str(source)).to_str()
+    assert os.path.getsize(ours) < 0.6 * os.path.getsize(source)
+    for tokens in (["a", " ", "a "], ["#version", "x", "#versionx"]):                # which strings cannot say
+        data = json.loads(source.read_text("utf-8"))
+        data["model"].update(vocab={token: i for i, token in enumerate(tokens)}, merges=[tokens[:2]])
+        assert bundles.compact_tokenizer(data) == data
 
 
 def test_widths_that_onnx_lacks_give_a_bundle_without_graphs(tmp_path, capsys):
@@ -137,7 +151,7 @@ def broken(checkpoint, change) -> str:
     return str(checkpoint)
 
 
-@pytest.mark.parametrize("case", ["folder", "tokenizer", "long context", "no context", "occupied", "nan", "too large",
+@pytest.mark.parametrize("case", ["folder", "tokenizer", "broken tokenizer", "long context", "no context", "occupied", "nan", "too large",
                                   "generation"])
 def test_bad_input(case, tiny_checkpoint, tmp_path, capsys):
     checkpoint, out, options = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c"), tmp_path / "b", []
@@ -148,6 +162,9 @@ def test_bad_input(case, tiny_checkpoint, tmp_path, capsys):
     elif case == "tokenizer":
         (checkpoint / "tokenizer.json").unlink()
         sentence = "has no tokenizer.json"
+    elif case == "broken tokenizer":
+        (checkpoint / "tokenizer.json").write_text('{"model": {"type": "BPE", "merges": [7]}}')
+        sentence = "is no tokenizer that"
     elif case in ("long context", "no context"):
         options = ["--max-context", "257" if case == "long context" else "0"]
         sentence = "the model's context is 256 tokens"

@@ -28,7 +28,7 @@ def ladder(monkeypatch):
     """ladder(tensorrt="reason", ...): providers that fail to open, with their reasons."""
     def make(**failing):
         def opener(name):
-            def open_(bundle, threads):
+            def open_(bundle, threads, **options):
                 if name in failing:
                     raise UserError(failing[name])
                 return Stub(name)
@@ -88,7 +88,7 @@ def open_engine(tmp_path, monkeypatch):
     """open_engine(backend, ..., provider=None) -> an engine on the first of these; every other rung has nothing."""
     def make(*made, provider=None):
         def opener(name):
-            def open_(bundle, threads):
+            def open_(bundle, threads, **options):
                 backend = next((b for b in made if backends.provider_of(b) == name and not b.closed), None)
                 if backend is None:
                     raise UserError(f"no {name} here")
