@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.decoder import for_products
 
 CHUNK = 1024                      # tokens whose logits are in memory at once
 ROWS = 64                         # tokens whose logits go through the loss at once
@@ -38,13 +39,10 @@ def chunked_loss(hidden: Tensor, head: Tensor, loss: ChunkLoss) -> Tensor:
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden: Tensor, head: Tensor, loss: ChunkLoss) -> Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         total = torch.zeros((), device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden)
-        head_gradient = torch.zeros_like(head) if head.requires_grad else None
-        with torch.autocast(kind, enabled=False):
-            weight, inputs = head.to(dtype), hidden.to(dtype)
+        hidden_gradient, head_gradient = torch.empty_like(hidden), None
+        weight, inputs = for_products(head), for_products(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             buffer = inputs.new_empty(min(CHUNK, len(inputs)), len(weight))
             for part in chunks(len(inputs), CHUNK):
                 logits = torch.mm(inputs[part], weight.T, out=buffer[:part.stop - part.start])
@@ -56,8 +54,9 @@ class _ChunkedLoss(torch.autograd.Function):
                     here.copy_(torch.autograd.grad(value, leaf)[0])
                     total += value.detach()
                 hidden_gradient[part] = logits @ weight
-                if head_gradient is not None:
-                    head_gradient += logits.T @ inputs[part]
+                if head.requires_grad:
+                    more = logits.T @ inputs[part]
+                    head_gradient = more.to(head.dtype) if head_gradient is None else head_gradient.add_(more)
         context.save_for_backward(hidden_gradient, head_gradient)
         return total
 

@@ -27,17 +27,16 @@ import torch
 
 from compress.distiller import Distiller, Losses
 from compress.divergence import KINDS, divergence
-from compress.layerwise import fast_matmul
 from compress.on_policy import OnPolicy
 from compress.recover import TEACHER_CACHE
-from compress.teacher import build_cache
+from compress.teacher import build_cache, frozen_decoder
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import Blocks, DataOptions, build_corpus
 from models.decoder import Decoder
 from models.presets import preset
 from models.teacher_cache import TeacherCache, tokenizer_digest
-from models.trainer import Trainer, TrainerOptions
+from models.trainer import Trainer, TrainerOptions, mixed_precision
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
@@ -118,7 +117,8 @@ def distill(options: Options) -> None:
                         or options.attention_weight > 0)
     train, valid, inputs = _rows(options, teacher, cached=learned and not live)
     inputs |= {"teacher": teacher.sha256(), "student": source.sha256()}
-    distiller = Distiller(student, load_decoder(options.teacher).requires_grad_(False) if live else None, losses)
+    low = mixed_precision(options.precision) == "bf16"
+    distiller = Distiller(student, frozen_decoder(options.teacher, low) if live else None, losses)
     if options.on_policy:
         train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer)
     trainer = Trainer(distiller, options, train, valid, partial(_save, source, options, inputs), inputs,
@@ -222,8 +222,7 @@ def _rows(options: Options, teacher: Checkpoint, cached: bool) -> tuple[Taught, 
 
     def with_cache(blocks: Blocks, chosen: np.ndarray) -> Taught:
         ids = torch.from_numpy(blocks.rows(chosen)[0])
-        with fast_matmul():
-            return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top))
+        return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top))
     return with_cache(blocks, chosen) if cached else Taught(blocks, chosen), with_cache(valid_blocks, held), inputs
 
 

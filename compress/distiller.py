@@ -22,7 +22,7 @@ from compress.chunked_loss import CHUNK, chunked_loss, chunks, top_events
 from compress.divergence import Divergence, kl
 from compress.matching import attention_loss, attention_modules, hidden_loss, hidden_maps, hidden_modules, watched
 from models.data import IGNORE
-from models.decoder import Decoder
+from models.decoder import Decoder, for_products
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Distiller(nn.Module):
             taught = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    taught = self.teacher.model(input_ids)[learned]
+                    taught = for_products(self.teacher.model(input_ids)[learned]), for_products(_head(self.teacher))
         told = None if index is None else (index[learned], torch.cat((log_probabilities, others[..., None]), -1)[learned])
         head = _head(self.student)
         total = chunked_loss(hidden[learned], head, self._token_loss(labels[learned], told, taught))
@@ -81,7 +81,8 @@ class Distiller(nn.Module):
             ours, theirs = ours + attention_modules(self.student), theirs + attention_modules(self.teacher)
         return open_hooks.enter_context(watched(ours)), open_hooks.enter_context(watched(theirs))
 
-    def _token_loss(self, labels: Tensor, told: tuple[Tensor, Tensor] | None, taught: Tensor | None):
+    def _token_loss(self, labels: Tensor, told: tuple[Tensor, Tensor] | None,
+                    taught: tuple[Tensor, Tensor] | None):
         """The loss of a chunk of logits, as chunked_loss wants it."""
         losses, share = self.losses, self.losses.label_share
 
@@ -92,8 +93,10 @@ class Distiller(nn.Module):
             if share < 1:
                 heat = losses.temperature
                 if taught is not None:
-                    theirs = F.linear(taught[part].to(logits.dtype), _head(self.teacher).to(logits.dtype)).float()
-                    log_p, log_q = torch.log_softmax(theirs / heat, -1), torch.log_softmax(logits.float() / heat, -1)
+                    theirs, ours = F.linear(taught[0][part], taught[1]).float(), logits.float()
+                    if heat != 1:
+                        theirs, ours = theirs / heat, ours / heat
+                    log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
                 else:
                     log_p, log_q = told[1][part], top_events(logits, told[0][part])
                 total = total + (1 - share) * heat**2 * losses.divergence(log_p, log_q).sum()

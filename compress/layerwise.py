@@ -50,6 +50,11 @@ def fast_forward():
     return torch.autocast("cpu", torch.bfloat16) if units.get("amx_bf16") or units.get("avx512_bf16") else nullcontext()
 
 
+def has_tiles() -> bool:
+    """Whether the CPU has AMX tiles, which make bfloat16 worth choosing unasked."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 class Walk:
     """The residual stream of all calibration windows, before the next layer."""
 

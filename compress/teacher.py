@@ -2,8 +2,12 @@
 
     cache = build_cache(teacher_path, ids, folder, k=64)       # ids int64 [windows, tokens]
 
-models/teacher_cache.py has the format, and reads it. The folder's name is a hash of teacher, tokens and k, so equal
-input is read from the cache and changed input never is. An interrupted run goes on after the last finished window.
+models/teacher_cache.py has the format, and reads it. The folder's name is a hash of teacher, tokens, k and precision, so
+equal input is read from the cache and changed input never is. An interrupted run goes on after the last finished window.
+
+In "bf16", chosen unasked on a CPU with AMX, layers compute in mixed precision and the head's products lose bits that
+float32 keeps: half the time, and a KL divergence from the teacher in fp32 of 4e-4 nats a token (SmolLM2-135M), far below
+what a student is ever near. A cache that something nearly lossless is judged against should be in "fp32".
 
     python -m compress.teacher CKPT --data FILES -o CACHE
     python -m compress.teacher CKPT --self 200 -o CACHE        # no text at hand: the teacher writes its own
@@ -13,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compress.calibration_text import corpus_windows
-from compress.layerwise import fast_matmul
+from compress.chunked_loss import chunks, top_events
+from compress.layerwise import fast_matmul, has_tiles
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import DataOptions
 from models.decoder import Decoder, KVCache
@@ -31,22 +38,29 @@ from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, ope
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
-VERSION = 2                       # of the arrays and their state; part of the name
-ROWS = 256                        # tokens whose logits are in memory at once
+VERSION = 3                       # of the arrays and their state; part of the name
+ROWS = 64                         # tokens whose logits are in memory at once: memory that the allocator uses again
+LEAST = math.log(1e-7)            # of the others' mass, which fp16 keeps as a logarithm
+PRECISIONS = ("auto", "fp32", "bf16")
 EXAMPLES = """examples:
   python -m compress.teacher build/smollm2-135m --data corpus.txt --windows 400 -o build/teacher
   python -m compress.teacher build/smollm2-135m --self 64 -o build/teacher
 """
 
 
-def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64) -> TeacherCache:
-    """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already."""
+def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision: str = "auto") -> TeacherCache:
+    """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already.
+
+    precision: one of PRECISIONS. Raises UserError for a k that the vocabulary has not.
+    """
+    if precision == "auto":
+        precision = "bf16" if has_tiles() else "fp32"
     checkpoint = open_checkpoint(teacher)
     vocabulary = checkpoint.config.vocab_size
     if not 1 <= k < vocabulary:
         raise UserError(f"top-k is {k}, which should be from 1 to one less than the {vocabulary} tokens of the vocabulary")
     windows, tokens = ids.shape
-    key = hashlib.sha256(f"{VERSION} {checkpoint.sha256()} {k} {windows} {tokens}".encode())
+    key = hashlib.sha256(f"{VERSION} {checkpoint.sha256()} {k} {windows} {tokens} {precision}".encode())
     key.update(ids.numpy().tobytes())
     place = folder / key.hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
@@ -54,7 +68,7 @@ def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64) -> Teache
     if finished < windows:
         _build(teacher, place, ids, finished, {
             "windows": windows, "tokens": tokens, "k": k, "vocabulary": vocabulary, "teacher": teacher.name,
-            "tokenizer": tokenizer_digest(teacher)})
+            "tokenizer": tokenizer_digest(teacher), "precision": precision})
     return open_cache(place)
 
 
@@ -62,27 +76,39 @@ def _build(teacher: Path, place: Path, ids: Tensor, finished: int, state: dict) 
     types = array_types(*(state[name] for name in ("windows", "tokens", "k", "vocabulary")))
     arrays = {name: np.memmap(place / f"{name}.bin", dtype, "r+" if (place / f"{name}.bin").exists() else "w+", shape=shape)
               for name, (dtype, shape) in types.items()}
-    decoder = load_decoder(teacher).requires_grad_(False)
-    for window in tqdm(range(finished, len(ids)), desc="teacher", unit="window", initial=finished, total=len(ids),
-                       file=sys.stderr):
-        _fill(decoder, ids[window], state["k"], {name: array[window] for name, array in arrays.items()})
-        for array in arrays.values():
-            array.flush()
-        write_state(place, state | {"done": window + 1})
+    low = state["precision"] == "bf16"
+    decoder = frozen_decoder(teacher, low)
+    with fast_matmul() if low else nullcontext():
+        for window in tqdm(range(finished, len(ids)), desc="teacher", unit="window", initial=finished, total=len(ids),
+                           file=sys.stderr):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low), torch.no_grad():
+                hidden = decoder.model(ids[window][None])[0]
+            _fill(decoder, ids[window], hidden, state["k"], {name: array[window] for name, array in arrays.items()})
+            for array in arrays.values():
+                array.flush()
+            write_state(place, state | {"done": window + 1})
+
+
+def frozen_decoder(folder: Path, low: bool) -> Decoder:
+    """A model to ask and not to train; `low`: the linears of its layers in bfloat16, as mixed precision multiplies them."""
+    decoder = load_decoder(folder).requires_grad_(False)
+    if low:
+        for module in decoder.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.bfloat16)
+    return decoder
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, ids: Tensor, k: int, rows: dict[str, np.ndarray]) -> None:
+def _fill(decoder: Decoder, ids: Tensor, hidden: Tensor, k: int, rows: dict[str, np.ndarray]) -> None:
     rows["ids"][:] = ids.numpy()
-    hidden = decoder.model(ids[None])[0]
-    for start in range(0, len(ids), ROWS):
-        part = slice(start, start + ROWS)
-        log_probabilities = torch.log_softmax(decoder.head(hidden[part]), -1)
-        top, index = log_probabilities.topk(k)
-        mass = log_probabilities.exp().scatter_(1, index, 0).sum(-1)              # summed, not 1 - sum: it may be tiny
+    for part in chunks(len(ids), ROWS):
+        logits = decoder.head(hidden[part])
+        index = logits.topk(k).indices
+        events = top_events(logits, index)
         rows["indices"][part] = index.numpy()
-        rows["log_probabilities"][part] = top.numpy()
-        rows["others"][part] = mass.clamp_min(1e-7).log().numpy()
+        rows["log_probabilities"][part] = events[:, :-1].numpy()
+        rows["others"][part] = events[:, -1].clamp_min(LEAST).numpy()
 
 
 @torch.no_grad()
@@ -114,6 +140,7 @@ class Options(DataOptions):
     windows: int = arg(400, help="windows of the text to use, spread evenly")
     length: int = arg(512, help="tokens in a window")
     top: int = arg(64, help="tokens whose log-probability is kept")
+    precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=PRECISIONS)
 
 
 def build(options: Options) -> None:
@@ -124,7 +151,7 @@ def build(options: Options) -> None:
         ids = write_own_text(load_decoder(options.checkpoint), options.self, length)
     else:
         ids = corpus_windows(open_checkpoint(options.checkpoint), options, options.windows, options.length)
-    cache = build_cache(options.checkpoint, ids, options.out, options.top)
+    cache = build_cache(options.checkpoint, ids, options.out, options.top, options.precision)
     size = sum(file.stat().st_size for file in cache.folder.iterdir())
     print(f"{ids.numel()} tokens, {size / ids.numel():.0f} bytes each: {cache.folder}")
 

@@ -10,7 +10,8 @@ position i: a call writes token j of row r into slot `write_index[r] + j`, and a
 own position (runtime/backend.py has the same rules).
 
 Attention is PyTorch's scaled_dot_product_attention, causal where there is no cache and no window that matters, else
-with an explicit mask; mixed precision on a CPU leaves it in float32, whose backward pass is the faster there. No dropout. Sources: Vaswani et al. 2017; Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
+with an explicit mask; in mixed precision on a CPU it stays in float32 where gradients are wanted, because its backward
+pass is the faster there. No dropout. Sources: Vaswani et al. 2017; Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
 Shazeer 2020 (gated MLP); Radford et al. 2019 (initialization).
 """
 
@@ -94,13 +95,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
         with torch.autocast("cpu", enabled=False):
             return _attend(q.float(), k.float(), v.float(), mask, grouped)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-def _for_products(x: Tensor) -> Tensor:
+def for_products(x: Tensor) -> Tensor:
     """x as mixed precision multiplies it, converted once for all linears that read it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -171,8 +172,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
                 cache: _LayerCache | None) -> Tensor:
-        x = x + self.self_attn(_for_products(self.input_layernorm(x)), rope, mask, cache)
-        return x + self.mlp(_for_products(self.post_attention_layernorm(x)))
+        x = x + self.self_attn(for_products(self.input_layernorm(x)), rope, mask, cache)
+        return x + self.mlp(for_products(self.post_attention_layernorm(x)))
 
 
 class Backbone(nn.Module):

@@ -24,7 +24,7 @@ def test_divergence_is_the_full_one_less_the_tail(tiny_checkpoint, tmp_path):
     student = teacher + torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1)) * 0.3
     gaps = []
     for k in (8, 64, 383):
-        cache = build_cache(path, IDS, tmp_path, k)
+        cache = build_cache(path, IDS, tmp_path, k, "fp32")
         found = torch.stack([cache.divergence(w, student[w]) for w in range(5)])
         exact = full_divergence(teacher, student)
         assert (found <= exact + 2e-3).all()                   # a lower bound, up to fp16
@@ -39,10 +39,22 @@ def test_gradient_is_that_of_the_full_divergence(tiny_checkpoint, tmp_path):
     with torch.no_grad():
         teacher = load_decoder(path)(IDS[:1])[0]
     student = (teacher * 0.8).requires_grad_()
-    cache = build_cache(path, IDS[:1], tmp_path, 383)
+    cache = build_cache(path, IDS[:1], tmp_path, 383, "fp32")
     ours, = torch.autograd.grad(cache.divergence(0, student).sum(), student)
     exact, = torch.autograd.grad(full_divergence(teacher, student).sum(), student)
     assert torch.allclose(ours, exact, atol=2e-3)
+
+
+def test_bf16_is_near_fp32_and_another_cache(tiny_checkpoint, tmp_path):
+    """Neither so far that a student would notice, nor nothing: the layers' products are rounded to 8 bits of mantissa."""
+    path = tiny_checkpoint("smollm2")
+    exact, low = (build_cache(path, IDS, tmp_path, 383, precision) for precision in ("fp32", "bf16"))
+    assert exact.folder != low.folder and low.state["precision"] == "bf16"
+    differ = np.abs(exact.log_probabilities.astype(np.float32) - low.log_probabilities).max()
+    with torch.no_grad():
+        logits = load_decoder(path)(IDS)
+    distance = torch.stack([low.divergence(window, logits[window]) for window in range(len(IDS))]).mean()
+    assert differ > 2e-3 and distance < 1e-3
 
 
 def test_interrupted_work_goes_on_and_finished_work_is_read(tiny_checkpoint, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ IDS = torch.randint(3, 384, (6, 32), generator=torch.Generator().manual_seed(0))
 def world(tiny_checkpoint, tmp_path_factory):
     """(student, teacher, the teacher's cache with all but one token kept)."""
     teacher = tiny_checkpoint("smollm2", seed=1)
-    return tiny_checkpoint("smollm2"), teacher, build_cache(teacher, IDS, tmp_path_factory.mktemp("cache"), 383).folder
+    return tiny_checkpoint("smollm2"), teacher, build_cache(teacher, IDS, tmp_path_factory.mktemp("cache"), 383,
+                                                              "fp32").folder
 
 
 def run(*args) -> int:
