@@ -140,4 +140,6 @@ static void append(const cache_layer *c, int row, int head, int slot, const floa
     }
 }
 
-#define KERNELS(variable, title) const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak}
+#define KERNELS_WITH(variable, title, multiply, quantize) \
+    const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak}
+#define KERNELS(variable, title) KERNELS_WITH(variable, title, multiply, quantize)

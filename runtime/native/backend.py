@@ -5,8 +5,9 @@ steps in C on `threads` threads. Weights of 2 to 8 bits meet activations in int8
 ONNX Runtime's int4 kernels do; `exact=True` keeps activations and cache in float32 (logits within 1e-4 of PyTorch's).
 
 Results are the same to the bit whatever the batch, the number of threads and the chunking of a prompt, for one
-instruction set and one kind of cache. A pass takes at most 128 tokens; longer inputs go through pass by pass, and
-Ctrl-C is heard between two passes.
+instruction set and one kind of cache. One exception: with AMX, passes of 32 tokens and more round weights and activations to
+bfloat16, so that a token's result depends on whether it went through such a pass, and on nothing else of it. A pass takes
+at most 128 tokens; longer inputs go through pass by pass, and Ctrl-C is heard between two passes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class NativeBackend:
     """See `runtime.backend.Backend`. Raises UserError where the core, the bundle's formats or memory cannot be had.
 
     threads: None for every CPU available to the process. isa: None for the best of this CPU, or a name from native.h's
-    kernels ("avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache.
+    kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache.
     repack_cache: keep the repacked weights in a file beside the bundle's, named by their hash, and open that next time.
     meanwhile: called while the core opens the weights, for work that needs the GIL; what it raises is raised here.
     """

@@ -1,4 +1,5 @@
 /* The kernels this CPU can run, best first. */
+#define _GNU_SOURCE
 #include "core.h"
 
 #if defined(__x86_64__)
@@ -8,6 +9,17 @@ static int has_avxvnni(void) {
     unsigned a, b, c, d;
     return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#ifdef HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+extern const kernels kernels_amx;
+/* Linux gives the tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
+static int has_amx(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) && __get_cpuid_count(7, 0, &a, &b, &c, &d)
+        && (d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;     /* bits: AVX512-BF16, AMX-BF16, AMX-TILE */
+}
+#endif
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 extern const kernels kernels_neon_dot, kernels_neon_i8mm;
@@ -15,12 +27,16 @@ extern const kernels kernels_neon_dot, kernels_neon_i8mm;
 extern const kernels kernels_plain;
 
 const kernels *choose_kernels(const char *name) {
-    const kernels *list[5];
+    const kernels *list[6];
     int n = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) list[n++] = &kernels_avx512;
+    int avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512dq");
+#ifdef HAVE_AMX
+    if (avx512 && (!name || !*name || !strcmp(name, kernels_amx.name)) && has_amx()) list[n++] = &kernels_amx;
+#endif
+    if (avx512) list[n++] = &kernels_avx512;
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && has_avxvnni()) list[n++] = &kernels_avxvnni;
     if (avx2) list[n++] = &kernels_avx2;

@@ -11,6 +11,12 @@
 #include <stddef.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)                 /* GCC 11, clang 12 */
+#define HAVE_AMX
+#endif
+#endif
+
 #define TILE 16           /* output rows of a tile: one AVX-512 register of floats */
 #define BLOCK 32          /* inputs that share one activation scale */
 #define CHUNK 128         /* cache slots whose softmax is computed together (see attention.h) */
@@ -34,7 +40,7 @@ typedef struct {
 typedef struct {
     int blocks;                                      /* of 32; inputs are padded with zeros to a whole block */
     float *f;                                        /* [rows][blocks * 32] */
-    int8_t *q;                                       /* 32 a block and row, value = q * scale; order: kernels.h */
+    int8_t *q;                                       /* 32 a block and row, value = q * scale; order: kernels.h. Or bfloat16: amx.h */
     float *scale;                                    /* one a block and row */
     int32_t *sum;                                    /* minus the sum of q, which the zero point multiplies */
 } activations;

@@ -17,4 +17,10 @@ INLINE vi load_bytes(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_
 
 #include "attention.h"
 KERNELS(kernels_avx512, "avx512-vnni");
+
+#ifdef HAVE_AMX
+#pragma GCC target("avx512bf16,amx-tile,amx-bf16")
+#include "amx.h"
+KERNELS_WITH(kernels_amx, "avx512-amx", multiply_many, quantize_many);
+#endif
 #endif

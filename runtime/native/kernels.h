@@ -2,7 +2,8 @@
  *
  * The including file defines W and the functions marked "isa" below. Products of codes and int8 activations are exact
  * integers, and floats are added per output in a fixed order (groups along the inputs, slots along the cache), so a
- * result does not depend on how many rows, threads or tiles a call has. Multiply and add fuse where the CPU has FMA.
+ * result does not depend on how many rows, threads or tiles a call has, with one exception: on CPUs with AMX, EW_MANY rows
+ * and more are rounded to bfloat16 (amx.h), and depend on that alone. Multiply and add fuse where the CPU has FMA.
  */
 #include "core.h"
 #include <math.h>

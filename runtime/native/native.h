@@ -7,6 +7,7 @@
 
 #define EW_TILES_VERSION 1                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
+#define EW_MANY 32        /* tokens from which the kernels avx512-amx round weights and activations of a pass to bfloat16 */
 enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6 };
 enum { EW_SILU, EW_GELU, EW_GELU_TANH };
 enum { EW_PART_QKV, EW_PART_ATTENTION, EW_PART_OUTPUT, EW_PART_GATE_UP, EW_PART_DOWN, EW_PART_HEAD, EW_PART_OTHER, EW_PARTS };
@@ -42,7 +43,8 @@ void ew_cache_free(ew_cache *);
 void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, int length);
 
 /* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
- * of its earlier slots. Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
+ * of its earlier slots. The bits of a token's result do not depend on the other tokens of the pass, nor on the threads; only,
+ * with the kernels avx512-amx, on whether they are EW_MANY or more (and its logits on whether as many are wanted). Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
 int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
                int n_wanted, const int32_t *wanted, float *logits, char *error);
 

@@ -56,7 +56,7 @@ static int share(int n, int id, int threads) { return (int)((int64_t)n * id / th
 static int activations_new(activations *a, int rows, int width, int with_floats) {
     size_t n = (size_t)rows * width;
     a->f = with_floats ? calloc(n, sizeof(float)) : NULL;
-    a->q = calloc(n, 1);
+    a->q = calloc(n, 2);                             /* of bfloat16 in amx.h, else half of it */
     a->scale = calloc(n / BLOCK, sizeof(float));
     a->sum = calloc(n / BLOCK, sizeof(int32_t));
     return (with_floats && !a->f) || !a->q || !a->scale || !a->sum;

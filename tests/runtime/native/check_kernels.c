@@ -62,12 +62,21 @@ static source make(tensor *t) {
     return (source){t->bytes, scale, t->zero_bytes, dtype, t->by_input, t->rows, 0};
 }
 
+/* To bfloat16: to nearest, ties to even or away from zero. */
+static double bfloat(float x, int even) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + (even ? 0x7fff + (bits >> 16 & 1) : 0x8000)) & 0xffff0000;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static void check_product(const kernels *k) {
     static const int widths[] = {2, 3, 4, 5, 6, 8}, groups[] = {32, 64, 128, 0};
     tensor t = {.bits = widths[up_to(6)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
     t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
     t.by_input = t.bits == 4 || (t.bits == 8 && up_to(2));
-    int rows = 1 + up_to(19), fp32 = up_to(2);
+    int rows = 1 + up_to(up_to(3) ? 19 : 90), fp32 = up_to(2), bf16 = !fp32 && rows >= EW_MANY && !strcmp(k->name, "avx512-amx");
     source s = make(&t);
     matrix m;
     size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric);
@@ -78,7 +87,7 @@ static void check_product(const kernels *k) {
     m.bias = bias;
     activations a = {.blocks = m.blocks};
     size_t width = (size_t)m.blocks * BLOCK, n = rows * width;
-    a.f = calloc(n, 4), a.q = calloc(n, 1), a.scale = calloc(n / BLOCK, 4), a.sum = calloc(n / BLOCK, 4);
+    a.f = calloc(n, 4), a.q = calloc(ceil_div(rows, TILE) * TILE * width, 2), a.scale = calloc(n / BLOCK, 4), a.sum = calloc(n / BLOCK, 4);
     for (int r = 0; r < rows; r++) for (int i = 0; i < t.inputs; i++) a.f[r * width + i] = unit() * (i % 32 == 5 ? 20 : 1) * (up_to(9) > 0);
     int8_t *q = a.q;
     if (fp32) a.q = NULL;
@@ -96,7 +105,8 @@ static void check_product(const kernels *k) {
                 size_t at = (size_t)o * t.groups + g;
                 double w = (t.code[(size_t)o * t.inputs + i] - t.zero[at]) * (double)half_to_float(t.scale[at]), x = a.f[r * width + i];
                 if (r == 0) expect(fabs(row[i] - w) <= 1e-6 * fabs(w), k->name, "a row reads back", t.bits, o, i, row[i] - w);
-                if (!fp32) {                                 /* the reference rounds the same values to int8 */
+                if (bf16) w = bfloat((float)w, 0), x = bfloat((float)x, 1);
+                else if (!fp32) {                            /* the reference rounds the same values to int8 */
                     double most = 0;
                     for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) most = fmax(most, fabs(a.f[r * width + j]));
                     x = most > 0 ? rint(a.f[r * width + i] * (double)(127 / (float)most)) * (most / 127) : 0;
@@ -104,17 +114,18 @@ static void check_product(const kernels *k) {
                 }
                 sum += w * x, size += fabs(w * x);
             }
-            sum += bias ? bias[o] : 0;
+            if (bias) sum += bias[o], size += fabs(bias[o]);
             double error = fabs(y[(size_t)r * t.rows + o] - sum);
-            expect(error <= 1e-5 * size, k->name, fp32 ? "product in float" : "product in int8", t.bits, t.group, rows, error / size);
+            expect(error <= 1e-5 * size, k->name, fp32 ? "product in float" : bf16 ? "product in bfloat16" : "product in int8", t.bits, t.group, rows, error / size);
         }
     }
-    if (!fp32 && rows > 1) {                                 /* one row alone gives the same bits */
-        activations one = a;
-        one.f = a.f + (rows - 1) * width;
-        k->quantize(&one, 1, 0, 1);
-        k->multiply(&m, &one, 1, again, t.rows, 0, m.tiles);
-        expect(!memcmp(again, y + (size_t)(rows - 1) * t.rows, t.rows * 4), k->name, "a row alone has the same bits", t.bits, t.group, rows, 0);
+    int fewer = bf16 ? EW_MANY : 1;
+    if (!fp32 && rows > fewer) {                             /* a row alone, or as few as go by bfloat16, give the same bits */
+        activations last = a;
+        last.f = a.f + (rows - fewer) * width;
+        k->quantize(&last, fewer, 0, fewer);
+        k->multiply(&m, &last, fewer, again, t.rows, 0, m.tiles);
+        expect(!memcmp(again, y + (size_t)(rows - fewer) * t.rows, fewer * t.rows * 4), k->name, "fewer rows have the same bits", t.bits, t.group, rows, 0);
     }
     free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales), free(m.data), free(bias);
     free(a.f), free(q), free(a.scale), free(a.sum), free(y), free(again), free(row);
@@ -212,9 +223,9 @@ static void check_vectors(const kernels *k) {
 }
 
 int main(int count, char **argument) {
-    static const char *names[] = {"avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"};
+    static const char *names[] = {"avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"};
     int rounds = count > 1 ? atoi(argument[1]) : 100, checked = 0;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         const kernels *k = choose_kernels(names[i]);
         if (!k) continue;
         for (int r = 0; r < rounds; r++) check_product(k), check_floats(k), check_attention(k), check_vectors(k);

@@ -1,5 +1,6 @@
 """The native backend against PyTorch from the same codes, and its promises: the same bits whatever the batch, the
-chunking and the number of threads; refusals; two engines, fork, Ctrl-C."""
+chunking and the number of threads (with AMX: among passes of 32 tokens and more, and among smaller ones); refusals; two
+engines, fork, Ctrl-C."""
 
 import ctypes
 import json
@@ -31,6 +32,8 @@ except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 TOKENS = 150
+AMX = library.load().ew_isa(None) == b"avx512-amx"
+ONE_KIND = "avx512-vnni" if AMX else None              # the best kernels that treat every pass alike
 MIXED = [(2, 32, True), (3, 32, False), (4, 64, False), (5, 0, True), (6, 32, True), (8, 32, False), (8, 0, True),
          "float16", "bfloat16", "float32", (4, 0, False)]
 ARCHITECTURES = {
@@ -96,10 +99,11 @@ def test_int8_activations_stay_close(tmp_path):
 def test_same_bits_whatever_batch_chunks_and_threads(tmp_path, exact):
     decoder = native_bundle.random_decoder(native_bundle.config(layers=[(6, 2, 96)] * 2, sliding_window=140))
     bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config, rows=3, width=300)
-    expected = everything(NativeBackend(bundle, threads=1, exact=exact), ids)
+    isa = None if exact else ONE_KIND
+    expected = everything(NativeBackend(bundle, threads=1, exact=exact, isa=isa), ids)
     for threads in (2, 3, 4):
-        assert np.array_equal(everything(NativeBackend(bundle, threads=threads, exact=exact), ids), expected)
-    backend = NativeBackend(bundle, threads=2, exact=exact)
+        assert np.array_equal(everything(NativeBackend(bundle, threads=threads, exact=exact, isa=isa), ids), expected)
+    backend = NativeBackend(bundle, threads=2, exact=exact, isa=isa)
     assert np.array_equal(everything(backend, ids[1:2])[0], expected[1])
     cache, at = backend.new_cache(1, 304), 0
     for step in (1, 1, 7, 100, 1, 3, 16, 120, 1, 50):
@@ -109,9 +113,27 @@ def test_same_bits_whatever_batch_chunks_and_threads(tmp_path, exact):
     assert at == 300
 
 
+@pytest.mark.skipif(not AMX, reason="this CPU or system has no AMX for bfloat16")
+def test_with_amx_the_same_bits_among_passes_of_32_tokens_and_more(tmp_path):
+    decoder = native_bundle.random_decoder(native_bundle.config(layers=[(6, 2, 96)] * 2, sliding_window=140))
+    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config, rows=2, width=320)
+    expected, plain = (everything(NativeBackend(bundle, threads=1, isa=isa), ids) for isa in (None, ONE_KIND))
+    assert not np.array_equal(expected, plain)                # it is the tile registers that are tested
+    for threads in (2, 3):
+        assert np.array_equal(everything(NativeBackend(bundle, threads=threads), ids), expected)
+    backend = NativeBackend(bundle, threads=2)
+    for steps, target in [((32, 33, 48, 100, 64, 43), expected), ((31, 1, 7, 30, 31, 16), plain)]:
+        cache, at = backend.new_cache(1, 320), 0
+        for step in steps:
+            logits = backend.forward(ids[:1, at:at + step], None, np.array([at]), np.arange(step)[None], cache)
+            assert np.array_equal(logits[0], target[0, at:at + step])
+            at += step
+    assert np.abs(expected - oracle(decoder, ids)).mean() < np.abs(plain - oracle(decoder, ids)).mean()
+
+
 def test_cache_views_forks_truncates_and_grows(tmp_path):
     decoder = native_bundle.random_decoder(native_bundle.config())
-    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2, cache_dtype="int8")
+    backend = NativeBackend(native_bundle.write_bundle(tmp_path, decoder), threads=2, cache_dtype="int8", isa=ONE_KIND)
     ids = ids_for(decoder.config, rows=1, width=60)
     expected = everything(backend, ids)[0]
     cache = backend.new_cache(3, 32)
