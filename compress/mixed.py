@@ -37,11 +37,11 @@ class Backend:
     negative_scales: bool = True
     float8: bool = False
     activations: tuple[str, ...] = ()                 # scales of int8 inputs: "row", "tensor"
-    kv_cache: bool = False                            # keys and values in int8, with the checkpoint's scales
+    kv_cache: bool = False                            # keys and values in int8
 
 
 BACKENDS = {"pytorch": Backend((2, 3, 4, 5, 6, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
-            "native": Backend((2, 3, 4, 5, 6, 8)),
+            "native": Backend((2, 3, 4, 5, 6, 8), activations=("row",), kv_cache=True),   # with finer scales of its own
             "onnx": Backend((4, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
             "tensorrt": Backend((4, 8), zeros=False, negative_scales=False, activations=("row",))}
 

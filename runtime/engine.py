@@ -89,8 +89,8 @@ class Engine:
 
     bundle: its folder. provider: "tensorrt", "cuda", "native" or "cpu"; None: the first of them that can be had (`explain()` tells
     why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
-    Of the native core alone: cache_dtype, of the KV cache ("float16" unless given, "float32", "int8"), and repack_cache,
-    which keeps the repacked weights beside the bundle's, so that it opens sooner next time.
+    Of the native core alone: cache_dtype, of the KV cache ("float16", "float32", "int8"; None: see native/backend.py), and
+    repack_cache, which keeps the repacked weights beside the bundle's, so that it opens sooner next time.
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
 

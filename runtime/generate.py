@@ -23,7 +23,8 @@ class EngineOptions:
     threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
     max_memory_mb: float | None = arg(None, help="refuse when weights and KV cache would take more than this")
     verify: bool = arg(False, help="compare the sha256 of every file first")
-    cache_dtype: str | None = arg(None, help="KV cache of the native core; default: float16", choices=("float16", "float32", "int8"))
+    cache_dtype: str | None = arg(None, choices=("float16", "float32", "int8"), help="KV cache of the native core; default: "
+                                  "float16, or int8 where the bundle's was quantized")
     repack_cache: bool = arg(False, help="keep the native core's repacked weights beside the bundle's, to open sooner")
 
     def open(self) -> Engine:

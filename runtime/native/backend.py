@@ -3,6 +3,8 @@
 It opens the bundle's weights file (no ONNX graph is read), repacks it for the CPU's instruction set, and runs whole
 steps in C on `threads` threads. Weights of 2 to 8 bits meet activations in int8, one scale for every 32 of a row, as
 ONNX Runtime's int4 kernels do; `exact=True` keeps activations and cache in float32 (logits within 1e-4 of PyTorch's).
+Where a checkpoint rounds its activations row by row, or its caches with stored scales, the core's finer scales take their
+place (32 inputs; a head of a token). Stored scales of activations and 8-bit floats it does not have.
 
 Results are the same to the bit whatever the batch, the number of threads and the chunking of a prompt, for one
 instruction set and one kind of cache. One exception: with AMX, passes of 32 tokens and more round weights and activations to
@@ -32,7 +34,8 @@ class NativeBackend:
     """See `runtime.backend.Backend`. Raises UserError where the core, the bundle's formats or memory cannot be had.
 
     threads: None for every CPU available to the process. isa: None for the best of this CPU, or a name from native.h's
-    kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache.
+    kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache;
+    None for float16, or int8 where the bundle's was quantized.
     repack_cache: keep the repacked weights in a file beside the bundle's, named by their hash, and open that next time.
     meanwhile: called while the core opens the weights, for work that needs the GIL; what it raises is raised here.
     """
@@ -47,7 +50,8 @@ class NativeBackend:
         threads = cpus if threads is None else threads
         if not 1 <= threads <= cpus:
             raise UserError(f"threads={threads}, but this process may use {cpus} CPUs; give 1 to {cpus}")
-        cache_dtype = cache_dtype or ("float32" if exact else "float16")
+        quantized_cache = any(t["name"].endswith(".k_scale") for t in bundle.manifest["weights"]["tensors"])
+        cache_dtype = cache_dtype or ("float32" if exact else "int8" if quantized_cache else "float16")
         if cache_dtype not in CACHE_DTYPES:
             raise UserError(f"cache_dtype={cache_dtype!r}; the native core has {', '.join(CACHE_DTYPES)}")
         self._kind = library.DTYPES[cache_dtype]
@@ -237,7 +241,15 @@ def _config(bundle: Bundle) -> library.Config:
 
 
 def _tensors(bundle: Bundle) -> ctypes.Array:
-    rows = [t for t in bundle.manifest["weights"]["tensors"] if t["dtype"] in library.DTYPES and 1 <= len(t["shape"]) <= 2]
+    """The manifest's table of tensors as the core takes it. Raises UserError where the core would compute something else
+    than the bundle was proven with."""
+    for t in bundle.manifest["weights"]["tensors"]:
+        if t["name"].endswith(".input_scale"):
+            raise UserError(f"{bundle.folder}: its linears round their inputs by stored scales (--activation-scales static), "
+                            "and the native core by its own: the replies would not be those the bundle was proven with")
+        if t["dtype"] not in library.DTYPES:
+            raise UserError(f"{bundle.folder}: {t['name']} is {t['dtype']}, which the native core does not have")
+    rows = [t for t in bundle.manifest["weights"]["tensors"] if 1 <= len(t["shape"]) <= 2]
     table = (library.Tensor * len(rows))()
     for entry, t in zip(table, rows):
         shape = (ctypes.c_int64 * 2)(*(t["shape"] + [1])[:2])

@@ -130,8 +130,8 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--no-symmetric", "--backend", "tensorrt"], "zero points, and tensorrt runs none"),
     (["--method", "gptq", "--group", 128], "does not divide the 64 inputs"),
     (["--method", "gptq", "--data", "empty.txt"], "holds no records"),
-    (["--activations", 8], "do not run in native: choose --backend pytorch"),
-    (["--activations", 8, "--backend", "native"], "a scale for each row"),
+    (["--method", "clip", "--activations", 8, "--activation-scales", "static"], "a scale for each tensor do not run in native: choose "
+                                                                               "--backend pytorch"),
     (["--method", "clip", "--kv-cache", "channel", "--backend", "tensorrt"], "int8 KV cache with stored scales does not run"),
     (["--kv-cache", "channel", "--backend", "onnx"], "--kv-cache looks at calibration text"),
     (["--bits", 8, "--group", 0, "--kind", "e4m3"], "8-bit floats, which native does not run: choose --backend pytorch or onnx"),
