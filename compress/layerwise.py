@@ -107,23 +107,27 @@ class Walk:
     def _block(self, norm: nn.Module, block: nn.Module, first: list[str], last: str, visit: Visit | None,
                arguments: tuple) -> None:
         """Attention or MLP: x += last(mix(first(norm(x))))."""
-        chunks = range(0, len(self.x), ROWS)
-        normed = [norm(self.x[i:i + ROWS]) for i in chunks]
-        if visit:
-            visit(first, normed)
         name = last.split(".")[1]
         final = getattr(block, name)
+        # One tensor for all windows: freed, its memory goes back to the system, which a heap of chunks keeps in holes.
+        normed, mixed = torch.empty_like(self.x), self.x.new_empty(*self.x.shape[:2], final.in_features)
+        for part, x in zip(normed.split(ROWS), self.x.split(ROWS)):
+            part.copy_(norm(x))
+        if visit:
+            visit(first, list(normed.split(ROWS)))
         setattr(block, name, nn.Identity())
         try:
             with fast_matmul():
-                mixed = [block(part, *arguments) for part in normed]
+                for part, x in zip(mixed.split(ROWS), normed.split(ROWS)):
+                    part.copy_(block(x, *arguments))
         finally:
             setattr(block, name, final)
+        del normed
         if visit:
-            visit([last], mixed)
+            visit([last], list(mixed.split(ROWS)))
         with fast_matmul():
-            for i, part in zip(chunks, mixed):
-                self.x[i:i + ROWS] += final(part)
+            for x, part in zip(self.x.split(ROWS), mixed.split(ROWS)):
+                x += final(part)
 
 
 class KeyValueRanges:
