@@ -25,6 +25,7 @@ from compress import depth, sparse, vocabulary, width
 from compress.calibration_text import corpus_windows
 from compress.hidden import principal_directions, sliced
 from compress.mixed import parse_size
+from compress.sparsity_ratios import sparsity_ratios
 from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.config import ModelConfig
@@ -61,6 +62,8 @@ class Options(DataOptions):
     tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)")
     sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4")
     score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=sparse.SCORES)
+    ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (sparsity_ratios.py)",
+                      choices=("even", "sensitivity"))
     windows: int = arg(64, help="calibration windows, spread evenly over the data")
     length: int = arg(512, help="tokens in a window")
 
@@ -181,8 +184,13 @@ def _hidden(checkpoint: Checkpoint, ids: Tensor, options: Options):
 
 
 def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
-    pattern = sparse.parse_pattern(options.sparsity)
-    return checkpoint.config, sparse.sparsified(checkpoint, ids, options.score, pattern), {"sparsity": options.sparsity}
+    pattern, ratios = sparse.parse_pattern(options.sparsity), None
+    if options.ratios == "sensitivity":
+        if pattern == "2:4":
+            raise UserError("--ratios sensitivity and --sparsity 2:4 do not go together: give a fraction, such as --sparsity 0.5")
+        ratios = sparsity_ratios(checkpoint, ids, options.score, pattern)
+    return (checkpoint.config, sparse.sparsified(checkpoint, ids, options.score, pattern, ratios),
+            {"sparsity": options.sparsity, "ratios": ratios})
 
 
 def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:

@@ -71,8 +71,12 @@ def sparsegpt(weight: Tensor, moment: Tensor, pattern: float | str) -> Tensor:
     return left
 
 
-def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float | str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the whole model, the linears of every layer sparse. ids int64 [windows, tokens]."""
+def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float | str,
+               ratios: dict[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the whole model, the linears of every layer sparse. ids int64 [windows, tokens].
+
+    ratios: module -> pattern of its own (compress/sparsity_ratios.py).
+    """
     layers = len(checkpoint.config.layers)
     prefixes = tuple(f"model.layers.{n}." for n in range(layers))
     for name in checkpoint.names():
@@ -86,11 +90,12 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
             moment = second_moment(inputs)
             for name in names:
                 linear = layer.get_submodule(name)
+                share = pattern if ratios is None else ratios[f"model.layers.{number}.{name}"]
                 if score == "sparsegpt":
-                    weight = sparsegpt(linear.weight, moment, pattern)
+                    weight = sparsegpt(linear.weight, moment, share)
                 else:
                     norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(linear.in_features)
-                    weight = linear.weight.masked_fill(zeros(linear.weight.abs() * norms, pattern), 0)
+                    weight = linear.weight.masked_fill(zeros(linear.weight.abs() * norms, share), 0)
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         walk.step(layer, visit)
         for name, tensor in layer.state_dict().items():

@@ -1,5 +1,6 @@
 """Pruning: what contributes nothing goes without a trace, least squares against lstsq, and the refusals."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 
 from compress import depth, prune, sparse, vocabulary, width
 from compress.gptq import DAMPING
+from compress.sparsity_ratios import cheapest_ratios
 from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 
 TEXT = "The small engine reads a sentence and answers in another. " * 40
@@ -165,6 +167,34 @@ def test_zeros_are_where_they_should_be(score, pattern, tiny_checkpoint, tmp_pat
             assert (counts == (2 if pattern == "2:4" else 0.5)).all(), name
 
 
+def test_the_cheapest_ratios_are_those_of_a_search():
+    """Convex costs of three linears of one size: no other choice with as many zeros costs less."""
+    columns, generator = 20, torch.Generator().manual_seed(0)
+    curves = {name: torch.rand(columns, generator=generator).cumsum(0).cumsum(0) * weight
+              for name, weight in (("a", 1.0), ("b", 3.0), ("c", 0.2))}
+    found = cheapest_ratios(curves, dict.fromkeys(curves, 100), 0.5)
+    cost = lambda zeros: sum(float(curve[n - 1]) if n else 0.0 for curve, n in zip(curves.values(), zeros))     # noqa: E731
+    best = min((zeros for zeros in itertools.product(range(columns), repeat=3) if sum(zeros) == 1.5 * columns), key=cost)
+    assert tuple(round(ratio * columns) for ratio in found.values()) == best and len(set(best)) == 3
+
+
+@pytest.mark.parametrize("score", sparse.SCORES)
+def test_ratios_by_sensitivity_spare_what_matters(score, tiny_checkpoint, tmp_path, data):
+    def quiet(state):
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            state[f"model.layers.0.{part}.weight"] *= 0.01
+    source = changed(tiny_checkpoint("smollm2"), tmp_path / "a", quiet)
+    shares, errors = {}, {}
+    for ratios in ("even", "sensitivity"):
+        out = tmp_path / ratios
+        assert run(source, out, "--data", data, "--what", "sparse", "--sparsity", 0.5, "--score", score, "--ratios", ratios) == 0
+        weights = [(name, tensor) for name, tensor in load_decoder(out).state_dict().items() if "proj" in name]
+        assert sum((w == 0).sum() for _, w in weights) / sum(w.numel() for _, w in weights) == pytest.approx(0.5, abs=0.02)
+        shares[ratios] = float(torch.cat([w.flatten() for name, w in weights if "layers.0" in name]).eq(0).float().mean())
+        errors[ratios] = float((logits(out) - logits(source)).square().mean())
+    assert shares["sensitivity"] > 0.7 and errors["sensitivity"] < 0.5 * errors["even"]
+
+
 def test_sparsegpt_loses_less_than_magnitude_and_wanda_is_its_definition():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 256, generator=generator) @ (torch.eye(256) + 0.1 * torch.randn(256, 256, generator=generator))
@@ -234,6 +264,7 @@ def test_a_vocabulary_of_a_given_size_keeps_the_frequent():
     (("--what", "depth", "--keep", 0.01), "one layer and the embedding"), (("--what", "mlp", "--keep", 1.5), "--keep is 1.5"),
     (("--what", "mlp", "--neurons", 1), "neurons would stay"), (("--what", "heads"), "--groups is None"),
     (("--what", "heads", "--groups", 9), "--groups is 9"), (("--what", "sparse", "--sparsity", "3:4"), "sparsity is '3:4'"),
+    (("--what", "sparse", "--sparsity", "2:4", "--ratios", "sensitivity"), "do not go together"),
     (("--what", "vocabulary", "--tokens", 3), "cannot hold"), (("--what", "hidden", "--hidden", 64), "--hidden is 64"),
     (("--what", "mlp", "--target-size", "1GB"), "is not below"), (("--what", "hidden", "--keep", 0.01), "keep more")])
 def test_refusals(args, says, tiny_checkpoint, tmp_path, data, capsys):
