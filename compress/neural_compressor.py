@@ -83,7 +83,10 @@ def autoround(folder: Path, ids: Tensor, formats: dict[str, TensorFormat], itera
 
 def _load(method: str):
     try:
-        with contextlib.redirect_stderr(None):
+        # neural-compressor makes its workspace, which neither method uses, where it is imported: let that be elsewhere
+        with contextlib.redirect_stderr(None), TemporaryDirectory() as workspace:
+            from neural_compressor.common import set_workspace
+            set_workspace(workspace)
             from neural_compressor.torch import quantization
             if method == "autoround":
                 import auto_round                                        # noqa: F401

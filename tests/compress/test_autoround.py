@@ -1,5 +1,10 @@
 """AutoRound through neural-compressor: nearer to the original's answers than rounding to nearest, and what it refuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import SENTENCES
@@ -36,6 +41,14 @@ def test_nearer_than_rounding_to_nearest(tiny_checkpoint, text, tmp_path):
     assert tensor.codes.shape == (64, 128) and tensor.scales.shape == (64, 4) and tensor.symmetric
     assert tensor.codes.unique().tolist() == [0, 1, 2, 3] and tensor.scales.isfinite().all()
     assert errors["autoround"] < 0.5 * errors["rtn"]
+
+
+def test_nothing_is_left_where_the_command_runs(tmp_path):
+    """In a fresh process: neural-compressor makes its workspace while it is imported."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", "from compress.neural_compressor import _load; _load('hqq')"], cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": str(root)}, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options, words", [
