@@ -26,6 +26,7 @@ from export.graph import StoredTensor
 from models.checkpoint import Checkpoint, replace_folder
 from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
 from runtime.errors import UserError
+from runtime.template import template_source
 
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE, GOLDEN = "weights.bin", "tokenizer.json", "chat_template.jinja", "golden.json"
 _PAGE, _VECTOR, _LARGE = 4096, 64, 1 << 20
@@ -107,7 +108,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path, manifest: dict) -> Non
     tokenizer = compact_tokenizer(read_json(checkpoint.path / TOKENIZER))
     (folder / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     manifest["files"][TOKENIZER] = file_entry(folder / TOKENIZER)
-    template = chat_template(checkpoint.path)
+    template = template_source(checkpoint.path)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         manifest["chat_template"] = CHAT_TEMPLATE
@@ -124,16 +125,6 @@ def compact_tokenizer(data: dict) -> dict:
     if any(isinstance(pair, str) or " " in "".join(pair) or pair[0].startswith("#version") for pair in merges):
         return data
     return {**data, "model": {**data["model"], "merges": [" ".join(pair) for pair in merges]}} if merges else data
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template of a checkpoint folder, from its own file or from tokenizer_config.json."""
-    if (folder / CHAT_TEMPLATE).is_file():
-        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):            # several by name, an older form
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
 
 
 def read_json(path: Path) -> dict:

@@ -19,22 +19,22 @@ from tokenizers import Tokenizer
 
 from models.data import IGNORE
 from runtime.errors import UserError
-from runtime.template import ChatTemplate
+from runtime.template import ChatTemplate, open_template
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
 
-def open_template(folder: Path) -> ChatTemplate:
-    """The chat template of a checkpoint: chat_template.jinja, or the entry of tokenizer_config.json."""
-    file, config = folder / "chat_template.jinja", {}
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    source = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    if not isinstance(source, str):
-        raise UserError(f"{folder} has no chat template; put one beside it as chat_template.jinja")
+def checkpoint_template(folder: Path) -> ChatTemplate:
+    """The chat template of a checkpoint, with the special tokens of its tokenizer_config.json. Raises UserError."""
+    file, config = folder / "tokenizer_config.json", {}
+    if file.is_file():
+        config = json.loads(file.read_text("utf-8"))
     tokens = {name: token["content"] if isinstance(token, dict) else token
               for name in ("bos_token", "eos_token", "pad_token") if (token := config.get(name))}
-    return ChatTemplate(source, str(file), tokens)
+    template = open_template(folder, tokens)
+    if template is None:
+        raise UserError(f"{folder} has no chat template; put one beside it as chat_template.jinja")
+    return template
 
 
 def encode_chat(messages: list[dict], template: ChatTemplate, tokenizer: Tokenizer, place: str) -> Encoded:

@@ -28,7 +28,7 @@ from models import lineage
 from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
-from models.examples import Examples, encode_chat, encode_labelled, fitting, join, open_template
+from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
 from models.lora import add_lora, merged_tensors
 from models.memory import memory_line, training_bytes
 from models.trainer import Trainer, TrainerOptions, mixed_precision, process_state
@@ -121,7 +121,7 @@ class Chat:
     """Chats, with the loss on replies."""
 
     def __init__(self, options: FinetuneOptions, tokenizer: Tokenizer):
-        self.tokenizer, self.template = tokenizer, open_template(options.checkpoint)
+        self.tokenizer, self.template = tokenizer, checkpoint_template(options.checkpoint)
 
     def encode(self, record):
         return encode_chat(as_messages(record), self.template, self.tokenizer, record.place)

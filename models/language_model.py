@@ -25,7 +25,7 @@ from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.machine import available_cpus
 from runtime.sampling import Sampler, SamplingOptions
-from runtime.template import ChatTemplate
+from runtime.template import ChatTemplate, open_template
 from runtime.text import Tokenizer
 
 BATCH = 8                # prompts decoded together
@@ -62,12 +62,8 @@ class LanguageModel:
     @cached_property
     def _template(self) -> ChatTemplate | None:
         """Compiled once: every prompt of a comparison goes through it."""
-        file = self.folder / "chat_template.jinja"
-        if not file.is_file():
-            return None
         ids = {"bos_token": self.bos, "eos_token": min(self.eos, default=None)}
-        tokens = {name: self.tokenizer.token_text(i) for name, i in ids.items() if i is not None}
-        return ChatTemplate(file.read_text("utf-8"), str(file), tokens)
+        return open_template(self.folder, {name: None if i is None else self.tokenizer.token_text(i) for name, i in ids.items()})
 
     def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
                  progress: bool = True) -> list[str]:

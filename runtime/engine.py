@@ -168,15 +168,12 @@ class Engine:
         if name is None:
             raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
                             "prompt of its own making with `generate` or `stream`")
-        from runtime.template import ChatTemplate
-        model, path = self.bundle.model, self.bundle.path(name)
+        from runtime.template import open_template
+        model = self.bundle.model
         ids = {"bos_token": model["bos_token_id"], "eos_token": next(iter(model["eos_token_ids"]), None),
                "pad_token": model["pad_token_id"]}
-        tokens = {key: text for key, i in ids.items() if i is not None and (text := self.tokenizer.token_text(i))}
-        try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), str(path), tokens)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 text ({error}); export the bundle again") from None
+        return open_template(self.bundle.folder, {key: None if i is None else self.tokenizer.token_text(i)
+                                                  for key, i in ids.items()}, name)
 
     def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -24,6 +25,29 @@ from runtime.errors import UserError
 
 MAX_CHARACTERS = 4_000_000
 MAX_TURNS = 1_000_000             # of all loops and macro calls together
+
+
+def template_source(folder: Path, name: str = "chat_template.jinja") -> str | None:
+    """The chat template of a checkpoint or bundle: the file `name` there, else what tokenizer_config.json says; None: it
+    has none. Raises UserError where the file cannot be read."""
+    file, config = folder / name, folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text("utf-8")
+        found = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: the chat template cannot be read ({error}); mend {name} or {config.name} there") from None
+    if isinstance(found, list):                   # several by name, an older form
+        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    return found
+
+
+def open_template(folder: Path, special_tokens: dict[str, str | None], name: str = "chat_template.jinja") -> ChatTemplate | None:
+    """`template_source` compiled, None where there is none. special_tokens: what templates know as bos_token, eos_token,
+    pad_token; those that are None are left out."""
+    source = template_source(folder, name)
+    tokens = {key: text for key, text in special_tokens.items() if text}
+    return None if source is None else ChatTemplate(source, str(folder / name), tokens)
 
 
 class ChatTemplate:

@@ -4,6 +4,8 @@ Weights are drawn wide enough that the logits differ clearly between tokens; bia
 that a forgotten one shows. The tokenizer is a byte-level BPE trained on the sentences below: any text round-trips.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -91,4 +93,15 @@ def write_tiny(folder: Path, family: str, seed: int = 0, **config) -> Path:
     tiny_model(family, seed, **config).save_pretrained(folder)
     # transformers splits a Qwen2 model's text by Qwen2's pattern, whatever its tokenizer.json says
     tiny_tokenizer("qwen2" if family == "qwen2" else "smollm").save_pretrained(folder)
+    return folder
+
+
+def write_stranger(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint as `folder`, whose tokenizer gives two tokens each other's id; returns it."""
+    shutil.copytree(checkpoint, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import write_stranger
 
 from models import evaluate, tasks
 from models.language_model import open_model
@@ -117,13 +118,7 @@ def test_unusable_files(content, task, says, model, tmp_path, capsys):
 
 
 def test_refusals(model, tiny_checkpoint, text_file, tmp_path, capsys):
-    import shutil
-    stranger = shutil.copytree(model, tmp_path / "stranger")
-    tokenizer = json.loads((stranger / "tokenizer.json").read_text("utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
+    stranger = write_stranger(model, tmp_path / "stranger")
     assert run(model, "--data", text_file, "--reference", stranger) == 2
     assert "another tokenizer" in capsys.readouterr().err
     assert run(model, "--data", tmp_path / "missing.txt") == 2

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import IGNORE
-from models.examples import Examples, encode_chat, encode_labelled, open_template
+from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled
 from models.finetune import main
 from models.lora import add_lora, merged_tensors
 from models.memory import training_bytes
@@ -27,7 +27,7 @@ CHAT = [{"role": "user", "content": "Add 1 and 2 🙂"}, {"role": "assistant", "
 @pytest.fixture
 def parts(tiny_checkpoint):
     folder = tiny_checkpoint("smollm2")
-    return folder, Tokenizer.from_file(str(folder / "tokenizer.json")), open_template(folder)
+    return folder, Tokenizer.from_file(str(folder / "tokenizer.json")), checkpoint_template(folder)
 
 
 @pytest.fixture

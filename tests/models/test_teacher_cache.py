@@ -1,10 +1,12 @@
 """A teacher's cache as the reference of an evaluation: beside the live teacher, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from tiny import write_stranger
 from tokenizers import Tokenizer
 
 from compress.teacher import build_cache
@@ -53,14 +55,8 @@ def test_a_teacher_agrees_with_its_cache(world, tmp_path):
 
 
 def test_refusals(world, tmp_path, capsys):
-    import shutil
     student, _, folder = world
-    stranger = shutil.copytree(student, tmp_path / "stranger")
-    tokenizer = json.loads((stranger / "tokenizer.json").read_text("utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
+    stranger = write_stranger(student, tmp_path / "stranger")
     text = tmp_path / "text.txt"
     text.write_text("some text")
     for arguments, says in [((stranger, "--reference", folder), "another tokenizer"),

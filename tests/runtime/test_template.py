@@ -4,7 +4,7 @@ import pytest
 
 from runtime import template as template_module
 from runtime.errors import UserError
-from runtime.template import ChatTemplate
+from runtime.template import ChatTemplate, open_template
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -118,3 +118,22 @@ def test_what_is_no_template_is_refused(source):
 def test_messages_that_are_none(messages):
     with pytest.raises(UserError, match="message"):
         ChatTemplate(SMOLLM2, "t").render(messages)
+
+
+@pytest.mark.parametrize("files, rendered", [
+    ({"chat_template.jinja": "{{ eos_token }}a{{ bos_token }}", "tokenizer_config.json": '{"chat_template": "b"}'}, "</s>a"),
+    ({"tokenizer_config.json": '{"chat_template": "b"}'}, "b"),
+    ({"tokenizer_config.json": '{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}'}, "d"),
+    ({"tokenizer_config.json": "{}"}, None), ({}, None)])
+def test_where_a_folder_keeps_its_template(tmp_path, files, rendered):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    template = open_template(tmp_path, {"eos_token": "</s>", "bos_token": None})
+    assert (template and template.render([{"role": "user", "content": "Hi"}])) == rendered
+
+
+@pytest.mark.parametrize("name, data", [("chat_template.jinja", b"\xff"), ("tokenizer_config.json", b"{"), ("tokenizer_config.json", b"[]")])
+def test_a_template_that_cannot_be_read_is_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match="the chat template cannot be read"):
+        open_template(tmp_path, {})
