@@ -12,8 +12,8 @@ Methods: "clip" rounds to nearest on the clipped grid, the Hessian's diagonal be
 pivots of the Hessian as importance, then GPTQ in activation order, coordinate descent, the refit of scales and a last
 descent. The embedding and the head are fitted to the Hessian that compress/sensitivity.py gives for them.
 
-Scales of activations and of an int8 KV cache (models/quantized.py) are max|x| / 127 over the calibration text, as the
-layer meets it in the end.
+Static scales of activations (compress/static_scale.py) and those of an int8 KV cache, max|x| / 127, are of the calibration
+text, as the layer meets it in the end (models/quantized.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from compress.clipping import clipped_grid
 from compress.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
-from compress.layerwise import KeyValueRanges, Walk, largest, second_moment
+from compress.layerwise import KeyValueRanges, Walk, second_moment
+from compress.static_scale import static_scale
 from models.checkpoint import Checkpoint
 from models.decoder import Layer
 from models.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
@@ -114,9 +115,15 @@ def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tupl
     for fold in folds:
         fold(layer, walk, {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)})
     stored: dict[str, Tensor] = {}
+    rounded = plan.rounding_linears() if plan.activations.get("per") == "tensor" else []
 
     def visit(names: list[str], inputs: list[Tensor]) -> None:
         hessian = second_moment(inputs)
+        rounding = [name for name in names if prefix + name in rounded]
+        if rounding:                                            # one scale: an export may join these linears
+            importance = sum(layer.get_submodule(name).weight.square().sum(0) for name in rounding)
+            scale = static_scale(inputs, importance)
+            stored.update({f"{name}.input_scale": scale.clone() for name in rounding})
         for name in names:
             if prefix + name not in formats:
                 continue
@@ -127,8 +134,6 @@ def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tupl
                 raise UserError(f"{prefix}{name}: {error}") from None
             weight.data = found.dequantize()
             stored.update(found.tensors(name))
-            if plan.activations.get("per") == "tensor":
-                stored[f"{name}.input_scale"] = _int8_scale(largest(inputs).amax(0, keepdim=True))
 
     walk.cache = KeyValueRanges() if plan.kv_cache else None
     walk.step(layer, visit)

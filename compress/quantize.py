@@ -80,7 +80,7 @@ class Options(DataOptions):
     kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=KINDS)
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
     activation_scales: str = arg("row", help="of these: one for each token's row as it comes, or static: one for each "
-                                 "linear, from the calibration text", choices=("row", "static"))
+                                 "linear, from the calibration text, and none for down_proj", choices=("row", "static"))
     kv_cache: str = arg("float", help="int8 keys and values, scales from the calibration text: one, or one a channel",
                         choices=("float", "tensor", "channel"))
     data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT")
@@ -231,7 +231,10 @@ def _work_folder(options: Options, inputs: dict, plan: Quantization) -> Path:
 
 
 def _activations(options: Options) -> dict:
-    return {"bits": 8, "per": {"row": "row", "static": "tensor"}[options.activation_scales]} if options.activations else {}
+    """A static scale for what down_proj reads would be that of its few outliers, with 1 or 2 steps left for all the rest."""
+    if not options.activations:
+        return {}
+    return {"bits": 8} | ({"per": "row"} if options.activation_scales == "row" else {"per": "tensor", "except": ["down_proj"]})
 
 
 def _beside(out: Path, plan, suffix: str) -> Path:

@@ -1,6 +1,7 @@
 """Linears that round their inputs to int8: the arithmetic of a W8A8 checkpoint.
 
-    config.json: "quantization_config": {..., "activations": {"bits": 8, "per": "row"}}         or "per": "tensor"
+    config.json: "quantization_config": {..., "activations": {"bits": 8, "per": "row"}}
+                                            or {"bits": 8, "per": "tensor", "except": ["down_proj"]}
 
 Input x [..., K] becomes round(x / s) * s, limited to the int8 range, before the product with the weights its codes stand
 for: the same numbers as an int8 x int8 product with int32 sums. "row": s = max|x| / 127 of each token's row, found as it

@@ -18,9 +18,9 @@ uint8 of the scales' shape, all in place of `M.weight`. config.json says which m
 
 A tensor of kind "e4m3" has 8-bit floating-point codes instead (torch.float8_e4m3fn, value = code * scale). "activations"
 ({} for none) says how the layers' linears round their inputs (models/activations.py): "per" row, or tensor with one
-stored scale `M.input_scale` float32 [1]. "kv_cache" (null for none): keys (after RoPE) and values are kept as
-round(x / scale) in int8, scales `model.layers.N.self_attn.k_scale` and `.v_scale` float32 [1], or [kv_heads * head_dim]
-per channel.
+stored scale `M.input_scale` float32 [1]; those whose last name "except" lists do not round. "kv_cache" (null for none):
+keys (after RoPE) and values are kept as round(x / scale) in int8, scales `model.layers.N.self_attn.k_scale` and `.v_scale`
+float32 [1], or [kv_heads * head_dim] per channel.
 
 This file does not decide codes: see compress/.
 """
@@ -36,7 +36,8 @@ from runtime.errors import UserError
 METHOD, VERSION = "edgewright", 1
 BITS = range(2, 9)
 KINDS = ("int", "e4m3")
-ACTIVATIONS = ({}, {"bits": 8, "per": "row"}, {"bits": 8, "per": "tensor"})
+ACTIVATIONS = ({}, {"bits": 8, "per": "row"}, {"bits": 8, "per": "tensor"},
+               {"bits": 8, "per": "tensor", "except": ["down_proj"]})
 KV_CACHES = (None, {"bits": 8, "per": "tensor"}, {"bits": 8, "per": "channel"})
 
 
@@ -100,7 +101,11 @@ class Quantization:
 
     def rounding_linears(self) -> list[str]:
         """The linears that round their inputs where activations are quantized: those of the layers, not the head."""
-        return [name for name in self.tensors if name.startswith("model.layers.")] if self.activations else []
+        if not self.activations:
+            return []
+        excepted = self.activations.get("except", ())
+        return [name for name in self.tensors
+                if name.startswith("model.layers.") and name.rsplit(".", 1)[1] not in excepted]
 
     @classmethod
     def from_dict(cls, data: dict) -> Quantization:

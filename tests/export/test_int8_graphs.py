@@ -68,11 +68,12 @@ def test_static_activations(quantized):
     assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 0.05 * mean_kl(decoder, TorchBackend(weights_only))
 
 
-def test_static_scales_are_the_largest_inputs_and_rows_stand_alone(quantized):
+def test_rows_stand_alone_on_the_grid_of_static_scales(quantized):
     checkpoint, _ = quantized("static", "--method", "clip", "--bits", "8", "--group", "0", "--activations", "8",
                               "--activation-scales", "static", fast=False)
     decoder, scales, seen = load_decoder(checkpoint), open_checkpoint(checkpoint).input_scales(), {}
-    assert len(scales) == 14 and torch.equal(scales["model.layers.0.mlp.up_proj"], scales["model.layers.0.mlp.gate_proj"])
+    assert len(scales) == 12 and not any("down_proj" in name for name in scales)      # whose outliers no scale holds
+    assert torch.equal(scales["model.layers.0.mlp.up_proj"], scales["model.layers.0.mlp.gate_proj"])
     for name in scales:
         decoder.get_submodule(name).register_forward_pre_hook(lambda m, x, name=name: seen.update({name: x[0]}))
     ids = torch.randint(0, 384, (3, 24), generator=torch.Generator().manual_seed(0))
