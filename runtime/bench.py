@@ -77,7 +77,7 @@ def measure(engine: Engine, options: Options) -> dict[str, float]:
     """The figures of one run. Every run has the same prompt."""
     vocab = engine.bundle.model["config"]["vocab_size"]
     prompt = random.Random(0).choices(range(vocab), k=options.prompt_tokens)
-    reply, = engine.generate(prompt, max_new_tokens=options.new_tokens, ignore_model_stop=True)
+    reply, = engine.generate(prompt, max_new_tokens=options.new_tokens, ignore_model_stop=True, temperature=0, repetition_penalty=1)
     return figures(reply.timings)
 
 

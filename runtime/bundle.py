@@ -163,6 +163,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     if need(model, "model.", "max_context", int) < 1:
         raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
     need_all(model, "model.", "eos_token_ids", int)
+    need(model, "model.", "generation", dict, type(None))
     for key in ("bos_token_id", "pad_token_id"):
         need(model, "model.", key, int, type(None))
 

@@ -28,10 +28,10 @@ import numpy as np
 from runtime import decode
 from runtime.backend import Backend
 from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.errors import DeviceError, UserError
 from runtime.machine import available_cpus, available_memory, release_free_memory
-from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs
+from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, model_defaults
 from runtime.text import Detokenizer, StopStrings, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
@@ -40,7 +40,8 @@ _MB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """How a reply is made; the keyword arguments of `generate`, `stream`, `chat` and `stream_chat`."""
+    """How a reply is made; the keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. Where the model's
+    generation_config.json has sampling values, an engine takes those in place of these defaults."""
 
     max_new_tokens: int | None = None         # None: 256, or as many as the context leaves
     stop: str | tuple[str, ...] = ()          # the reply ends before the first of these to be complete
@@ -102,6 +103,11 @@ class Engine:
         if max_memory_mb is not None and not max_memory_mb > 0:
             raise UserError(f"max_memory_mb is {max_memory_mb!r}; it must be a positive number")
         self.bundle: Bundle = open_bundle(bundle, verify=verify)
+        self._defaults = model_defaults(self.bundle.model.get("generation") or {})
+        try:
+            GenerationOptions(**self._defaults)
+        except UserError as error:
+            raise UserError(f"{self.bundle.path(MANIFEST)}: model.generation: {error}; export the bundle again") from None
         if max_memory_mb is not None and self.bundle.weights_bytes > max_memory_mb * _MB:
             raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
                             f"more than max_memory_mb={max_memory_mb:g}")
@@ -126,7 +132,7 @@ class Engine:
         prompts: a text, a list of texts, or token ids in place of a text. options: see GenerationOptions. Sample j of
         a prompt is the same whatever the other prompts are, near ties of logits aside. Raises UserError.
         """
-        drafts = self._drafts(_as_list(prompts), n, GenerationOptions(**options))
+        drafts = self._drafts(_as_list(prompts), n, GenerationOptions(**self._defaults | options))
         for _ in self._run(drafts, n):
             pass
         return [drafts[sample * (len(drafts) // n) + prompt].reply()
@@ -134,7 +140,7 @@ class Engine:
 
     def stream(self, prompt, **options) -> Stream:
         """The reply to one prompt (a text, or token ids) as it is made: iterate over its pieces of text."""
-        return Stream(self, self._drafts([prompt], 1, GenerationOptions(**options)))
+        return Stream(self, self._drafts([prompt], 1, GenerationOptions(**self._defaults | options)))
 
     def chat(self, messages: list[dict], **options) -> Reply:
         """The assistant's reply to `messages`: dicts with "role" (user, assistant, system) and "content"."""

@@ -35,13 +35,14 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyOptions(EngineOptions):
-    """How replies are made; named as in `runtime.engine.GenerationOptions`."""
+    """How replies are made; named as in `runtime.engine.GenerationOptions`. None: what the model's generation_config.json
+    says, else the default there."""
     max_new_tokens: int | None = arg(None, help="tokens of a reply at most; default: 256, or what the context leaves")
-    temperature: float = arg(0.0, help="0 always takes the likeliest token")
-    top_k: int = arg(0, help="only the K likeliest tokens; 0: off")
-    top_p: float = arg(1.0, help="only the likeliest tokens that together reach this probability; 1: off")
-    min_p: float = arg(0.0, help="only tokens at least this times as likely as the likeliest; 0: off")
-    repetition_penalty: float = arg(1.0, help="divide the logits of tokens seen in prompt or reply; 1: off")
+    temperature: float | None = arg(None, help="0 always takes the likeliest token (default: the model's, else 0)")
+    top_k: int | None = arg(None, help="only the K likeliest tokens; 0: off (default: the model's, else 0)")
+    top_p: float | None = arg(None, help="only the likeliest tokens that together reach this probability; 1: off (default: the model's, else 1)")
+    min_p: float | None = arg(None, help="only tokens at least this times as likely as the likeliest; 0: off (default: the model's, else 0)")
+    repetition_penalty: float | None = arg(None, help="divide the logits of tokens seen in prompt or reply; 1: off (default: the model's, else 1)")
     frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
     presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
     seed: int | None = arg(None, help="the same seed gives the same reply")
@@ -50,7 +51,7 @@ class ReplyOptions(EngineOptions):
     def generation(self) -> dict:
         """The keyword arguments of `Engine.stream` and its like."""
         names = {field.name for field in fields(GenerationOptions)}
-        return {field.name: getattr(self, field.name) for field in fields(ReplyOptions) if field.name in names}
+        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

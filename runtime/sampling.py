@@ -65,6 +65,14 @@ class SamplingOptions:
         check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (int, type(None)))
 
 
+def model_defaults(generation: dict) -> dict:
+    """The sampling that a Hugging Face generation_config.json asks for, as keyword arguments of SamplingOptions: the
+    repetition penalty, and with "do_sample" the temperature (1 where it says none), top-k, top-p and min-p."""
+    samples = {"temperature": 1.0} if generation.get("do_sample") else {}
+    names = ["repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
+    return samples | {name: generation[name] for name in names if generation.get(name) is not None}
+
+
 class TokenLogprobs(NamedTuple):
     """Natural-log probability of a chosen token, and of the likeliest tokens, most likely first."""
 

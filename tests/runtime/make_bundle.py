@@ -22,7 +22,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_bundle(folder: Path, *, template: str | None = CHATML, max_context: int = 512, **changes) -> Path:
+def write_bundle(folder: Path, *, template: str | None = CHATML, max_context: int = 512, generation: dict | None = None,
+                 **changes) -> Path:
     """Write the files and a manifest for them; `changes` are top-level manifest fields to replace."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = np.arange(64, dtype=np.float32)
@@ -34,7 +35,7 @@ def write_bundle(folder: Path, *, template: str | None = CHATML, max_context: in
     manifest = {
         "format": "edgewright-bundle", "version": 1, "name": "fake",
         "model": {"config": {"vocab_size": VOCAB, "hidden_size": 8, "head_dim": 4}, "max_context": max_context,
-                  "bos_token_id": BOS, "eos_token_ids": [EOS], "pad_token_id": PAD, "generation": {}},
+                  "bos_token_id": BOS, "eos_token_ids": [EOS], "pad_token_id": PAD, "generation": generation or {}},
         "graphs": [{"role": "fast", "file": "fast.onnx", "dtype": "fp32", "opset": 24, "weights": "weights.bin"}],
         "engines": [],
         "weights": {"file": "weights.bin", "bytes": 256, "tensors": [

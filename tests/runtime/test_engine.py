@@ -12,10 +12,10 @@ from runtime.errors import CheckFailed, UserError
 
 @pytest.fixture
 def open_engine(tmp_path, monkeypatch):
-    """open_engine(template=..., max_context=..., **Engine options) -> an engine over a fresh MockBackend."""
-    def make(template=None, max_context=512, **options):
+    """open_engine(template=..., max_context=..., generation=..., **Engine options) -> an engine over a fresh MockBackend."""
+    def make(template=None, max_context=512, generation=None, **options):
         fields = {"template": template} if template is not None else {}
-        folder = write_bundle(tmp_path / "bundle", max_context=max_context, **fields)
+        folder = write_bundle(tmp_path / "bundle", max_context=max_context, generation=generation, **fields)
         backend = MockBackend(VOCAB)
         monkeypatch.setattr(runtime.engine, "open_backend", lambda *a, **k: (backend, ["mock runs nothing"]))
         return Engine(folder, **options)
@@ -87,6 +87,28 @@ def test_the_models_own_stop_tokens_can_be_passed_by(engine):
     assert reply.timings.ttft_ms is None and reply.timings.decode_tokens_per_s is None
     reply, = engine.generate("abc", logit_bias=always, max_new_tokens=5, ignore_model_stop=True)
     assert (reply.tokens, reply.text, reply.finish_reason) == ([EOS] * 5, "", "length")
+
+
+GENERATION = {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "eos_token_id": EOS}
+
+
+@pytest.mark.parametrize("generation, sampling", [
+    ({**GENERATION, "do_sample": True}, {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2}),
+    (GENERATION, {"repetition_penalty": 1.2}), ({"do_sample": True, "top_k": None}, {"temperature": 1.0}), ({}, {})], ids=str)
+def test_the_models_own_sampling_is_the_default(engine, open_engine, generation, sampling):
+    """What its generation_config.json says, exactly as if it were given; whatever is given comes first."""
+    own = open_engine(generation=generation)
+    for given in ({}, {"temperature": 0}, {"temperature": 0.5, "top_p": 1.0}):
+        want, got = (e.generate(PROMPTS, seed=5, max_new_tokens=20, **options)
+                     for e, options in ((engine, {**sampling, **given}), (own, given)))
+        assert [reply.tokens for reply in got] == [reply.tokens for reply in want]
+    chat = [{"role": "user", "content": "Hi"}]
+    assert own.chat(chat, seed=1, max_new_tokens=20).text == engine.chat(chat, seed=1, max_new_tokens=20, **sampling).text
+
+
+def test_sampling_of_a_model_that_cannot_be_is_refused(open_engine):
+    with pytest.raises(UserError, match="manifest.json: model.generation: top_p is 'most'"):
+        open_engine(generation={"do_sample": True, "top_p": "most"})
 
 
 def test_samples_neither_depend_on_the_batch_nor_on_each_other(engine):
