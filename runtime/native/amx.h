@@ -10,22 +10,33 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 
 static int are_many(int rows, int blocks) { return rows >= EW_MANY && blocks <= LONGEST; }
 
+/* A row of a register of activations: 32 inputs, rounded to nearest even. */
+INLINE void put_inputs(uint8_t *out, vf first, vf second) {
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    memcpy(out, &both, 64);
+}
+
 /* Rows first..last-1 of `rows`: block b of rows 16g..16g+15 is 1 kB at (g * blocks + b) kB of q. */
 static void quantize_many(activations *x, int rows, int first, int last) {
     if (!are_many(rows, x->blocks)) { quantize(x, rows, first, last); return; }
     for (int r = first; r < last; r++)
         for (int b = 0; b < x->blocks; b++) {
             const float *f = x->f + ((size_t)r * x->blocks + b) * BLOCK;
-            __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(f + 16), (__m512)load(f));
-            memcpy(x->q + (((size_t)(r / TILE) * x->blocks + b) * TILE + r % TILE) * 64, &both, 64);
+            put_inputs((uint8_t *)x->q + (((size_t)(r / TILE) * x->blocks + b) * TILE + r % TILE) * 64, load(f), load(f + TILE));
         }
+}
+
+/* A row of a register of weights: two inputs of 16 outputs side by side, rounded to nearest (ties away from zero). */
+INLINE void put_pair(uint8_t *out, vf even, vf odd) {
+    const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 0, 0, 6, 7, 0, 0, 10, 11, 0, 0, 14, 15, 0, 0));
+    __m512i pair = _mm512_mask_shuffle_epi8((__m512i)((vu)odd + 0x8000), 0x3333333333333333, (__m512i)((vu)even + 0x8000), upper);
+    memcpy(out, &pair, 64);
 }
 
 /* A tile as bfloat16: block b is 1 kB at 2b kB of `out`, 16 pairs of inputs x 16 outputs. A code c becomes the float
  * 256 + c by its bits alone; less (256 + zero), times the scale, is one fused operation and exact. */
 INLINE void dequantize(const matrix *m, const uint8_t *tile, const int bits, uint8_t *out) {
     const uint8_t *block = tile + m->codes_at;
-    const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 0, 0, 6, 7, 0, 0, 10, 11, 0, 0, 14, 15, 0, 0));
     for (int g = 0, b = 0; g < m->groups; g++) {
         vf scale = load_half((const uint16_t *)tile + g * TILE);
         vf zero = m->asymmetric ? to_float(load_bytes(tile + m->zeros_at + g * TILE)) : splat(1 << (bits - 1));
@@ -33,16 +44,14 @@ INLINE void dequantize(const matrix *m, const uint8_t *tile, const int bits, uin
         for (int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks; b < end; b++, block += 64 * bits, out += 2048)
             EACH(j, 8) {
                 const vu w = (vu)(bits == 4 ? load_int(block + 64 * (j >> 1)) : codes_of(block, bits, j));
-                vu half[4];
+                vf x[4];
                 EACH(i, 4) {                         /* byte i of w (of 4 bits: its half) goes to bit 15 */
                     const int up = 15 - 8 * i - (bits == 4 ? 4 * (j & 1) : 0);
                     const vu code = (up > 0 ? w << (up & 15) : w >> (-up & 15)) & ((1 << bits) - 1) << 15;
-                    half[i] = (vu)((vf)(code | 0x43800000) * scale + less) + 0x8000;
+                    x[i] = (vf)(code | 0x43800000) * scale + less;
                 }
-                EACH(i, 2) {
-                    __m512i pair = _mm512_mask_shuffle_epi8((__m512i)half[2 * i + 1], 0x3333333333333333, (__m512i)half[2 * i], upper);
-                    memcpy(out + 64 * (2 * j + i), &pair, 64);
-                }
+                put_pair(out + 128 * j, x[0], x[1]);
+                put_pair(out + 128 * j + 64, x[2], x[3]);
             }
     }
 }
@@ -75,17 +84,19 @@ INLINE void add_up(const uint8_t *a, size_t next, const uint8_t *w, int blocks, 
     if (more_rows && more_outputs) _tile_stored(3, y + TILE * y_stride + TILE, 4 * y_stride);
 }
 
+static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } whole_registers =
+    {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+#define WRITTEN() __asm__ volatile("" ::: "memory")   /* GCC's tile loads do not say that they read memory */
+
 static void multiply_many(const matrix *m, const activations *x, int rows, float *y, size_t y_stride, int tile0, int tile1) {
-    static const struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } whole =
-        {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     if (!x->q || m->kind >= KIND_F16 || !are_many(rows, x->blocks)) { multiply(m, x, rows, y, y_stride, tile0, tile1); return; }
     _Alignas(64) uint8_t weights[m->blocks * 2048];
     const size_t next = (size_t)m->blocks * 1024;    /* from 16 rows to the next 16 */
-    _tile_loadconfig(&whole);
+    _tile_loadconfig(&whole_registers);
     for (int t = tile0; t < tile1; t += 2) {
         const int two = t + 1 < tile1, last = (t + 1 + two) * TILE, columns = (last < m->rows ? last : m->rows) - t * TILE;
         for (int i = 0; i <= two; i++) dequantize_by[m->kind](m, m->data + (t + i) * m->tile_bytes, weights + 1024 * i);
-        __asm__ volatile("" ::: "memory");           /* GCC's tile loads do not say that they read memory */
+        WRITTEN();
         for (int r = 0; r < rows; r += 2 * TILE) {
             const uint8_t *a = (const uint8_t *)x->q + r / TILE * next;
             const int left = rows - r < 2 * TILE ? rows - r : 2 * TILE, inside = left % TILE == 0 && columns % TILE == 0;
@@ -98,4 +109,78 @@ static void multiply_many(const matrix *m, const activations *x, int rows, float
         }
     }
     _tile_release();
+}
+
+/* attend() for the queries of a pass of EW_MANY tokens and more. The chunk's keys and values become panels like those of
+ * weights: pairs of dimensions x slots, and pairs of slots x dimensions. 32 queries at a time meet them. */
+INLINE void attend_queries(const attention_job *job, int start, float *state, size_t stride, const int kind) {
+    const cache_layer *c = job->cache;
+    const int dim = c->dim, across = dim / BLOCK;
+    const size_t head = ((size_t)job->row * c->kv_heads + job->head) * c->capacity, element = kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1;
+    const uint8_t *k = c->k + (head + start) * dim * element, *v = c->v + (head + start) * dim * element;
+    const float *k_scale = c->k_scale + head + start, *v_scale = c->v_scale + head + start;   /* int8 only */
+    _Alignas(64) uint8_t keys[CHUNK * dim * 2], values[CHUNK * dim * 2], query[2 * TILE * dim * 2], weight[2 * TILE * CHUNK * 2];
+    _Alignas(64) float score[2 * TILE][CHUNK], sum[2 * TILE][dim];
+    int low = CHUNK, high = 0, done = 0;
+    for (int i = 0; i < job->queries; i++) {
+        low = job->low[i] - start < low ? job->low[i] - start : low;
+        high = job->high[i] - start > high ? job->high[i] - start : high;
+    }
+    low = low > 0 ? low / BLOCK : 0, high = high < CHUNK ? ceil_div(high, BLOCK) : CHUNK / BLOCK;      /* blocks of slots */
+    for (int b = low; b < high; b++)
+        for (int h = 0; h < 2; h++)
+            for (int i = 0; i < TILE * across; i++) {            /* i-th pair of dimensions, i-th pair of slots and 16 dimensions */
+                const size_t at = ((size_t)(2 * b + h) * dim + 2 * i) * TILE, slot = BLOCK * b + 2 * (i % TILE), d = i / TILE * BLOCK + h * TILE;
+                put_pair(keys + ((b * across + i / TILE) * 2 + h) * 1024 + i % TILE * 64, load_cached(k, at, kind), load_cached(k, at + TILE, kind));
+                put_pair(values + ((i / TILE * (CHUNK / BLOCK) + b) * 2 + h) * 1024 + i % TILE * 64,
+                         load_cached(v, slot * dim + d, kind), load_cached(v, (slot + 1) * dim + d, kind));
+            }
+    _tile_loadconfig(&whole_registers);
+    for (int n; done < job->queries; done += n, state += n * stride) {
+        n = job->queries - done < 2 * TILE ? job->queries - done : 2 * TILE;
+        for (int i = 0; i < n; i++)
+            for (int b = 0; b < across; b++) {
+                const float *q = job->query[done + i] + b * BLOCK;
+                put_inputs(query + ((i / TILE * across + b) * TILE + i % TILE) * 64, load(q), load(q + TILE));
+            }
+        WRITTEN();
+        for (int b = low; b < high; b++) add_up(query, across * 1024, keys + b * across * 2048, across, 1, 1, score[0] + b * BLOCK, CHUNK);
+        for (int i = 0; i < n; i++) {
+            const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            vf most = splat(NO_SCORE), all = splat(0);
+            for (int s = low * BLOCK; s < high * BLOCK; s += TILE) {
+                vf x = load(score[i] + s);
+                vi at = lanes + (start + s);
+                if (kind == EW_INT8) x *= load(k_scale + s);
+                x = pick((at >= job->low[done + i]) & (at < job->high[done + i]), x, splat(NO_SCORE));
+                store(score[i] + s, x);
+                most = maximum(most, x);
+            }
+            const float top = _mm512_reduce_max_ps((__m512)most);
+            for (int b = low; b < high; b++) {
+                vf e[2];
+                EACH(h, 2) {
+                    vf x = load(score[i] + b * BLOCK + h * TILE);
+                    e[h] = pick(x > splat(NO_SCORE), exponential(x - top), splat(0));
+                    all += e[h];
+                    if (kind == EW_INT8) e[h] *= load(v_scale + b * BLOCK + h * TILE);
+                }
+                put_inputs(weight + ((i / TILE * (CHUNK / BLOCK) + b) * TILE + i % TILE) * 64, e[0], e[1]);
+            }
+            state[i * stride] = top, state[i * stride + 1] = _mm512_reduce_add_ps((__m512)all);
+        }
+        WRITTEN();
+        for (int b = 0; b < across; b++)
+            add_up(weight + low * 1024, CHUNK / BLOCK * 1024, values + (b * (CHUNK / BLOCK) + low) * 2048, high - low, 1, 1, sum[0] + b * BLOCK, dim);
+        for (int i = 0; i < n; i++) memcpy(state + i * stride + 2, sum[i], dim * sizeof(float));
+    }
+    _tile_release();
+}
+
+static void attend_many(const attention_job *job, int start, float *state, size_t stride) {
+    const int dim = job->cache->dim, kind = job->cache->kind;
+    if (!job->many || dim % BLOCK || dim > 256) attend(job, start, state, stride);
+    else if (kind == EW_FLOAT32) attend_queries(job, start, state, stride, EW_FLOAT32);
+    else if (kind == EW_FLOAT16) attend_queries(job, start, state, stride, EW_FLOAT16);
+    else attend_queries(job, start, state, stride, EW_INT8);
 }

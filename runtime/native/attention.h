@@ -113,33 +113,42 @@ static void merge(float *into, const float *from, int padded) {
 }
 
 /* Put the key (or value) of one slot of one head into the cache. */
-static void append(const cache_layer *c, int row, int head, int slot, const float *x, int value) {
-    const size_t at = (size_t)row * c->kv_heads + head;
+INLINE void append_some(const cache_layer *c, size_t at, int slot, const float *x, const int value, const int kind) {
+    const size_t element = kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1;
     float scale = 1;
-    if (c->kind == EW_INT8) {
+    if (kind == EW_INT8) {
         float top = 0;
         for (int d = 0; d < c->dim; d++) top = fabsf(x[d]) > top ? fabsf(x[d]) : top;
         (value ? c->v_scale : c->k_scale)[at * c->capacity + slot] = top / 127;
         scale = top > 0 ? 127 / top : 0;
     }
+    uint8_t *to = value ? c->v + (at * c->capacity + slot) * c->padded * element
+                        : c->k + ((at * c->capacity + slot / TILE * TILE) * c->dim + slot % TILE) * element;
     for (int d = 0; d < c->dim; d += W) {
-        int n = c->dim - d < W ? c->dim - d : W;
+        const int n = c->dim - d < W ? c->dim - d : W;
         float f[W] = {0};
-        uint16_t h[W];
-        memcpy(f, x + d, n * sizeof(float));
-        vi rounded = round_int(load(f) * scale);
-        store_half(h, load(f));
-        for (int i = 0; i < n; i++) {
-            size_t index = value ? (at * c->capacity + slot) * c->padded + d + i
-                                 : ((at * c->capacity + slot / TILE * TILE) * c->dim) + (size_t)(d + i) * TILE + slot % TILE;
-            uint8_t *base = value ? c->v : c->k;
-            if (c->kind == EW_FLOAT32) ((float *)base)[index] = f[i];
-            else if (c->kind == EW_FLOAT16) ((uint16_t *)base)[index] = h[i];
-            else ((int8_t *)base)[index] = (int8_t)rounded[i];
+        uint8_t stored[4 * W];
+        if (n == W) memcpy(f, x + d, sizeof f);                         /* of known size: no call */
+        else memcpy(f, x + d, n * sizeof(float));
+        if (kind == EW_FLOAT32) memcpy(stored, f, sizeof f);
+        else if (kind == EW_FLOAT16) store_half((uint16_t *)stored, load(f));
+        else {
+            vb bytes = __builtin_convertvector(round_int(load(f) * scale), vb);
+            memcpy(stored, &bytes, W);
         }
+        if (value && n == W) memcpy(to + d * element, stored, W * element);
+        else if (value) memcpy(to + d * element, stored, n * element);
+        else for (int i = 0; i < n; i++) memcpy(to + (d + i) * TILE * element, stored + i * element, element);
     }
 }
 
-#define KERNELS_WITH(variable, title, multiply, quantize) \
+static void append(const cache_layer *c, int row, int head, int slot, const float *x, int value) {
+    const size_t at = (size_t)row * c->kv_heads + head;
+    if (c->kind == EW_FLOAT32) append_some(c, at, slot, x, value, EW_FLOAT32);
+    else if (c->kind == EW_FLOAT16) append_some(c, at, slot, x, value, EW_FLOAT16);
+    else append_some(c, at, slot, x, value, EW_INT8);
+}
+
+#define KERNELS_WITH(variable, title, multiply, quantize, attend) \
     const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak}
-#define KERNELS(variable, title) KERNELS_WITH(variable, title, multiply, quantize)
+#define KERNELS(variable, title) KERNELS_WITH(variable, title, multiply, quantize, attend)

@@ -70,7 +70,7 @@ typedef struct {
  * Query i sees slots low[i] <= slot < high[i]. Per query a state of 2 + padded floats: maximum, sum, accumulator. */
 typedef struct {
     const cache_layer *cache;
-    int row, head, queries;
+    int row, head, queries, many;                    /* many: of a pass that may be rounded to bfloat16 */
     const float *const *query;                       /* already scaled by 1/sqrt(dim) */
     const int *low, *high;
 } attention_job;

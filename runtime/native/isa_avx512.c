@@ -21,6 +21,6 @@ KERNELS(kernels_avx512, "avx512-vnni");
 #ifdef HAVE_AMX
 #pragma GCC target("avx512bf16,amx-tile,amx-bf16")
 #include "amx.h"
-KERNELS_WITH(kernels_amx, "avx512-amx", multiply_many, quantize_many);
+KERNELS_WITH(kernels_amx, "avx512-amx", multiply_many, quantize_many, attend_many);
 #endif
 #endif

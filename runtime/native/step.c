@@ -5,6 +5,7 @@
  * costs less than meeting once more; of many rows they are shared out. Attention of few tokens over a long cache is
  * shared out by chunks of slots, and whoever finishes a head last merges its chunks, in slot order.
  */
+#pragma GCC optimize("O3")                           /* makes vectors of the plain loops below */
 #define _GNU_SOURCE
 #include "core.h"
 #include <math.h>
@@ -13,11 +14,14 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { FEW = 4, RUN = 8 };                           /* rows that every thread prepares for itself; tokens of one attention unit */
+enum { FEW = 4 };                                    /* rows that every thread prepares for itself */
+enum { RUN = 8, LONG_RUN = 32 };                     /* tokens of one attention unit */
+enum { WIDE = 4 };                                   /* tiles of gate and up that EW_PASS tokens run through before the next */
 
 struct scratch {
     float *x, *y, *gate, *middle;                    /* [EW_PASS][widest] */
     activations shared, own[MAX_THREADS];
+    float *wide[MAX_THREADS];                        /* outputs of gate and up */
     float *state[MAX_THREADS];                       /* two states for every query of an attention unit */
     float *chunks;                                   /* states of attention split by chunks */
     size_t chunk_floats;
@@ -27,7 +31,7 @@ struct scratch {
 typedef struct {
     ew_model *m;
     struct scratch *s;
-    int tokens, n_wanted, runs, threads, high;
+    int tokens, n_wanted, runs, longest, threads, high;
     const int32_t *token, *row, *slot, *wanted;
     float *logits;
     cache_layer cache;
@@ -73,7 +77,8 @@ int scratch_new(ew_model *m) {
     bad |= !(s->finished = calloc(4 * MAX_THREADS, sizeof(int)));
     for (int i = 0; i < m->threads; i++) {
         bad |= activations_new(&s->own[i], FEW, m->widest, 1);
-        bad |= !(s->state[i] = malloc(2 * (size_t)RUN * m->most_queries * (2 + m->padded_dim) * sizeof(float)));
+        bad |= !(s->wide[i] = calloc(2 * EW_PASS * WIDE * TILE, sizeof(float)));
+        bad |= !(s->state[i] = malloc(2 * (size_t)LONG_RUN * m->most_queries * (2 + m->padded_dim) * sizeof(float)));
     }
     return bad ? -1 : 0;
 }
@@ -85,7 +90,7 @@ void scratch_free(ew_model *m) {
     if (!s) return;
     free(s->x); free(s->y); free(s->gate); free(s->middle); free(s->chunks); free(s->finished);
     activations_free(&s->shared);
-    for (int i = 0; i < MAX_THREADS; i++) { activations_free(&s->own[i]); free(s->state[i]); }
+    for (int i = 0; i < MAX_THREADS; i++) { activations_free(&s->own[i]); free(s->wide[i]); free(s->state[i]); }
     free(s);
 }
 
@@ -160,7 +165,7 @@ static attention_job queries_of(step *s, const layer *y, int run, int head, cons
             high[n] = s->slot[i] + 1;
             low[n] = m->config.sliding_window && high[n] > m->config.sliding_window ? high[n] - m->config.sliding_window : 0;
         }
-    return (attention_job){&s->cache, s->row[first], head, n, query, low, high};
+    return (attention_job){&s->cache, s->row[first], head, n, s->tokens >= EW_MANY && !m->fp32, query, low, high};
 }
 
 static void write_heads(step *s, const layer *y, int run, int head, const float *state, size_t stride) {
@@ -174,7 +179,7 @@ static void write_heads(step *s, const layer *y, int run, int head, const float 
 
 static void attention(step *s, int id, const layer *y) {
     const ew_model *m = s->m;
-    const int most = RUN * m->most_queries, pairs = s->runs * y->kv_heads;
+    const int most = s->longest * m->most_queries, pairs = s->runs * y->kv_heads;
     const size_t stride = 2 + m->padded_dim;
     const float *query[most];
     int low[most], high[most];
@@ -221,17 +226,20 @@ static void add_product(step *s, int id, const matrix *w) {
     }
 }
 
+/* middle = activation(gate) * up, each thread its own columns, as many at once as its buffer takes for all tokens. */
 static void widen(step *s, int id, const layer *y) {
     const ew_model *m = s->m;
     activations a = prepare(s, id, s->tokens, m->config.hidden, y->mlp_norm, y->mlp_norm_bias, NULL);
-    int t0 = share(y->up.tiles, id, s->threads), t1 = share(y->up.tiles, id + 1, s->threads), gated = y->gate.rows > 0;
-    int n = (t1 * TILE < y->mlp ? t1 * TILE : y->mlp) - t0 * TILE;
-    if (gated) m->kernels->multiply(&y->gate, &a, s->tokens, s->s->gate, m->widest, t0, t1);
-    m->kernels->multiply(&y->up, &a, s->tokens, s->s->y, m->widest, t0, t1);
-    for (int i = 0; i < s->tokens && n > 0; i++) {
-        size_t at = (size_t)i * m->widest + t0 * TILE;
-        m->kernels->activate(gated ? s->s->gate + at : NULL, s->s->y + at, s->s->middle + (size_t)i * y->down.blocks * BLOCK + t0 * TILE,
-                             (n + TILE - 1) / TILE * TILE, m->config.activation);
+    const int end = share(y->up.tiles, id + 1, s->threads), at_once = EW_PASS * WIDE / s->tokens, gated = y->gate.rows > 0;
+    float *gate = s->s->wide[id], *up = gate + EW_PASS * WIDE * TILE;
+    for (int t = share(y->up.tiles, id, s->threads), last; t < end; t = last) {
+        last = t + at_once < end ? t + at_once : end;
+        const int columns = (last - t) * TILE;
+        if (gated) m->kernels->multiply(&y->gate, &a, s->tokens, gate - t * TILE, columns, t, last);
+        m->kernels->multiply(&y->up, &a, s->tokens, up - t * TILE, columns, t, last);
+        for (int i = 0; i < s->tokens; i++)
+            m->kernels->activate(gated ? gate + i * columns : NULL, up + i * columns,
+                                 s->s->middle + (size_t)i * y->down.blocks * BLOCK + t * TILE, columns, m->config.activation);
     }
 }
 
@@ -279,12 +287,14 @@ static int refuse(const ew_model *m, const ew_cache *c, const step *s, char *err
     return why != NULL;
 }
 
-/* Consecutive tokens of one row share the reading of their cache, up to RUN of them. */
+/* Consecutive tokens of one row share the reading of their cache, up to RUN of them, or LONG_RUN of a long prompt. */
 static void find_runs(step *s) {
+    const int most = s->tokens >= EW_MANY ? LONG_RUN : RUN;
     for (int i = 0; i < s->tokens; i++) {
         int first = s->runs ? s->run[s->runs - 1] : 0;
-        int joins = i && s->row[i] == s->row[i - 1] && s->slot[i] == s->slot[i - 1] + 1 && i - first < RUN;
-        if (!joins) s->run[s->runs++] = i;
+        int joins = i && s->row[i] == s->row[i - 1] && s->slot[i] == s->slot[i - 1] + 1 && i - first < most;
+        if (!joins) s->run[s->runs++] = first = i;
+        if (i - first >= s->longest) s->longest = i - first + 1;
         if (s->slot[i] >= s->high) s->high = s->slot[i] + 1;
     }
     s->run[s->runs] = s->tokens;
@@ -295,7 +305,7 @@ static int forward(step *s, char *error) {
     s->s = m->scratch, s->threads = m->threads;
     find_runs(s);
     int pairs = s->threads * 4, chunks = ceil_div(s->high, CHUNK);       /* as in attention() */
-    size_t floats = (size_t)pairs * chunks * RUN * m->most_queries * (2 + m->padded_dim);
+    size_t floats = (size_t)pairs * chunks * s->longest * m->most_queries * (2 + m->padded_dim);
     if (chunks > 1 && floats > m->scratch->chunk_floats) {
         free(m->scratch->chunks);
         m->scratch->chunk_floats = 0;

@@ -115,7 +115,7 @@ def test_same_bits_whatever_batch_chunks_and_threads(tmp_path, exact):
 
 @pytest.mark.skipif(not AMX, reason="this CPU or system has no AMX for bfloat16")
 def test_with_amx_the_same_bits_among_passes_of_32_tokens_and_more(tmp_path):
-    decoder = native_bundle.random_decoder(native_bundle.config(layers=[(6, 2, 96)] * 2, sliding_window=140))
+    decoder = native_bundle.random_decoder(native_bundle.config(layers=[(6, 2, 96)] * 2, head_dim=32, sliding_window=140))
     bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config, rows=2, width=320)
     expected, plain = (everything(NativeBackend(bundle, threads=1, isa=isa), ids) for isa in (None, ONE_KIND))
     assert not np.array_equal(expected, plain)                # it is the tile registers that are tested
