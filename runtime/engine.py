@@ -118,6 +118,7 @@ class Engine:
         read_tokenizer = functools.cache(lambda: Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"])))
         self.backend, self._explanation = open_backend(self.bundle, provider, self._threads,
                                                        native={**self._native, "meanwhile": read_tokenizer})
+        release_free_memory()                     # before the tokenizer, if it is still to be read: the peaks do not add up
         self.tokenizer = read_tokenizer()
         release_free_memory()
         self._template = None

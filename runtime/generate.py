@@ -40,9 +40,12 @@ class ReplyOptions(EngineOptions):
     max_new_tokens: int | None = arg(None, help="tokens of a reply at most; default: 256, or what the context leaves")
     temperature: float | None = arg(None, help="0 always takes the likeliest token (default: the model's, else 0)")
     top_k: int | None = arg(None, help="only the K likeliest tokens; 0: off (default: the model's, else 0)")
-    top_p: float | None = arg(None, help="only the likeliest tokens that together reach this probability; 1: off (default: the model's, else 1)")
-    min_p: float | None = arg(None, help="only tokens at least this times as likely as the likeliest; 0: off (default: the model's, else 0)")
-    repetition_penalty: float | None = arg(None, help="divide the logits of tokens seen in prompt or reply; 1: off (default: the model's, else 1)")
+    top_p: float | None = arg(None, help="only the likeliest tokens that together reach this probability; 1: off "
+                              "(default: the model's, else 1)")
+    min_p: float | None = arg(None, help="only tokens at least this times as likely as the likeliest; 0: off "
+                              "(default: the model's, else 0)")
+    repetition_penalty: float | None = arg(None, help="divide the logits of tokens seen in prompt or reply; 1: off "
+                                           "(default: the model's, else 1)")
     frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
     presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
     seed: int | None = arg(None, help="the same seed gives the same reply")
