@@ -9,8 +9,9 @@ multiplied by the directions and every one that writes it by their transpose. A 
 larger mean, which its gain sqrt(hidden / kept) undoes. So the result is exact for a stream that lies within the kept
 directions, and an ordinary model of a smaller hidden size otherwise.
 
-A tied table is read before the final norm's gain g and used after it. The rotated gain is no longer diagonal; its
-diagonal is kept, exact for an even g, rather than storing the table twice.
+A tied table is read before the final norm's gain g and used after it. The rotated gain is diagonal for an even g alone,
+so a tied model with an uneven one is refused: to store the table twice would cost more than the channels save, and to
+keep the diagonal destroys the model (SmolLM2-135M: KL 16 with every channel kept).
 
 Source: Ashkboos et al. 2024, "SliceGPT", with one rotation for all layers where the paper has one each: those need
 matrices on the residual connections, which an ordinary model has not. RMSNorm and RoPE only.
@@ -27,6 +28,9 @@ from tqdm import tqdm
 from compress.layerwise import Walk, second_moment
 from compress.rotation import READERS, check_stream
 from models.checkpoint import Checkpoint
+from runtime.errors import UserError
+
+EVEN = 0.1              # how far from their mean the gains of a tied model's final norm may be, as a share of it
 
 
 def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
@@ -35,6 +39,10 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     Raises UserError for a model whose stream cannot be rotated.
     """
     check_stream(checkpoint)
+    gain = checkpoint.read("model.norm.weight").float()
+    if checkpoint.config.tied_embeddings and (gain / gain.mean() - 1).abs().max() > EVEN:
+        raise UserError(f"{checkpoint.path}: the head is the token table, and the final norm's gains differ ({gain.min():.3g} to "
+                        f"{gain.max():.3g}), which no rotation keeps: prune depth or mlp instead")
     walk, total = Walk(checkpoint, ids), torch.zeros(checkpoint.config.hidden_size, checkpoint.config.hidden_size)
 
     def add() -> None:
@@ -65,7 +73,7 @@ def sliced(checkpoint: Checkpoint, turn: Tensor) -> Iterator[tuple[str, Tensor]]
         elif module in ("o_proj", "down_proj"):
             tensor = turn.T @ tensor                              # a weight's rows, or a bias
         elif name == "model.norm.weight" and checkpoint.config.tied_embeddings:
-            tensor = gain * (turn.square().T @ tensor)
+            tensor = gain * (turn.square().T @ tensor)        # the diagonal of turn^T diag(g) turn
         elif module in ("input_layernorm", "post_attention_layernorm", "norm"):
             tensor = torch.full((turn.shape[1],), gain)
         yield name, tensor.contiguous()

@@ -131,6 +131,12 @@ def test_directions_that_carry_nothing_go_without_a_trace(family, tiny_checkpoin
     assert (logits(tmp_path / "c") - expected).abs().max() > 0.1 * expected.abs().max()           # these did say something
 
 
+def test_a_tied_table_behind_an_uneven_gain_is_not_rotated(tiny_checkpoint, tmp_path, data, capsys):
+    source = changed(tiny_checkpoint("smollm2"), tmp_path / "a", lambda state: state["model.norm.weight"][3:].fill_(2.0))
+    assert run(source, tmp_path / "b", "--data", data, "--what", "hidden", "--hidden", 32) == 2
+    assert "which no rotation keeps: prune depth or mlp" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 def test_a_beam_finds_what_greedy_misses(monkeypatch):
     """Layer 0 looks cheapest alone, but 1 and 2 together cost least; the beam is exact on three layers."""
     costs = {(0,): 1.0, (1,): 1.5, (2,): 1.6, (0, 1): 5.0, (0, 2): 4.0, (1, 2): 2.0}
@@ -146,7 +152,7 @@ def test_a_beam_finds_what_greedy_misses(monkeypatch):
 
 
 def test_sizes_are_met(tiny_checkpoint, tmp_path, data):
-    source = tiny_checkpoint("smollm2")
+    source = changed(tiny_checkpoint("smollm2"), tmp_path / "even", lambda state: state["model.norm.weight"].fill_(1.0))
     before = open_checkpoint(source)
     stored = sum(before.nbytes(name) for name in before.names())
     for what in ("depth", "mlp", "hidden"):
