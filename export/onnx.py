@@ -23,6 +23,7 @@ from models import lineage
 from models.checkpoint import Checkpoint, open_checkpoint
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.machine import release_free_memory
 from runtime.text import Tokenizer
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -59,6 +60,7 @@ def export(options: Options) -> None:
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
     Tokenizer(checkpoint.path / bundles.TOKENIZER)          # one that cannot be read is refused before the long work
+    release_free_memory()
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
