@@ -1,7 +1,8 @@
 /* A pool of threads that meet often: a step of a small model has about 150 meetings a millisecond.
  *
- * A waiting thread spins, for a few microseconds at a meeting and up to half a millisecond between steps, then sleeps on
- * a futex: the core that a sleeper gives up takes over the thread everybody is waiting for.
+ * A waiting thread spins for some microseconds, then offers its core to others between two looks, for up to 2 ms at a
+ * meeting and half a millisecond between steps, then sleeps on a futex. Sleeping sooner would let a virtual machine's
+ * core go idle at every delay, and a host that has other guests is slow to bring it back.
  *
  * Threads that meet are as slow as the one that another process keeps from running. So the pool counts how often its
  * threads are put off their cores against their will; where that is often, it goes on with one thread fewer, and tries
@@ -19,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SPIN_MEETING_NS = 30000, SPIN_IDLE_NS = 500000 };
+enum { SPIN_NS = 30000, AWAKE_MEETING_NS = 2000000, AWAKE_IDLE_NS = 500000 };
 enum { WATCH_NS = 40000000, OFTEN = 300, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };  /* OFTEN: a second and thread */
 
 typedef struct { _Alignas(64) atomic_uint value; atomic_int sleepers; } gate;
@@ -52,16 +53,17 @@ static int64_t now_ns(void) {
 }
 
 /* Returns when g no longer has the value `old`. */
-static void wait_change(gate *g, unsigned old, int64_t spin_ns) {
-    int64_t until = 0;
+static void wait_change(gate *g, unsigned old, int64_t awake_ns) {
+    int64_t since = 0;
     while (1) {
         for (int i = 0; i < 64; i++) {
             if (atomic_load_explicit(&g->value, memory_order_acquire) != old) return;
             breathe();
         }
         int64_t now = now_ns();
-        if (!until) until = now + spin_ns;
-        if (now >= until) break;
+        if (!since) since = now;
+        if (now - since >= awake_ns) break;
+        if (now - since >= SPIN_NS) sched_yield();
     }
     atomic_fetch_add(&g->sleepers, 1);
     while (atomic_load(&g->value) == old) syscall(SYS_futex, &g->value, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
@@ -80,7 +82,7 @@ void pool_barrier(pool *p, int thread) {
     if (atomic_fetch_add(&p->arrived, 1) == p->active - 1) {
         atomic_store(&p->arrived, 0);
         advance(&p->meeting, old + 1);
-    } else wait_change(&p->meeting, old, SPIN_MEETING_NS);
+    } else wait_change(&p->meeting, old, AWAKE_MEETING_NS);
 }
 
 /* One thread's part of a run, and how often it was put off meanwhile. */
@@ -97,7 +99,7 @@ static void *worker(void *argument) {
     struct seat *s = argument;
     pool *p = s->pool;
     for (unsigned job = 0;;) {
-        wait_change(&p->job, job, SPIN_IDLE_NS);
+        wait_change(&p->job, job, AWAKE_IDLE_NS);
         job = atomic_load(&p->job.value);
         if (p->quit) return NULL;
         if ((unsigned)s->id < (job & 255)) take_part(p, s->id);
