@@ -8,8 +8,9 @@ vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer 
 Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data, nor does "hqq", neural-compressor's
 (compress/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/clipping.py) and "gptq"
 (compress/gptq.py) are calibrated on text (--data), layer by layer (compress/calibrated.py), and resume where they were
-stopped; "autoround", neural-compressor's too, is calibrated and does not resume. With --target-size or --target-bpw every module gets its own format (compress/mixed.py). ONNX and TensorRT
-bundles take 4 and 8 bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
+stopped; "autoround", neural-compressor's too, is calibrated and does not resume. With --target-size or --target-bpw every
+module gets its own format (compress/mixed.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other
+widths run in PyTorch and the native core.
 """
 
 from __future__ import annotations

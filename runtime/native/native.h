@@ -44,7 +44,8 @@ void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, i
 
 /* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
  * of its earlier slots. The bits of a token's result do not depend on the other tokens of the pass, nor on the threads; only,
- * with the kernels avx512-amx, on whether they are EW_MANY or more (and its logits on whether as many are wanted). Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
+ * with the kernels avx512-amx, on whether they are EW_MANY or more (and its logits on whether as many are wanted).
+ * Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
 int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
                int n_wanted, const int32_t *wanted, float *logits, char *error);
 
