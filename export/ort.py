@@ -13,7 +13,9 @@
   the rows used take memory.
 
 GroupQueryAttention takes several new tokens on top of a filled cache only at batch 1; one new token, or prompts into
-empty rows, at any batch. Tables with zero points, or of a width no block divides, keep the portable form: right, but slow.
+empty rows, at any batch. It rotates heads of a multiple of 16 numbers, and attends without rotation to a multiple of 8;
+models with others are refused, and run the portable graph. Tables with zero points, or of a width no block divides, keep the
+portable form: right, but slow.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Options:
 
 
 def add_fast_graph(options: Options) -> None:
-    """Run the stage. Raises UserError for a bundle that cannot be opened or has no portable graph."""
+    """Run the stage. Raises UserError for a bundle that cannot be opened, has no portable graph, or whose heads do not fit."""
     opened = open_bundle(options.bundle)
     portable = opened.graph("portable")
     if portable is None:
@@ -57,6 +59,10 @@ def add_fast_graph(options: Options) -> None:
     if portable["dtype"] == "bf16":
         raise UserError(f"{options.bundle} computes in bf16, which ONNX Runtime's CPU does not; export with --dtype fp32 or fp16")
     config = ModelConfig.from_dict(opened.model["config"])
+    step = 16 if config.positions == "rope" else 8
+    if config.head_dim % step:
+        raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
+                        f"divides, and this model's is {config.head_dim}; the bundle runs its portable graph instead, as it is")
     graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]], bundles.int8_rows(opened.model))
     data = graph.serialize(opened.name)
     stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})

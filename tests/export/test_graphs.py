@@ -19,6 +19,8 @@ from runtime.bundle import open_bundle
 from runtime.ort_backend import OrtBackend
 
 INT4, INT8 = TensorFormat(4, 32), TensorFormat(8, 0)
+GPT2 = dict(norm="layer", positions="learned", activation="gelu_tanh", gated_mlp=False, attention_bias=True, output_bias=True,
+            mlp_bias=True)
 
 
 def bundle_of(checkpoint, out, *options):
@@ -84,14 +86,30 @@ def test_layers_of_different_shapes_and_mixed_widths(tmp_path):
     small_config("qwen3", qk_norm=True, norm_eps=1e-6, rope_theta=1e6),
     small_config("mistral", sliding_window=16, tied_embeddings=False),
     small_config("llama", attention_bias=True, output_bias=True, mlp_bias=True),
-    small_config("gpt2", layers=((4, 4, 96), (4, 4, 96)), norm="layer", positions="learned", activation="gelu_tanh",
-                 gated_mlp=False, attention_bias=True, output_bias=True, mlp_bias=True),
+    small_config("gpt2", layers=((4, 4, 96), (4, 4, 96)), **GPT2),
 ], ids=["qk-norm", "window", "biases", "gpt2"])
 def test_quantized_families(config, tmp_path):
     checkpoint = write_random(tmp_path / "c", config, everywhere(4, 32))
     bundle = bundle_of(checkpoint, tmp_path / "b")
     assert kl(checkpoint, bundle, exact=True, role="portable").max() < 1e-9
     assert kl(checkpoint, bundle, role="fast").mean() < 0.02
+
+
+@pytest.mark.parametrize("family, head_dim, fits", [
+    ("llama", 48, True), ("llama", 272, True), ("llama", 8, False), ("llama", 100, False), ("llama", 120, False),
+    ("gpt2", 24, True), ("gpt2", 264, True), ("gpt2", 7, False), ("gpt2", 100, False)])
+def test_heads_that_groupqueryattention_lacks_are_refused_and_run_the_portable_graph(family, head_dim, fits, tmp_path, capsys):
+    config = small_config(family, layers=((2, 2, 64),) * 2, head_dim=head_dim, **(GPT2 if family == "gpt2" else {}))
+    checkpoint = write_random(tmp_path / "c", config)
+    assert export_onnx.main([str(checkpoint), "-o", str(tmp_path / "b")]) == 0
+    before = (tmp_path / "b" / "manifest.json").read_bytes()
+    assert ort.main([str(tmp_path / "b")]) == (0 if fits else 2)
+    if not fits:
+        assert f"this model's is {head_dim}" in capsys.readouterr().err
+        assert before == (tmp_path / "b" / "manifest.json").read_bytes()
+    bundle = open_bundle(tmp_path / "b")
+    assert OrtBackend(bundle).graph == ("fast.onnx" if fits else "portable.onnx")
+    assert kl(checkpoint, bundle).max() < 1e-9
 
 
 @pytest.mark.parametrize("formats", [everywhere(4, 32), everywhere(8, 0), everywhere(8, 32),
