@@ -6,12 +6,15 @@ families: llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3 and gpt2. A mode
 adds one key of ours, `edgewright_layers: [[heads, kv_heads, mlp_size], ...]`. `to_dict` / `from_dict` are the plain
 JSON that travels in a bundle's manifest.
 
-RoPE scaling: none, or Llama 3's ("llama3"). Sliding windows: one width for every layer. Other kinds are refused.
+RoPE scaling: none, or Llama 3's ("llama3"). Sliding windows: one width for every layer. Other kinds are refused, and so
+is any other key that by its name changes what a model computes, unless its value switches it off. What a missing key
+means is what `transformers` takes it for.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 
 from runtime.errors import UserError
@@ -21,6 +24,18 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", 
                   "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
                 "gelu_pytorch_tanh": "gelu_tanh"}
+# Names of keys that change arithmetic, in any family of transformers. A family's own are in `_READ`; of what is left only
+# values that switch something off are taken.
+_ARITHMETIC = re.compile("""soft_?cap|multiplier|scal(e|ing)|clip|alibi|parallel_(attn|residual)|qk_?(layer_?)?norm|norm_type
+    |norm_strategy|normali[sz]e|(pre|post)_norm|rope|rotary|nope|expert|moe|window|chunk|sink|logn|ntk|temperature_tuning|mup
+    |hidden_act|activation|layer_types?$|causal|bidirectional|residual|attention_type|pre_attn_scalar|embedding_type
+    |dim_model_base|sparsity|^scale$|cross_attention""", re.VERBOSE)
+_HARMLESS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max_window_layers|^use_sliding_window$")
+_ROPE_READ = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "layer_types"}
+_READ = {"llama": _ROPE_READ, "mistral": _ROPE_READ | {"sliding_window"},
+         "qwen2": _ROPE_READ | {"sliding_window"}, "qwen3": _ROPE_READ | {"sliding_window"},
+         "gpt2": {"activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"}}
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}      # transformers' number where config.json is silent
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LARGEST = 2**31 - 1        # no published size comes near; a corrupt number is refused before anything is allocated
 _MOST_LAYERS = 1000
@@ -91,6 +106,10 @@ class ModelConfig:
         if family not in FAMILIES:
             raise UserError(f"model_type {family!r} is not supported: supported are {', '.join(FAMILIES)} "
                             f"(SmolLM2 is llama)")
+        for key, value in hf.items():
+            if _ARITHMETIC.search(key) and key not in _READ[family] and not _HARMLESS.search(key) and not _off(key, value):
+                raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
+                                f"would be ignored; remove it only if the model was trained without it")
         shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
         eos = hf.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -144,6 +163,13 @@ class ModelConfig:
             raise UserError(f"the model configuration cannot be read: {error}") from None
 
 
+def _off(key: str, value) -> bool:
+    """Whether a value leaves arithmetic alone: null, false, 0, 1, empty; for is_causal, true."""
+    if type(value) is bool:
+        return value == (key == "is_causal")
+    return value in (None, 0, 1, "", [], {})
+
+
 _REQUIRED = object()
 
 
@@ -187,7 +213,8 @@ def _llama_fields(hf: dict, family: str) -> dict:
     hidden, heads = _take(hf, "hidden_size", int), _take(hf, "num_attention_heads", int)
     if heads < 1:
         raise UserError(f"num_attention_heads is {heads}, which should be at least 1")
-    every = LayerConfig(heads, _take(hf, "num_key_value_heads", int, heads), _take(hf, "intermediate_size", int))
+    silent = heads if "num_key_value_heads" in hf else _KV_HEADS.get(family, heads)
+    every = LayerConfig(heads, _take(hf, "num_key_value_heads", int, silent), _take(hf, "intermediate_size", int))
     count = _take(hf, "num_hidden_layers", int)
     bias = _take(hf, "attention_bias", bool, False) if family in ("llama", "qwen3") else False
     theta, scaling = _rope(hf)
@@ -204,13 +231,29 @@ def _llama_fields(hf: dict, family: str) -> dict:
 
 def _rope(hf: dict) -> tuple[float, dict | None]:
     """theta and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
-    rope = _take(hf, "rope_parameters", dict, None) or _take(hf, "rope_scaling", dict, None) or {}
-    theta = _take(rope, "rope_theta", float, _take(hf, "rope_theta", float, 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope, outer = {}, _take(hf, "rope_theta", float, None)
+    for key in ("rope_parameters", "rope_scaling"):
+        part = dict(_take(hf, key, dict, None) or {})
+        if part:
+            part["rope_type"] = part.pop("type", None) if part.get("rope_type") is None else part["rope_type"]
+            part.pop("type", None)
+        for name, value in part.items():
+            if rope.setdefault(name, value) != value:
+                raise UserError(f"rope_parameters and rope_scaling disagree in {name}: {rope[name]!r} and {value!r}")
+    theta = _take(rope, "rope_theta", float, 10000.0 if outer is None else outer)
+    if outer not in (None, theta):
+        raise UserError(f"rope_theta is {outer} and within rope_parameters {theta}: readers take one or the other, so remove "
+                        f"the wrong one")
+    kind = rope.get("rope_type") or "default"
     if kind not in ("default", "llama3"):
         raise UserError(f"RoPE scaling {kind!r} is not supported: supported are none and 'llama3'")
-    if (part := rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) or 1.0) != 1.0:
+    part = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if part not in (None, 1) or type(part) is bool:
         raise UserError(f"partial_rotary_factor {part} is not supported: every dimension of a head must rotate")
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    for name, value in rope.items():
+        if name not in known | (set(_LLAMA3_KEYS) if kind == "llama3" else set()) and not _off(name, value):
+            raise UserError(f"{name} {value!r} among the RoPE parameters is not supported with rope_type {kind!r}")
     if kind == "default":
         return theta, None
     scaling = {key: _take(rope, key, float) for key in _LLAMA3_KEYS}
@@ -222,20 +265,21 @@ def _rope(hf: dict) -> tuple[float, dict | None]:
 
 
 def _sliding_window(hf: dict, family: str, count: int) -> int | None:
-    if family == "llama":
-        return None
-    if family == "mistral":     # null means none; a config without the key means the family's default
-        return _take(hf, "sliding_window", int, None) if "sliding_window" in hf else 4096
-    if not _take(hf, "use_sliding_window", bool, False):
-        return None
-    window, first = _take(hf, "sliding_window", int, None), _take(hf, "max_window_layers", int, 28)
-    kinds = _take(hf, "layer_types", list, None) or ["full_attention"] * min(first, count) + \
-        ["sliding_attention"] * (count - min(first, count))
-    if window is None or set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        raise UserError(f"layer_types mixes {sorted(map(str, set(kinds)))}: only one kind for all layers is supported")
-    return window
+    window, kinds = None, _take(hf, "layer_types", list, None)
+    if family == "mistral" or (family != "llama" and _take(hf, "use_sliding_window", bool, False)):
+        # null means none; a config without the key means the families' default
+        window = _take(hf, "sliding_window", int, None) if "sliding_window" in hf else 4096
+    if kinds is None:
+        first = 0 if family == "mistral" or window is None else min(_take(hf, "max_window_layers", int, 28), count)
+        kinds = ["full_attention"] * (count if window is None else first)
+        kinds += ["sliding_attention"] * (count - len(kinds))
+    found = sorted(set(map(str, kinds)))
+    if len(kinds) != count or len(found) != 1 or found[0] not in ("full_attention", "sliding_attention"):
+        raise UserError(f"layer_types has {found} for {len(kinds)} of {count} layers: only one kind for all layers is "
+                        f"supported, full_attention or sliding_attention")
+    if (found[0] == "sliding_attention" and window is None) or (found[0] == "full_attention" and window and family == "mistral"):
+        raise UserError(f"layer_types says {found[0]}, and the sliding window is {window}: one of them is wrong")
+    return window if found[0] == "sliding_attention" else None
 
 
 def _to_llama(config: ModelConfig) -> dict:
@@ -271,6 +315,11 @@ def _gpt2_fields(hf: dict) -> dict:
                        ("add_cross_attention", False)):
         if _take(hf, key, bool, usual) != usual:
             raise UserError(f"{key} {hf[key]} is not supported: only {usual} is")
+    hf = dict(hf)
+    for name, alias in (("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"),
+                        ("n_positions", "max_position_embeddings")):
+        if alias in hf and hf.setdefault(name, hf[alias]) != hf[alias]:
+            raise UserError(f"{name} is {hf[name]} and {alias}, which means the same, {hf[alias]}")
     hidden, heads = _take(hf, "n_embd", int, 768), _take(hf, "n_head", int, 12)
     if heads < 1 or hidden % heads:
         raise UserError(f"n_embd is {hidden}, which its n_head {heads} does not divide")

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from tiny import FAMILIES, tiny_model
+from transformers import AutoModelForCausalLM
 
+from models.checkpoint import load_decoder
 from models.config import LayerConfig, ModelConfig
 from runtime.errors import UserError
 
@@ -36,6 +39,45 @@ def test_rope_theta_in_either_spelling():
     written = old.to_hf()                     # either generation of transformers finds it
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500000.0
     assert written["rope_scaling"]["rope_type"] == "llama3"
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("family, made_with, changes", [
+    ("llama", {}, {"rope_scaling": "the same", "rope_theta": 10000.0}),
+    ("llama", {}, {"rope_parameters": ABSENT, "rope_scaling": "the same"}),
+    ("smollm2", {}, {"rope_parameters": ABSENT, "rope_theta": 500.0}),
+    ("smollm2", {}, {"rope_parameters": {"rope_theta": 500.0}}),
+    ("smollm2", {"attention_bias": True, "mlp_bias": True}, {}),
+    ("smollm2", {"hidden_act": "gelu_pytorch_tanh"}, {"num_key_value_heads": 2, "rms_norm_eps": ABSENT}),
+    ("smollm2", {}, {"pretraining_tp": 2, "rope_interleaved": False, "attention_dropout": 0.5, "is_causal": True,
+                     "final_logit_softcapping": None, "layer_types": ["full_attention"] * 2}),
+    ("mistral", {"num_attention_heads": 16, "num_key_value_heads": 8}, {"num_key_value_heads": ABSENT}),
+    ("mistral", {}, {"sliding_window": None}),
+    ("qwen2", {}, {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    ("qwen2", {}, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": ABSENT}),
+    ("qwen3", {"attention_bias": True}, {"use_sliding_window": False, "sliding_window": 8}),
+    ("qwen3", {}, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}),
+    ("gpt2", {"n_inner": 96, "layer_norm_epsilon": 1e-3}, {"reorder_and_upcast_attn": True}),
+    ("gpt2", {}, {"num_attention_heads": 4, "hidden_size": 64, "n_head": ABSENT, "n_embd": ABSENT}),
+])
+def test_what_the_keys_say_is_computed_as_transformers_computes_it(family, made_with, changes, tmp_path):
+    tiny_model(family, **made_with).save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    same = {key: value for key, value in (hf.get("rope_parameters") or {}).items() if key != "rope_theta"}
+    hf = {k: same if v == "the same" else v for k, v in (hf | changes).items() if v is not ABSENT}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    ids = torch.arange(3, 83)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(load_decoder(tmp_path)(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_window_is_the_families_default():
+    qwen = LLAMA | {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 0}
+    assert ModelConfig.from_hf(qwen).sliding_window == 4096
+    assert ModelConfig.from_hf(qwen | {"sliding_window": None}).sliding_window is None
 
 
 def test_layers_of_different_shapes_round_trip():
@@ -89,6 +131,26 @@ def test_sliding_windows():
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
                        "original_max_position_embeddings": 64}}, "low_freq_factor below"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"partial_rotary_factor": 0}, "partial_rotary_factor 0"),
+    ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}, "mrope_section"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}}, "full_attention"),
+    ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor 4.0"),
+    ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta is 10000.0 and within"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "llama3"}}, "disagree in rope_type"),
+    ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "'linear'"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has"),
+    ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention, and the sliding window is None"),
+    ({"layer_types": ["full_attention"]}, "1 of 2 layers"),
+    ({"model_type": "mistral", "layer_types": ["full_attention"] * 2, "sliding_window": 8}, "the sliding window is 8"),
+    ({"sliding_window": 8}, "sliding_window 8 is not supported for llama"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"), ({"final_logit_softcapping": 30.0}, "softcapping"),
+    ({"logits_soft_cap": 30}, "logits_soft_cap"), ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+    ({"logits_scaling": 8.0}, "logits_scaling"), ({"logit_scale": 0.0625}, "logit_scale"), ({"clip_qkv": 8.0}, "clip_qkv"),
+    ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar"), ({"use_qk_norm": True}, "use_qk_norm"),
+    ({"use_parallel_residual": True}, "use_parallel_residual"), ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ({"rope_interleaved": True}, "rope_interleaved"), ({"num_local_experts": 8}, "num_local_experts"),
+    ({"scale_emb": 12, "dim_model_base": 256}, "scale_emb"), ({"is_causal": False}, "is_causal False"),
+    ({"attention_chunk_size": 64}, "attention_chunk_size"), ({"model_type": "qwen2", "use_logn_attn": True}, "use_logn_attn"),
     ({"eos_token_id": "2"}, "eos_token_id is '2'"),
     ({"edgewright_layers": [[4, 2, 48]]}, "describes 1 layers of 2"),
     ({"edgewright_layers": [[4, 2, 48], [4, 2]]}, r"\[4, 2\]"),
@@ -104,6 +166,8 @@ def test_contradictions_are_refused(change, words):
     ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"add_cross_attention": True}, "add_cross_attention"),
+    ({"num_attention_heads": 2}, "n_head is 4 and num_attention_heads, which means the same, 2"),
+    ({"position_embedding_type": "rotary"}, "position_embedding_type"), ({"logit_scale": 2.0}, "logit_scale"),
 ])
 def test_gpt2_variants_are_refused(change, words):
     with pytest.raises(UserError, match=words):
