@@ -7,7 +7,6 @@
  * EW_MANY rows on this is faster than AVX-512 VNNI. Attention of such passes takes keys and values the same way.
  */
 enum { LONGEST = 1024 };                             /* blocks of inputs whose two tiles fit a stack */
-typedef uint32_t vu __attribute__((vector_size(64)));
 
 static int are_many(int rows, int blocks) { return rows >= EW_MANY && blocks <= LONGEST; }
 

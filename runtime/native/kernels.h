@@ -14,6 +14,7 @@
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));     /* wraps around, where damaged weights overflow */
 typedef int8_t vb __attribute__((vector_size(W)));
 
 /* isa: dot4(acc, w, x): acc[i] += sum over 4 of (w.byte[4i+j] - CODE_BIAS(bits)) * x[j]; bytes of w are unsigned. */
@@ -30,7 +31,7 @@ INLINE vi splat_int(int32_t x) { return x - (vi){0}; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
-INLINE vi round_int(vf x) { return (vi)(x + 12582912.f) - 0x4B400000; }          /* nearest even, |x| < 2^22 */
+INLINE vi round_int(vf x) { return (vi)((vu)(x + 12582912.f) - 0x4B400000); }    /* nearest even, |x| < 2^22 */
 
 INLINE float total(vf x) {                           /* pairwise, always in the same order */
     float a[W];
@@ -42,6 +43,12 @@ INLINE int32_t total_int(vi x) {
     int32_t sum = 0;
     for (int i = 0; i < W; i++) sum += x[i];
     return sum;
+}
+INLINE int32_t largest_int(vi x) {
+    int32_t a[W];
+    memcpy(a, &x, sizeof a);
+    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+    return a[0];
 }
 INLINE float largest(vf x) {
     float a[W];
@@ -61,7 +68,7 @@ INLINE vf exponential(vf x) {                        /* Cephes' expf: 2 ulp; exa
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.f;
-    return (vf)((vi)p + (n << 23));
+    return (vf)((vu)p + ((vu)n << 23));
 }
 
 /* How many rows the kernels take at once when `rows` are left. Rows taken together lie interleaved, block by block, in
@@ -110,7 +117,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
             EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
             EACH(r, R) {                    /* sum holds minus the sum of q */
                 vi minus = splat_int(sum[r]);
-                s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : minus << zero_bits;
+                s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
             }
             EACH(j, 8) {
                 vi w = codes_of(block, bits, j);
@@ -230,9 +237,20 @@ static void quantize(activations *x, int rows, int first, int last) {
             for (int b = 0; b < x->blocks; b++) {
                 const float *f = x->f + ((size_t)r * x->blocks + b) * BLOCK;
                 const size_t i = (size_t)g * x->blocks + b * n + r - g;
-                vf most = splat(0);
-                for (int k = 0; k < BLOCK; k += W) most = maximum(most, (vf)((vi)load(f + k) & 0x7fffffff));
-                float top = largest(most), inverse = top > 1e-30f ? 127 / top : 0;     /* 127 / top stays finite */
+                vi most = splat_int(0);                      /* of |x| by its bits, which order numbers, infinity, NaN */
+                for (int k = 0; k < BLOCK; k += W) {
+                    vi size = (vi)load(f + k) & 0x7fffffff, more = size > most;
+                    most = (more & size) | (~more & most);
+                }
+                float top;
+                const int32_t top_bits = largest_int(most);
+                memcpy(&top, &top_bits, sizeof top);
+                if (top_bits >= 0x7f800000) {                /* such inputs give such outputs, not some number */
+                    memset(x->q + i * BLOCK, 0, BLOCK);
+                    x->scale[i] = NAN, x->sum[i] = 0;
+                    continue;
+                }
+                float inverse = top > 1e-30f ? 127 / top : 0;          /* 127 / top stays finite */
                 vi sum = splat_int(0);
                 for (int k = 0; k < BLOCK; k += W) {
                     vi rounded = round_int(load(f + k) * inverse);

@@ -59,7 +59,7 @@ def cut(bytes_left):
     return change
 
 
-Q = "model.layers.0.self_attn.q_proj.weight"
+Q, TABLE = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
@@ -87,6 +87,13 @@ BROKEN = {
     "shard absolute": (shard_index({"weight_map": {Q: "/etc/passwd"}}), "'/etc/passwd', which leaves"),
     "shard missing": (shard_index({"weight_map": {Q: "other.safetensors"}}), "other.safetensors is missing"),
     "shard without": (shard_index({"weight_map": {"b.weight": "part.safetensors"}}), "lacks b.weight"),
+    "shard with more": (shard_index({"weight_map": {Q: "part.safetensors"}}), "holds model.*index.json does not know of"),
+    "another head in a tied model": (lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": t[TABLE] + 1})),
+                                     "holds lm_head.weight beside .*set tie_word_embeddings to false"),
+    "another head of another size": (lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": t[TABLE][1:].clone()})),
+                                     "holds lm_head.weight beside"),
+    "a tensor under two names": (lambda f: edit_tensors(f, lambda t: t.update({"norm.weight": t["model.norm.weight"] * 2})),
+                                 "holds model.norm.weight twice: as model.norm.weight and as norm.weight"),
     "no weight map": (shard_index({"metadata": {}}), "has no weight_map"),
     "weight map of numbers": (shard_index({"weight_map": {Q: 1}}), "has no weight_map"),
 }
