@@ -19,9 +19,9 @@ import numpy as np
 
 from runtime.backend import Backend
 from runtime.decode import prefill, step
+from runtime.golden import VERSION
 from runtime.text import Tokenizer
 
-VERSION = 1
 TOP = 20
 NEW_TOKENS = 32
 LONG = 500                        # tokens of the longest prompt

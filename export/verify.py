@@ -14,16 +14,16 @@ closer than the noise (twice the largest difference among the 20 likeliest, a co
 a near tie, not an error.
 
 Rungs. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
-kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "fast", or "portable
-fused" in a bundle without a fast graph, is what users run: int8 activations, mean KL below 0.01. A checkpoint that itself
+kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "native exact", in a bundle
+without graphs, is the native core with float32 activations and cache. "native", and "fast" or, in a bundle without a fast
+graph, "portable fused", are what users run: int8 activations, mean KL below 0.01. A checkpoint that itself
 rounds activations to int8 turns the last bit of a float32 sum into a whole step, here and there, and every layer spreads
 it: PyTorch fed in other chunks is a KL of 0.01 from itself on SmolLM2-135M. All rungs of its bundle may have 0.02; that
-each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget the exit
-code is 1 and the bundle stays as it was; else the golden outputs go into it.
+each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget, and where no rung
+of the bundle can run, the exit code is 1 and the bundle stays as it was; else the golden outputs go into it.
 
-The report ends with every rung of the bundle: what ran here and with what result, what runs elsewhere (the native core and
-what needs a GPU: `python -m runtime.verify`, on the device) and was "built, never run" here. A bf16 graph is among the
-latter, because ONNX Runtime's CPU lacks the type.
+The report ends with every rung of the bundle: what ran here and with what result, what cannot run here and why, and what
+needs a GPU (`python -m runtime.verify`, on the device) and was "built, never run".
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ from runtime.cli import arg, run, table
 from runtime.decode import prefill, step
 from runtime.errors import CheckFailed, UserError
 from runtime.machine import available_cpus
-from runtime.ort_backend import OrtBackend
 from runtime.text import Tokenizer
+from runtime.verify import open_rung, rungs
 
-BUDGETS = {"portable": {"fp32": 1e-6, "fp16": 1e-3}, "portable_fused": 0.01, "fast": 0.01}     # mean KL, nats
+EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized
+FUSED_BUDGET = 0.01               # of what rounds activations on its own account
 INT8_BUDGET = 0.02                # of every rung, where the checkpoint rounds its activations
-TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast"}
+TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast",
+          "native_exact": "native exact", "native": "native"}
 NEVER = "built, never run"
 CHUNK = 16                        # tokens a call of the chunked prefill
 SINGLY = 16                       # tokens at the end of a prompt that go one by one
@@ -66,7 +68,7 @@ class Options:
     """Write a bundle's golden outputs and check every graph against PyTorch."""
     checkpoint: Path = arg(positional=True, help="checkpoint the bundle was exported from")
     bundle: Path = arg(positional=True, help="folder of the bundle")
-    threads: int | None = arg(None, help="CPU threads of ONNX Runtime; default: the CPUs this process may use")
+    threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,25 @@ def verify(options: Options) -> None:
     tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
     golden = golden_outputs(reference, tokenizer, bundle.max_context)
     budgets = rung_budgets(bundle)
-    rows, failures = measure("pytorch", reference, golden,
-                             INT8_BUDGET if bundle.model.get("activations") else BUDGETS["portable"]["fp32"])
+    rows, failures = measure("pytorch", reference, golden, INT8_BUDGET if bundle.model.get("activations") else
+                             EXACT_BUDGETS["float32"])
     reference.close()
-    for rung, budget in budgets.items() if runs_here(bundle) else ():
-        backend = OrtBackend(bundle, threads=options.threads or available_cpus(), exact=rung == "portable",
-                             role="fast" if rung == "fast" else "portable")
-        more, failed = measure(rung, backend, golden, budget)
+    absent = {}
+    for rung, open_with in rungs(bundle, exact=True).items():
+        if rung not in budgets:
+            continue
+        backend = open_rung(bundle, rung, open_with, options.threads or available_cpus())
+        if isinstance(backend, str):
+            absent[rung] = backend
+            continue
+        more, failed = measure(rung, backend, golden, budgets[rung])
         rows, failures = rows + more, failures + failed
         backend.close()
     print(table(rows, title=f"{bundle.name}: {len(golden)} prompts, {len(golden[0].tokens)} tokens each, against PyTorch"))
-    print(table(ladder(bundle, budgets, rows), title="\nRungs"))
+    print(table(ladder(bundle, budgets, rows, absent), title="\nRungs"))
+    if len(absent) == len(budgets):
+        raise CheckFailed(f"{bundle.folder}: nothing ran here, so nothing is proven: "
+                          + "; ".join(f"{TITLES[rung]}: {reason}" for rung, reason in absent.items()))
     if failures:
         raise CheckFailed("; ".join(failures))
     figures = {f"{row['graph']}, {row['way']}": row["mean KL"] for row in rows}
@@ -104,7 +114,8 @@ def verify(options: Options) -> None:
     manifest = bundles.without_file(bundle.manifest, bundles.GOLDEN)
     manifest |= {"golden": bundles.GOLDEN, "lineage": [*manifest["lineage"], stage]}
     bundles.add_file(options.bundle, manifest, bundles.GOLDEN, to_json(golden, source, budgets))
-    print(f"{options.bundle}: every budget kept; golden outputs written to {bundles.GOLDEN}")
+    ran = ", ".join(TITLES[rung] for rung in budgets if rung not in absent)
+    print(f"{options.bundle}: {ran} kept the budget; golden outputs written to {bundles.GOLDEN}")
 
 
 def check_source(checkpoint: Checkpoint, bundle: Bundle) -> str:
@@ -122,30 +133,27 @@ def check_source(checkpoint: Checkpoint, bundle: Bundle) -> str:
 
 def rung_budgets(bundle: Bundle) -> dict[str, float]:
     """The rungs to check, exact first, and the mean KL that each may have."""
-    portable = bundle.graph("portable")
-    if portable is None:
-        return {}
-    second = "fast" if bundle.graph("fast") else "portable_fused"
-    budgets = {"portable": BUDGETS["portable"][portable["dtype"]]} if runs_here(bundle) else {}
-    budgets[second] = BUDGETS[second]
+    tensors = bundle.manifest["weights"]["tensors"]
+    exact = EXACT_BUDGETS.get(next(t["dtype"] for t in tensors if t["name"] == "final_norm.weight"))       # None: bfloat16
+    budgets = {}
+    if bundle.graph("portable"):
+        budgets |= {"portable": exact} if exact else {}
+        budgets["fast" if bundle.graph("fast") else "portable_fused"] = FUSED_BUDGET
+    elif exact and not any(t["name"].endswith(".k_scale") for t in tensors):        # whose rounding is the checkpoint's own
+        budgets["native_exact"] = exact
+    budgets["native"] = FUSED_BUDGET
     return dict.fromkeys(budgets, INT8_BUDGET) if bundle.model.get("activations") else budgets
 
 
-def runs_here(bundle: Bundle) -> bool:
-    """Whether ONNX Runtime's CPU has the type that the bundle's graphs compute in."""
-    portable = bundle.graph("portable")
-    return portable is not None and portable["dtype"] != "bf16"
-
-
-def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict]) -> list[dict]:
-    """Every rung of the bundle, and what is known of it: `rows` are those of the report."""
+def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict], absent: dict[str, str]) -> list[dict]:
+    """Every rung of the bundle, and what is known of it: `rows` are those of the report, `absent` the reasons of others."""
     found = []
     for rung, budget in budgets.items():
-        graph = bundle.graph("fast" if rung == "fast" else "portable")["file"]
+        native = rung.startswith("native")
+        file = bundle.manifest["weights"]["file"] if native else bundle.graph("fast" if rung == "fast" else "portable")["file"]
         worst = max((float(row["mean KL"]) for row in rows if row["graph"] == TITLES[rung]), default=None)
-        result = NEVER if worst is None else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
-        found.append({"rung": TITLES[rung], "file": graph, "on": "ONNX Runtime, CPU", "result": result})
-    found.append({"rung": "native", "file": bundle.manifest["weights"]["file"], "on": "the CPU", "result": "run by runtime.verify"})
+        result = f"not run here: {absent[rung]}" if rung in absent else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
+        found.append({"rung": TITLES[rung], "file": file, "on": "the CPU" if native else "ONNX Runtime, CPU", "result": result})
     found += [{"rung": "cuda", "file": graph["file"], "on": "ONNX Runtime, CUDA", "result": NEVER}
               for graph in bundle.manifest["graphs"]]
     found += [{"rung": "tensorrt", "file": engine["file"], "on": "SM " + ",".join(engine["compute_capabilities"]), "result": NEVER}

@@ -1,34 +1,32 @@
 """Check a bundle on this machine: `python -m runtime.verify BUNDLE`.
 
 First the sha256 of every file; a changed one is named and the exit code is 1. Then the golden outputs: for each prompt
-that `export.verify` stored, PyTorch's tokens are fed again through TensorRT, CUDA and the native core, where this machine
-has them, and through every graph on ONNX Runtime's CPU, and the logits compared with PyTorch's. KL divergence is taken over the 20 likeliest tokens and the mass of all others, which is a lower bound
-of the whole; a token that differs where PyTorch's first two were closer than the noise (twice the largest difference
-of a logit among the 20) is a near tie, not an error. The mean KL of a graph must keep the budget that was stored with
-the golden outputs; past it the exit code is 1. Kernels differ from machine to machine, which is why this is a command
-for the device and not a certificate.
+that `export.verify` stored, PyTorch's tokens are fed again through TensorRT, CUDA, the native core and ONNX Runtime's CPU,
+those of them that this machine can have (the first is what an `Engine` runs), and the logits compared with PyTorch's. KL
+divergence is taken over the 20 likeliest tokens and the mass of all others, which is a lower bound of the whole; a token
+that differs where PyTorch's first two were closer than the noise (twice the largest difference of a logit among the 20)
+is a near tie, not an error. The mean KL of a rung must keep the budget that was stored with the golden outputs; past it
+the exit code is 1, as it is where no rung ran at all. Kernels differ from machine to machine, which is why this is a
+command for the device and not a certificate.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from runtime.backend import Backend
-from runtime.backends import PROVIDERS, open_backend
+from runtime.backends import open_backend
 from runtime.bundle import Bundle, changed_files, open_bundle
 from runtime.cli import arg, run, table
 from runtime.errors import CheckFailed, UserError
+from runtime.golden import read_golden
 from runtime.machine import available_cpus
-from runtime.ort_backend import OrtBackend
 from runtime.text import Tokenizer
 
-VERSION = 1
 EXAMPLES = """examples:
   python -m runtime.verify build/smollm2-135m-int4
   python -m runtime.verify build/smollm2-135m-int4 --exact
@@ -59,8 +57,9 @@ def compare(logits: np.ndarray, golden: dict) -> Comparison:
     peak = logits.max(axis=1)
     got = np.take_along_axis(logits, top_ids, axis=1)
     log_q = got - (peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1)))[:, None]
-    rest_p, rest_q = (np.maximum(1 - np.exp(log).sum(axis=1), 1e-12) for log in (log_p, log_q))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1) + rest_p * np.log(rest_p / rest_q)
+    with np.errstate(over="ignore", invalid="ignore"):        # golden logits that are no one's: an infinite KL, or none
+        rest_p, rest_q = (np.maximum(1 - np.exp(log).sum(axis=1), 1e-12) for log in (log_p, log_q))
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1) + rest_p * np.log(rest_p / rest_q)
     # A constant added to all logits changes no probability, so it is no noise either.
     shift = (got - top).mean(axis=1, keepdims=True)
     noise = 2 * np.abs(got - top - shift).max(axis=1)
@@ -76,17 +75,43 @@ def golden_logits(backend: Backend, golden: dict) -> np.ndarray:
     return backend.forward(ids, np.arange(ids.shape[1])[None], np.zeros(1, np.int64), wanted, cache)[0]
 
 
-def rungs(bundle: Bundle, budgets: dict, threads: int, exact: bool) -> Iterator[tuple[str, float, Callable[[], Backend]]]:
-    """Ways to run a bundle: name, the mean KL it may have, how to open it. Providers come first; this machine may lack them."""
-    fused = "fast" if "fast" in budgets else "portable_fused"
-    for provider in PROVIDERS[:-1]:
-        if fused in budgets:
-            yield provider, budgets[fused]["mean_kl"], partial(_provider, bundle, provider, threads)
-    for rung, role in (("fast", "fast"), ("portable_fused", "portable"), ("portable", "portable")):
-        graph = bundle.graph(role)
-        runs = graph is not None and graph["dtype"] != "bf16"        # which ONNX Runtime's CPU lacks
-        if rung in budgets and runs and (exact or rung != "portable"):
-            yield rung, budgets[rung]["mean_kl"], partial(OrtBackend, bundle, threads=threads, role=role, exact=rung == "portable")
+def rungs(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Backend]]:
+    """Ways to run a bundle, best first: name -> how to open it with so many threads. With `exact` also the one that rounds
+    nothing but the weights: the portable graph, and in a bundle without graphs the native core."""
+    def provider(name: str):
+        return lambda threads: open_backend(bundle, name, threads)[0]
+
+    def native_exact(threads: int) -> Backend:
+        from runtime.native.backend import NativeBackend
+        return NativeBackend(bundle, threads=threads, exact=True)
+
+    def portable(threads: int) -> Backend:
+        from runtime.ort_backend import OrtBackend
+        return OrtBackend(bundle, threads=threads, role="portable", exact=True)
+
+    found = {name: provider(name) for name in ("tensorrt", "cuda", "native")}
+    if bundle.graph("fast") or bundle.graph("portable"):
+        found["fast" if bundle.graph("fast") else "portable_fused"] = provider("cpu")
+    if exact:
+        found |= {"portable": portable} if bundle.graph("portable") else {"native_exact": native_exact}
+    return found
+
+
+def open_rung(bundle: Bundle, rung: str, open_with: Callable[[int], Backend], threads: int) -> Backend | str:
+    """The backend of a rung, or the reason why this machine cannot have it."""
+    role = "fast" if rung == "fast" else "portable"
+    if rung in ("fast", "portable", "portable_fused"):
+        if bundle.graph(role)["dtype"] == "bf16":
+            return "ONNX Runtime's CPU lacks most operators of bf16"
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            return f"onnxruntime cannot be imported ({error})"
+        return open_with(threads)
+    try:
+        return open_with(threads)
+    except UserError as error:
+        return str(error)
 
 
 def verify(options: Options) -> None:
@@ -96,36 +121,48 @@ def verify(options: Options) -> None:
         raise CheckFailed(f"{bundle.folder}: changed since the bundle was written: {', '.join(changed)}")
     print(f"{bundle.name}: {len(bundle.manifest['files'])} files have the sha256 of the manifest")
     if bundle.manifest["golden"] is None:
-        print(f"{bundle.name}: no golden outputs in it; `python -m export.verify` makes them")
+        print(f"{bundle.name}: no golden outputs in it, so its answers were not checked; `python -m export.verify` makes them")
         return
-    golden = _read_golden(bundle)
+    golden = read_golden(bundle)
     tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
     for prompt in golden["prompts"]:
         if prompt["prompt_ids"] != tokenizer.encode(prompt["text"]).tolist():
             raise CheckFailed(f"{bundle.folder}: golden prompt {prompt['name']!r} gives other tokens on this machine; is "
                               "another version of `tokenizers` installed?")
-    failed = []
-    for rung, budget, open_rung in rungs(bundle, golden["budgets"], options.threads or available_cpus(), options.exact):
-        try:
-            backend = open_rung()
-        except UserError as error:
-            if rung not in PROVIDERS:
-                raise
-            print(f"\n{rung}: not run here ({error})")
+    threads, failed, absent, ran = options.threads or available_cpus(), [], [], []
+    for rung, open_with in rungs(bundle, options.exact).items():
+        backend = open_rung(bundle, rung, open_with, threads)
+        if isinstance(backend, str):
+            print(f"\n{rung}: not run here ({backend})")
+            absent.append(f"{rung}: {backend}")
             continue
-        comparisons = {p["name"]: compare(golden_logits(backend, p), p) for p in golden["prompts"]}
-        backend.close()
+        try:
+            budget = _budget(bundle, golden["budgets"], rung)
+            comparisons = {p["name"]: compare(golden_logits(backend, p), p) for p in golden["prompts"]}
+        finally:
+            backend.close()
         print(table([_row(name, c) for name, c in comparisons.items()], title=f"\n{rung}: mean KL at most {budget:g}"))
         mean = np.concatenate([c.kl for c in comparisons.values()]).mean()
-        print(f"mean KL {mean:.2e}: {'kept' if mean <= budget else 'EXCEEDED'}")
-        if not mean <= budget:                    # NaN fails too
+        kept = abs(mean) <= budget                # NaN is not; and a divergence below zero is none
+        print(f"mean KL {mean:.2e}: {'kept' if kept else 'EXCEEDED'}")
+        ran.append(rung)
+        if not kept:
             failed.append(f"{rung} has a mean KL of {mean:.2e} against a budget of {budget:g}")
+    if not ran:
+        raise CheckFailed(f"{bundle.folder}: nothing ran here, so nothing is proven: {'; '.join(absent)}")
     if failed:
         raise CheckFailed(f"{bundle.folder}: {'; '.join(failed)}")
+    print(f"\n{bundle.name}: {', '.join(ran)} kept the budget; an engine here runs {ran[0]}")
 
 
-def _provider(bundle: Bundle, name: str, threads: int) -> Backend:
-    return open_backend(bundle, name, threads)[0]
+def _budget(bundle: Bundle, budgets: dict[str, float], rung: str) -> float:
+    """Of a rung; what was not run where the bundle was proven has the budget of what users run there."""
+    fused = "fast" if bundle.graph("fast") else "portable_fused"
+    budget = budgets.get(rung, budgets.get(fused) if rung in ("tensorrt", "cuda", "native") else None)
+    if budget is None:
+        raise UserError(f"{bundle.path(bundle.manifest['golden'])}: budgets.{rung} is missing, so it cannot be judged; run "
+                        "`python -m export.verify` again, which proves whatever the bundle has now")
+    return budget
 
 
 def _row(name: str, c: Comparison) -> dict:
@@ -133,18 +170,6 @@ def _row(name: str, c: Comparison) -> dict:
     return {"prompt": name, "tokens": len(c.kl), "mean KL": f"{c.kl.mean():.1e}", "max KL": f"{c.kl.max():.1e}",
             "same top-1": f"{1 - c.differs.mean():.1%}", "near ties": int(c.near_tie.sum()),
             "differ": int((c.differs & ~c.near_tie).sum()), "first": int(first[0]) if len(first) else None}
-
-
-def _read_golden(bundle: Bundle) -> dict:
-    path = bundle.path(bundle.manifest["golden"])
-    try:
-        golden = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); run `python -m export.verify` again") from None
-    if golden.get("version") != VERSION:
-        raise UserError(f"{path}: version {golden.get('version')!r}, but this runtime reads {VERSION}; run "
-                        "`python -m export.verify` again")
-    return golden
 
 
 def main(argv=None) -> int:

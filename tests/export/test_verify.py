@@ -1,6 +1,10 @@
 """The proof itself: golden outputs against transformers, comparisons against scipy, and what a broken bundle gives."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -94,14 +98,14 @@ def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint
     half = export(tiny_checkpoint("qwen3"), tmp_path / "h", "--dtype", "fp16")
     assert run(tiny_checkpoint("qwen3"), half) == 0
     budgets = json.loads((half / "golden.json").read_text())["budgets"]
-    assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}}
+    assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}, "native": {"mean_kl": 0.01}}
 
 
 def test_the_report_tells_which_rungs_ran_and_which_never_did(tiny_checkpoint, tmp_path, capsys):
-    """A bf16 graph runs on no CPU of ONNX Runtime's; the native core keeps the budget that is stored for it."""
+    """A bf16 graph runs on no CPU of ONNX Runtime's; the native core runs it."""
     checkpoint = tiny_checkpoint("smollm2")
     for dtype, rungs in (("fp32", {"portable exact": "run: mean KL at most", "portable fused": "run: mean KL at most"}),
-                         ("bf16", {"portable fused": "built, never run"})):
+                         ("bf16", {"portable fused": "not run here: ONNX Runtime's CPU lacks"})):
         bundle = export(checkpoint, tmp_path / dtype, "--dtype", dtype, fast=False)
         opened = open_bundle(bundle)
         entry = {"file": "engines/x.engine", "backend": "rtx", "version": "1", "compute_capabilities": ["86", "89"],
@@ -109,29 +113,107 @@ def test_the_report_tells_which_rungs_ran_and_which_never_did(tiny_checkpoint, t
         bundles.add_file(bundle, opened.manifest | {"engines": [entry]}, "engines/x.engine", b"x")
         assert run(checkpoint, bundle) == 0
         lines = capsys.readouterr().out.split("Rungs\n")[1].splitlines()[2:]
-        expected = rungs | {"native": "run by runtime.verify", "cuda": "built, never run", "tensorrt": "built, never run"}
+        expected = rungs | {"native": "run: mean KL at most", "cuda": "built, never run", "tensorrt": "built, never run"}
         for line, (rung, result) in zip(lines, expected.items()):
             assert line.startswith(rung) and result in line, line
         assert "engines/x.engine" in lines[len(expected) - 1] and "SM 86,89" in lines[len(expected) - 1]
     assert runtime_verify.main([str(bundle), "--threads", "1", "--exact"]) == 0
     out = capsys.readouterr().out
-    assert "native: mean KL at most 0.01" in out and "tensorrt: not run here (" in out and "portable" not in out
+    assert "native: mean KL at most 0.01" in out and "tensorrt: not run here (" in out and out.count("kept\n") == 1
+    assert "portable_fused: not run here (ONNX Runtime's CPU lacks" in out and "native kept the budget" in out
     assert ort.main([str(bundle)]) == 2 and "computes in bf16" in capsys.readouterr().err
+
+
+# A process where onnxruntime cannot be imported, the native core is not there, or neither. What it prints is the exit code.
+WITHOUT = """import sys
+if {onnxruntime}: sys.modules["onnxruntime"] = None
+from {module} import main
+sys.exit(main(sys.argv[1:]))"""
+
+
+def run_without(module: str, *argv, onnxruntime: bool = False, native: bool = False):
+    environment = os.environ | ({"EDGEWRIGHT_NATIVE": "/nowhere/_core.so"} if native else {})
+    code = WITHOUT.format(onnxruntime=onnxruntime, module=module)
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv), "--threads", "1"], env=environment, text=True,
+                          capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def graphless(tmp_path_factory):
+    """A checkpoint of 3-bit weights and its bundle, which has no graph."""
+    folder = tmp_path_factory.mktemp("graphless")
+    checkpoint = write_random(folder / "c", small_config(), everywhere(3, 32))
+    return checkpoint, export(checkpoint, folder / "b", fast=False)
+
+
+def with_other_numbers(bundle, out, name: str):
+    """A copy of the bundle with one tensor's numbers changed and the hashes made right again."""
+    shutil.copytree(bundle, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    tensor = next(t for t in manifest["weights"]["tensors"] if t["name"] == name)
+    with open(out / "weights.bin", "r+b") as file:
+        file.seek(tensor["offset"])
+        content = file.read(tensor["bytes"])
+        file.seek(tensor["offset"])
+        file.write(content[::-1] if tensor["dtype"].startswith("uint")
+                   else (np.frombuffer(content, tensor["dtype"]) * np.float32(1.05)).astype(tensor["dtype"]).tobytes())
+    manifest["files"]["weights.bin"] = bundles.file_entry(out / "weights.bin")
+    bundles.write_manifest(out, manifest)
+    return out
+
+
+def test_a_bundle_without_graphs_is_proven_through_the_native_core(graphless, tmp_path, capsys):
+    checkpoint, bundle = graphless
+    assert run(checkpoint, bundle) == 0
+    out = capsys.readouterr().out
+    assert out.count("native exact  ") == 5 and "native exact, native kept the budget" in out
+    budgets = json.loads((bundle / "golden.json").read_text())["budgets"]
+    assert budgets == {"native_exact": {"mean_kl": 1e-6}, "native": {"mean_kl": 0.01}}
+    assert runtime_verify.main([str(bundle), "--threads", "1", "--exact"]) == 0
+    out = capsys.readouterr().out
+    assert "native, native_exact kept the budget; an engine here runs native" in out
+    for name in ("layers.1.o.codes", "final_norm.weight"):
+        wrong = with_other_numbers(bundle, tmp_path / name, name)
+        assert run(checkpoint, wrong) == 1 and "native exact, one prefill: a mean KL of" in capsys.readouterr().err
+        assert runtime_verify.main([str(wrong), "--threads", "1", "--exact"]) == 1
+        assert "native_exact has a mean KL of" in capsys.readouterr().err
+
+
+def test_where_nothing_runs_nothing_is_proven(graphless, verified, tmp_path):
+    checkpoint, bundle = graphless
+    assert run(checkpoint, bundle) == 0
+    for module, argv in (("runtime.verify", [bundle]), ("export.verify", [checkpoint, bundle])):
+        done = run_without(module, *argv, native=True)
+        assert done.returncode == 1 and "nothing ran here, so nothing is proven: " in done.stderr, done.stderr
+        assert "the native core was not built" in done.stderr and "kept" not in done.stdout
+    done = run_without("runtime.verify", verified[1], native=True, onnxruntime=True)
+    assert done.returncode == 1 and "onnxruntime cannot be imported" in done.stderr and "the native core" in done.stderr
+
+
+def test_without_onnxruntime_or_without_the_core_the_other_proves(verified, tmp_path):
+    checkpoint, bundle = verified[0], shutil.copytree(verified[1], tmp_path / "b")
+    done = run_without("runtime.verify", bundle, onnxruntime=True)
+    assert done.returncode == 0 and "fast: not run here (onnxruntime cannot be imported" in done.stdout, done.stderr
+    assert "native kept the budget" in done.stdout
+    done = run_without("export.verify", checkpoint, bundle, onnxruntime=True)
+    assert done.returncode == 0 and "native kept the budget" in done.stdout, done.stderr
+    assert runtime_verify.main([str(bundle), "--threads", "1"]) == 0          # whose golden outputs hold ONNX Runtime's budgets too
+    done = run_without("runtime.verify", bundle, native=True)
+    assert done.returncode == 0 and "native: not run here (" in done.stdout and "fast kept the budget" in done.stdout, done.stderr
+
+
+def test_a_graph_added_after_the_proof_is_not_taken_for_proven(tiny_checkpoint, tmp_path, capsys):
+    bundle = export(tiny_checkpoint("smollm2"), tmp_path / "b", fast=False)
+    assert run(tiny_checkpoint("smollm2"), bundle) == 0 and ort.main([str(bundle)]) == 0
+    assert runtime_verify.main([str(bundle), "--threads", "1"]) == 2
+    assert "budgets.fast is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["layers.1.o.weight", "rope.sin", "final_norm.weight"])
 def test_a_bundle_with_other_numbers_fails(name, tiny_checkpoint, tmp_path, capsys):
     """One tensor of the weights changed, hashes made right again: exit 1, the graph is named, nothing is written."""
-    bundle = export(tiny_checkpoint("smollm2"), tmp_path / "b")
+    bundle = with_other_numbers(export(tiny_checkpoint("smollm2"), tmp_path / "b"), tmp_path / "wrong", name)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    tensor = next(t for t in manifest["weights"]["tensors"] if t["name"] == name)
-    with open(bundle / "weights.bin", "r+b") as file:
-        file.seek(tensor["offset"])
-        values = np.frombuffer(file.read(tensor["bytes"]), np.float32) * np.float32(1.05)
-        file.seek(tensor["offset"])
-        file.write(values.tobytes())
-    manifest["files"]["weights.bin"] = bundles.file_entry(bundle / "weights.bin")
-    bundles.write_manifest(bundle, manifest)
     assert run(tiny_checkpoint("smollm2"), bundle) == 1
     error = capsys.readouterr().err
     assert "portable exact, ragged batch: a mean KL of" in error and "PyTorch" not in error.split("failed:")[1]
