@@ -29,7 +29,7 @@ from models.checkpoint import check_output, load_decoder, open_checkpoint, write
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
 from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
-from models.lora import add_lora, merged_tensors
+from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import memory_line, training_bytes
 from models.trainer import Trainer, TrainerOptions, mixed_precision, process_state
 from runtime.cli import arg, run
@@ -209,7 +209,7 @@ def _with_defaults(options: FinetuneOptions, train: Examples) -> FinetuneOptions
 def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("finetune", options, inputs, metrics, options.seed)
     if options.keep_adapter:
-        model.save_pretrained(folder, save_embedding_layers=False)
+        save_adapter(model, folder)
         lineage.write(folder, [*lineage.read(checkpoint.path), stage])
     else:
         tensors = merged_tensors(model, checkpoint) if options.method == "lora" else model.state_dict().items()

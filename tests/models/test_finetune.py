@@ -10,13 +10,14 @@ import peft
 import pytest
 import torch
 import transformers
+from tiny import FAMILIES
 from tokenizers import Tokenizer
 
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import IGNORE
 from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled
 from models.finetune import main
-from models.lora import add_lora, merged_tensors
+from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import training_bytes
 from runtime.errors import UserError
 
@@ -121,8 +122,27 @@ def test_weights_frozen_in_bf16_are_merged_from_the_checkpoints_own(parts):
         assert torch.equal(tensor, kept[name])
 
 
-def test_a_kept_adapter_opens_with_peft_in_transformers(parts, chats, tmp_path):
-    source, out = parts[0], tmp_path / "out"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_adapter_opens_with_peft_in_transformers(family, tiny_checkpoint, tmp_path):
+    """Against the merged weights, themselves held against the adapter above."""
+    source = tiny_checkpoint(family)
+    model = add_lora(load_decoder(source), rank=4, alpha=8.0, source=source)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    base, merged = transformers.AutoModelForCausalLM.from_pretrained(source), load_decoder(source)
+    ids = torch.arange(40)[None]
+    plain = base(ids).logits
+    merged.load_state_dict(dict(merged_tensors(model, open_checkpoint(source))))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    assert not torch.allclose(plain, theirs, atol=1e-1)
+    torch.testing.assert_close(theirs, merged(ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["smollm2", "gpt2"])
+def test_keep_adapter_is_what_merging_would_give(family, tiny_checkpoint, chats, tmp_path):
+    source, out = tiny_checkpoint(family), tmp_path / "out"
     common = ("--task", "chat", "--data", chats, "--learning-rate", "0.01")
     assert main(arguments(source, out, *common, "--keep-adapter")) == 0
     assert main(arguments(source, tmp_path / "merged", *common)) == 0
