@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 from models.data_cleaning import Cleaning, clean
 from models.data_formats import as_text, find_sources, read_records, source_digest
+from models.tables import HEADERS
 from runtime.cli import arg
 from runtime.errors import UserError
 
 IGNORE = -100                    # a label without loss, as in torch.nn.functional.cross_entropy
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BATCH_DOCUMENTS, BATCH_CHARS = 1024, 8 << 20       # tokenized at once, over all cores
 
 
@@ -52,6 +53,7 @@ class DataOptions:
                              choices=("text", "jsonl", "json", "tsv", "csv", "conll"))
     documents: str = arg("file", help="what a document of plain text is", choices=("file", "line", "paragraph"))
     field: str | None = arg(None, help="JSON key or column that holds the text")
+    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
     normalize: bool = arg(False, help="Unicode NFC, one kind of line end, no control characters")
     deduplicate: bool = arg(False, help="drop exact repetitions of a document")
     min_chars: int = arg(0, help="drop documents shorter than this")
@@ -81,7 +83,7 @@ def read_documents(options: DataOptions, sources: list[str], counts: Counter, de
     total = None if None in sizes else sum(sizes)
     with tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=1.0) as bar:
         def texts():
-            for record in read_records(sources, options.format, options.documents):
+            for record in read_records(sources, options.format, options.documents, options.header, (options.field,)):
                 text = as_text(record, options.field)
                 bar.update(len(text.encode("utf-8", "surrogatepass")))
                 yield text
@@ -113,7 +115,7 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     key = {"version": CACHE_VERSION, "sources": [source_digest(s) for s in sources],
            "tokenizer": source_digest(str(tokenizer_file)), "eos": eos, "split": split and asdict(split),
-           "format": options.format, "documents": options.documents, "field": options.field,
+           "format": options.format, "documents": options.documents, "field": options.field, "header": options.header,
            "cleaning": asdict(options.cleaning())}
     folder = options.cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if not folder.is_dir():

@@ -8,7 +8,7 @@ Formats, told by the file's ending or by `format`:
     text    .txt .text .md     {"text"}; a document is the file, each line, or each paragraph (`unit`)
     jsonl   .jsonl .ndjson     each line's object
     json    .json              a list of objects (Alpaca, chat), or SQuAD's {"data": ...}: one record a question
-    tsv     .tsv               header names when the first row has one of `HEADER_NAMES`, else "0", "1", ...
+    tsv     .tsv               one field a column, named by the first row or "0", "1", ... (models/tables.py)
     csv     .csv               the same, with quotes
     conll   .conll .bio .iob   {"tokens", "tags"}: token and last column of each line; a blank line ends a sentence
     hf:NAME@SPLIT              a Hugging Face dataset (needs the `datasets` package): a hub name or a local folder
@@ -20,7 +20,6 @@ tokenizers split anyway. Files must be UTF-8 without NUL bytes; what is not is r
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
@@ -28,11 +27,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from models.tables import open_table
 from runtime.errors import UserError
 
 FORMATS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
            ".tsv": "tsv", ".csv": "csv", ".conll": "conll", ".bio": "conll", ".iob": "conll"}
-HEADER_NAMES = {"text", "sentence", "label", "source", "target", "question", "answer", "summary", "prompt"}
+TEXT_NAMES = ("text", "sentence", "content")
+CHAT_NAMES = {"messages", "conversations", "instruction", "prompt", "question"}
+LABEL_NAMES = ("label", "labels", "class")
 DOCUMENT_BYTES = 1 << 20
 
 
@@ -65,15 +67,16 @@ def find_sources(names: Iterable[str | Path]) -> list[str]:
     return found
 
 
-def read_records(sources: Iterable[str], format: str | None = None, unit: str = "file") -> Iterator[Record]:
+def read_records(sources: Iterable[str], format: str | None = None, unit: str = "file", header: str = "auto",
+                 wanted: Iterable[str | None] = ()) -> Iterator[Record]:
     """Stream the records of `sources` (from `find_sources`) in order.
 
-    `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
+    `header` and `wanted` (columns that will be asked for) say whether a table's first row is data (models/tables.py). `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
     Raises UserError for a file that is empty, binary, not UTF-8, malformed, or of uneven columns.
     """
     for source in sources:
         empty = True
-        for record in _read_source(source, format, unit):
+        for record in _read_source(source, format, unit, header, tuple(wanted)):
             empty = False
             yield record
         if empty:
@@ -91,12 +94,12 @@ def source_digest(source: str) -> str:
     return digest.hexdigest()
 
 
-def _read_source(source, format, unit):
+def _read_source(source, format, unit, header, wanted):
     if source.startswith("hf:"):
         return _read_hf(source)
     kind = format or FORMATS.get(Path(source).suffix.lower())
     readers = {"text": lambda s: _read_text(s, unit), "jsonl": _read_jsonl, "json": _read_json, "conll": _read_conll,
-               "tsv": lambda s: _read_table(s, "\t"), "csv": lambda s: _read_table(s, ",")}
+               "tsv": lambda s: _read_table(s, "\t", header, wanted), "csv": lambda s: _read_table(s, ",", header, wanted)}
     if kind not in readers:
         raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of "
                         f"{', '.join(readers)}")
@@ -204,24 +207,13 @@ def _read_conll(source):
         yield Record(f"{source}:{start}", {"tokens": tokens, "tags": tags})
 
 
-def _read_table(source, delimiter):
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader((line for _, line in _lines(source)), delimiter=delimiter, quoting=quoting, strict=True)
-    names = None
-    try:
-        for row in rows:
-            if not row:
-                continue
-            if names is None:
-                header = {cell.strip().lower() for cell in row} & HEADER_NAMES
-                names = [cell.strip() for cell in row] if header else [str(i) for i in range(len(row))]
-                if header:
-                    continue
-            if len(row) != len(names):
-                raise UserError(f"{source}:{rows.line_num}: {len(row)} columns where the file began with {len(names)}")
-            yield Record(f"{source}:{rows.line_num}", dict(zip(names, row)))
-    except csv.Error as error:
-        raise UserError(f"{source}:{rows.line_num}: {error}") from None
+def _read_table(source, delimiter, header, wanted):
+    names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, header, wanted)
+    for line, row in rows:
+        names = names or [str(i) for i in range(len(row))]
+        if len(row) != len(names):
+            raise UserError(f"{source}:{line}: {len(row)} columns where the file began with {len(names)}")
+        yield Record(f"{source}:{line}", dict(zip(names, row)))
 
 
 def _read_hf(source):
@@ -243,20 +235,41 @@ def _read_hf(source):
 
 
 def as_text(record: Record, field: str | None = None) -> str:
-    """The record as one document for language modelling: `field`, else its text, else its parts joined by newlines."""
-    fields = record.fields
+    """The record as one document for language modelling: `field`, else its text, else its parts joined by newlines.
+
+    Names count in upper or lower case alike.
+    """
+    fields = _folded(record)
     if field is not None:
-        if not isinstance(fields.get(field), str):
-            raise UserError(f"{record.place}: no text under {field!r}; it has {', '.join(map(str, fields))}")
-        return fields[field]
-    for name in ("text", "content", "sentence"):
+        return _named(record, field, "--field")
+    for name in TEXT_NAMES:
         if isinstance(fields.get(name), str):
             return fields[name]
     if "tokens" in fields:
         return " ".join(fields["tokens"])
-    if set(fields) == {str(i) for i in range(len(fields))}:
-        return "\t".join(fields.values())
+    if _numbered(record.fields):
+        return "\t".join(record.fields.values())
+    if not fields.keys() & CHAT_NAMES:
+        raise UserError(f"{record.place}: no text; it has {', '.join(map(str, record.fields))}: name one with --field, or call it text")
     return "\n".join(message["content"] for message in as_messages(record))
+
+
+def _folded(record: Record) -> dict:
+    """Its fields by lower-case name, and by their own where that differs."""
+    return {str(name).casefold(): value for name, value in record.fields.items()} | record.fields
+
+
+def _numbered(fields: dict) -> bool:
+    """Whether these are the columns of a table without names."""
+    return set(fields) == {str(i) for i in range(len(fields))}
+
+
+def _named(record: Record, name: str, option: str) -> str:
+    fields = _folded(record)
+    value = fields.get(name, fields.get(name.casefold()))
+    if not isinstance(value, str):
+        raise UserError(f"{record.place}: no text under {name!r}, which {option} asks for; it has {', '.join(map(str, record.fields))}")
+    return value
 
 
 def as_messages(record: Record) -> list[dict]:
@@ -264,7 +277,7 @@ def as_messages(record: Record) -> list[dict]:
 
     Takes chat (`messages`), ShareGPT (`conversations`), Alpaca, prompt and completion, and SQuAD records.
     """
-    fields = record.fields
+    fields = _folded(record)
     try:
         if "messages" in fields:
             messages = [{"role": m["role"], "content": m["content"]} for m in fields["messages"]]
@@ -285,7 +298,7 @@ def as_messages(record: Record) -> list[dict]:
             raise ValueError("messages must be texts that end with the assistant's reply")
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{record.place}: not a chat or instruction record: {error} is missing; it has "
-                        f"{', '.join(map(str, fields))}") from None
+                        f"{', '.join(map(str, record.fields))}") from None
     except ValueError as error:
         raise UserError(f"{record.place}: {error}") from None
     return messages
@@ -295,11 +308,22 @@ def _exchange(prompt, reply):
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 
 
-def as_labelled(record: Record) -> tuple[str, str]:
-    """(text, label): the fields of those names, else the first and the last column of a table."""
-    fields = record.fields
-    text = next((fields[name] for name in ("text", "sentence", "0") if name in fields), None)
-    label = fields.get("label", fields.get(str(len(fields) - 1)) if len(fields) > 1 else None)
-    if not isinstance(text, str) or label is None:
-        raise UserError(f"{record.place}: no text and label; it has {', '.join(map(str, fields))}")
+def as_labelled(record: Record, field: str | None = None, label_field: str | None = None) -> tuple[str, str]:
+    """(text, label): the fields named, else those called so; of a table without names the first and the last column.
+
+    Raises UserError where that does not say which they are, or one is empty.
+    """
+    fields, names = _folded(record), list(map(str, record.fields))
+    text_name = field or next((name for name in TEXT_NAMES if name in fields), None)
+    label_name = label_field or next((name for name in LABEL_NAMES if name in fields), None)
+    if _numbered(record.fields) and len(names) > 1:
+        text_name, label_name = text_name or names[0], label_name or names[-1]
+    if text_name is None or label_name is None:
+        raise UserError(f"{record.place}: no text and label; it has {', '.join(names)}: name them with --field and --label-field")
+    text, label = _named(record, text_name, "--field"), fields.get(label_name, fields.get(label_name.casefold()))
+    if type(label) is float and label.is_integer():
+        label = int(label)
+    if not isinstance(label, str | int) or not str(label).strip() or not text.strip():
+        what = f"label is {label!r}, which should be a word or a number" if text.strip() else "text is empty"
+        raise UserError(f"{record.place}: its {what}")
     return text, str(label).strip()

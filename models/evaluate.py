@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from models import fidelity, metrics, tasks
 from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.tables import HEADERS
 from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 from runtime.backends import PROVIDERS
 from runtime.cli import arg, run, table
@@ -59,6 +60,7 @@ class Options:
     prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/tasks.py)")
     show_prompt: bool = arg(False, help="print the first prompt and stop")
     limit: int | None = arg(None, help="solve this many examples at most, drawn by seed")
+    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
     seed: int = arg(0, help="draws the shots and the examples")
     examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file")
     provider: str | None = arg(None, help="bundle: the engine that runs it (default: the best here)", choices=PROVIDERS)
@@ -137,7 +139,7 @@ def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dic
 def _prompts(options: Options) -> tuple[list[tasks.Example], list[str], tasks.Prompt]:
     prompt = tasks.load_prompt(options.task, options.prompt)
     shots = prompt.shots if options.shots is None else options.shots
-    examples = [e for file in options.data for e in tasks.read_examples(options.task, file)]
+    examples = [e for file in options.data for e in tasks.read_examples(options.task, file, options.header)]
     solved, rest = tasks.split_shots(examples, shots, options.limit, options.seed)
     return rest, [tasks.render(prompt, solved, e) for e in rest], prompt
 
@@ -146,7 +148,7 @@ def labelled(options: Options, model: LanguageModel) -> dict:
     """Metrics of a task with right answers."""
     examples, prompts, prompt = _prompts(options)
     if options.task == "classify":
-        known = Counter(e.answers[0] for file in options.data for e in tasks.read_examples("classify", file))
+        known = Counter(e.answers[0] for file in options.data for e in tasks.read_examples("classify", file, options.header))
         labels = sorted(known)
         unnamed = [x for x in labels if prompt.labels and x not in prompt.labels]
         if unnamed:

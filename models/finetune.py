@@ -31,6 +31,7 @@ from models.data_formats import as_labelled, as_messages, find_sources, read_rec
 from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
 from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import memory_line, training_bytes
+from models.tables import HEADERS
 from models.trainer import Trainer, TrainerOptions, mixed_precision, process_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
@@ -57,6 +58,9 @@ class FinetuneOptions(TrainerOptions):
     valid_share: float = arg(0.1, help="share of examples set aside where --valid is not given")
     format: str | None = arg(None, help="format of every file, in place of its ending",
                              choices=("jsonl", "json", "tsv", "csv"))
+    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
+    field: str | None = arg(None, help="classify: field or column of the text")
+    label_field: str | None = arg(None, help="classify: field or column of the label")
     limit: int | None = arg(None, help="learn from this many examples, the first ones")
     epochs: int = arg(3, help="passes over the data, where --steps is not given")
     context: int | None = arg(None, help="leave out examples of more tokens (by default 512, or the model's context)")
@@ -134,6 +138,7 @@ class Classify:
     """Labelled texts; the set of labels is what --labels says, or what the training data has."""
 
     def __init__(self, options: FinetuneOptions, tokenizer: Tokenizer):
+        self.pair = partial(as_labelled, field=options.field, label_field=options.label_field)
         self.tokenizer, self.prompt = tokenizer, options.prompt.replace("\\n", "\n")
         if "{text}" not in self.prompt:
             raise UserError(f"--prompt {options.prompt!r}: has no {{text}} to put the text in")
@@ -143,11 +148,14 @@ class Classify:
         self.words = {name: words for name, _, words in pairs}
         if not self.words:
             records = _records(options, options.data, options.limit)
-            self.words = {label: label for label in sorted({as_labelled(record)[1] for record in records})}
+            self.words = {label: label for label in sorted({self.pair(record)[1] for record in records})}
+            if len(self.words) < 2:
+                raise UserError(f"{options.data[0]}: every example has the label {', '.join(self.words)}, so there is nothing to "
+                                f"tell apart: give others, or name every label with --labels")
         self.answers = [tokenizer.encode(" " + words, add_special_tokens=False).ids for words in self.words.values()]
 
     def encode(self, record):
-        text, label = as_labelled(record)
+        text, label = self.pair(record)
         if label not in self.words:
             raise UserError(f"{record.place}: label {label!r} was never seen; known are {', '.join(self.words)}. "
                             "Mend the file, or name every label with --labels")
@@ -181,7 +189,8 @@ def _row_scores(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.T
 
 
 def _records(options: FinetuneOptions, names: tuple[str, ...], limit: int | None = None):
-    return islice(read_records(find_sources(names), options.format), limit)
+    return islice(read_records(find_sources(names), options.format, header=options.header,
+                               wanted=(options.field, options.label_field)), limit)
 
 
 def _split(options: FinetuneOptions, task):

@@ -4,9 +4,9 @@
 |-----------|---------------------------------------------------------|--------------------------------------------|
 | qa        | SQuAD JSON                                              | exact_match, f1, rougeL                    |
 | summarize | JSONL with `text` and `summary`                         | rouge1, rouge2, rougeL                     |
-| translate | TSV: source TAB target                                  | bleu, chrf                                 |
+| translate | TSV: source TAB target, with or without names           | bleu, chrf                                 |
 | generate  | Alpaca JSON, or JSONL with `instruction` and `output`   | bleu, rouge1, rouge2, rougeL, meteor       |
-| classify  | TSV: sentence TAB label                                 | accuracy, precision, recall, f1, confusion |
+| classify  | TSV: sentence TAB label, with or without names          | accuracy, precision, recall, f1, confusion |
 
 A prompt is `instruction`, then `shots` solved examples, then the example to solve, each written with `example`, whose
 `{fields}` are the example's; the answer follows where the last line ends. `--prompt FILE` changes any of them (TOML with
@@ -15,15 +15,17 @@ the same names). Classification does not generate: it asks which label is the li
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import io
 import random
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from models.data_formats import read_records
+from models.data_formats import LABEL_NAMES, Record, as_labelled, read_records
+from models.tables import open_table
 from runtime.errors import UserError
 
 
@@ -96,11 +98,11 @@ def read_text(file: Path) -> str:
     return text
 
 
-def read_examples(task: str, file: Path) -> list[Example]:
-    """Every example of a task's file, in the file's order."""
+def read_examples(task: str, file: Path, header: str = "auto") -> list[Example]:
+    """Every example of a task's file, in the file's order. header: whether a table's first row is names (models/tables.py)."""
     try:
-        examples = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions,
-                    "classify": _labelled}[task](file)
+        examples = {"qa": _squad, "summarize": _summaries, "translate": partial(_pairs, header=header),
+                    "generate": _instructions, "classify": partial(_labelled, header=header)}[task](file)
     except (KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file}: is not in the format of task {task} ({what}); see python -m models.evaluate --help") from None
@@ -127,25 +129,33 @@ def _instructions(file):
             for r in _fields(file, "json" if Path(file).suffix.lower() == ".json" else "jsonl")]
 
 
-def _columns(file):
-    """Rows of two columns. A rare line with other than two is left out and said; more than 1% of them is a wrong file."""
-    lines = csv.reader(read_text(file).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    rows = [(number, row) for number, row in enumerate(lines, 1) if row]
+def _columns(file, header):
+    """Records of two columns. A rare line with other than two is left out and said; more than 1% of them is a wrong file."""
+    delimiter = "," if Path(file).suffix.lower() == ".csv" else "\t"
+    names, rows = open_table(str(file), io.StringIO(read_text(file), newline="\n"), delimiter, header)
+    rows, names = list(rows), names or ["0", "1"]
     odd = [(n, row) for n, row in rows if len(row) != 2]
-    if len(odd) > len(rows) / 100:
-        raise UserError(f"{file}: line {odd[0][0]} has {len(odd[0][1])} columns, not 2 separated by a tab")
+    if len(names) != 2 or len(odd) > len(rows) / 100:
+        line, found = (1, names) if len(names) != 2 else odd[0]
+        raise UserError(f"{file}: line {line} has {len(found)} columns, not 2 separated by {'a tab' if delimiter != ',' else 'commas'}")
     if odd:
         print(f"{file}: left out {len(odd)} of {len(rows)} lines that do not have 2 columns, the first is line {odd[0][0]}",
               file=sys.stderr)
-    return [row for _, row in rows if len(row) == 2]
+    return [Record(f"{file}:{line}", dict(zip(names, row))) for line, row in rows if len(row) == 2]
 
 
-def _pairs(file):
-    return [Example({"source": a}, (b,)) for a, b in _columns(file)]
+def _pairs(file, header):
+    def ordered(fields):
+        named = {name.casefold(): value for name, value in fields.items()}
+        return (named["source"], named["target"]) if {"source", "target"} <= set(named) else tuple(fields.values())
+    return [Example({"source": a}, (b,)) for a, b in (ordered(record.fields) for record in _columns(file, header))]
 
 
-def _labelled(file):
-    return [Example({"sentence": a}, (b,)) for a, b in _columns(file)]
+def _labelled(file, header):
+    def pair(record):
+        names = sorted(record.fields, key=lambda name: name.casefold() in LABEL_NAMES)       # the label, known by name, last
+        return as_labelled(record, *names)
+    return [Example({"sentence": a}, (b,)) for a, b in map(pair, _columns(file, header))]
 
 
 def split_shots(examples: list[Example], shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pandas
 import pytest
 
 from models.data_cleaning import Cleaning, clean, language_of, normalize
@@ -41,6 +42,87 @@ def test_tables(tmp_path):
     assert [list(as_labelled(r)) for r in records(str(tmp_path / "t.csv"))] == rows
     path = write(tmp_path / "t.tsv", 'sentence\tlabel\nsaid " once\t1\n')
     assert [as_labelled(r) for r in records(path)] == [('said " once', "1")]
+
+
+LONG = [("It was a long and dull film.", "bad"), ("I would see it again.", "good"), ("Too loud", "bad"), ("Fine", "good")]
+
+
+def table(path, *rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("header, names", [
+    (("review", "sentiment"), "review, sentiment, named by the first row"), (("Text", "Label"), "Text, Label, named"),
+    (("Review Text", "Overall-Rating"), "Review Text, Overall-Rating, named"), (("文本", "标签"), "文本, 标签, named"),
+    (("0", "1"), "0, 1, named"), (None, "2 columns without names, data from the first row on")])
+@pytest.mark.parametrize("ending, delimiter", [("csv", ","), ("tsv", "\t"), ("csv", ";"), ("csv", "\t")])
+def test_a_header_never_becomes_a_record_and_what_was_taken_is_told(header, names, ending, delimiter, tmp_path, capsys):
+    path = table(tmp_path / f"t.{ending}", *([header] if header else []), *LONG, delimiter=delimiter)
+    found = records(path)
+    assert [tuple(record.fields.values()) for record in found] == LONG
+    said = capsys.readouterr().err
+    assert names in said and ("separated by" in said) == ((ending, delimiter) not in (("csv", ","), ("tsv", "\t")))
+    columns = {} if not header or set(header) & {"Text", "0"} else {"field": header[0], "label_field": header[1].upper()}
+    assert [as_labelled(record, **columns) for record in found] == LONG
+    if columns:
+        with pytest.raises(UserError, match="no text and label; it has .*--field and --label-field"):
+            as_labelled(found[0])
+        with pytest.raises(UserError, match="no text; it has .*--field"):
+            as_text(found[0])
+        assert as_text(found[1], header[0].lower()) == LONG[1][0]
+
+
+@pytest.mark.parametrize("rows, header", [
+    ([("name", "word"), ("good", "pos"), ("fine", "neg")], ("name", "word")),             # nothing but the option tells
+    ([("3", "7"), ("The first thing.", "a"), ("The second thing.", "b")], ("3", "7"))])
+def test_the_option_says_what_the_first_row_is(rows, header, tmp_path):
+    path = table(tmp_path / "t.csv", *rows)
+    assert [tuple(r.fields.values()) for r in records(path, header="no")] == rows
+    named = records(path, header="yes")
+    assert [tuple(r.fields.values()) for r in named] == rows[1:] and tuple(named[0].fields) == header
+
+
+def test_a_column_that_was_asked_for_is_a_name(tmp_path):
+    path = table(tmp_path / "t.csv", ("name", "word"), ("good", "pos"), ("fine", "neg"))
+    assert [as_text(r, "Name") for r in records(path, wanted=("Name",))] == ["good", "fine"]
+
+
+def test_tables_of_other_programs(tmp_path):
+    rows = [{"id": "0", "text": "say \"yes\"\tnow", "label": "a"}, {"id": "1", "text": "two\nlines", "label": "b"}]
+    for ending, delimiter in (("csv", ","), ("tsv", "\t")):
+        path = tmp_path / f"p.{ending}"
+        pandas.DataFrame(rows)[["text", "label"]].to_csv(path, sep=delimiter, lineterminator="\r\n", encoding="utf-8-sig")
+        assert [as_labelled(r) for r in records(str(path))] == [(row["text"], row["label"]) for row in rows]
+    with_empty = table(tmp_path / "e.csv", ("text", "note", "label"), ("a b", "", "1"), ("", "", ""), ("c d", "", "0"))
+    assert [as_labelled(r) for r in records(with_empty)] == [("a b", "1"), ("c d", "0")]
+
+
+@pytest.mark.parametrize("line, label", [('{"text": "a", "label": 1}', "1"), ('{"Text": "a", "LABEL": 1.0}', "1"),
+                                         ('{"sentence": "a", "class": " x "}', "x"), ('{"text": "a", "label": 0}', "0")])
+def test_labels_of_json(line, label, tmp_path):
+    (record,) = records(write(tmp_path / "a.jsonl", line))
+    assert as_labelled(record) == ("a", label)
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"text": "a", "label": null}', "label is None"), ('{"text": "a", "label": ["x"]}', r"label is \['x'\]"),
+    ('{"text": "a", "label": ""}', "label is ''"), ('{"text": " ", "label": "x"}', "text is empty"),
+    ('{"text": "a", "id": 5}', "no text and label; it has text, id"), ('{"text": 3, "label": "x"}', "no text under 'text'")])
+def test_labels_that_are_none(line, words, tmp_path):
+    (record,) = records(write(tmp_path / "a.jsonl", line))
+    with pytest.raises(UserError, match="a.jsonl:1: .*" + words):
+        as_labelled(record)
+
+
+def test_a_record_without_the_field_is_named(tmp_path):
+    first, second = records(write(tmp_path / "a.jsonl", '{"text": "a"}\n{"title": "b"}\n'))
+    assert as_text(first) == "a"
+    with pytest.raises(UserError, match="a.jsonl:2: no text; it has title"):
+        as_text(second)
+    with pytest.raises(UserError, match="a.jsonl:2: no text under 'text', which --field asks for; it has title"):
+        as_text(second, "text")
 
 
 def test_conll(tmp_path):
@@ -89,6 +171,11 @@ def test_huggingface_dataset_reads_as_its_records(tmp_path):
     ("latin1.txt", "café\n".encode("latin-1"), "not UTF-8 .*column 4"),
     ("uneven.tsv", "a\t1\nb\n", ":2: 1 columns where the file began with 2"),
     ("uneven.csv", "a,1\nb,2,3\n", ":2: 3 columns where the file began with 2"),
+    ("twice.csv", "text,Label,label\na,b,c\n", ":1: two columns are named 'Label'"),
+    ("joined.csv", "text,label\na,b\ntext,label\n", ":3: the names of the columns again"),
+    ("unclear.csv", "good,pos\nbad,neg\n", "good, pos, may be names of columns or data: say --header yes or no"),
+    ("quotes.csv", 'text,label\n"a,b\n', "quotes.csv:2: unexpected end of data"),
+    ("more.csv", "text,label,\na,b\n", ":2: 2 columns where the file began with 3"),
     ("uneven.conll", "EU B-ORG\nrejects\n", ":2: 1 columns"),
     ("broken.jsonl", '{"text": "a"}\n{"text": \n', ":2: not JSON"),
     ("list.jsonl", "[1]\n", "must be a JSON object"),

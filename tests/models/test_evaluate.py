@@ -107,7 +107,7 @@ def test_prompt_can_be_seen_and_changed(model, tmp_path, capsys):
 
 @pytest.mark.parametrize("content, task, says", [
     (b"", "perplexity", "is empty"), (b"\0\1", "perplexity", "binary"), (b"\xff\xfe text", "perplexity", "not UTF-8"),
-    (b"a\tb\nc\n", "classify", "line 2 has 1 columns"), (b'{"data": 3}', "qa", "not in the format of task qa"),
+    (b"a\t1\nc\n", "classify", "line 2 has 1 columns"), (b'{"data": 3}', "qa", "not in the format of task qa"),
     (b'{"text": "x"}\n', "summarize", "no 'summary'"),
     (b"good\t1\nbad\t0\nodd\t7\nx\t1\ny\t0\nz\t1\n", "classify", "label '7' has no words"),
     (b"good\t1\n", "classify", "too few")])
@@ -138,3 +138,16 @@ def test_a_rare_odd_line_is_left_out_and_said(tmp_path, capsys):
     (tmp_path / "t.tsv").write_text("a\tb\n" * 150 + "a\tb\tc\n", "utf-8")
     assert len(tasks.read_examples("translate", tmp_path / "t.tsv")) == 150
     assert "line 151" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, header", [("t.tsv", None), ("t.tsv", ("review", "sentiment")), ("t.csv", ("Label", "Sentence")),
+                                          ("t.tsv", ("sentence", "label"))])
+def test_a_header_is_no_example(name, header, tmp_path, capsys):
+    rows = [("one long string", "0"), ("fine\u2028all the same", "1"), ("not at all", "0"), ("it moves me", "1")]
+    if header and header[0] == "Label":
+        rows = [row[::-1] for row in rows]
+    separator = "," if name.endswith("csv") else "\t"
+    (tmp_path / name).write_text("".join(separator.join(row) + "\r\n" for row in ([header] if header else []) + rows), "utf-8")
+    examples = tasks.read_examples("classify", tmp_path / name)
+    assert [(e.fields["sentence"], e.answers[0]) for e in examples] == [tuple(sorted(row, reverse=True)) for row in rows]
+    assert f"{name}: {'columns' if header else '2 columns without names'}" in capsys.readouterr().err

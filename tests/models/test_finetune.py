@@ -254,3 +254,19 @@ def test_weights_frozen_in_bf16_let_go_of_the_file(parts, tmp_path):
     assert mapped()
     model = add_lora(decoder, rank=4, alpha=8.0, source=source, frozen=torch.bfloat16)
     assert model is not None and not mapped()
+
+
+def test_columns_are_named_in_any_case_and_no_header_becomes_a_label(parts, tmp_path, capsys):
+    rows = [f'"good, fine {i}",up' if i % 2 else f"bad poor {i},down" for i in range(12)]
+    (tmp_path / "t.csv").write_text("\ufeff" + "\r\n".join(["Review,Mood", *rows]), "utf-8")
+    command = [str(parts[0]), "-o", str(tmp_path / "out"), "--batch", "4", "--steps", "1", "--task", "classify", "--data",
+               str(tmp_path / "t.csv"), "--valid", str(tmp_path / "t.csv")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "columns Review, Mood, named by the first row" in said
+    assert "t.csv:2: no text and label; it has Review, Mood: name them with --field and --label-field" in said
+    assert main([*command, "--field", "review", "--label-field", "MOOD"]) == 0
+    assert "12 training and 12 validation examples" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("text,label\ngood it is,up\nfine it is,up\n")
+    assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 2
+    assert "every example has the label up" in capsys.readouterr().err
