@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +35,9 @@ from compress.static_scale import static_scale
 from models.checkpoint import Checkpoint
 from models.decoder import Layer
 from models.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
+from models.safetensors_file import save_tensors
 from runtime.errors import UserError
+from runtime.files import new_file
 
 DESCENTS = 2
 PART = 1 << 23            # weights whose codes are chosen at once: what GPTQ holds in copies
@@ -95,9 +97,8 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: 
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
             tensors = _layer(walk, number, plan, method, folds, negative)
-            partial = file.with_suffix(".partial")
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            partial.replace(file)
+            with new_file(file) as partial:
+                save_tensors(partial, tensors)
         else:
             tensors = load_file(file)
             walk.step(_restored(walk, number, tensors, formats))

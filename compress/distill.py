@@ -31,7 +31,7 @@ from compress.on_policy import OnPolicy
 from compress.recover import TEACHER_CACHE
 from compress.teacher import build_cache, frozen_decoder
 from models import lineage
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import Blocks, DataOptions, build_corpus
 from models.decoder import Decoder
 from models.presets import preset
@@ -235,7 +235,7 @@ def _save(source: Checkpoint, options: Options, inputs: dict, distiller: Distill
     student = distiller.student
     stage = lineage.stage("compress.distill", options, inputs, metrics, options.seed)
     hf_config = source.hf_config if student.config == source.config else student.config.to_hf()
-    write_checkpoint(folder, hf_config, student.state_dict().items(), source.path, stage)
+    fill_checkpoint(folder, hf_config, student.state_dict().items(), source.path, stage)
 
 
 def main(argv=None) -> int:

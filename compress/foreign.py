@@ -17,7 +17,6 @@ no contiguous groups can hold; pickles; asymmetric compressed-tensors.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from models.decoder import tensor_shapes
 from models.quantized import Quantization, QuantizedTensor
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import read_json
 
 EXAMPLES = """examples:
   python -m compress.foreign downloads/SmolLM2-135M-GPTQ -o build/smollm2-gptq
@@ -150,11 +150,8 @@ def _scheme(config: dict) -> tuple[str, int, int]:
 def adopt(options: Options) -> None:
     """Run the stage. Raises UserError for a checkpoint that cannot be read so; then nothing is written."""
     folder = options.checkpoint
-    try:
-        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = hf_config.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
+    hf_config = read_json(folder / "config.json", strict=False)
+    quantization = hf_config.get("quantization_config") or {}
     if not quantization:
         raise UserError(f"{folder} is not quantized: compress.quantize reads it as it is")
     if quantization.get("quant_method") == "edgewright":

@@ -9,13 +9,13 @@ the characters are learned from; the document at the border is cut between two w
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 from models.data import DataOptions, read_documents
 from models.data_formats import find_sources
 from runtime.errors import UserError
+from runtime.files import new_file
 
 HELD_OUT = 0.1
 
@@ -23,9 +23,8 @@ HELD_OUT = 0.1
 def split_text(options: DataOptions, folder: Path) -> tuple[Path, Path]:
     """Write the two sides into `folder`. Raises UserError for data that cannot be used, or too short to split."""
     sides = folder / "learn.jsonl", folder / "held-out.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = [side.with_suffix(".partial") for side in sides]
-    with open(partial[0], "w", encoding="utf-8") as learn, open(partial[1], "w", encoding="utf-8") as judge:
+    with (new_file(sides[1]) as judged, new_file(sides[0]) as learned,            # the last to appear says that both are there
+          open(learned, "w", encoding="utf-8") as learn, open(judged, "w", encoding="utf-8") as judge):
         for source in find_sources(options.data):
             characters = sum(map(len, read_documents(options, [source], Counter(), "measure")))
             left = round(characters * (1 - HELD_OUT))
@@ -35,10 +34,8 @@ def split_text(options: DataOptions, folder: Path) -> tuple[Path, Path]:
                 for file, part in ((learn, first), (judge, second)):
                     if part.strip():
                         file.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
-    for side, written in zip(sides, partial):
-        if not written.stat().st_size:
+        if not learn.tell() or not judge.tell():
             raise UserError(f"{options.data[0]}: too little text to hold a tenth of it out: give more, or --valid FILES")
-        os.replace(written, side)
     return sides
 
 

@@ -11,7 +11,6 @@ own; it depends on what else the machine does.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from models.data_formats import as_text, find_sources, read_records
 from models.fidelity import Window, cut_windows, measure
 from models.torch_backend import TorchBackend
 from runtime.cli import table
+from runtime.files import read_json
 
 WINDOW = 512
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 64, 3
@@ -65,7 +65,7 @@ def measure_speed(folder: Path, work: Path) -> dict:
             if done.returncode:
                 print(f"no speed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 return {"decode_tokens_per_s": None}
-        return {"decode_tokens_per_s": json.loads(figures.read_text())["decode_tokens_per_s"]}
+        return {"decode_tokens_per_s": read_json(figures)["decode_tokens_per_s"]}
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
         figures.unlink(missing_ok=True)

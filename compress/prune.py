@@ -9,10 +9,7 @@ another: stages compose. What was lost comes back in part by training afterwards
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +30,7 @@ from models.data import DataOptions, build_corpus
 from models.decoder import tensor_shapes
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import LARGEST_TOKENIZER, read_json
 
 CHANNELS = 32             # groups of later quantization divide what --keep leaves of the stream
 EXAMPLES = """examples:
@@ -194,12 +192,12 @@ def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
 
 
 def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:
-    """Writes the result itself: tokenizer files change with the tensors, inside one temporary folder."""
+    """Writes the result itself: tokenizer files change with the tensors."""
     config, file = checkpoint.config, checkpoint.path / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{checkpoint.path} has no tokenizer.json to trim")
     corpus = build_corpus(options, options.data, file, eos=config.eos_token_ids[0] if config.eos_token_ids else 0)
-    kept = vocabulary.plan(json.loads(file.read_text("utf-8")), vocabulary.count_tokens(np.asarray(corpus.tokens)), options.tokens)
+    kept = vocabulary.plan(read_json(file, largest=LARGEST_TOKENIZER), vocabulary.count_tokens(np.asarray(corpus.tokens)), options.tokens)
     if len(kept) >= config.vocab_size:
         raise UserError(f"the data uses all {config.vocab_size} tokens: give --tokens, or other data")
     kept = [i for i in kept if i < config.vocab_size]
@@ -210,20 +208,8 @@ def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:
                      eos_token_ids=tuple(vocabulary.renumbered(list(config.eos_token_ids), new)))
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     tensors = ((name, checkpoint.read(name)[rows] if name in tables else checkpoint.read(name)) for name in checkpoint.names())
-    # write_checkpoint copies the companions of a source folder: give it one with the files already rewritten.
-    source = options.out.with_name(f".{options.out.name}.{os.getpid()}.tokenizer")
-    try:
-        source.mkdir(parents=True)
-        for companion in checkpoint.path.iterdir():
-            if companion.suffix in (".json", ".jinja") and "safetensors" not in companion.name:
-                shutil.copyfile(companion, source / companion.name)
-        vocabulary.rewrite_files(source, kept)
-        stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, {"vocab_size": len(kept)})
-        write_checkpoint(options.out, config.to_hf(), tensors, source, stage)
-    except OSError as error:
-        raise UserError(f"{options.out} could not be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(source, ignore_errors=True)
+    stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, {"vocab_size": len(kept)})
+    write_checkpoint(options.out, config.to_hf(), tensors, checkpoint.path, stage, lambda folder: vocabulary.rewrite_files(folder, kept))
     return config
 
 

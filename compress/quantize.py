@@ -49,6 +49,7 @@ from models.quantized import KINDS, Quantization, QuantizedTensor, TensorFormat
 from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import lock
 from runtime.machine import peak_rss_mb
 
 FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
@@ -110,7 +111,11 @@ def quantize(options: Options) -> None:
     # What is trained afterwards waits beside the result, so that an interrupted run has its codes already.
     plan = asdict(replace(options, out=Path(), recover=0, recover_rate=0.0))
     sources = [source_digest(source) for source in find_sources(options.data)]
-    coded = _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded")
+    with lock(options.out):
+        _quantize_and_recover(options, _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded"))
+
+
+def _quantize_and_recover(options: Options, coded: Path) -> None:
     if not coded.exists():
         _write_codes(replace(options, out=coded, recover=0))
     reading = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
@@ -166,9 +171,10 @@ def _write_codes(options: Options) -> None:
         work = _work_folder(options, inputs, plan)
         tensors = calibrated(checkpoint, ids, plan, options.method, work, tuple(FOLDS[name] for name in options.fold),
                              found and found.vocabulary, BACKENDS[options.backend].negative_scales)
-    write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
-    if work:
-        shutil.rmtree(work)
+    with lock(options.out):
+        write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
+        if work:
+            shutil.rmtree(work)
 
     result = open_checkpoint(options.out)
     after = {"bytes": sum(result.nbytes(name) for name in result.names())}

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import tomllib
 import types
 import typing
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from runtime.errors import UserError
+from runtime.files import read_toml
 
 STAGES = ("quantize", "prune", "distill", "recover", "teacher")
 FILLED = ("checkpoint", "student", "teacher", "out", "data", "resume")
@@ -65,10 +65,7 @@ def open_recipe(name: str | Path) -> Recipe:
             raise UserError(f"no recipe {str(name)!r}{_nearest(str(name), names)}: give a .toml file, or one of "
                             f"{', '.join(names)}")
         file = SHIPPED / f"{name}.toml"
-    try:
-        data = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a recipe ({error})") from None
+    data = read_toml(file)
     for key in data:
         if key not in ("about", "stages"):
             raise UserError(f"{file}: {key!r} is no part of a recipe{_nearest(key, ('about', 'stages'))}")

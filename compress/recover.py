@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -44,9 +43,11 @@ from models.data import DataOptions
 from models.decoder import Decoder
 from models.quantized import QuantizedTensor
 from models.optimizer import learning_rate
+from models.safetensors_file import save_tensors
 from models.teacher_cache import TeacherCache
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import lock, new_file, parse_json
 
 TEACHER_CACHE = Path("~/.cache/edgewright/teacher")
 SAVED = 10                # steps from one saved state to the next
@@ -167,9 +168,8 @@ def _save(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor], los
     for number, parameter in enumerate(parameters):
         tensors |= {f"{number}.{name}": value.contiguous() for name, value in optimizer.state[parameter].items()}
         tensors[f"{number}.value"] = parameter.detach().contiguous()
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"losses": json.dumps(losses)})
-    partial.replace(file)
+    with new_file(file) as partial:
+        save_tensors(partial, tensors, {"losses": json.dumps(losses)})
 
 
 def _load(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor]) -> list[float]:
@@ -177,7 +177,7 @@ def _load(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor]) -> 
         for number, parameter in enumerate(parameters):
             parameter.data.copy_(saved.get_tensor(f"{number}.value"))
             optimizer.state[parameter] = {name: saved.get_tensor(f"{number}.{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-        return json.loads(saved.metadata()["losses"])
+        return parse_json(saved.metadata()["losses"])
 
 
 def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
@@ -233,7 +233,11 @@ def recover(options: Options) -> None:
     seen = options.batch * (options.steps + options.weights)             # no more than the steps will look at
     ids = corpus_windows(teacher, options, min(options.windows, seen), length)
     cache = build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top)
+    with lock(options.out):
+        _train(options, checkpoint, teacher, cache)
 
+
+def _train(options: Options, checkpoint: Checkpoint, teacher: Checkpoint, cache: TeacherCache) -> None:
     decoder, coded = student_of(checkpoint)
     gains = [p for name, p in decoder.named_parameters() if p.ndim == 1 and "norm" in name]
     factors = [module.log_factor for module in coded.values()]

@@ -29,12 +29,13 @@ from compress.mixed import BACKENDS
 from compress.recipe import Recipe, Stage, command_line, open_recipe, shipped
 from compress.recover import TEACHER_CACHE
 from models import lineage
-from models.checkpoint import open_checkpoint, replace_folder
+from models.checkpoint import open_checkpoint
 from models.data import DataOptions
 from models.data_formats import find_sources, source_digest
 from models.trainer import TrainerOptions
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import lock, new_folder, read_json, restored, write
 
 EXAMPLES = """examples:
   python -m compress.run --list
@@ -71,6 +72,11 @@ def compress(options: Options) -> int:
     if options.eval_windows < 1:
         raise UserError(f"--eval-windows is {options.eval_windows}, which should be at least 1")
     recipe = overridden(open_recipe(options.recipe), options)
+    with lock(options.out):
+        return _run_stages(options, recipe)
+
+
+def _run_stages(options: Options, recipe: Recipe) -> int:
     original = open_checkpoint(options.model).sha256()
     if not (options.model / "tokenizer.json").is_file():
         raise UserError(f"{options.model} has no tokenizer.json, which reading text needs")
@@ -135,7 +141,7 @@ def _result(folder: Path, stage: Stage) -> Path:
 def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text: DataOptions, read: str) -> int:
     """Run one stage by its command line; returns its exit code. `read` names the checkpoint and the windows it reads."""
     out = folder / "checkpoint"
-    resume = (out / "last").exists() or (out / "last.old").exists()
+    resume = restored(out / "last").exists()
     if not resume:
         shutil.rmtree(out, ignore_errors=True)                  # a training run that was killed before its first save
     filled = {"checkpoint": current, "student": current, "teacher": options.model, "out": out, "resume": resume,
@@ -155,7 +161,7 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
     """A rung's figures, kept in its folder and measured only where they are not there or the text to judge on changed."""
     file = folder / "figures.json"
     folder.mkdir(parents=True, exist_ok=True)
-    figures = json.loads(file.read_text()) if file.is_file() else {}
+    figures = read_json(file) if file.is_file() else {}
     judged_on = _hash([[source_digest(source) for source in find_sources(judged)], options.eval_windows])
     before = dict(figures)
     if figures.get("judged_on") != judged_on:
@@ -165,25 +171,16 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
     if options.speed and "decode_tokens_per_s" not in figures:
         figures |= measure_speed(checkpoint, folder)
     if figures != before:
-        temporary = file.with_suffix(".partial")
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-        temporary.replace(file)
         if original is not None:
             lineage.add_metrics(checkpoint, {"ladder": figures})
+        write(file, json.dumps(figures, indent=1) + "\n")        # last: with it, the rung counts as measured
     return figures
 
 
 def _publish(checkpoint: Path, out: Path) -> None:
     """Copy a checkpoint to `out`, replacing an older one only when the new one is whole."""
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns("training_state"))
-        replace_folder(partial, out, old)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as folder:
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"), dirs_exist_ok=True)
 
 
 def _hash(value) -> str:

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +37,9 @@ from compress.gptq import activation_order, factorize
 from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
 from models.checkpoint import Checkpoint, load_decoder
 from models.quantized import TensorFormat
+from models.safetensors_file import save_tensors
 from runtime.errors import UserError
+from runtime.files import new_file, parse_json
 
 VERSION = 1
 TOP_ROWS, SAMPLED_ROWS = 48, 64
@@ -56,16 +57,15 @@ class Sensitivity:
     def save(self, file: Path) -> None:
         table = {module: [asdict(form) | {"damage": value} for form, value in row.items()] for module, row in self.damage.items()}
         header = {"version": VERSION, "checkpoint": self.checkpoint, "damage": table}
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(self.vocabulary, partial, metadata={"sensitivity": json.dumps(header)})
-        partial.replace(file)
+        with new_file(file) as partial:
+            save_tensors(partial, self.vocabulary, {"sensitivity": json.dumps(header)})
 
     @classmethod
     def load(cls, file: Path, checkpoint: str) -> Sensitivity:
         """Raises UserError where the file is none, or was measured on another checkpoint."""
         try:
             with safe_open(file, "pt") as opened:
-                header = json.loads((opened.metadata() or {})["sensitivity"])
+                header = parse_json((opened.metadata() or {})["sensitivity"])
                 vocabulary = {module: opened.get_tensor(module) for module in opened.keys()}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{file} is not a sensitivity file ({error}): remove it to measure again") from None

@@ -16,7 +16,6 @@ what a student is ever near. A cache that something nearly lossless is judged ag
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ from models.decoder import Decoder, KVCache
 from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, write_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import lock, read_json
 
 VERSION = 3                       # of the arrays and their state; part of the name
 ROWS = 64                         # tokens whose logits are in memory at once: memory that the allocator uses again
@@ -63,12 +63,13 @@ def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision
     key = hashlib.sha256(f"{VERSION} {checkpoint.sha256()} {k} {windows} {tokens} {precision}".encode())
     key.update(ids.numpy().tobytes())
     place = folder / key.hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    finished = json.loads((place / STATE).read_text())["done"] if is_cache(place) else 0
-    if finished < windows:
-        _build(teacher, place, ids, finished, {
-            "windows": windows, "tokens": tokens, "k": k, "vocabulary": vocabulary, "teacher": teacher.name,
-            "tokenizer": tokenizer_digest(teacher), "precision": precision})
+    with lock(place, wait=True):                # two stages may want the same predictions at once
+        place.mkdir(parents=True, exist_ok=True)
+        finished = read_json(place / STATE)["done"] if is_cache(place) else 0
+        if finished < windows:
+            _build(teacher, place, ids, finished, {
+                "windows": windows, "tokens": tokens, "k": k, "vocabulary": vocabulary, "teacher": teacher.name,
+                "tokenizer": tokenizer_digest(teacher), "precision": precision})
     return open_cache(place)
 
 

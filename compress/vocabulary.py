@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError
+from runtime.files import LARGEST_TOKENIZER, read_json
 
 
 
@@ -104,7 +105,7 @@ def rewrite_files(folder: Path, kept: list[int]) -> None:
 
 def _rewrite(file: Path, change) -> None:
     if file.is_file():
-        text = json.dumps(change(json.loads(file.read_text("utf-8"))), ensure_ascii=False, indent=1)
+        text = json.dumps(change(read_json(file, largest=LARGEST_TOKENIZER)), ensure_ascii=False, indent=1)
         file.write_text(text + "\n", "utf-8")
 
 

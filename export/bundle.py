@@ -1,8 +1,8 @@
 """Write a bundle: the folder an app ships. Reading one is `runtime/bundle.py`; the format is in the README.
 
 A new bundle is written into a temporary sibling and renamed into place. A file is added to an existing one (a graph,
-an engine, golden outputs) in an order that never leaves a manifest that disagrees with the files: it is written as
-NAME.part, then renamed, then `manifest.json` is replaced; where a file of that name was listed before, a manifest
+an engine, golden outputs) in an order that never leaves a manifest that disagrees with the files: it is written beside
+its name, then renamed, then `manifest.json` is replaced; where a file of that name was listed before, a manifest
 without it comes first. So whatever interrupts this, the bundle opens, with the new file or without.
 
 `WeightsWriter` writes `weights.bin` as a stream: one tensor in memory at a time, each aligned to 64 bytes (a vector
@@ -14,16 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from export.graph import StoredTensor
-from models.checkpoint import Checkpoint, replace_folder
+from models.checkpoint import Checkpoint
+from runtime import files
 from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
 from runtime.errors import UserError
 from runtime.template import template_source
@@ -75,23 +75,13 @@ def check_output(out: Path) -> None:
         raise UserError(f"{out} exists and is not a bundle: choose another folder, or remove it")
 
 
-@contextmanager
-def new_bundle(out: Path) -> Iterator[Path]:
+def new_bundle(out: Path) -> AbstractContextManager[Path]:
     """A temporary folder beside `out` that takes its place when the block ends without an error.
 
     Raises UserError where the target cannot be replaced or the disk is full; then nothing at `out` has changed.
     """
     check_output(out)
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)          # left by a killed run
-        partial.mkdir(parents=True)
-        yield partial
-        replace_folder(partial, out, old)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return files.new_folder(out)
 
 
 def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict, lineage: list[dict]) -> dict:
@@ -129,13 +119,7 @@ def compact_tokenizer(data: dict) -> dict:
 
 def read_json(path: Path) -> dict:
     """An optional JSON file of a checkpoint; {} where there is none. Raises UserError where it is no JSON object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): mend it or remove it") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__}, where a JSON object should be: mend it or remove it")
-    return data
+    return files.read_json(path, mend="mend it or remove it", largest=files.LARGEST_TOKENIZER) if path.is_file() else {}
 
 
 def stored_tensors(manifest: dict) -> dict[str, StoredTensor]:
@@ -155,20 +139,13 @@ def add_file(folder: Path, manifest: dict, name: str, data) -> None:
     manifest: the new one, which names the file already; its entry in "files" is added here.
     Raises UserError where the disk is full or the folder cannot be written; the bundle stays as it was.
     """
-    part = folder / f"{name}.part"
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
+    with files.new_file(folder / name) as part:
         part.write_bytes(data)
         manifest["files"][name] = file_entry(part)
-        previous = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        previous = files.read_json(folder / MANIFEST)
         if name in previous["files"]:
             write_manifest(folder, without_file(previous, name))
-        os.replace(part, folder / name)
-        write_manifest(folder, manifest)
-    except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_manifest(folder, manifest)
 
 
 def without_file(manifest: dict, name: str) -> dict:
@@ -181,9 +158,7 @@ def without_file(manifest: dict, name: str) -> dict:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Replace manifest.json atomically."""
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / MANIFEST)
+    files.write(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
 
 
 def file_entry(path: Path) -> dict:

@@ -13,7 +13,6 @@ question-answering (start_logits, end_logits). The graph is fp32, and `export.tr
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import shutil
 import warnings
@@ -22,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.checkpoint import replace_folder
 from runtime.errors import CheckFailed, UserError
+from runtime.files import new_folder, read_json
 
 OUTPUTS = {"feature-extraction": ("last_hidden_state",), "sentence-similarity": ("sentence_embedding",),
            "text-classification": ("logits",), "token-classification": ("logits",),
@@ -48,10 +47,7 @@ def export_encoder(folder: Path, out: Path, task: str | None) -> None:
         raise UserError(f"{out} exists and holds no {GRAPH}: choose another folder, or remove it")
     model = _Headed(load(folder, task), task).eval()
     inputs = dummy_inputs(model.model, task, batch=2, length=16)
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)           # left by a killed run
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         _write_graph(model, inputs, OUTPUTS[task], partial / GRAPH)
         worst = max(difference(model, shape, partial / GRAPH) for shape in (
             inputs, dummy_inputs(model.model, task, batch=3, length=7, padding=2)))
@@ -60,11 +56,6 @@ def export_encoder(folder: Path, out: Path, task: str | None) -> None:
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
-        replace_folder(partial, out, old)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = (out / GRAPH).stat().st_size
     print(f"{out / GRAPH}: {task}, inputs {', '.join(inputs)}, outputs {', '.join(OUTPUTS[task])}, {size / 1e6:.1f} MB; "
           f"largest difference to PyTorch {worst:.1e}")
@@ -73,17 +64,14 @@ def export_encoder(folder: Path, out: Path, task: str | None) -> None:
 def is_encoder(folder: Path) -> bool:
     """Whether a checkpoint's architecture is one of BERT's kin, by its configuration."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / "config.json", strict=False).get("model_type") in MODEL_TYPES
+    except UserError:
         return False                                         # the decoder's reader says what is wrong with it
 
 
 def task_of(folder: Path) -> str:
     """The task that a checkpoint's architecture was made for."""
-    try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error})") from None
+    architectures = read_json(folder / "config.json", strict=False).get("architectures") or [""]
     head = next((task for name, task in ARCHITECTURES.items() if architectures[0].endswith(name)), None)
     pooled = (folder / "1_Pooling").is_dir() and "sentence-similarity"
     return head or pooled or "feature-extraction"

@@ -35,6 +35,7 @@ from models.config import ModelConfig
 from runtime.bundle import open_bundle
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import sole_writer
 
 GRAPH = "fast.onnx"
 BLOCKS = (32, 16)                 # inputs that share a scale in the table's MatMulNBits (64: no faster, KL a third more)
@@ -50,6 +51,7 @@ class Options:
     bundle: Path = arg(positional=True, help="folder of the bundle")
 
 
+@sole_writer("bundle")
 def add_fast_graph(options: Options) -> None:
     """Run the stage. Raises UserError for a bundle that cannot be opened, has no portable graph, or whose heads do not fit."""
     opened = open_bundle(options.bundle)

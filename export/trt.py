@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from export.trt_build import Settings, build, load_backend, predicted_bytes, tar
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import lock
 from runtime.machine import available_memory
 
 ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
@@ -95,8 +97,9 @@ def compile(options: Options) -> None:
     _refuse_faults(model, path, settings)
     _refuse_memory(model, path)
     for capacity in _capacities(options, model, bundle):
-        _one(options, settings, path, bundle, capacity)
-        bundle = open_bundle(bundle.folder) if bundle else None
+        with lock(bundle.folder) if bundle else nullcontext():
+            bundle = open_bundle(bundle.folder) if bundle else None
+            _one(options, settings, path, bundle, capacity)
 
 
 def _one(options, settings, path, bundle, capacity) -> None:

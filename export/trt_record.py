@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import onnx
@@ -21,6 +20,7 @@ from onnx import TensorProto
 
 from export import bundle as bundles
 from export.trt_build import Engine, Profile, Settings, load_backend, shape_of
+from runtime import files
 from runtime.bundle import Bundle
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
@@ -31,7 +31,7 @@ COMPRESSION = 1                  # of gzip: the weights do not compress, the tex
 def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: Path, profiles: list[Profile],
            capacity: int | None) -> dict:
     """The facts of one build. source: the ONNX file; its external data is hashed too."""
-    files = [source.name, *sorted({e.value for t in model.graph.initializer for e in t.external_data
+    sources = [source.name, *sorted({e.value for t in model.graph.initializer for e in t.external_data
                                    if e.key == "location"})]
     constants = {t.name for t in model.graph.initializer}
     return {
@@ -41,7 +41,7 @@ def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: P
         "inputs": [_described(i) for i in model.graph.input if i.name not in constants],
         "outputs": [_described(o) for o in model.graph.output],
         "bytes": len(engine.plan), "build_s": round(engine.seconds, 2), "peak_rss_mb": round(peak_rss_mb()),
-        "source": {name: _sha256(source.parent / name) for name in files},
+        "source": {name: _sha256(source.parent / name) for name in sources},
         "layers": engine.layers, "native_layers": engine.native,
     }
 
@@ -54,27 +54,18 @@ def record_name(engine: str) -> str:
 def check_writable(out: Path) -> None:
     """Refuse before the build a place where the engine could not be written."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(out.name + ".part")
-        probe.touch()
-        probe.unlink()
-        if out.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another place with -o") from None
+        with files.lock(out):
+            pass
+    except UserError as error:
+        raise UserError(f"{error}; choose another place with -o") from None
+    if out.is_dir():
+        raise UserError(f"{out} could not be written (it is a folder); choose another place with -o")
 
 
 def write(out: Path, plan: bytes, facts: dict) -> None:
     """Engine and record side by side; each is complete or not there."""
     for path, data in ((out, packed(out.name, plan)), (out.with_name(record_name(out.name)), _text(facts))):
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_bytes(data)
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"{path} could not be written ({error.strerror or error})") from None
-        finally:
-            part.unlink(missing_ok=True)
+        files.write(path, data)
 
 
 def add_to_bundle(bundle: Bundle, name: str, plan: bytes, facts: dict) -> dict:
@@ -97,12 +88,10 @@ def inspect(engine: Path) -> str:
     if not engine.is_file():
         raise UserError(f"{engine}: no such file; give an engine that `python -m export.trt` wrote")
     path = engine.with_name(record_name(engine.name))
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        backend = facts["backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: the engine's record cannot be read ({getattr(error, 'strerror', None) or error}); give an "
-                        "engine that `python -m export.trt` wrote, with its record beside it") from None
+    mend = "give an engine that `python -m export.trt` wrote, with its record beside it"
+    facts = files.read_json(path, mend=mend)
+    if not isinstance(backend := facts.get("backend"), str):
+        raise UserError(f"{path}: the engine's record names no backend; {mend}")
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
     try:
         lines.append(_layer_information(backend, engine))

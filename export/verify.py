@@ -45,6 +45,7 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.cli import arg, run, table
 from runtime.decode import prefill, step
 from runtime.errors import CheckFailed, UserError
+from runtime.files import sole_writer
 from runtime.machine import available_cpus
 from runtime.text import Tokenizer
 from runtime.verify import open_rung, rungs
@@ -80,6 +81,7 @@ class Comparison:
     near_tie: np.ndarray          # it is, and PyTorch's first two were closer than the noise
 
 
+@sole_writer("bundle")
 def verify(options: Options) -> None:
     """Run the stage. Raises UserError for input that does not belong together, CheckFailed past a budget."""
     checkpoint, bundle = open_checkpoint(options.checkpoint), open_bundle(options.bundle)

@@ -9,46 +9,39 @@ They are no transformers: `models.checkpoint` and everything built on it refuse 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from models import lineage
+from models.safetensors_file import save_tensors
 from runtime.errors import UserError
+from runtime.files import read_json, write
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def write_baseline(out: Path, config: dict, tensors: dict[str, torch.Tensor], tokenizer: Path, stage: dict) -> None:
-    """Write the folder `out`, which must not exist; it appears when it is whole."""
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                  temporary / "model.safetensors")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / name)
-        lineage.write(temporary, [*lineage.read(tokenizer), stage])
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def write_baseline(folder: Path, config: dict, tensors: dict[str, torch.Tensor], tokenizer: Path, stage: dict) -> None:
+    """Write the files into `folder`. Raises OSError where the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", tensors)
+    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    lineage.write(folder, [*lineage.read(tokenizer), stage])
 
 
 def read_baseline(path: Path | str, model_type: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, tensors) of a folder. Raises UserError where it is not a whole folder of that kind."""
     path = Path(path)
+    config = read_json(path / "config.json")
+    if config.get("model_type") != model_type:
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, where {model_type!r} is needed")
     try:
-        config = json.loads((path / "config.json").read_text())
-        if config.get("model_type") != model_type:
-            raise UserError(f"{path}: model_type is {config.get('model_type')!r}, where {model_type!r} is needed")
         return config, load_file(path / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as {model_type}: {error}") from None

@@ -6,8 +6,9 @@ what changed. Heuristics, and meant as such: they are compared with themselves, 
 
 from __future__ import annotations
 
-import json
 import re
+
+from runtime.files import parse_json
 
 _REFUSAL = re.compile(r"\b(i('m| am) (sorry|unable|not able)|i (can('|no)t|cannot|won't|will not) (help|assist|provide|answer|do|fulfill)|"
                       r"as an ai\b|it('s| is) not appropriate)|抱歉|对不起|無法|无法(提供|回答|帮助)", re.IGNORECASE)
@@ -42,6 +43,6 @@ def valid_json(reply: str) -> bool:
     """Whether the reply is a JSON object or array, alone or inside one code fence."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?```\s*", reply, re.DOTALL)
     try:
-        return isinstance(json.loads(fenced.group(1) if fenced else reply), (dict, list))
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(fenced.group(1) if fenced else reply), (dict, list))
+    except ValueError:
         return False

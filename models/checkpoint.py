@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from models.quantized import Quantization, QuantizedTensor, unpack
 from models.safetensors_file import write_safetensors
 from models.weight_names import Part, decoder_names, publish_gpt2
 from runtime.errors import UserError
+from runtime.files import new_folder, read_json, restored
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -123,13 +124,13 @@ class Checkpoint:
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a Hugging Face folder and check it whole. Raises UserError for anything that cannot be used."""
-    path = Path(path)
+    path = restored(Path(path))
     if not path.is_dir():
         hint = ": turn a GGUF file into a checkpoint with python -m models.get" if path.suffix == ".gguf" else ""
         raise UserError(f"{path} is not a checkpoint folder{hint}" if path.exists() else f"{path} does not exist")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} has no {CONFIG}: a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
-    hf_config = _json_object(path / CONFIG)
+    hf_config = read_json(path / CONFIG, strict=False)
     try:
         config = ModelConfig.from_hf(hf_config)
         quantization = (Quantization.from_dict(hf_config["quantization_config"])
@@ -180,71 +181,51 @@ def check_output(out: Path | str, source: Path | str | None = None) -> None:
 
 
 def write_checkpoint(out: Path | str, hf_config: dict, tensors: Iterable[tuple[str, torch.Tensor]],
-                     source: Path | str | None, stage: dict) -> None:
-    """Write a checkpoint folder, replacing an older one only when the new one is whole.
+                     source: Path | str | None, stage: dict, companions: Callable[[Path], None] | None = None) -> None:
+    """Write a checkpoint folder, replacing an older one only when the new one is whole. Arguments: see fill_checkpoint.
+
+    Raises UserError where the target cannot be replaced or the disk is full.
+    """
+    check_output(out, source)
+    try:
+        with new_folder(out) as folder:
+            fill_checkpoint(folder, hf_config, tensors, source, stage, companions)
+    finally:
+        if hasattr(tensors, "close"):           # a generator's progress bar ends its line before an error is told
+            tensors.close()
+
+
+def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, torch.Tensor]],
+                    source: Path | str | None, stage: dict, companions: Callable[[Path], None] | None = None) -> None:
+    """Write a checkpoint's files into an empty folder.
 
     hf_config: the contents of config.json; its dtype is set here to the tensors'. A quantized checkpoint has its
         `quantization_config`.
     tensors: (name, tensor) under the Decoder's names, consumed one at a time and never held.
     source: folder whose tokenizer, chat template, generation settings and lineage travel on; None for none.
     stage: this stage's entry of the lineage (models/lineage.py).
-    Raises UserError where the target cannot be replaced or the disk is full, ValueError where the tensors are not
-    those of hf_config.
+    companions: changes or writes the tokenizer's files in the folder, after those of `source` are there.
+    Raises ValueError where the tensors are not those of hf_config.
     """
-    out = Path(out)
-    check_output(out, source)
     config = ModelConfig.from_hf(hf_config)
     room = sum(3 * len(name) + 400 for name in tensor_shapes(config))      # a weight may become three tensors
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     if config.family == "gpt2" and config.publishable and "quantization_config" not in hf_config:
         tensors = publish_gpt2(tensors)
+    for companion in _COMPANIONS if source is not None else ():
+        if (Path(source) / companion).is_file():
+            shutil.copyfile(Path(source) / companion, folder / companion)
+    if companions:
+        companions(folder)
+    sizes = write_safetensors(folder / WEIGHTS, tensors, room)
+    dtype = max((kind for kind in _FLOATS if kind in sizes), key=sizes.get, default="F32")
+    name = str(_FLOATS[dtype]).removeprefix("torch.")
+    text = json.dumps(hf_config | {"dtype": name, "torch_dtype": name}, indent=2)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    lineage.write(folder, [*(lineage.read(Path(source)) if source is not None else ()), stage])
     try:
-        shutil.rmtree(partial, ignore_errors=True)         # left by a killed run
-        partial.mkdir(parents=True)
-        sizes = write_safetensors(partial / WEIGHTS, tensors, room)
-        dtype = max((kind for kind in _FLOATS if kind in sizes), key=sizes.get, default="F32")
-        name = str(_FLOATS[dtype]).removeprefix("torch.")
-        text = json.dumps(hf_config | {"dtype": name, "torch_dtype": name}, indent=2)
-        (partial / CONFIG).write_text(text + "\n", encoding="utf-8")
-        for companion in _COMPANIONS if source is not None else ():
-            if (Path(source) / companion).is_file():
-                shutil.copyfile(Path(source) / companion, partial / companion)
-        lineage.write(partial, [*(lineage.read(Path(source)) if source is not None else ()), stage])
-        try:
-            open_checkpoint(partial)
-        except UserError as error:
-            raise ValueError(f"these are not the tensors of the configuration: {error}") from None
-        replace_folder(partial, out, old)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or error}): nothing was changed there") from None
-    finally:
-        if hasattr(tensors, "close"):           # a generator's progress bar ends its line before an error is told
-            tensors.close()
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(new: Path, out: Path, old: Path) -> None:
-    """Put folder `new` at `out`. A folder cannot be replaced in one step: the older one waits as `old` meanwhile."""
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _json_object(file: Path) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{file} holds {type(data).__name__}, where a JSON object should be")
-    return data
+        open_checkpoint(folder)
+    except UserError as error:
+        raise ValueError(f"these are not the tensors of the configuration: {error}") from None
 
 
 def _weight_files(path: Path) -> dict[Path, list[str] | None]:
@@ -257,7 +238,7 @@ def _weight_files(path: Path) -> dict[Path, list[str] | None]:
             raise UserError(f"{path} has {pickles[0]} and no {WEIGHTS}: pickles can run code, so save it again as "
                             f"safetensors (in transformers, model.save_pretrained)")
         raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}")
-    shards = _json_object(path / INDEX).get("weight_map")
+    shards = read_json(path / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
     files: dict[Path, list[str] | None] = {}

@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ from models.data_formats import as_text, find_sources, read_records, source_dige
 from models.tables import HEADERS
 from runtime.cli import arg
 from runtime.errors import UserError
+from runtime.files import lock, new_folder, read_json
 
 IGNORE = -100                    # a label without loss, as in torch.nn.functional.cross_entropy
 CACHE_VERSION = 2
@@ -119,17 +119,10 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
            "cleaning": asdict(options.cleaning())}
     folder = options.cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-        try:
-            _write_corpus(temporary, options, sources, tokenizer, eos, split, key)
-            try:
-                os.replace(temporary, folder)
-            except OSError:                  # another process finished the same corpus first
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with lock(folder, wait=True):
+            if not folder.is_dir():          # another process may have finished it meanwhile
+                with new_folder(folder) as temporary:
+                    _write_corpus(temporary, options, sources, tokenizer, eos, split, key)
     return _open_corpus(folder)
 
 
@@ -170,7 +163,7 @@ def _batches(documents):
 
 
 def _open_corpus(folder: Path) -> Corpus:
-    meta = json.loads((folder / "corpus.json").read_text())
+    meta = read_json(folder / "corpus.json")
     return Corpus(folder, np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
                   np.memmap(folder / "starts.bin", dtype=np.int64, mode="r"), meta["text_bytes"], meta["eos"])
 

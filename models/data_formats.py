@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from models.tables import open_table
 from runtime.errors import UserError
+from runtime.files import parse_json
 
 FORMATS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
            ".tsv": "tsv", ".csv": "csv", ".conll": "conll", ".bio": "conll", ".iob": "conll"}
@@ -164,9 +165,9 @@ def _read_json(source):
 
 def _parse_json(text, place):
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        return parse_json(text, strict=False)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON: {error}") from None
 
 
 def _object(place, item):

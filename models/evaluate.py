@@ -13,7 +13,6 @@ its 95% bootstrap interval beside it.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_d
 from runtime.backends import PROVIDERS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import write
 
 LIKELIHOOD = ("perplexity", "kl")
 TASKS = (*LIKELIHOOD, *tasks.PROMPTS)
@@ -162,7 +162,7 @@ def labelled(options: Options, model: LanguageModel) -> dict:
         answers = [a.strip() for a in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
     result, rows = score(options.task, answers, examples)
     if options.examples:
-        write_text(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return result
 
 
@@ -235,18 +235,7 @@ def write_json(file: Path, result: dict) -> None:
         if isinstance(value, (list, tuple)):
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
-    write_text(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a whole file or nothing. Raises UserError where it cannot be written."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    write(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv=None) -> int:

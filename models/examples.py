@@ -11,7 +11,6 @@ ever appends; one that rewrites earlier turns is refused.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer
 
 from models.data import IGNORE
 from runtime.errors import UserError
+from runtime.files import read_json
 from runtime.template import ChatTemplate, open_template
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -28,7 +28,7 @@ def checkpoint_template(folder: Path) -> ChatTemplate:
     """The chat template of a checkpoint, with the special tokens of its tokenizer_config.json. Raises UserError."""
     file, config = folder / "tokenizer_config.json", {}
     if file.is_file():
-        config = json.loads(file.read_text("utf-8"))
+        config = read_json(file, strict=False)
     tokens = {name: token["content"] if isinstance(token, dict) else token
               for name in ("bos_token", "eos_token", "pad_token") if (token := config.get(name))}
     template = open_template(folder, tokens)

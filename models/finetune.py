@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from models import lineage
-from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
 from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
@@ -222,7 +222,7 @@ def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Pat
         lineage.write(folder, [*lineage.read(checkpoint.path), stage])
     else:
         tensors = merged_tensors(model, checkpoint) if options.method == "lora" else model.state_dict().items()
-        write_checkpoint(folder, checkpoint.hf_config, tensors, checkpoint.path, stage)
+        fill_checkpoint(folder, checkpoint.hf_config, tensors, checkpoint.path, stage)
 
 
 def main(argv=None) -> int:

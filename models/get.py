@@ -16,9 +16,7 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +32,11 @@ from models.gguf_tokenizer import write_tokenizer
 from models.offgrid import off_grid
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import read_json
 
 SMOLLM2 = "smollm2-135m-instruct"
 SEED = 0                                                        # of --off-grid: one model, the same everywhere
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-COMPANIONS = (".json", ".jinja", ".txt", ".model", "")          # suffixes of what is small and not weights
 EXAMPLES = f"""examples:
   python -m models.get {SMOLLM2} -o build/smollm2-135m --off-grid
   python -m models.get ~/models/Qwen2.5-0.5B-Instruct -o build/qwen2.5-0.5b
@@ -59,17 +57,16 @@ def get(options: GetOptions) -> None:
     """Find the model, write its checkpoint. Raises UserError where it cannot be found, read or written."""
     check_output(options.out)
     path = find_model(options.name)
-    with tempfile.TemporaryDirectory() as companions:
-        read = _read_folder if path.is_dir() else _read_gguf
-        hf_config, tensors, digest = read(path, Path(companions))
-        if options.off_grid:
-            if "quantization_config" in hf_config:
-                raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
-            tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
-        stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
-        progress = tqdm(tensors, Path(options.name).name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
-                        unit="tensor", disable=None)          # disable=None: none where stderr is no terminal
-        write_checkpoint(options.out, hf_config, progress, Path(companions), stage)
+    read = _read_folder if path.is_dir() else _read_gguf
+    hf_config, tensors, digest, companions = read(path)
+    if options.off_grid:
+        if "quantization_config" in hf_config:
+            raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
+        tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
+    stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
+    progress = tqdm(tensors, Path(options.name).name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
+                    unit="tensor", disable=None)          # disable=None: none where stderr is no terminal
+    write_checkpoint(options.out, hf_config, progress, path if path.is_dir() else None, stage, companions)
     print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}")
 
 
@@ -108,25 +105,24 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _read_gguf(path: Path, companions: Path) -> tuple[dict, Iterable[tuple[str, torch.Tensor]], str]:
+Read = tuple[dict, Iterable[tuple[str, torch.Tensor]], str, Callable[[Path], None]]   # the last writes the tokenizer's files
+
+
+def _read_gguf(path: Path) -> Read:
     file = GGUFFile(path)
-    write_tokenizer(file.metadata, path, companions)
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return file.config.to_hf(), file.tensors(), digest
+    return file.config.to_hf(), file.tensors(), digest, lambda folder: write_tokenizer(file.metadata, path, folder)
 
 
-def _read_folder(path: Path, companions: Path) -> tuple[dict, Iterable[tuple[str, torch.Tensor]], str]:
+def _read_folder(path: Path) -> Read:
     checkpoint = open_checkpoint(path)
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"{path} has no tokenizer.json: save its tokenizer with transformers (AutoTokenizer, "
                         "save_pretrained) and try again")
-    for file in path.iterdir():
-        if file.is_file() and file.suffix in COMPANIONS:
-            shutil.copyfile(file, companions / file.name)
-    _complete(companions, checkpoint.config)
     hf_config = checkpoint.hf_config | checkpoint.config.to_hf()     # its own keys, and both spellings of RoPE's
-    return hf_config, ((name, checkpoint.read(name)) for name in checkpoint.names()), checkpoint.sha256()
+    return (hf_config, ((name, checkpoint.read(name)) for name in checkpoint.names()), checkpoint.sha256(),
+            lambda folder: _complete(folder, checkpoint.config))
 
 
 def _complete(folder: Path, config: ModelConfig) -> None:
@@ -144,15 +140,7 @@ def _complete(folder: Path, config: ModelConfig) -> None:
 
 
 def _json(file: Path, default: dict) -> dict:
-    if not file.exists():
-        return default
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file.name} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file.name} holds {type(value).__name__}, where a JSON object should be")
-    return value
+    return read_json(file, strict=False) if file.exists() else default
 
 
 def _write_json(file: Path, value: dict) -> None:

@@ -8,15 +8,15 @@ Every stage that writes a checkpoint appends its entry to those of the checkpoin
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from runtime import files
 from runtime.errors import UserError
+from runtime.files import read_json
 
 FILE, VERSION = "lineage.json", 1
 _PACKAGES = ("edgewright", "numpy", "torch", "safetensors")
@@ -35,28 +35,22 @@ def read(folder: Path) -> list[dict]:
     file = Path(folder) / FILE
     if not file.exists():
         return []
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        stages, number = data["stages"], data["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): mend it, or delete it to start a new trail") from None
-    if number != VERSION or not isinstance(stages, list):
-        raise UserError(f"{file} has version {number!r}, where this program reads version {VERSION}")
+    data = read_json(file, mend="mend it, or delete it to start a new trail", strict=False)
+    stages, number = data.get("stages"), data.get("version")
+    if number != VERSION or not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"{file} has version {number!r}, where this program reads a list of stages of version {VERSION}")
     return stages
 
 
 def write(folder: Path, stages: list[dict]) -> None:
-    text = json.dumps({"version": VERSION, "stages": stages}, indent=2, ensure_ascii=False)
-    (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+    files.write(Path(folder) / FILE, json.dumps({"version": VERSION, "stages": stages}, indent=2, ensure_ascii=False) + "\n")
 
 
 def add_metrics(folder: Path, metrics: dict) -> None:
     """Add what was measured on the finished result to its newest stage, for instance its perplexity."""
     stages = read(folder)
     stages[-1]["metrics"] |= metrics
-    with TemporaryDirectory(dir=Path(folder).parent, prefix=".lineage.") as temporary:
-        write(Path(temporary), stages)
-        os.replace(Path(temporary) / FILE, Path(folder) / FILE)
+    write(folder, stages)
 
 
 def _versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from models.data_formats import source_digest
 from models.train import tokenizer_facts
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import new_folder
 
 MODEL_TYPE = "edgewright_ngram"
 EXAMPLES = """examples:
@@ -154,7 +155,8 @@ def train_ngram(options: NgramOptions) -> None:
     model = count_ngrams(train.tokens, options.order, vocab_size)
     loss = model.loss(valid)
     inputs = {"data": train.digest, "valid": valid.digest, "tokenizer": source_digest(str(file))}
-    write_ngram(options.out, model, options.tokenizer, lineage.stage("ngram", options, inputs, {"valid_loss": loss}))
+    with new_folder(options.out) as folder:
+        write_ngram(folder, model, options.tokenizer, lineage.stage("ngram", options, inputs, {"valid_loss": loss}))
     bits = loss / math.log(2) * len(valid.tokens) / valid.text_bytes
     print(f"{options.out}: {', '.join(f'{len(o.keys):,}' for o in model.orders)} n-grams by order; validation loss "
           f"{loss:.4f} nats a token ({bits:.3f} bits a byte)")

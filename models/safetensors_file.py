@@ -18,13 +18,20 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
            torch.float8_e4m3fn: "F8_E4M3"}
 
 
-def write_safetensors(file: Path, tensors: Iterable[tuple[str, torch.Tensor]], header_room: int) -> dict[str, int]:
+def save_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors that are all there already. Raises OSError where the disk is full."""
+    room = sum(3 * len(name) + 400 for name in tensors) + 2 * len(json.dumps(metadata))
+    write_safetensors(file, tensors.items(), room, metadata)
+
+
+def write_safetensors(file: Path, tensors: Iterable[tuple[str, torch.Tensor]], header_room: int,
+                      metadata: dict[str, str] | None = None) -> dict[str, int]:
     """Write `tensors` to `file`; returns bytes by dtype name.
 
     header_room: bytes kept for the header, about 100 and the name's length for each tensor. Raises ValueError for a
     name that comes twice or a header that needs more; OSError where the disk is full.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     sizes: dict[str, int] = {}
     start = -(-(8 + header_room) // 64) * 64       # tensors start aligned
     with open(file, "wb") as out:

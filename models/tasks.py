@@ -19,7 +19,6 @@ import dataclasses
 import io
 import random
 import sys
-import tomllib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 from models.data_formats import LABEL_NAMES, Record, as_labelled, read_records
 from models.tables import open_table
 from runtime.errors import UserError
+from runtime.files import read_toml
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ def load_prompt(task: str, file: Path | None) -> Prompt:
     prompt = PROMPTS[task]
     if file is None:
         return prompt
-    try:
-        changes = tomllib.loads(Path(file).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a TOML prompt ({error})") from None
+    changes = read_toml(file)
     known = {f.name for f in dataclasses.fields(Prompt)}
     unknown = sorted(set(changes) - known)
     if unknown:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from runtime.errors import UserError
+from runtime.files import read_json, write
 
 STATE = "state.json"
 
@@ -62,15 +62,13 @@ def array_types(windows: int, tokens: int, k: int, vocabulary: int) -> dict[str,
 
 def write_state(folder: Path, state: dict) -> None:
     """Replace the folder's state.json in one go."""
-    temporary = folder / f".{STATE}"
-    temporary.write_text(json.dumps(state), "utf-8")
-    os.replace(temporary, folder / STATE)
+    write(folder / STATE, json.dumps(state))
 
 
 def open_cache(folder: Path) -> TeacherCache:
     """The finished cache in `folder`. Raises UserError where there is none, or an unfinished one."""
     try:
-        state = json.loads((folder / STATE).read_text("utf-8"))
+        state = read_json(folder / STATE)
         types = array_types(*(state[name] for name in ("windows", "tokens", "k", "vocabulary")))
         arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape) for name, (dtype, shape) in types.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

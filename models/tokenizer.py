@@ -10,8 +10,6 @@ for `models.train`, and the merges depend on their contents alone.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from models.data import DataOptions, read_documents
 from models.data_formats import find_sources, source_digest
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import new_folder
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -67,19 +66,14 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
 
 def _write_folder(out: Path, tokenizer: Tokenizer, stage: dict) -> None:
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        end = SPECIAL_TOKENS[0]
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
-                  "clean_up_tokenization_spaces": False}
-        (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-        (temporary / "chat_template.jinja").write_text(CHATML)
-        lineage.write(temporary, [stage])
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    end = SPECIAL_TOKENS[0]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+              "clean_up_tokenization_spaces": False}
+    with new_folder(out) as folder:
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        (folder / "chat_template.jinja").write_text(CHATML)
+        lineage.write(folder, [stage])
 
 
 def main(argv=None) -> int:

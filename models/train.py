@@ -12,7 +12,6 @@ Many processes: `accelerate launch --num_processes 2 -m models.train ...`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from models import lineage
-from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import Blocks, Corpus, DataOptions, Split, build_corpus
 from models.data_formats import source_digest
 from models.decoder import Decoder
@@ -31,6 +30,7 @@ from models.presets import parameter_target, preset
 from models.trainer import Trainer, TrainerOptions, process_state
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.files import read_json
 
 TOKENS_PER_PARAMETER = 20
 LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
@@ -122,7 +122,7 @@ def tokenizer_facts(folder: Path) -> tuple[int, int]:
     """(EOS id, vocabulary size) of a tokenizer folder."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"
-    token = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+    token = read_json(config, strict=False).get("eos_token") if config.is_file() else None
     eos = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "<|endoftext|>")
     if eos is None:
         raise UserError(f"{config}: no eos_token that tokenizer.json knows; add one to end documents with")
@@ -140,7 +140,7 @@ def _save(source: Path, options: TrainOptions, inputs: dict, model, folder: Path
     stage = lineage.stage("train", options, inputs, metrics, options.seed)
     if isinstance(model, Decoder):
         hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()
-        write_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)
+        fill_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)
     else:
         write_gru(folder, model, source, stage)
 

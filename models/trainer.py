@@ -44,10 +44,11 @@ from tqdm import tqdm
 
 from models.data import IGNORE, batch_indices
 from models.optimizer import adamw, learning_rate
-from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, replace_folder, save_state,
+from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, save_state,
                                    training_tensors, whole)
 from runtime.cli import arg
 from runtime.errors import CheckFailed, UserError
+from runtime.files import lock, new_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,13 @@ class Trainer:
     def fit(self) -> dict:
         """Train to the last step or until patience ends; returns the last evaluation's metrics.
 
-        Raises CheckFailed at the first loss or gradient that is not finite, naming the step and the batch's rows.
+        Raises CheckFailed at the first loss or gradient that is not finite, naming the step and the batch's rows, and
+        UserError where another run writes the same folder.
         """
+        with lock(self.options.out) if self.accelerator.is_main_process else nullcontext():
+            return self._fit()
+
+    def _fit(self) -> dict:
         options = self.options
         if self.accelerator.is_main_process:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -274,9 +280,14 @@ class Trainer:
                 self.whole.load_state_dict(weights)
         tensors, updates = training_tensors(self.module, self.optimizer)
         if self.accelerator.is_main_process:
-            if better:
-                replace_folder(self.options.out / "best", partial(self.save_module, self.whole, metrics=metrics))
-            replace_folder(self.options.out / "last", partial(self._write_last, metrics, tensors, updates))
+            try:
+                if better:
+                    with new_folder(self.options.out / "best") as folder:
+                        self.save_module(self.whole, folder, metrics=metrics)
+                with new_folder(self.options.out / "last") as folder:
+                    self._write_last(metrics, tensors, updates, folder)
+            except UserError as error:
+                raise UserError(f"{error}. Free some space and continue with --resume") from None
         self.accelerator.wait_for_everyone()
         self.saved = self.step
 

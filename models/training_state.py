@@ -7,9 +7,7 @@
     OUT/metrics.jsonl                    one line a step and an evaluation
     OUT/logs/                            TensorBoard
 
-A checkpoint is written whole beside the old one (`last.new`), then takes its place. The old one is removed only after
-that, so a missing `last` with a `last.old` beside it means that the process died between two renames: the new one is
-whole. The order of the data is a function of the step, and nothing random is drawn after initialization, so this
+A checkpoint is written whole beside the old one, then takes its place (runtime/files.py). The order of the data is a function of the step, and nothing random is drawn after initialization, so this
 state is all that an exact continuation needs.
 """
 
@@ -17,47 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.safetensors_file import save_tensors
 from runtime.errors import UserError
+from runtime.files import parse_json, read_json, restored, write
 
 FOLDER, STATE, TENSORS = "training_state", "state.json", "state.safetensors"
 MAY_CHANGE = {"out", "resume", "cache"}      # options that do not change what is learned
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, then put it in place of `target`. A failed write leaves `target` as it was."""
-    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
-    finish_replacement(target)
-    try:
-        write(new)
-    except (OSError, SafetensorError, UserError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        kept = f"the previous one in {target} is whole" if target.exists() else "none was saved before"
-        raise UserError(f"{target}: the checkpoint could not be written ({error}); {kept}. Free some space and "
-                        "continue with --resume") from None
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def finish_replacement(target: Path) -> None:
-    """Complete or undo a replacement that a dying process left half-done."""
-    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
-    if not target.exists() and old.exists():
-        os.replace(new, target)              # `target` only makes way for a `new` that is complete
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def comparable(options) -> dict:
@@ -87,17 +57,16 @@ def save_state(checkpoint: Path, tensors: dict[str, torch.Tensor], state: dict) 
     """Write `checkpoint`/training_state."""
     folder = checkpoint / FOLDER
     folder.mkdir()
-    save_file(tensors, folder / TENSORS)
+    save_tensors(folder / TENSORS, tensors)
     (folder / STATE).write_text(json.dumps(state, indent=1))
 
 
 def load_state(out: Path, options, inputs: dict) -> dict | None:
     """The state of OUT/last, or None. Raises UserError where `options` or `inputs` differ, naming them."""
-    finish_replacement(out / "last")
-    file = out / "last" / FOLDER / STATE
+    file = restored(out / "last") / FOLDER / STATE
     if not file.is_file():
         return None
-    state = json.loads(file.read_text())
+    state = read_json(file, strict=False)                # the lowest loss is infinite before there is one
     now, before = comparable(options), state["options"]
     changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | before.keys())
                if now.get(key) != before.get(key)]
@@ -124,10 +93,8 @@ def keep_metrics_until(file: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl after `step`: they will be measured again."""
     if not file.is_file():
         return
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, file)
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and parse_json(line, strict=False)["step"] <= step]
+    write(file, "".join(line + "\n" for line in lines))
 
 
 def _as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from models import behaviour, fidelity, tasks
-from models.evaluate import write_json, write_text
+from models.evaluate import write_json
 from models.language_model import LanguageModel, check_same_tokenizer, open_model
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
+from runtime.files import write
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def compare(options: Options) -> int:
     if options.json:
         write_json(options.json, result)
     if options.html:
-        write_text(options.html, page(result, options.worst))
+        write(options.html, page(result, options.worst))
         print(f"\n{options.html}: open it in a browser")
     return 0
 

@@ -16,7 +16,6 @@ Runs of other processes show in the spread. To compare two systems, run them in 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 from runtime.cli import arg, run, table
 from runtime.engine import Engine, Timings
 from runtime.errors import UserError
+from runtime.files import write
 from runtime.generate import EngineOptions
 from runtime.machine import available_cpus, cpu_name, peak_rss_mb
 
@@ -68,9 +68,7 @@ def bench(options: Options) -> None:
                  for key, values in samples.items()]))
     if options.json:
         figures = {key: float(np.median(values)) for key, values in samples.items()}
-        temporary = options.json.with_name(f"{options.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**figures, "samples": samples, **header}, indent=2) + "\n")
-        os.replace(temporary, options.json)
+        write(options.json, json.dumps({**figures, "samples": samples, **header}, indent=2) + "\n")
 
 
 def measure(engine: Engine, options: Options) -> dict[str, float]:

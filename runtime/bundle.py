@@ -16,7 +16,6 @@ Format: README, "Formats". Version 1 is the only one so far; others are refused 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from runtime.errors import CheckFailed, UserError
+from runtime.files import read_json, restored
 
 FORMAT = "edgewright-bundle"
 VERSION = 1
@@ -113,16 +113,13 @@ def changed_files(bundle: Bundle) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> dict:
-    path = folder / MANIFEST
+    path = restored(folder) / MANIFEST
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a bundle, as `python -m export.onnx` writes it")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the bundle again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not path.exists():
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one")
+    manifest = read_json(path, mend="export the bundle again")
+    if manifest.get("format") != FORMAT:
         raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
     if manifest.get("version") != VERSION:
         raise UserError(f"{path}: bundle version {manifest.get('version')!r}, but this runtime reads version {VERSION}; "

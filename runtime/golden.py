@@ -7,11 +7,11 @@ type, within its range and as long as the others say; every budget is a finite n
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from runtime.bundle import Bundle
 from runtime.errors import UserError
+from runtime.files import read_json
 
 VERSION = 1
 RUNGS = ("portable", "portable_fused", "fast", "native_exact", "native")      # that can have a budget
@@ -25,12 +25,7 @@ def read_golden(bundle: Bundle) -> dict:
     Raises UserError, which names the field, where the file is not what `python -m export.verify` writes.
     """
     path = bundle.path(bundle.manifest["golden"])
-    try:
-        golden = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); run `python -m export.verify` again") from None
-    check = _Check(path)
-    check(isinstance(golden, dict), "the contents", golden, "a JSON object")
+    golden, check = read_json(path, mend="run `python -m export.verify` again", strict=False), _Check(path)
     if not _whole(golden.get("version"), VERSION, VERSION):
         raise UserError(f"{path}: version {_shown(golden.get('version'))}, but this runtime reads {VERSION}; run "
                         "`python -m export.verify` again")

@@ -22,6 +22,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from runtime.errors import UserError
+from runtime.files import read_json
 
 MAX_CHARACTERS = 4_000_000
 MAX_TURNS = 1_000_000             # of all loops and macro calls together
@@ -34,8 +35,8 @@ def template_source(folder: Path, name: str = "chat_template.jinja") -> str | No
     try:
         if file.is_file():
             return file.read_text("utf-8")
-        found = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
-    except (ValueError, AttributeError) as error:
+        found = read_json(config, strict=False).get("chat_template") if config.is_file() else None
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: the chat template cannot be read ({error}); mend {name} or {config.name} there") from None
     if isinstance(found, list):                   # several by name, an older form
         found = next((entry["template"] for entry in found if entry["name"] == "default"), None)

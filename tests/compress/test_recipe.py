@@ -43,7 +43,7 @@ def test_stages_have_options_and_a_command(name):
     ('stage = "recover"\nsteps = "three"', "steps is 'three', which should be a whole number"),
     ('stage = "recover"\nsteps = true', "a whole number"), ('stage = "quantize"\nfold = "awq"', "a list"),
     ('stage = "quantize"\nmethod = "gpt"', "did you mean 'gptq'"), ('stage = "quantize"\nout = "x"', "given by the run"),
-    ('stage = "quantize"\n\n[other]\nx = 1', "'other' is no part of a recipe"), ("stage = ", "cannot be read as a recipe")])
+    ('stage = "quantize"\n\n[other]\nx = 1', "'other' is no part of a recipe"), ("stage = ", "cannot be read as TOML")])
 def test_what_no_stage_takes_is_refused(text, words, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(f"[[stages]]\n{text}\n")

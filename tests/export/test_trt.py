@@ -102,7 +102,7 @@ def test_a_second_build_replaces_the_first_and_stays_inspectable(bundle, capsys)
     assert 'compute_capabilities: ["89"]' in shown
     if "layer information: needs a GPU" in shown:
         assert "no NVIDIA GPU or driver" in shown and "[TRT]" not in shown
-    assert "record cannot be read (No such file or directory)" in fails(capsys, "inspect", folder / "portable.onnx")
+    assert "portable.onnx.json cannot be read (No such file or directory)" in fails(capsys, "inspect", folder / "portable.onnx")
     assert "no such file" in fails(capsys, "inspect", folder / "nothing.engine")
 
 
@@ -272,7 +272,7 @@ def test_an_operator_no_one_supports(tmp_path, capsys):
 def test_an_output_that_cannot_be_written(conv, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     err = fails(capsys, conv, "--shapes", "image:1x3x16x16", "-o", tmp_path / "file" / "x.engine")
-    assert "x.engine cannot be written (" in err and "choose another place with -o" in err
+    assert "x.engine could not be written (" in err and "choose another place with -o" in err
     assert not leftovers(tmp_path)
 
 

@@ -233,25 +233,6 @@ def test_interrupted_half_way(error, raised, replacing, tiny_checkpoint, tmp_pat
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("step", [0, 1])
-def test_interrupted_while_renaming(step, tiny_checkpoint, tmp_path, monkeypatch):
-    """Renaming the old result away, then the new one into place: either may be the last thing that happens."""
-    out, source = tmp_path / "out", tiny_checkpoint("smollm2")
-    rewrite(source, out)
-    before, calls, rename = open_checkpoint(out).sha256(), [], Path.rename
-
-    def interrupted(self, target):
-        calls.append(target)
-        if len(calls) == step + 1:
-            raise Kill
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(Kill):
-        rewrite(source, out, rms_norm_eps=1e-3)
-    assert open_checkpoint(out).sha256() == before
-
-
 def test_what_a_killed_run_left_is_cleared(tiny_checkpoint, tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
@@ -300,7 +281,7 @@ def test_quantized_tensors_round_trip(tiny_checkpoint, tmp_path):
 
 def test_a_broken_lineage_is_refused(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "a")
-    for text, words in (("{", "cannot be read"), ('{"version": 9, "stages": []}', "version 9"), ("[]", "cannot be read")):
+    for text, words in (("{", "cannot be read"), ('{"version": 9, "stages": []}', "version 9"), ("[]", "holds list")):
         (folder / "lineage.json").write_text(text)
         with pytest.raises(UserError, match=words):
             rewrite(folder, tmp_path / "b")

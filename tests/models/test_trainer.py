@@ -16,7 +16,6 @@ from models.decoder import Decoder
 from models.optimizer import adamw, learning_rate
 from models.presets import parameter_count, preset
 from models.trainer import Trainer, TrainerOptions, has_bf16, label_loss, mixed_precision, summed_loss
-from models.training_state import finish_replacement, replace_folder
 from runtime.errors import CheckFailed, UserError
 
 VOCAB, CONTEXT = 50, 12
@@ -49,7 +48,7 @@ def trainer(tmp_path, module=None, name="run", train=None, valid=None, **options
     options = {"steps": 6, "batch": 4, "micro_batch": 4, "learning_rate": 1e-2, "warmup": 2, "eval_every": 3,
                "precision": "fp32"} | options
     return Trainer(module or tiny_decoder(), TrainerOptions(out=tmp_path / name, **options), train or RandomRows(20, 1),
-                   valid or RandomRows(8, 2), lambda module, folder, metrics: folder.mkdir(), {})
+                   valid or RandomRows(8, 2), lambda module, folder, metrics: None, {})
 
 
 def lines(folder, kind="train"):
@@ -239,32 +238,3 @@ def test_135m_is_smollm2s_shape():
 def test_a_preset_of_no_use_is_refused(size):
     with pytest.raises(UserError, match=f"--preset {size}"):
         preset(size, 4096, 512, eos=0)
-
-
-def test_a_failed_write_keeps_the_old_folder(tmp_path):
-    target = tmp_path / "last"
-    replace_folder(target, lambda folder: (folder.mkdir(), (folder / "a").write_text("old")))
-
-    def fail(folder):
-        folder.mkdir()
-        (folder / "a").write_text("half")
-        raise OSError(28, "No space left on device")
-    with pytest.raises(UserError, match="No space left on device.*whole"):
-        replace_folder(target, fail)
-    assert (target / "a").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["last"]
-
-
-@pytest.mark.parametrize("there, expected", [
-    ({"last": "old", "last.new": "half"}, "old"),             # died while writing
-    ({"last.new": "new", "last.old": "old"}, "new"),          # between the two renames
-    ({"last": "new", "last.old": "old"}, "new"),              # before the old one was removed
-    ({"last.new": "half"}, None),                             # died in the first save of all
-])
-def test_a_half_done_replacement_is_finished(tmp_path, there, expected):
-    for name, content in there.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a").write_text(content)
-    finish_replacement(tmp_path / "last")
-    left = {p.name: (p / "a").read_text() for p in tmp_path.iterdir()}
-    assert left == ({"last": expected} if expected else {})

@@ -135,5 +135,5 @@ def test_where_a_folder_keeps_its_template(tmp_path, files, rendered):
 @pytest.mark.parametrize("name, data", [("chat_template.jinja", b"\xff"), ("tokenizer_config.json", b"{"), ("tokenizer_config.json", b"[]")])
 def test_a_template_that_cannot_be_read_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match="the chat template cannot be read"):
+    with pytest.raises(UserError, match="cannot be read|holds list"):
         open_template(tmp_path, {})
