@@ -49,7 +49,7 @@ test: .venv/.installed
 	$(PY) -m pytest
 
 NATIVE  := $(wildcard runtime/native/*.c)
-KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c,$(NATIVE))
+KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c %/tiles.c,$(NATIVE))
 CHECK   := tests/runtime/native/check_kernels.c
 CFLAGS_NATIVE := -std=gnu11 -O2 -fno-math-errno -Wall -Wextra -Wno-unused-parameter -Iruntime/native
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1 -fPIC

@@ -91,7 +91,8 @@ class Engine:
     bundle: its folder. provider: "tensorrt", "cuda", "native" or "cpu"; None: the first of them that can be had (`explain()` tells
     why). threads: of the CPU backend; None: the CPUs this process may use. verify: compare every file's sha256 first.
     Of the native core alone: cache_dtype, of the KV cache ("float16", "float32", "int8"; None: see native/backend.py), and
-    repack_cache, which keeps the repacked weights beside the bundle's, so that it opens sooner next time.
+    repack_cache, which keeps the repacked weights beside the bundle's, so that it opens sooner next time (not with verify,
+    which runs nothing but files whose sha256 it has compared).
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
 
@@ -113,7 +114,7 @@ class Engine:
                             f"more than max_memory_mb={max_memory_mb:g}")
         self._max_memory_mb = max_memory_mb
         self._provider, self._threads = provider, threads or available_cpus()
-        asked = {"cache_dtype": cache_dtype, "repack_cache": repack_cache}
+        asked = {"cache_dtype": cache_dtype, "repack_cache": repack_cache and not verify}
         self._native = {name: value for name, value in asked.items() if value}
         read_tokenizer = functools.cache(lambda: Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"])))
         self.backend, self._explanation = open_backend(self.bundle, provider, self._threads,

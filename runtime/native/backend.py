@@ -15,6 +15,7 @@ at most 128 tokens; longer inputs go through pass by pass, and Ctrl-C is heard b
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ class NativeBackend:
     threads: None for every CPU available to the process. isa: None for the best of this CPU, or a name from native.h's
     kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache;
     None for float16, or int8 where the bundle's was quantized.
-    repack_cache: keep the repacked weights in a file beside the bundle's, named by their hash, and open that next time.
+    repack_cache: keep the repacked weights in a file beside the bundle's, bound to their hash, and open that next time.
     meanwhile: called while the core opens the weights, for work that needs the GIL; what it raises is raised here.
     """
 
@@ -59,11 +60,13 @@ class NativeBackend:
         self._error = ctypes.create_string_buffer(library.ERROR_BYTES)
         config = _config(bundle)
         tensors = _tensors(bundle)
-        repacked = weights.with_name(f".{weights.name}.{bundle.manifest['files'][weights.name]['sha256'][:16]}.tiles") if repack_cache else None
+        key = _tiles_key(bundle) if repack_cache else ""
+        repacked = weights.with_name(f".{weights.name}.{key[:16]}.tiles") if repack_cache else None
 
         def open_model() -> None:
             self.model = self._core.ew_open(os.fsencode(weights), config, tensors, len(tensors), threads, exact,
-                                            isa.encode() if isa else None, repacked and os.fsencode(repacked), self._error)
+                                            isa.encode() if isa else None, repacked and os.fsencode(repacked),
+                                            key.encode(), self._error)
 
         with ThreadPoolExecutor(1) as beside:     # left when the core is done, whatever `meanwhile` raises
             opening = beside.submit(open_model)
@@ -238,6 +241,14 @@ def _config(bundle: Bundle) -> library.Config:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{bundle.folder}: the native core cannot read model.config of the manifest ({error!r})") from None
     return config
+
+
+def _tiles_key(bundle: Bundle) -> str:
+    """64 hexadecimal digits of everything that repacked weights follow from, as the manifest has it."""
+    import hashlib                                # brings OpenSSL, which opening does not need
+    weights = bundle.manifest["weights"]
+    facts = [bundle.manifest["files"][weights["file"]], weights["tensors"], bundle.model["config"], bundle.max_context]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(bundle: Bundle) -> ctypes.Array:

@@ -103,9 +103,14 @@ int pool_threads(const pool *);                       /* that carry the present 
 size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);      /* returns bytes */
 typedef struct { const uint8_t *codes; const uint16_t *scales; const uint8_t *zeros; int dtype, by_input, stride, row0; } source;
 int matrix_pack(matrix *, const source *, int tile0, int tile1);                  /* 0, or -1: a scale or weight is not finite */
+int matrix_finite(const matrix *);                                                /* whether all of its scales or weights are */
 void matrix_read_row(const matrix *, int row, float *out);                        /* dequantized, inputs floats */
 float half_to_float(uint16_t);
 int dtype_bits(int dtype);                                                        /* bits of one element; 0: unknown */
+
+/* tiles.c: the arena in a file. Reading gives 1 where it was all there and is what `key` stands for. bytes: a multiple of 64. */
+int tiles_read(const char *path, const char *key, uint8_t *arena, size_t bytes);
+void tiles_write(const char *path, const char *key, const uint8_t *arena, size_t bytes);
 
 struct ew_model {
     ew_config config;

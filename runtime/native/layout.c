@@ -175,6 +175,19 @@ int matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
     return bad ? -1 : 0;
 }
 
+int matrix_finite(const matrix *m) {
+    for (int t = 0; t < m->tiles; t++) {
+        const uint8_t *tile = m->data + t * m->tile_bytes;
+        const uint16_t *half = (const uint16_t *)tile, top = m->kind == KIND_BF16 ? 0x7f80 : 0x7c00;
+        const uint32_t *single = (const uint32_t *)tile;
+        int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->groups), bad = 0;
+        if (m->kind == KIND_F32) for (int i = 0; i < n; i++) bad |= (single[i] & 0x7f800000) == 0x7f800000;
+        else for (int i = 0; i < n; i++) bad |= (half[i] & top) == top;
+        if (bad) return 0;
+    }
+    return 1;
+}
+
 static int code_at(const uint8_t *block, int bits, int row, int input) {
     int j = input / 4, byte = row * 4 + input % 4, code = 0, line = 0, shift = 0;
     if (bits == 8) return block[64 * j + byte];

@@ -40,7 +40,8 @@ class Penalties(ctypes.Structure):
 
 
 _FUNCTIONS = {
-    "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p, c_char_p),
+    "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p, c_char_p,
+                c_char_p),
     "ew_close": (None, c_void_p),
     "ew_isa": (c_char_p, c_void_p),
     "ew_cache_bytes": (c_int64, c_void_p, c_int, c_int, c_int),

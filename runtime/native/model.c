@@ -193,35 +193,7 @@ static void pack_work(void *context, int thread) {
     }
 }
 
-/* The arena as it was packed before: a header of 64 bytes, then the tiles. Anything else than expected is packed anew. */
-static void repacked_header(const opening *o, char header[64]) {
-    memset(header, 0, 64);
-    snprintf(header, 64, "edgewright tiles %d, %zu bytes", EW_TILES_VERSION, o->model->arena_bytes);
-}
-
-static int read_repacked(opening *o, const char *path) {
-    char header[64], found[64];
-    ew_model *m = o->model;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    repacked_header(o, header);
-    size_t done = read(fd, found, 64) == 64 && !memcmp(header, found, 64) ? 0 : m->arena_bytes + 1;
-    for (ssize_t n = 1; n > 0 && done < m->arena_bytes; done += n > 0 ? n : 0) n = read(fd, m->arena + done, m->arena_bytes - done);
-    close(fd);
-    return done == m->arena_bytes;
-}
-
-static void write_repacked(opening *o, const char *path) {           /* a folder that takes no files: no cache */
-    char header[64], temporary[4096];
-    repacked_header(o, header);
-    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >= (int)sizeof temporary) return;
-    FILE *f = fopen(temporary, "wb");
-    if (!f) return;
-    int whole = fwrite(header, 64, 1, f) == 1 && fwrite(o->model->arena, o->model->arena_bytes, 1, f) == 1;
-    if (fclose(f) || !whole || rename(temporary, path)) unlink(temporary);
-}
-
-static int load(opening *o, const char *path, const char *repacked) {
+static int load(opening *o, const char *path, const char *repacked, const char *key) {
     ew_model *m = o->model;
     int fd = open(path, O_RDONLY | O_CLOEXEC), result = -1;
     struct stat info;
@@ -248,9 +220,12 @@ static int load(opening *o, const char *path, const char *repacked) {
         to->data = m->arena + at;
         at += to->tile_bytes * to->tiles;
     }
-    if (!repacked || !read_repacked(o, repacked)) {
+    if (repacked && tiles_read(repacked, key, m->arena, m->arena_bytes)) {
+        for (int i = 0; i < o->jobs; i++) if (!matrix_finite(o->job[i].to)) o->bad = i + 1;
+    } else {
+        if (repacked) memset(m->arena + at, 0, m->arena_bytes - at);         /* what a file that is refused left behind the tiles */
         pool_run(m->pool, pack_work, o);
-        if (repacked && !o->bad) write_repacked(o, repacked);
+        if (repacked && !o->bad) tiles_write(repacked, key, m->arena, m->arena_bytes);
     }
     if (o->bad) fail(o, "tensor %.80s holds a value or scale that is not a finite number", o->job[o->bad - 1].tensor->name);
     for (int i = 0; i < o->jobs && !o->error[0]; i++) {
@@ -269,7 +244,7 @@ done:
 static int within(int value, int low, int high) { return value >= low && value <= high; }
 
 ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, int tensors, int threads, int fp32,
-                  const char *isa, const char *repacked, char *error) {
+                  const char *isa, const char *repacked, const char *key, char *error) {
     ew_model *m = calloc(1, sizeof *m);
     opening o = {.model = m, .table = table, .tensors = tensors, .error = error};
     error[0] = 0;
@@ -296,7 +271,7 @@ ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, 
             int widest = ceil_div(y->heads * c->head_dim, BLOCK) * BLOCK;
             if (widest > m->widest) m->widest = widest;
         }
-        if (!load(&o, path, repacked) && scratch_new(m)) fail(&o, "out of memory");
+        if (!load(&o, path, repacked, key) && scratch_new(m)) fail(&o, "out of memory");
     }
     m->config.heads = m->config.kv_heads = m->config.mlp = NULL;
     free(o.job);

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#define EW_TILES_VERSION 1                           /* of the layout in layout.c, for repacked files */
+#define EW_TILES_VERSION 2                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
 #define EW_MANY 32        /* tokens from which the kernels avx512-amx round weights and activations of a pass to bfloat16 */
 enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6 };
@@ -29,9 +29,10 @@ typedef struct {                                     /* one row of the manifest'
 } ew_tensor;
 
 /* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. repacked: NULL, or a file
- * that keeps the tiles (which are the same for every isa), read if it is there and fits, else written. */
+ * that keeps the tiles (which are the same for every isa), read if it is there and fits, else written; key: 64 characters
+ * that tell one model's tiles from all others (tiles.c). */
 ew_model *ew_open(const char *path, const ew_config *, const ew_tensor *, int tensors, int threads, int fp32,
-                  const char *isa, const char *repacked, char *error);
+                  const char *isa, const char *repacked, const char *key, char *error);
 void ew_close(ew_model *);
 const char *ew_isa(const ew_model *);                /* model NULL: the best of this CPU */
 

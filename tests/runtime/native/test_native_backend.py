@@ -290,22 +290,6 @@ def test_shortened_file_missing_tensor_and_nan_are_refused(tmp_path):
         NativeBackend(Bundle(tmp_path, rest))
 
 
-def test_repacked_weights_are_kept_and_a_damaged_file_is_made_anew(tmp_path):
-    decoder = native_bundle.random_decoder(native_bundle.config())
-    bundle, ids = native_bundle.write_bundle(tmp_path, decoder), ids_for(decoder.config)
-    expected = everything(NativeBackend(bundle, threads=2), ids)
-    assert len(list(tmp_path.iterdir())) == 2
-    assert np.array_equal(everything(NativeBackend(bundle, threads=2, repack_cache=True), ids), expected)
-    kept, = tmp_path.glob(".weights.bin.*.tiles")
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:64] + bytes(len(whole) - 64))                 # it is this file that is read
-    assert not np.array_equal(everything(NativeBackend(bundle, threads=2, repack_cache=True), ids), expected)
-    for damaged in (whole[:-1], b"x" + whole[1:], b""):
-        kept.write_bytes(damaged)
-        assert np.array_equal(everything(NativeBackend(bundle, threads=2, repack_cache=True), ids), expected)
-        assert kept.read_bytes() == whole
-
-
 def test_the_same_bits_while_the_pool_gives_way(tmp_path):
     """More threads than CPUs are put off all the time, so the pool drops and tries threads as it goes."""
     decoder = native_bundle.random_decoder(native_bundle.config(layers=[(4, 2, 512)] * 4, hidden_size=256))
