@@ -23,24 +23,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from compress.distiller import Distiller, Losses
-from compress.divergence import KINDS, divergence
-from compress.on_policy import OnPolicy
-from compress.recover import TEACHER_CACHE
-from compress.teacher import build_cache, frozen_decoder
+from compress.options import TEACHER_CACHE
 from models import lineage
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import Blocks, DataOptions, build_corpus
-from models.decoder import Decoder
 from models.presets import preset
-from models.teacher_cache import TeacherCache, tokenizer_digest
-from models.trainer import Trainer, TrainerOptions, mixed_precision
+from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
-MICRO_TOKENS = 2048              # of a micro-batch, by default
 EXAMPLES = """recipes:
   a model that lost layers learns them back:
     python -m compress.prune build/smollm2-135m -o build/pruned --what depth --keep 0.7 --order influence \\
@@ -64,7 +55,7 @@ class Options(DataOptions, TrainerOptions):
     layers: int | None = arg(None, help="take so many of its layers, spread evenly, the first and the last among them")
     preset: str | None = arg(None, help="a new student of about this many parameters, such as 5m, in place of --student")
     valid: tuple[str, ...] = arg((), help="text to judge on (default: blocks of --data are set aside)")
-    loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=KINDS)
+    loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=("forward", "reverse", "js", "skew"))
     mix: float | None = arg(None, help="js: weight of the teacher in the mean (0.5); skew: of the teacher in the student (0.1)")
     temperature: float = arg(1.0, help="divides the logits of both (other than 1: with a live teacher)")
     label_share: float = arg(0.0, help="share of the label loss; 1: the labels alone, without the teacher")
@@ -80,6 +71,27 @@ class Options(DataOptions, TrainerOptions):
     batch: int = arg(8, help="blocks that one update learns from")
     learning_rate: float | None = arg(None, help="peak learning rate (default: 5e-4, a preset's own)")
     eval_rows: int = arg(32, help="blocks to judge on")
+
+
+def main(argv=None) -> int:
+    return run(Options, "distill", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+
+from compress.distiller import Distiller, Losses
+from compress.divergence import divergence
+from compress.on_policy import OnPolicy
+from compress.teacher import build_cache, frozen_decoder
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.decoder import Decoder
+from models.teacher_cache import TeacherCache, tokenizer_digest
+from models.trainer import Trainer, mixed_precision
+
+MICRO_TOKENS = 2048              # of a micro-batch, by default
 
 
 class Taught:
@@ -236,11 +248,3 @@ def _save(source: Checkpoint, options: Options, inputs: dict, distiller: Distill
     stage = lineage.stage("compress.distill", options, inputs, metrics, options.seed)
     hf_config = source.hf_config if student.config == source.config else student.config.to_hf()
     fill_checkpoint(folder, hf_config, student.state_dict().items(), source.path, stage)
-
-
-def main(argv=None) -> int:
-    return run(Options, distill, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

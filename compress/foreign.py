@@ -21,15 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from models import lineage
-from models.checkpoint import check_output, open_checkpoint, write_checkpoint
 from models.config import ModelConfig
-from models.decoder import tensor_shapes
-from models.quantized import Quantization, QuantizedTensor
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
@@ -37,8 +30,6 @@ from runtime.files import read_json
 EXAMPLES = """examples:
   python -m compress.foreign downloads/SmolLM2-135M-GPTQ -o build/smollm2-gptq
 """
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-SUFFIX = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,25 @@ class Options:
 
     checkpoint: Path = arg(positional=True, help="Hugging Face folder with quantized safetensors")
     out: Path = arg(help="checkpoint folder to write", short="-o")
+
+
+def main(argv=None) -> int:
+    return run(Options, "adopt", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.decoder import tensor_shapes
+from models.quantized import Quantization, QuantizedTensor
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+SUFFIX = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 
 
 class FolderTensors:
@@ -185,11 +195,3 @@ def _sha256(folder: Path) -> str:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def main(argv=None) -> int:
-    return run(Options, adopt, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

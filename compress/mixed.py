@@ -7,43 +7,25 @@ costs in KL comes from compress/sensitivity.py, and compress/allocate.py finds t
 byte of a bundle's weights file: codes, scales, zero points, what is not quantized, RoPE's tables (for the context that
 export.onnx gives a bundle by default) and the gaps that align tensors.
 
-`BACKENDS` is the table of what each backend runs; `check_backend` refuses what it cannot, before any work.
+`check_backend` refuses what a backend cannot run (compress/options.py), before any work.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 
 from compress.allocate import Choice, allocate, size_bytes
+from compress.options import BACKENDS
 from compress.sensitivity import Sensitivity
 from models.checkpoint import Checkpoint
 from models.decoder import tensor_shapes
 from models.quantized import Quantization, TensorFormat
+from runtime.cli import parse_size
 from runtime.errors import UserError
 
 GROUPS = (32, 64, 128)
 BUNDLE_CONTEXT = 8192             # most positions of a bundle's RoPE tables, unless export.onnx is told otherwise
 VECTOR, PAGE, LARGE = 64, 4096, 1 << 20      # bytes that a bundle's tensors are aligned to: any, and those over LARGE
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a backend runs of what a checkpoint may hold (models/quantized.py)."""
-
-    bits: tuple[int, ...]
-    zeros: bool = True                                # zero points
-    negative_scales: bool = True
-    float8: bool = False
-    activations: tuple[str, ...] = ()                 # scales of int8 inputs: "row", "tensor"
-    kv_cache: bool = False                            # keys and values in int8
-
-
-BACKENDS = {"pytorch": Backend((2, 3, 4, 5, 6, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
-            "native": Backend((2, 3, 4, 5, 6, 8), activations=("row",), kv_cache=True),   # with finer scales of its own
-            "onnx": Backend((4, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
-            "tensorrt": Backend((4, 8), zeros=False, negative_scales=False, activations=("row",))}
 
 
 def candidates(backend: str) -> list[TensorFormat]:
@@ -76,14 +58,6 @@ def _others(what: str, wanted) -> str:
     found = [name for name, able in BACKENDS.items()
              if getattr(able, what) == wanted or isinstance(getattr(able, what), tuple) and wanted in getattr(able, what)]
     return "choose --backend " + " or ".join(found)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "92MB" or "90000000". Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?B?)\s*", text)
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"--target-size is {text!r}, which should be a size such as 92MB")
-    return int(float(match[1]) * {"": 1, "B": 1, "kB": 1e3, "k": 1e3, "MB": 1e6, "M": 1e6, "GB": 1e9, "G": 1e9}[match[2]])
 
 
 def budget(checkpoint: Checkpoint, target_size: str | None, target_bpw: float | None) -> int:

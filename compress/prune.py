@@ -15,20 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from compress import depth, sparse, vocabulary, width
-from compress.calibration_text import corpus_windows
-from compress.hidden import principal_directions, sliced
-from compress.mixed import parse_size
-from compress.sparsity_ratios import sparsity_ratios
 from models import lineage
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.config import ModelConfig
 from models.data import DataOptions, build_corpus
-from models.decoder import tensor_shapes
-from runtime.cli import arg, run, table
+from runtime.cli import arg, parse_size, run, table
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
 
@@ -52,18 +43,36 @@ class Options(DataOptions):
     keep: float | None = arg(None, help="depth, mlp, hidden: share of all parameters to keep")
     target_size: str | None = arg(None, help="the same as bytes of the checkpoint's tensors, such as 400MB")
     layers: int | None = arg(None, help="depth: layers to keep")
-    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=depth.ORDERS)
+    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=("influence", "kl", "greedy", "beam"))
     neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers")
     step: int = arg(64, help="mlp: widths are multiples of this")
     groups: int | None = arg(None, help="heads: key/value groups to keep in each layer")
     hidden: int | None = arg(None, help=f"hidden: channels of the residual stream to keep (with --keep: a multiple of {CHANNELS})")
     tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)")
     sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4")
-    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=sparse.SCORES)
+    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=("magnitude", "wanda", "sparsegpt"))
     ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (sparsity_ratios.py)",
                       choices=("even", "sensitivity"))
     windows: int = arg(64, help="calibration windows, spread evenly over the data")
     length: int = arg(512, help="tokens in a window")
+
+
+def main(argv=None) -> int:
+    return run(Options, "prune", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+from torch import Tensor
+
+from compress import depth, sparse, vocabulary, width
+from compress.calibration_text import corpus_windows
+from compress.hidden import principal_directions, sliced
+from compress.sparsity_ratios import sparsity_ratios
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.decoder import tensor_shapes
 
 
 def prune(options: Options) -> None:
@@ -211,11 +220,3 @@ def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:
     stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, {"vocab_size": len(kept)})
     write_checkpoint(options.out, config.to_hf(), tensors, checkpoint.path, stage, lambda folder: vocabulary.rewrite_files(folder, kept))
     return config
-
-
-def main(argv=None) -> int:
-    return run(Options, prune, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -24,37 +24,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from compress.awq import awq
-from compress.calibrated import calibrated
-from compress.calibration_text import corpus_windows
-from compress.memory import calibration_bytes, gradient_bytes
-from compress.mixed import BACKENDS, budget, candidates, check_backend, check_target, mixed_formats
-from compress.neural_compressor import autoround, hqq
-from compress.recover import TEACHER_CACHE, Options as RecoverOptions, recover
-from compress.rotation import rotate_values
-from compress.rtn import round_to_nearest
-from compress.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
-from compress.smoothquant import smooth
+from compress.options import BACKENDS, TEACHER_CACHE
 from models import lineage
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records, source_digest
-from models.fidelity import Window, cut_windows, measure
-from models.memory import memory_line
-from models.quantized import KINDS, Quantization, QuantizedTensor, TensorFormat
-from models.torch_backend import TorchBackend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.machine import peak_rss_mb
 
-FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
-CALIBRATED = ("clip", "gptq")           # methods that look at text
-VOCABULARY = ("model.embed_tokens", "lm_head")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
   python -m compress.quantize CKPT -o OUT --bits 8 --group 0 --eval-text TEXT
@@ -78,8 +58,8 @@ class Options(DataOptions):
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
     method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq", "autoround"))
-    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD")
-    kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=KINDS)
+    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: awq, smooth, values", metavar="FOLD")
+    kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=("int", "e4m3"))
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
     activation_scales: str = arg("row", help="of these: one for each token's row as it comes, or static: one for each "
                                  "linear, from the calibration text, and none for down_proj", choices=("row", "static"))
@@ -99,6 +79,38 @@ class Options(DataOptions):
     teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions for that are kept")
     eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after")
     eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all")
+
+
+def main(argv=None) -> int:
+    return run(Options, "quantize", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+from tqdm import tqdm
+
+from compress.awq import awq
+from compress.calibrated import calibrated
+from compress.calibration_text import corpus_windows
+from compress.memory import calibration_bytes, gradient_bytes
+from compress.mixed import budget, candidates, check_backend, check_target, mixed_formats
+from compress.neural_compressor import autoround, hqq
+from compress.recover import Options as RecoverOptions, recover
+from compress.rotation import rotate_values
+from compress.rtn import round_to_nearest
+from compress.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
+from compress.smoothquant import smooth
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.fidelity import Window, cut_windows, measure
+from models.memory import memory_line
+from models.quantized import Quantization, QuantizedTensor, TensorFormat
+from models.torch_backend import TorchBackend
+
+FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
+CALIBRATED = ("clip", "gptq")           # methods that look at text
+VOCABULARY = ("model.embed_tokens", "lm_head")
 
 
 def quantize(options: Options) -> None:
@@ -329,11 +341,3 @@ def _report(formats: dict[str, TensorFormat], before: dict, after: dict) -> str:
              + (f"groups of {form.group}" if form.group else "one scale a row")
              + ("" if form.symmetric else ", with zero points") for form, count in kinds.items()]
     return "\n".join([*lines, "", table(rows)])
-
-
-def main(argv=None) -> int:
-    return run(Options, quantize, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

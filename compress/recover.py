@@ -27,6 +27,45 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compress.options import TEACHER_CACHE
+from models import lineage
+from models.data import DataOptions
+from runtime.cli import arg, run
+from runtime.errors import UserError
+from runtime.files import lock, new_file, parse_json
+
+EXAMPLES = """examples:
+  python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
+  python -m compress.recover build/int3 --teacher build/smollm2-135m --data corpus.txt --weights 40 -o build/int3-recovered
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Train a quantized checkpoint's scales and norms against the model it was made from."""
+
+    checkpoint: Path = arg(positional=True, help="quantized checkpoint folder")
+    teacher: Path = arg(help="the checkpoint it was made from")
+    out: Path = arg(help="checkpoint folder to write", short="-o")
+    steps: int = arg(80, help="steps that train scales and norm gains")
+    weights: int = arg(0, help="further steps that train the codes too", metavar="STEPS")
+    batch: int = arg(4, help="windows in a step")
+    windows: int = arg(320, help="windows of the text to learn from, spread evenly")
+    length: int = arg(512, help="tokens in a window")
+    learning_rate: float = arg(1e-4, help="of scales (as factors) and norm gains")
+    code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code")
+    top: int = arg(64, help="teacher's log-probabilities kept for each token")
+    seed: int = arg(0, help="order of the windows")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
+
+
+def main(argv=None) -> int:
+    return run(Options, "recover", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -37,24 +76,14 @@ from compress.calibration_text import corpus_windows
 from compress.grid import fp16
 from compress.layerwise import fast_forward, fast_matmul
 from compress.teacher import build_cache
-from models import lineage
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.data import DataOptions
 from models.decoder import Decoder
 from models.quantized import QuantizedTensor
 from models.optimizer import learning_rate
 from models.safetensors_file import save_tensors
 from models.teacher_cache import TeacherCache
-from runtime.cli import arg, run
-from runtime.errors import UserError
-from runtime.files import lock, new_file, parse_json
 
-TEACHER_CACHE = Path("~/.cache/edgewright/teacher")
 SAVED = 10                # steps from one saved state to the next
-EXAMPLES = """examples:
-  python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
-  python -m compress.recover build/int3 --teacher build/smollm2-135m --data corpus.txt --weights 40 -o build/int3-recovered
-"""
 
 
 class _Scaled(torch.autograd.Function):
@@ -196,25 +225,6 @@ def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(DataOptions):
-    """Train a quantized checkpoint's scales and norms against the model it was made from."""
-
-    checkpoint: Path = arg(positional=True, help="quantized checkpoint folder")
-    teacher: Path = arg(help="the checkpoint it was made from")
-    out: Path = arg(help="checkpoint folder to write", short="-o")
-    steps: int = arg(80, help="steps that train scales and norm gains")
-    weights: int = arg(0, help="further steps that train the codes too", metavar="STEPS")
-    batch: int = arg(4, help="windows in a step")
-    windows: int = arg(320, help="windows of the text to learn from, spread evenly")
-    length: int = arg(512, help="tokens in a window")
-    learning_rate: float = arg(1e-4, help="of scales (as factors) and norm gains")
-    code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code")
-    top: int = arg(64, help="teacher's log-probabilities kept for each token")
-    seed: int = arg(0, help="order of the windows")
-    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
-
-
 def recover(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
     checkpoint, teacher = open_checkpoint(options.checkpoint), open_checkpoint(options.teacher)
@@ -278,11 +288,3 @@ def _tensors(checkpoint: Checkpoint, decoder: Decoder, coded: dict[str, CodedLin
             yield name, decoder.get_submodule(module).weight.detach()
         else:
             yield name, checkpoint.read(name)
-
-
-def main(argv=None) -> int:
-    return run(Options, recover, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

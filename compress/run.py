@@ -24,15 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.held_out import split_text
-from compress.ladder import ladder, measure_quality, measure_speed
-from compress.mixed import BACKENDS
+from compress.options import BACKENDS, TEACHER_CACHE
 from compress.recipe import Recipe, Stage, command_line, open_recipe, shipped
-from compress.recover import TEACHER_CACHE
 from models import lineage
-from models.checkpoint import open_checkpoint
 from models.data import DataOptions
 from models.data_formats import find_sources, source_digest
-from models.trainer import TrainerOptions
+from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json, restored, write
@@ -59,6 +56,17 @@ class Options(DataOptions):
     backend: str | None = arg(None, help="formats to choose from, in place of the recipe's", choices=tuple(BACKENDS))
     eval_windows: int = arg(16, help="windows of 512 tokens of each text to judge on")
     speed: bool = arg(True, help="export each result and measure its decode speed")
+
+
+def main(argv=None) -> int:
+    return run(Options, "compress", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from compress.ladder import ladder, measure_quality, measure_speed
+from models.checkpoint import open_checkpoint
 
 
 def compress(options: Options) -> int:
@@ -185,11 +193,3 @@ def _publish(checkpoint: Path, out: Path) -> None:
 
 def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def main(argv=None) -> int:
-    return run(Options, compress, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

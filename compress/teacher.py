@@ -23,6 +23,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from models.data import DataOptions
+from runtime.cli import arg, run
+from runtime.errors import UserError
+from runtime.files import lock, read_json
+
+PRECISIONS = ("auto", "fp32", "bf16")
+EXAMPLES = """examples:
+  python -m compress.teacher build/smollm2-135m --data corpus.txt --windows 400 -o build/teacher
+  python -m compress.teacher build/smollm2-135m --self 64 -o build/teacher
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DataOptions):
+    """Keep what a teacher says about a text: top-k log-probabilities of every token."""
+
+    checkpoint: Path = arg(positional=True, help="the teacher's checkpoint folder")
+    data: tuple[str, ...] = arg((), help="files, folders or globs to read")
+    self: int = arg(0, help="windows the teacher writes itself, where there is no --data", metavar="N")
+    out: Path = arg(help="folder of caches; this one goes into a subfolder named by its contents", short="-o")
+    windows: int = arg(400, help="windows of the text to use, spread evenly")
+    length: int = arg(512, help="tokens in a window")
+    top: int = arg(64, help="tokens whose log-probability is kept")
+    precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=PRECISIONS)
+
+
+def main(argv=None) -> int:
+    return run(Options, "build", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,21 +65,12 @@ from compress.calibration_text import corpus_windows
 from compress.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
 from models.checkpoint import load_decoder, open_checkpoint
-from models.data import DataOptions
 from models.decoder import Decoder, KVCache
 from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, write_state
-from runtime.cli import arg, run
-from runtime.errors import UserError
-from runtime.files import lock, read_json
 
 VERSION = 3                       # of the arrays and their state; part of the name
 ROWS = 64                         # tokens whose logits are in memory at once: memory that the allocator uses again
 LEAST = math.log(1e-7)            # of the others' mass, which fp16 keeps as a logarithm
-PRECISIONS = ("auto", "fp32", "bf16")
-EXAMPLES = """examples:
-  python -m compress.teacher build/smollm2-135m --data corpus.txt --windows 400 -o build/teacher
-  python -m compress.teacher build/smollm2-135m --self 64 -o build/teacher
-"""
 
 
 def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision: str = "auto") -> TeacherCache:
@@ -130,20 +155,6 @@ def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, b
     return torch.cat(rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(DataOptions):
-    """Keep what a teacher says about a text: top-k log-probabilities of every token."""
-
-    checkpoint: Path = arg(positional=True, help="the teacher's checkpoint folder")
-    data: tuple[str, ...] = arg((), help="files, folders or globs to read")
-    self: int = arg(0, help="windows the teacher writes itself, where there is no --data", metavar="N")
-    out: Path = arg(help="folder of caches; this one goes into a subfolder named by its contents", short="-o")
-    windows: int = arg(400, help="windows of the text to use, spread evenly")
-    length: int = arg(512, help="tokens in a window")
-    top: int = arg(64, help="tokens whose log-probability is kept")
-    precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=PRECISIONS)
-
-
 def build(options: Options) -> None:
     if bool(options.data) == bool(options.self):
         raise UserError("give either --data FILES or --self N")
@@ -155,11 +166,3 @@ def build(options: Options) -> None:
     cache = build_cache(options.checkpoint, ids, options.out, options.top, options.precision)
     size = sum(file.stat().st_size for file in cache.folder.iterdir())
     print(f"{ids.numel()} tokens, {size / ids.numel():.0f} bytes each: {cache.folder}")
-
-
-def main(argv=None) -> int:
-    return run(Options, build, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

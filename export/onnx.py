@@ -14,13 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from export import bundle as bundles
-from export.encoder import OUTPUTS as TASKS, export_encoder, is_encoder
-from export.graph import OPSET, check
-from export.portable import portable_graph
-from export.weights import GRAPH_BITS, write_weights
 from models import lineage
-from models.checkpoint import Checkpoint, open_checkpoint
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.machine import release_free_memory
@@ -28,7 +22,6 @@ from runtime.text import Tokenizer
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
-GRAPH = "portable.onnx"
 EXAMPLES = """examples:
   python -m export.onnx build/smollm2-135m-int4-checkpoint -o build/smollm2-135m-int4
   python -m export.onnx build/smollm2-135m -o build/smollm2-135m-fp16 --dtype fp16 --max-context 2048
@@ -42,8 +35,26 @@ class Options:
     checkpoint: Path = arg(positional=True, help="folder of the checkpoint, quantized or not")
     out: Path = arg(short="-o", help="folder of the bundle; an older bundle there is replaced")
     dtype: str = arg("fp32", choices=tuple(DTYPES), help="type of activations, caches and what is not quantized")
-    task: str | None = arg(None, choices=tuple(TASKS), help="export a model that is no decoder for this task (encoder.py)")
+    task: str | None = arg(None, choices=("feature-extraction", "sentence-similarity", "text-classification",
+                                         "token-classification", "question-answering"), help="export a model that is no decoder for this task (encoder.py)")
     max_context: int | None = arg(None, help=f"tokens a sequence may have (default: the model's, at most {DEFAULT_CONTEXT})")
+
+
+def main(argv=None) -> int:
+    return run(Options, "export", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from export import bundle as bundles
+from export.encoder import export_encoder, is_encoder
+from export.graph import OPSET, check
+from export.portable import portable_graph
+from export.weights import GRAPH_BITS, write_weights
+from models.checkpoint import Checkpoint, open_checkpoint
+
+GRAPH = "portable.onnx"
 
 
 def export(options: Options) -> None:
@@ -117,11 +128,3 @@ def summary(folder: Path, manifest: dict) -> str:
     graphs = ", ".join(graph["file"] for graph in manifest["graphs"]) or "no graph"
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     return f"{folder}: {graphs}; {total / 1e6:.1f} MB, of which weights {manifest['weights']['bytes'] / 1e6:.1f} MB"
-
-
-def main(argv=None) -> int:
-    return run(Options, export, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -26,10 +26,6 @@ from pathlib import Path
 
 import numpy as np
 
-from export import bundle as bundles
-from export.decoder_graph import DecoderGraph
-from export.graph import MICROSOFT, StoredTensor
-from export.onnx import DTYPES, graph_entry, summary
 from models import lineage
 from models.config import ModelConfig
 from runtime.bundle import open_bundle
@@ -37,9 +33,6 @@ from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import sole_writer
 
-GRAPH = "fast.onnx"
-BLOCKS = (32, 16)                 # inputs that share a scale in the table's MatMulNBits (64: no faster, KL a third more)
-INT8_COMPUTE = 4                  # MatMulNBits' accuracy level: activations in int8 per block, as for the other linears
 EXAMPLES = """example:
   python -m export.ort build/smollm2-135m-int4
 """
@@ -49,6 +42,23 @@ EXAMPLES = """example:
 class Options:
     """Add ONNX Runtime's fast graph to a bundle, over the same weights file."""
     bundle: Path = arg(positional=True, help="folder of the bundle")
+
+
+def main(argv=None) -> int:
+    return run(Options, "add_fast_graph", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from export import bundle as bundles
+from export.decoder_graph import DecoderGraph
+from export.graph import MICROSOFT, StoredTensor
+from export.onnx import DTYPES, graph_entry, summary
+
+GRAPH = "fast.onnx"
+BLOCKS = (32, 16)                 # inputs that share a scale in the table's MatMulNBits (64: no faster, KL a third more)
+INT8_COMPUTE = 4                  # MatMulNBits' accuracy level: activations in int8 per block, as for the other linears
 
 
 @sole_writer("bundle")
@@ -248,11 +258,3 @@ class Table:
         shape = [graph.config.vocab_size, self.groups, blocks // self.groups]
         repeated = graph.op("Expand", [self._scales, graph.constant(shape)], "embed.scales.repeated")
         return graph.op("Reshape", [repeated, graph.constant([shape[0], blocks])], "embed.scales.blocks")
-
-
-def main(argv=None) -> int:
-    return run(Options, add_fast_graph, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

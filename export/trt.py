@@ -18,19 +18,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
-from export import bundle as bundles
-from export import trt_lint, trt_profiles, trt_record
-from export.trt_build import Settings, build, load_backend, predicted_bytes, targets
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.machine import available_memory
 
-ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
-RTX_GPUS = {75: "RTX 20, T4", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 120: "RTX 50", 121: "DGX Spark"}
 DEFAULT_SM, DEFAULT_CAPACITY = "86,89,120", 1024
 EXAMPLES = """examples:
   python -m export.trt build/smollm2-135m-int4                                   an RTX engine, into the bundle
@@ -72,6 +65,26 @@ class InspectOptions:
     engine: Path = arg(positional=True, help="engine that export.trt wrote")
 
 
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["inspect"]:
+        return run(InspectOptions, "inspect", argv[1:])
+    return run(Options, "compile", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import onnx
+
+from export import bundle as bundles
+from export import trt_lint, trt_profiles, trt_record
+from export.trt_build import Settings, build, load_backend, predicted_bytes, targets
+
+ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
+RTX_GPUS = {75: "RTX 20, T4", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 120: "RTX 50", 121: "DGX Spark"}
+
+
 def compile(options: Options) -> None:
     """Build the engines asked for. Raises UserError for input that cannot be used, CheckFailed for a wrong network."""
     backend = options.backend or _present_backend()
@@ -100,6 +113,10 @@ def compile(options: Options) -> None:
         with lock(bundle.folder) if bundle else nullcontext():
             bundle = open_bundle(bundle.folder) if bundle else None
             _one(options, settings, path, bundle, capacity)
+
+
+def inspect(options: InspectOptions) -> None:
+    print(trt_record.inspect(options.engine))
 
 
 def _one(options, settings, path, bundle, capacity) -> None:
@@ -267,14 +284,3 @@ def _listing(backend: str) -> str:
     rows = [{"target": f"SM{t}", "GPUs": RTX_GPUS.get(t, ""), "dtypes": ", ".join(trt_lint.dtypes_of(t))} for t in known]
     return table(rows, title=f"{backend} {tensorrt.__version__}, ahead of time, no GPU needed; weights int4 and int8 are "
                              "symmetric")
-
-
-def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["inspect"]:
-        return run(InspectOptions, lambda options: print(trt_record.inspect(options.engine)), argv[1:])
-    return run(Options, compile, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -33,13 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from export import bundle as bundles
 from export.golden import TOP, Golden, golden_outputs, to_json
 from models import lineage
-from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
-from models.torch_backend import TorchBackend
 from runtime.backend import Backend, Cache
 from runtime.bundle import Bundle, open_bundle
 from runtime.cli import arg, run, table
@@ -50,15 +46,6 @@ from runtime.machine import available_cpus
 from runtime.text import Tokenizer
 from runtime.verify import open_rung, rungs
 
-EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized
-FUSED_BUDGET = 0.01               # of what rounds activations on its own account
-INT8_BUDGET = 0.02                # of every rung, where the checkpoint rounds its activations
-TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast",
-          "native_exact": "native exact", "native": "native"}
-NEVER = "built, never run"
-CHUNK = 16                        # tokens a call of the chunked prefill
-SINGLY = 16                       # tokens at the end of a prompt that go one by one
-SHORTEST_CONTEXT = 16
 EXAMPLES = """example:
   python -m export.verify build/smollm2-135m-int4-checkpoint build/smollm2-135m-int4
 """
@@ -70,6 +57,30 @@ class Options:
     checkpoint: Path = arg(positional=True, help="checkpoint the bundle was exported from")
     bundle: Path = arg(positional=True, help="folder of the bundle")
     threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
+
+
+def main(argv=None) -> int:
+    return run(Options, "verify", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from tqdm import tqdm
+
+from export import bundle as bundles
+from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from models.torch_backend import TorchBackend
+
+EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized
+FUSED_BUDGET = 0.01               # of what rounds activations on its own account
+INT8_BUDGET = 0.02                # of every rung, where the checkpoint rounds its activations
+TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast",
+          "native_exact": "native exact", "native": "native"}
+NEVER = "built, never run"
+CHUNK = 16                        # tokens a call of the chunked prefill
+SINGLY = 16                       # tokens at the end of a prompt that go one by one
+SHORTEST_CONTEXT = 16
 
 
 @dataclass(frozen=True)
@@ -248,11 +259,3 @@ def _ragged_batch(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
 
 WAYS = {"one prefill": _each(_one_prefill), "chunked prefill": _each(_chunked_prefill),
         "token by token": _each(_token_by_token), "ragged batch": _ragged_batch}
-
-
-def main(argv=None) -> int:
-    return run(Options, verify, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

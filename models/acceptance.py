@@ -21,13 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from models.data_formats import as_messages, find_sources, read_records
-from models.evaluate import write_json
-from models.fidelity import scored_logprobs
-from models.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
 from models.metrics import bootstrap
 from runtime import decode
 from runtime.cli import arg, run, table
@@ -51,6 +46,21 @@ class Options:
     tokens: int = arg(64, help="tokens of a reply, at most")
     seed: int = arg(0, help="of the sampled replies")
     json: Path | None = arg(None, help="write the figures to this file")
+
+
+def main(argv=None) -> int:
+    return run(Options, "acceptance", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+from tqdm import tqdm
+
+from models.evaluate import write_json
+from models.fidelity import scored_logprobs
+from models.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
 
 
 def accepted(proposals: np.ndarray, reply: np.ndarray, ahead: int) -> list[int]:
@@ -132,11 +142,3 @@ def acceptance(options: Options) -> None:
                   if "interval" in row else ""} for row in rows]))
     if options.json:
         write_json(options.json, figures)
-
-
-def main(argv=None) -> int:
-    return run(Options, acceptance, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -31,12 +31,12 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from models.data_cleaning import Cleaning, clean
 from models.data_formats import as_text, find_sources, read_records, source_digest
 from models.tables import HEADERS
-from runtime.cli import arg
+from models.progress import progress
+from runtime.cli import Checked, arg
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json
 
@@ -46,7 +46,7 @@ BATCH_DOCUMENTS, BATCH_CHARS = 1024, 8 << 20       # tokenized at once, over all
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Checked):
     """Which documents to read, and how to clean them: the options shared by every stage that reads a corpus."""
     data: tuple[str, ...] = arg(help="files, folders, globs or hf:NAME@SPLIT to learn from")
     format: str | None = arg(None, help="format of every file, in place of its ending",
@@ -81,7 +81,7 @@ def read_documents(options: DataOptions, sources: list[str], counts: Counter, de
     """The cleaned documents of `sources`, with a progress bar in bytes; `counts` says how many were kept or dropped."""
     sizes = [None if s.startswith("hf:") else os.path.getsize(s) for s in sources]
     total = None if None in sizes else sum(sizes)
-    with tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=1.0) as bar:
+    with progress(label=description, unit="B", total=total, unit_scale=True) as bar:
         def texts():
             for record in read_records(sources, options.format, options.documents, options.header, (options.field,)):
                 text = as_text(record, options.field)

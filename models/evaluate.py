@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from models import fidelity, metrics, tasks
-from models.language_model import LanguageModel, check_same_tokenizer, open_model
 from models.tables import HEADERS
-from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
+from models import metrics, tasks
 from runtime.backends import PROVIDERS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
@@ -67,6 +64,20 @@ class Options:
     graph: str | None = arg(None, help="bundle: this graph of it, on ONNX Runtime's CPU", choices=("portable", "fast"))
     exact: bool = arg(False, help="bundle: on ONNX Runtime without int8 kernels, PyTorch's numbers up to rounding")
     threads: int | None = arg(None, help="CPU threads (default: those available)")
+
+
+def main(argv=None) -> int:
+    return run(Options, "evaluate", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from tqdm import tqdm
+
+from models import fidelity
+from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 
 
 def evaluate(options: Options) -> int:
@@ -236,11 +247,3 @@ def write_json(file: Path, result: dict) -> None:
             return [clean(v) for v in value]
         return None if isinstance(value, float) and not np.isfinite(value) else value
     write(file, json.dumps(clean(result), indent=1, ensure_ascii=False) + "\n")
-
-
-def main(argv=None) -> int:
-    return run(Options, evaluate, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

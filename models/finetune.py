@@ -19,26 +19,18 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from models import lineage
-from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
 from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
-from models.lora import add_lora, merged_tensors, save_adapter
-from models.memory import memory_line, training_bytes
 from models.tables import HEADERS
-from models.trainer import Trainer, TrainerOptions, mixed_precision, process_state
+from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
 
-MICRO_TOKENS = 2048              # of a micro-batch, by default
-SCORED_TOGETHER = 16             # examples whose accuracy is measured at once
 EXAMPLES = """examples:
   python -m models.finetune build/smollm2-135m --task classify --data ../shared/data/classify/sst2-train.tsv \\
       --limit 800 --valid ../shared/data/classify/sst2-dev.tsv --labels 0=negative 1=positive \\
@@ -71,6 +63,26 @@ class FinetuneOptions(TrainerOptions):
     alpha: float = arg(32.0, help="LoRA's scale, times 1 / rank")
     keep_adapter: bool = arg(False, help="save the adapter alone, not merged into the weights")
     weight_decay: float = arg(0.0, help="AdamW's decay of matrices")
+
+
+def main(argv=None) -> int:
+    return run(FinetuneOptions, "finetune", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.lora import add_lora, merged_tensors, save_adapter
+from models.memory import memory_line, training_bytes
+from models.trainer import Trainer, mixed_precision, process_state
+
+MICRO_TOKENS = 2048              # of a micro-batch, by default
+SCORED_TOGETHER = 16             # examples whose accuracy is measured at once
 
 
 def finetune(options: FinetuneOptions) -> None:
@@ -223,11 +235,3 @@ def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Pat
     else:
         tensors = merged_tensors(model, checkpoint) if options.method == "lora" else model.state_dict().items()
         fill_checkpoint(folder, checkpoint.hf_config, tensors, checkpoint.path, stage)
-
-
-def main(argv=None) -> int:
-    return run(FinetuneOptions, finetune, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

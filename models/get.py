@@ -20,23 +20,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from models import lineage
-from models.checkpoint import check_output, open_checkpoint, write_checkpoint
 from models.config import ModelConfig
-from models.decoder import tensor_shapes
-from models.gguf_file import GGUFFile
 from models.gguf_tokenizer import write_tokenizer
-from models.offgrid import off_grid
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
 
 SMOLLM2 = "smollm2-135m-instruct"
-SEED = 0                                                        # of --off-grid: one model, the same everywhere
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 EXAMPLES = f"""examples:
   python -m models.get {SMOLLM2} -o build/smollm2-135m --off-grid
   python -m models.get ~/models/Qwen2.5-0.5B-Instruct -o build/qwen2.5-0.5b
@@ -51,6 +42,25 @@ class GetOptions:
     name: str = arg(positional=True, help=f"{SMOLLM2}, a Hugging Face folder, a .gguf file or a hub id")
     out: Path = arg(short="-o", help="folder to write")
     off_grid: bool = arg(False, help="rescale channels so that the weights leave the grid of an earlier quantization")
+
+
+def main(argv=None) -> int:
+    return run(GetOptions, "get", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+from tqdm import tqdm
+
+from models.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.decoder import tensor_shapes
+from models.gguf_file import GGUFFile
+from models.offgrid import off_grid
+
+SEED = 0                                                        # of --off-grid: one model, the same everywhere
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 def get(options: GetOptions) -> None:
@@ -145,11 +155,3 @@ def _json(file: Path, default: dict) -> dict:
 
 def _write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def main(argv=None) -> int:
-    return run(GetOptions, get, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

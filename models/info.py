@@ -11,12 +11,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import ModelConfig
-from models.decoder import tensor_shapes
 from runtime.cli import arg, run, table
 
-MIB = 2**20
 EXAMPLES = """examples:
   python -m models.info build/smollm2-135m
 """
@@ -26,6 +23,19 @@ EXAMPLES = """examples:
 class InfoOptions:
     """Show a checkpoint's shape, sizes and memory needs."""
     checkpoint: Path = arg(positional=True, help="folder to read")
+
+
+def main(argv=None) -> int:
+    return run(InfoOptions, "info", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.decoder import tensor_shapes
+
+MIB = 2**20
 
 
 def parameters(config: ModelConfig) -> int:
@@ -89,11 +99,3 @@ def info(options: InfoOptions) -> None:
         print()
         print(table([{"layer": number, "heads": layer.heads, "kv heads": layer.kv_heads, "mlp size": layer.mlp_size}
                      for number, layer in enumerate(config.layers)]))
-
-
-def main(argv=None) -> int:
-    return run(InfoOptions, info, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

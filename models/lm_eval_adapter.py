@@ -13,14 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from runtime.cli import arg, run, table
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run lm-evaluation-harness tasks on a checkpoint or a bundle."""
+    model: Path = arg(positional=True, help="checkpoint or bundle folder")
+    tasks: tuple[str, ...] = arg(help="names of tasks")
+    include_path: Path | None = arg(None, help="folder of task files of your own (YAML), for use without a network")
+    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
+    limit: int | None = arg(None, help="examples a task, at most")
+    json: Path | None = arg(None, help="write the results to this file")
+    graph: str | None = arg(None, help="which graph of a bundle", choices=("portable", "fast"))
+    threads: int | None = arg(None, help="CPU threads (default: those available)")
+
+
+def main(argv=None) -> int:
+    return run(Options, "evaluate", argv)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from models.evaluate import write_json
 from models.language_model import LanguageModel, open_model
-from runtime.cli import arg, run, table
-from runtime.errors import UserError
 
 MAX_NEW_TOKENS = 256          # where a task does not say, as in the harness
 
@@ -86,19 +109,6 @@ class EdgewrightLM(TemplateLM):
         return replies
 
 
-@dataclass(frozen=True)
-class Options:
-    """Run lm-evaluation-harness tasks on a checkpoint or a bundle."""
-    model: Path = arg(positional=True, help="checkpoint or bundle folder")
-    tasks: tuple[str, ...] = arg(help="names of tasks")
-    include_path: Path | None = arg(None, help="folder of task files of your own (YAML), for use without a network")
-    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
-    limit: int | None = arg(None, help="examples a task, at most")
-    json: Path | None = arg(None, help="write the results to this file")
-    graph: str | None = arg(None, help="which graph of a bundle", choices=("portable", "fast"))
-    threads: int | None = arg(None, help="CPU threads (default: those available)")
-
-
 def evaluate(options: Options) -> int:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -120,11 +130,3 @@ def evaluate(options: Options) -> int:
         write_json(options.json, {task: {k: v for k, v in scores.items() if isinstance(v, (int, float, str))}
                                   for task, scores in results.items()})
     return 0
-
-
-def main(argv=None) -> int:
-    return run(Options, evaluate, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

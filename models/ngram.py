@@ -20,18 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from models import lineage
-from models.baseline import read_baseline, write_baseline
 from models.data import Corpus, DataOptions, build_corpus
 from models.data_formats import source_digest
-from models.train import tokenizer_facts
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import new_folder
 
-MODEL_TYPE = "edgewright_ngram"
 EXAMPLES = """examples:
   python -m models.ngram --tokenizer build/sotu-tokenizer --data ../shared/data/text/sotu-train.txt \\
       --valid ../shared/data/text/sotu-valid.txt --order 4 -o build/sotu-ngram
@@ -45,6 +41,21 @@ class NgramOptions(DataOptions):
     valid: tuple[str, ...] = arg(help="files to report the loss on")
     order: int = arg(4, help="tokens of the longest n-gram")
     out: Path = arg(short="-o", help="folder to write; must not exist")
+
+
+def main(argv=None) -> int:
+    return run(NgramOptions, "train_ngram", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+
+from models.baseline import read_baseline, write_baseline
+from models.train import tokenizer_facts
+
+MODEL_TYPE = "edgewright_ngram"
 
 
 @dataclass(frozen=True)
@@ -178,11 +189,3 @@ def load_ngram(path: Path | str) -> NgramModel:
     return NgramModel([Order(arrays[f"{k}.keys"].view(np.uint64), arrays[f"{k}.discounted"],
                              arrays[f"{k}.contexts"].view(np.uint64), arrays[f"{k}.backoff"])
                        for k in range(1, config["order"] + 1)], config["vocab_size"])
-
-
-def main(argv=None) -> int:
-    return run(NgramOptions, train_ngram, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -16,24 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
 from models import lineage
-from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.data import Blocks, Corpus, DataOptions, Split, build_corpus
 from models.data_formats import source_digest
-from models.decoder import Decoder
-from models.gru import gru_of_size, write_gru
-from models.memory import memory_line, training_bytes
 from models.presets import parameter_target, preset
-from models.trainer import Trainer, TrainerOptions, process_state
+from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
 
-TOKENS_PER_PARAMETER = 20
-LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
 EXAMPLES = """examples:
   python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
   python -m models.train --preset 5m --tokenizer build/sotu-tokenizer --data ../shared/data/text/sotu-train.txt \\
@@ -54,6 +47,25 @@ class TrainOptions(DataOptions, TrainerOptions):
     context: int = arg(256, help="tokens of a block, and the context of a new model")
     boundaries: str = arg("eos", help="documents follow each other after EOS, or each starts a block of its own",
                           choices=("eos", "block"))
+
+
+def main(argv=None) -> int:
+    return run(TrainOptions, "train", argv, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.decoder import Decoder
+from models.gru import gru_of_size, write_gru
+from models.memory import memory_line, training_bytes
+from models.trainer import Trainer, process_state
+
+TOKENS_PER_PARAMETER = 20
+LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
 
 
 def train(options: TrainOptions) -> None:
@@ -143,11 +155,3 @@ def _save(source: Path, options: TrainOptions, inputs: dict, model, folder: Path
         fill_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)
     else:
         write_gru(folder, model, source, stage)
-
-
-def main(argv=None) -> int:
-    return run(TrainOptions, train, argv, epilog=EXAMPLES)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

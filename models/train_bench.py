@@ -15,15 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 from models.config import ModelConfig
-from models.decoder import Decoder, inverse_frequencies, rotations
-from models.optimizer import BETAS
 from models.presets import preset
-from models.trainer import Trainer, TrainerOptions
+from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run, table
 
 
@@ -38,6 +33,22 @@ class BenchOptions:
     rounds: int = arg(5, help="rounds of each, alternating")
     precision: str = arg("fp32", help="of the products; bf16 is mixed precision", choices=("fp32", "bf16"))
     threads: int | None = arg(None, help="threads of PyTorch (by default its own choice)")
+
+
+def main(argv=None) -> int:
+    return run(BenchOptions, "bench", argv)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.decoder import Decoder, inverse_frequencies, rotations
+from models.optimizer import BETAS
+from models.trainer import Trainer
 
 
 class PlainLayer(nn.Module):
@@ -139,11 +150,3 @@ def bench(options: BenchOptions) -> None:
                  for name, values in speeds.items()], title=title))
     ratios = sorted(o / p for o, p in zip(speeds["ours"], speeds["plain"]))
     print(f"ours / plain: median {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
-
-
-def main(argv=None) -> int:
-    return run(BenchOptions, bench, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -19,11 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from models import behaviour, fidelity, tasks
-from models.evaluate import write_json
-from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from models import behaviour, tasks
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import write
@@ -45,6 +42,20 @@ class Options:
     json: Path | None = arg(None, help="write everything to this file")
     html: Path | None = arg(None, help="write a self-contained page to this file")
     threads: int | None = arg(None, help="CPU threads (default: those available)")
+
+
+def main(argv=None) -> int:
+    return run(Options, "compare", argv)
+
+
+if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
+    raise SystemExit(main())
+
+from tqdm import tqdm
+
+from models import fidelity
+from models.evaluate import write_json
+from models.language_model import LanguageModel, check_same_tokenizer, open_model
 
 
 def compare(options: Options) -> int:
@@ -223,11 +234,3 @@ def _histogram(values: list[float]) -> str:
     zero = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="130" stroke="#222"/>' if low <= 0 <= edges[-1] else ""
     labels = f'<text x="20" y="148">{edges[0]:+.2f}</text><text x="620" y="148">{edges[-1]:+.2f} nats a token</text>'
     return f'<svg width="720" height="155" role="img">{bars}{zero}{labels}</svg>'
-
-
-def main(argv=None) -> int:
-    return run(Options, compare, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

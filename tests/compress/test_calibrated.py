@@ -74,7 +74,7 @@ def test_a_target_size_is_met_and_mixed_precision_pays(tiny_checkpoint, text, tm
     even = open_checkpoint(tmp_path / "even")
     size = sum(even.nbytes(name) for name in even.names()) + bundle_extras(open_checkpoint(source))
     kept = tmp_path / "sensitivity.safetensors"
-    assert quantize(source, tmp_path / "mixed", text, "--method", "gptq", "--target-size", size, "--sensitivity", kept) == 0
+    assert quantize(source, tmp_path / "mixed", text, "--method", "gptq", "--target-size", f"{size}B", "--sensitivity", kept) == 0
     mixed = open_checkpoint(tmp_path / "mixed")
     assert export([str(tmp_path / "mixed"), "-o", str(tmp_path / "bundle")]) == 0
     assert 0.97 * size < (tmp_path / "bundle/weights.bin").stat().st_size <= size

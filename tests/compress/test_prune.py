@@ -156,7 +156,7 @@ def test_sizes_are_met(tiny_checkpoint, tmp_path, data):
     before = open_checkpoint(source)
     stored = sum(before.nbytes(name) for name in before.names())
     for what in ("depth", "mlp", "hidden"):
-        assert run(source, tmp_path / what, "--data", data, "--what", what, "--step", 16, "--target-size", int(0.75 * stored)) == 0
+        assert run(source, tmp_path / what, "--data", data, "--what", what, "--step", 16, "--target-size", f"{int(0.75 * stored)}B") == 0
         after = open_checkpoint(tmp_path / what)
         assert 0.4 * stored < sum(after.nbytes(name) for name in after.names()) <= 0.75 * stored
 
