@@ -13,7 +13,8 @@ temperature, hidden states, attention, the student's own text. With --label-shar
 A run learns from steps x batch blocks, spread evenly over the text, again and again where the text has fewer. Held-out
 blocks (--valid, or --eval-rows blocks of the text set aside) show KL(teacher || student), "valid_loss", counted on the
 cached events, and top-1 agreement. OUT is a run's folder as in models.train: last/ and best/ are checkpoints, --resume
-goes on after kill -9. A teacher of another tokenizer is refused.
+goes on after kill -9. A teacher of another tokenizer is refused; one whose table is only padded to another size teaches
+the tokens that both have.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ from compress.on_policy import OnPolicy
 from compress.teacher import build_cache, frozen_decoder
 from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.decoder import Decoder
-from models.teacher_cache import TeacherCache, tokenizer_digest
+from models.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
 from models.trainer import Trainer, mixed_precision
 
 MICRO_TOKENS = 2048              # of a micro-batch, by default
@@ -127,12 +128,13 @@ def distill(options: Options) -> None:
     learned = options.label_share < 1 or options.hidden_weight > 0 or options.attention_weight > 0
     live = learned and (options.live or options.temperature != 1 or options.on_policy > 0 or options.hidden_weight > 0
                         or options.attention_weight > 0)
-    train, valid, inputs = _rows(options, teacher, cached=learned and not live)
+    shared = shared_vocabulary(options.teacher, teacher.config.vocab_size, student.config.vocab_size)
+    train, valid, inputs = _rows(options, teacher, shared, cached=learned and not live)
     inputs |= {"teacher": teacher.sha256(), "student": source.sha256()}
     low = mixed_precision(options.precision) == "bf16"
-    distiller = Distiller(student, frozen_decoder(options.teacher, low) if live else None, losses)
+    distiller = Distiller(student, frozen_decoder(options.teacher, low) if live else None, losses, shared)
     if options.on_policy:
-        train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer)
+        train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer, shared)
     trainer = Trainer(distiller, options, train, valid, partial(_save, source, options, inputs), inputs,
                       loss=lambda module, *rows: module(*rows), judge=lambda module, *rows: module.judge(*rows))
     if live:
@@ -187,9 +189,9 @@ def _student(options: Options, teacher: Checkpoint) -> tuple[Decoder, Checkpoint
     if source.quantization is not None:
         raise UserError(f"{source.path} is quantized: distill the checkpoint it was made from, or train its scales with "
                         f"python -m compress.recover")
-    if source.config.vocab_size != teacher.config.vocab_size or tokenizer_digest(source.path) != tokenizer_digest(teacher.path):
-        raise UserError(f"teacher and student vocabularies differ ({teacher.path} has {teacher.config.vocab_size} tokens, "
-                        f"{source.path} {source.config.vocab_size}): both must share one tokenizer")
+    if tokenizer_digest(source.path) != tokenizer_digest(teacher.path):
+        raise UserError(f"teacher and student vocabularies differ ({teacher.path} has {tokenizer_size(teacher.path)} tokens, "
+                        f"{source.path} {tokenizer_size(source.path)}): both must share one tokenizer")
     if options.context > source.config.context_length:
         raise UserError(f"--context {options.context}: the student's context is {source.config.context_length}")
     decoder = load_decoder(source.path)
@@ -213,7 +215,7 @@ def every_kth_layer(decoder: Decoder, count: int) -> Decoder:
     return student
 
 
-def _rows(options: Options, teacher: Checkpoint, cached: bool) -> tuple[Taught, Taught, dict[str, str]]:
+def _rows(options: Options, teacher: Checkpoint, shared: int | None, cached: bool) -> tuple[Taught, Taught, dict[str, str]]:
     """Blocks to learn from and to judge on, the second always with the teacher's cache, and the digests of their text."""
     eos = teacher.config.eos_token_ids[0] if teacher.config.eos_token_ids else 0
     corpus = build_corpus(options, options.data, options.teacher / "tokenizer.json", eos)
@@ -234,7 +236,8 @@ def _rows(options: Options, teacher: Checkpoint, cached: bool) -> tuple[Taught, 
 
     def with_cache(blocks: Blocks, chosen: np.ndarray) -> Taught:
         ids = torch.from_numpy(blocks.rows(chosen)[0])
-        return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top))
+        return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top,
+                                                 vocabulary=shared))
     return with_cache(blocks, chosen) if cached else Taught(blocks, chosen), with_cache(valid_blocks, held), inputs
 
 

@@ -7,6 +7,9 @@ The loss of a token is (1 - label_share) D(teacher, student) + label_share * -ln
 attention_weight * attention, the divergence D over the whole vocabulary with a live teacher, and over the cached top-k
 and "any other" with a cache (compress/divergence.py, chunked_loss.py, matching.py). A temperature T divides both sides' logits,
 and D is multiplied by T^2, so that its gradient keeps its size (Hinton et al. 2015).
+
+Where one's table is padded to another size than the other's, D is over the `shared` first tokens, and the probability that
+the student gives to those beyond is driven to 0 (compress/divergence.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.chunked_loss import CHUNK, chunked_loss, chunks, top_events
-from compress.divergence import Divergence, kl
+from compress.divergence import Divergence, kl, mass_beyond
 from compress.matching import attention_loss, attention_modules, hidden_loss, hidden_maps, hidden_modules, watched
 from models.data import IGNORE
 from models.decoder import Decoder, for_products
@@ -37,9 +40,9 @@ class Losses:
 class Distiller(nn.Module):
     """Holds the student and the maps of hidden states; the teacher is no part of it: neither trained nor saved."""
 
-    def __init__(self, student: Decoder, teacher: Decoder | None, losses: Losses):
+    def __init__(self, student: Decoder, teacher: Decoder | None, losses: Losses, shared: int | None = None):
         super().__init__()
-        self.student, self.losses = student, losses
+        self.student, self.losses, self.shared = student, losses, shared
         self._live = (teacher,)
         self.maps = hidden_maps(student.config, teacher.config) if losses.hidden_weight else nn.ModuleList()
 
@@ -84,7 +87,7 @@ class Distiller(nn.Module):
     def _token_loss(self, labels: Tensor, told: tuple[Tensor, Tensor] | None,
                     taught: tuple[Tensor, Tensor] | None):
         """The loss of a chunk of logits, as chunked_loss wants it."""
-        losses, share = self.losses, self.losses.label_share
+        losses, share, shared = self.losses, self.losses.label_share, self.shared
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             total = torch.zeros((), device=logits.device)
@@ -92,8 +95,11 @@ class Distiller(nn.Module):
                 total = total + share * F.cross_entropy(logits.float(), labels[part], reduction="sum")
             if share < 1:
                 heat = losses.temperature
+                if shared is not None and shared < logits.shape[-1]:
+                    total = total + (1 - share) * mass_beyond(logits, shared).sum()
+                    logits = logits[:, :shared]
                 if taught is not None:
-                    theirs, ours = F.linear(taught[0][part], taught[1]).float(), logits.float()
+                    theirs, ours = F.linear(taught[0][part], taught[1][:shared]).float(), logits.float()
                     if heat != 1:
                         theirs, ours = theirs / heat, ours / heat
                     log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
@@ -112,8 +118,9 @@ class Distiller(nn.Module):
         sums = {"loss": 0.0, "nll": 0.0, "top1": 0.0}
         for part in chunks(len(hidden), CHUNK):
             logits = self.student.head(hidden[part])
-            sums["loss"] += kl(log_p[part], top_events(logits, index[part])).sum()
             sums["nll"] += F.cross_entropy(logits, labels[part], reduction="sum")
+            logits = logits[:, :self.shared]
+            sums["loss"] += kl(log_p[part], top_events(logits, index[part])).sum()
             sums["top1"] += (logits.argmax(-1) == index[part, 0]).sum()
         return sums
 

@@ -46,6 +46,15 @@ def divergence(kind: str, mix: float | None = None) -> Divergence:
     return jensen_shannon
 
 
+def mass_beyond(logits: Tensor, shared: int) -> Tensor:
+    """-ln of the probability that logits [..., vocab] give to the first `shared` tokens together.
+
+    What a divergence over those alone leaves out: with it, KL(p || q) has the gradient of one over all, p being 0 beyond.
+    """
+    logits = logits.float()
+    return torch.logsumexp(logits, -1) - torch.logsumexp(logits[..., :shared], -1)
+
+
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats over the last dimension."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -27,9 +27,9 @@ class OnPolicy:
     lengths = None
 
     def __init__(self, blocks: Rows, student: Decoder, share: float, prompt: int, seed: int,
-                 trainer: Callable[[], Trainer]):
+                 trainer: Callable[[], Trainer], vocabulary: int | None = None):
         self.blocks, self.student, self.share, self.prompt = blocks, student, share, prompt
-        self.seed, self.trainer = seed, trainer
+        self.seed, self.trainer, self.vocabulary = seed, trainer, vocabulary
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -43,19 +43,19 @@ class OnPolicy:
         generator = torch.Generator(device).manual_seed(int(chance.integers(2**62)))
         with self.trainer().accelerator.autocast():
             written = write(self.student, torch.from_numpy(input_ids[:, :self.prompt]).to(device),
-                            input_ids.shape[1] + 1 - self.prompt, generator).cpu().numpy()
+                            input_ids.shape[1] + 1 - self.prompt, generator, self.vocabulary).cpu().numpy()
         labels = np.concatenate((np.full_like(labels[:, 1:self.prompt], IGNORE), written), 1)
         return np.concatenate((input_ids[:, :self.prompt], written[:, :-1]), 1), labels
 
 
 @torch.no_grad()
-def write(decoder: Decoder, prompts: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """int64 [b, tokens] that the model continues prompts [b, s] with, drawn at temperature 1."""
+def write(decoder: Decoder, prompts: Tensor, tokens: int, generator: torch.Generator, vocabulary: int | None = None) -> Tensor:
+    """int64 [b, tokens] that the model continues prompts [b, s] with, drawn at temperature 1 among the first `vocabulary`."""
     cache = KVCache(decoder.config, len(prompts), prompts.shape[1] + tokens, device=prompts.device)
     ids, written = prompts, []
     for _ in range(tokens):
         last = torch.full((len(prompts), 1), ids.shape[1] - 1, device=ids.device)
-        probabilities = torch.softmax(decoder(ids, cache=cache, logits_positions=last)[:, 0], -1)
+        probabilities = torch.softmax(decoder(ids, cache=cache, logits_positions=last)[:, 0, :vocabulary], -1)
         cache.lengths += ids.shape[1]
         ids = torch.multinomial(probabilities, 1, generator=generator)
         written.append(ids)

@@ -73,6 +73,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compress.calibration_text import corpus_windows
+from compress.divergence import mass_beyond
 from compress.grid import fp16
 from compress.layerwise import fast_forward, fast_matmul
 from compress.teacher import build_cache
@@ -81,7 +82,7 @@ from models.decoder import Decoder
 from models.quantized import QuantizedTensor
 from models.optimizer import learning_rate
 from models.safetensors_file import save_tensors
-from models.teacher_cache import TeacherCache
+from models.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
 
 SAVED = 10                # steps from one saved state to the next
 
@@ -216,7 +217,10 @@ def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
     outer, total = torch.empty_like(hidden), 0.0
     for place, row in enumerate(rows):
         inner = hidden[place].detach().requires_grad_(True)
-        loss = cache.divergence(row, decoder.head(inner)).mean() / len(rows)
+        logits = decoder.head(inner)
+        loss = cache.divergence(row, logits).mean() / len(rows)
+        if (taught := cache.state["vocabulary"]) < logits.shape[-1]:
+            loss = loss + mass_beyond(logits, taught).mean() / len(rows)
         loss.backward()
         outer[place], total = inner.grad, total + loss.item()
     if not total < float("inf"):
@@ -230,9 +234,9 @@ def recover(options: Options) -> None:
     checkpoint, teacher = open_checkpoint(options.checkpoint), open_checkpoint(options.teacher)
     if checkpoint.quantization is None:
         raise UserError(f"{options.checkpoint} is not quantized: give the result of compress.quantize")
-    if teacher.config.vocab_size != checkpoint.config.vocab_size:
-        raise UserError(f"teacher and student vocabularies differ ({teacher.config.vocab_size} and "
-                        f"{checkpoint.config.vocab_size} tokens): give the checkpoint the student was made from")
+    if tokenizer_digest(options.teacher) != tokenizer_digest(options.checkpoint):
+        raise UserError(f"teacher and student vocabularies differ ({tokenizer_size(options.teacher)} and "
+                        f"{tokenizer_size(options.checkpoint)} tokens): give the checkpoint the student was made from")
     for name in ("steps", "batch", "windows", "length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, which should be at least 1")
@@ -242,7 +246,8 @@ def recover(options: Options) -> None:
     length = min(options.length, checkpoint.config.context_length)
     seen = options.batch * (options.steps + options.weights)             # no more than the steps will look at
     ids = corpus_windows(teacher, options, min(options.windows, seen), length)
-    cache = build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top)
+    shared = shared_vocabulary(options.teacher, teacher.config.vocab_size, checkpoint.config.vocab_size)
+    cache = build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top, vocabulary=shared)
     with lock(options.out):
         _train(options, checkpoint, teacher, cache)
 

@@ -66,27 +66,30 @@ from compress.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
 from models.checkpoint import load_decoder, open_checkpoint
 from models.decoder import Decoder, KVCache
-from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, write_state
+from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, tokenizer_size, write_state
 
 VERSION = 3                       # of the arrays and their state; part of the name
 ROWS = 64                         # tokens whose logits are in memory at once: memory that the allocator uses again
 LEAST = math.log(1e-7)            # of the others' mass, which fp16 keeps as a logarithm
 
 
-def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision: str = "auto") -> TeacherCache:
+def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision: str = "auto",
+                vocabulary: int | None = None) -> TeacherCache:
     """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already.
 
-    precision: one of PRECISIONS. Raises UserError for a k that the vocabulary has not.
+    precision: one of PRECISIONS. vocabulary: predict among this many first tokens (by default all of the table). Raises
+    UserError for a k that the vocabulary has not.
     """
     if precision == "auto":
         precision = "bf16" if has_tiles() else "fp32"
     checkpoint = open_checkpoint(teacher)
-    vocabulary = checkpoint.config.vocab_size
+    table = checkpoint.config.vocab_size
+    vocabulary = table if vocabulary is None else vocabulary
     if not 1 <= k < vocabulary:
         raise UserError(f"top-k is {k}, which should be from 1 to one less than the {vocabulary} tokens of the vocabulary")
     windows, tokens = ids.shape
     key = hashlib.sha256(f"{VERSION} {checkpoint.sha256()} {k} {windows} {tokens} {precision}".encode())
-    key.update(ids.numpy().tobytes())
+    key.update(ids.numpy().tobytes() + (f" {vocabulary}".encode() if vocabulary < table else b""))
     place = folder / key.hexdigest()[:16]
     with lock(place, wait=True):                # two stages may want the same predictions at once
         place.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def _build(teacher: Path, place: Path, ids: Tensor, finished: int, state: dict) 
                            file=sys.stderr):
             with torch.autocast("cpu", torch.bfloat16, enabled=low), torch.no_grad():
                 hidden = decoder.model(ids[window][None])[0]
-            _fill(decoder, ids[window], hidden, state["k"], {name: array[window] for name, array in arrays.items()})
+            _fill(decoder, ids[window], hidden, state["k"], state["vocabulary"], {name: array[window] for name, array in arrays.items()})
             for array in arrays.values():
                 array.flush()
             write_state(place, state | {"done": window + 1})
@@ -126,10 +129,10 @@ def frozen_decoder(folder: Path, low: bool) -> Decoder:
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, ids: Tensor, hidden: Tensor, k: int, rows: dict[str, np.ndarray]) -> None:
+def _fill(decoder: Decoder, ids: Tensor, hidden: Tensor, k: int, vocabulary: int, rows: dict[str, np.ndarray]) -> None:
     rows["ids"][:] = ids.numpy()
     for part in chunks(len(ids), ROWS):
-        logits = decoder.head(hidden[part])
+        logits = decoder.head(hidden[part])[..., :vocabulary]
         index = logits.topk(k).indices
         events = top_events(logits, index)
         rows["indices"][part] = index.numpy()
@@ -138,17 +141,22 @@ def _fill(decoder: Decoder, ids: Tensor, hidden: Tensor, k: int, rows: dict[str,
 
 
 @torch.no_grad()
-def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, batch: int = 16) -> Tensor:
-    """Token ids [windows, tokens] drawn from the model itself, temperature 1, each after a random first token."""
+def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, batch: int = 16,
+                   vocabulary: int | None = None) -> Tensor:
+    """Token ids [windows, tokens] drawn from the model itself, temperature 1, each after a random first token.
+
+    vocabulary: among this many first tokens (by default all of the table).
+    """
+    vocabulary = decoder.config.vocab_size if vocabulary is None else vocabulary
     generator = torch.Generator().manual_seed(seed)
     config, rows = decoder.config, []
     with fast_matmul():
         for start in tqdm(range(0, windows, batch), desc="writing", unit="batch", file=sys.stderr):
             count = min(batch, windows - start)
-            ids = torch.randint(0, config.vocab_size, (count, 1), generator=generator)
+            ids = torch.randint(0, vocabulary, (count, 1), generator=generator)
             cache = KVCache(config, count, tokens)
             for _ in range(tokens - 1):
-                logits = decoder(ids[:, -1:], cache=cache)[:, -1]
+                logits = decoder(ids[:, -1:], cache=cache)[:, -1, :vocabulary]
                 cache.lengths += 1
                 ids = torch.cat((ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)), 1)
             rows.append(ids)
@@ -158,11 +166,13 @@ def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, b
 def build(options: Options) -> None:
     if bool(options.data) == bool(options.self):
         raise UserError("give either --data FILES or --self N")
+    config = open_checkpoint(options.checkpoint).config
+    vocabulary = min(tokenizer_size(options.checkpoint), config.vocab_size)     # any model of this tokenizer can be held against it
     if options.self:
-        length = min(options.length, open_checkpoint(options.checkpoint).config.context_length)
-        ids = write_own_text(load_decoder(options.checkpoint), options.self, length)
+        length = min(options.length, config.context_length)
+        ids = write_own_text(load_decoder(options.checkpoint), options.self, length, vocabulary=vocabulary)
     else:
         ids = corpus_windows(open_checkpoint(options.checkpoint), options, options.windows, options.length)
-    cache = build_cache(options.checkpoint, ids, options.out, options.top, options.precision)
+    cache = build_cache(options.checkpoint, ids, options.out, options.top, options.precision, vocabulary)
     size = sum(file.stat().st_size for file in cache.folder.iterdir())
     print(f"{ids.numel()} tokens, {size / ids.numel():.0f} bytes each: {cache.folder}")

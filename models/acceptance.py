@@ -11,12 +11,13 @@ sum min(p, q) where the target says p (Leviathan et al. 2023, "Fast inference fr
 its mean is the rate, and rate + ... + rate^ahead tokens a round follow where positions are alike.
 
 One pass of the draft over each reply tells all of this: a proposal counts only where all before it agreed, and there the
-draft's context is the reply itself. Checkpoints and bundles alike; no time is measured here.
+draft's context is the reply itself. Of two models with tables of other sizes (one is padded), both speak the tokens that
+both have. Checkpoints and bundles alike; no time is measured here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import numpy as np
 from models.data_formats import as_messages, find_sources, read_records
 from models.metrics import bootstrap
 from runtime import decode
+from runtime.backend import Backend
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.sampling import Sampler, SamplingOptions
@@ -63,6 +65,19 @@ from models.fidelity import scored_logprobs
 from models.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
 
 
+class _First:
+    """A backend that knows only the first `vocabulary` tokens."""
+
+    def __init__(self, backend: Backend, vocabulary: int):
+        self._backend, self._vocabulary = backend, vocabulary
+
+    def __getattr__(self, name: str):
+        return getattr(self._backend, name)
+
+    def forward(self, *arguments) -> np.ndarray:
+        return np.ascontiguousarray(self._backend.forward(*arguments)[..., :self._vocabulary])
+
+
 def accepted(proposals: np.ndarray, reply: np.ndarray, ahead: int) -> list[int]:
     """Tokens accepted in each greedy round: proposals [n] are the draft's greedy choices in the place of reply [n]."""
     rounds, start = [], 0
@@ -80,7 +95,8 @@ def overlap(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarray], ahead: int, tokens: int, seed: int) -> dict:
     """The figures over prompts (int64 ids). Raises UserError where no reply has room for a round."""
-    check_same_tokenizer(target, draft)
+    if shared := check_same_tokenizer(target, draft):
+        target, draft = (replace(model, backend=_First(model.backend, shared)) for model in (target, draft))
     greedy = _replies(target, prompts, tokens, SamplingOptions(), "greedy replies")
     sampled = _replies(target, prompts, tokens, SamplingOptions(temperature=1.0, seed=seed), "sampled replies")
     rounds, rates = [], []

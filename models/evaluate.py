@@ -115,17 +115,17 @@ def evaluate(options: Options) -> int:
 
 def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, str]]) -> dict:
     """Pooled metrics, and those of each text under "texts"."""
-    reference = None
+    reference = shared = None
     if options.reference:
         reference = open_model(options.reference, threads=options.threads)
-        check_same_tokenizer(model, reference)
+        shared = check_same_tokenizer(model, reference)
     window = min(options.window or 512, model.context)
     stride = window // 2 if options.stride is None else options.stride
     pooled, per_text = fidelity.Fidelity([], [], [], [], [], []), {}
     tokenizer = model.raw_tokenizer
     for file, text in texts:
         windows = fidelity.cut_windows(tokenizer, text, window, stride, options.max_windows)
-        part = fidelity.measure(model.backend, windows, reference and reference.backend, label=file.name)
+        part = fidelity.measure(model.backend, windows, reference and reference.backend, shared=shared, label=file.name)
         per_text[file.name] = part.metrics()
         for name in vars(pooled):
             getattr(pooled, name).extend(getattr(part, name))

@@ -11,7 +11,8 @@ perplexity = exp(mean nll); bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the 
 bootstrap over windows, because the tokens of one window are not independent.
 
 Model and reference are `runtime.backend.Backend`s, so PyTorch checkpoints and bundles are measured by the same lines.
-Logits are asked for only where they are scored. A reference may also be a teacher's cached predictions
+Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
+made to sum to one over them. Logits are asked for only where they are scored. A reference may also be a teacher's cached predictions
 (models/teacher_cache.py) over the same windows: its kl is then a lower bound, top1_agreement is exact.
 """
 
@@ -113,10 +114,10 @@ class Fidelity:
 
 
 def measure(backend: Backend, windows: Iterable[Window], reference: Backend | TeacherCache | None = None, *,
-            label: str = "scoring", progress: bool = True) -> Fidelity:
+            shared: int | None = None, label: str = "scoring", progress: bool = True) -> Fidelity:
     """Score every window with the model and, where given, against the reference.
 
-    A cache as reference goes with its own `cached_windows`. Raises UserError for non-finite logits.
+    A cache as reference goes with its own `cached_windows`. shared: compare over this many first tokens. Raises UserError for non-finite logits.
     """
     windows = list(windows)
     result = Fidelity([], [], [], [], [], [])
@@ -130,20 +131,23 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
         result.n_bytes.append(window.n_bytes)
         result.nll.append(float(nll.sum()))
         if reference is not None:
-            kl, likeliest = _against(reference, number, window, log_q)
+            kl, agree = _against(reference, number, window, log_q, shared)
             result.kl.append(float(kl.sum()))
-            result.agree.append(int((likeliest == log_q.argmax(-1)).sum()))
+            result.agree.append(int(agree.sum()))
             at = int(kl.argmax())
             result.worst.append((float(kl[at]), window.ids[max(0, window.first + at - 24):window.first + at]))
     return result
 
 
 def _against(reference: Backend | TeacherCache, number: int, window: Window,
-             log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(KL from the reference in nats, the reference's likeliest token), float64 and int64 [scored tokens]."""
+             log_q: torch.Tensor, shared: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL from the reference in nats, whether both find the same token likeliest), float64 and bool [scored tokens]."""
     if isinstance(reference, TeacherCache):
         scored = slice(window.first - 1, len(window.ids) - 1)
         likeliest = torch.from_numpy(reference.indices[number, scored, 0].astype(np.int64))
-        return reference.divergence(number, log_q, scored).double(), likeliest
+        ours = log_q[:, :reference.state["vocabulary"]].argmax(-1)
+        return reference.divergence(number, log_q, scored).double(), likeliest == ours
     log_p = scored_logprobs(reference, window.ids, window.first)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).double(), log_p.argmax(-1)
+    if shared is not None:
+        log_p, log_q = (torch.log_softmax(x[:, :shared], -1) for x in (log_p, log_q))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double(), log_p.argmax(-1) == log_q.argmax(-1)

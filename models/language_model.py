@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from models.checkpoint import load_decoder, open_checkpoint
+from models.teacher_cache import shared_vocabulary
 from models.torch_backend import TorchBackend
 from runtime import decode
 from runtime.backend import Backend
@@ -38,6 +39,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     context: int                     # most tokens of prompt and reply
     eos: frozenset[int]
+    vocab_size: int                  # rows of its table: the tokenizer's tokens, and perhaps more
     bos: int | None = None
 
     @property
@@ -148,6 +150,7 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         else:
             backend, _ = open_backend(bundle, provider, threads)
         context, eos, bos = bundle.max_context, bundle.model["eos_token_ids"], bundle.model["bos_token_id"]
+        vocab_size = bundle.model["config"]["vocab_size"]
     else:
         if graph or exact or provider:
             raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
@@ -155,10 +158,15 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         torch.set_num_threads(threads)
         backend = TorchBackend(load_decoder(folder))
         context, eos, bos = config.context_length, config.eos_token_ids, config.bos_token_id
-    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos), bos)
+        vocab_size = config.vocab_size
+    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos), vocab_size, bos)
 
 
-def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> None:
-    """Raises UserError unless both give every token the same id: their distributions could not be compared."""
+def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> int | None:
+    """Raises UserError unless both give every token the same id: their distributions could not be compared.
+
+    Returns how many tokens they share where one's table is padded to another size (models/teacher_cache.py), else None.
+    """
     if model.raw_tokenizer.get_vocab() != reference.raw_tokenizer.get_vocab():
         raise UserError(f"{reference.folder}: has another tokenizer than {model.folder}; a reference must share the vocabulary")
+    return shared_vocabulary(model.folder, model.vocab_size, reference.vocab_size)

@@ -42,12 +42,18 @@ class TeacherCache:
     others: np.ndarray
 
     def divergence(self, window: int, logits: Tensor, tokens: slice = slice(None)) -> Tensor:
-        """KL(teacher || student) in nats of each token, [t], for a student's logits [t, vocab] at window[tokens]."""
+        """KL(teacher || student) in nats of each token, [t], for a student's logits [t, vocab] at window[tokens].
+
+        Over the tokens that the cache was made over: rows beyond them, as of a padded table, do not count.
+        """
+        vocabulary = self.state["vocabulary"]
+        if vocabulary > logits.shape[-1]:
+            raise UserError(f"{self.folder}: was made over a vocabulary of {vocabulary} tokens, and the model has {logits.shape[-1]}: "
+                            f"make it again with python -m compress.teacher, over the tokenizer's own")
+        logits = logits[..., :vocabulary]
         index = torch.from_numpy(self.indices[window, tokens].astype(np.int64))
         teacher = torch.from_numpy(self.log_probabilities[window, tokens].astype(np.float32))
         rest = torch.from_numpy(self.others[window, tokens].astype(np.float32))
-        if index.max() >= logits.shape[-1]:
-            raise UserError(f"the teacher's vocabulary is larger than the student's {logits.shape[-1]} tokens: both must share one tokenizer")
         student = torch.log_softmax(logits.float(), -1).gather(-1, index)
         student_rest = torch.log1p(-student.exp().sum(-1).clamp(max=1 - 1e-6))
         return (teacher.exp() * (teacher - student)).sum(-1) + rest.exp() * (rest - student_rest)
@@ -82,6 +88,18 @@ def open_cache(folder: Path) -> TeacherCache:
 
 def is_cache(folder: Path) -> bool:
     return (folder / STATE).is_file()
+
+
+def tokenizer_size(folder: Path) -> int:
+    """Ids that the folder's tokenizer.json gives: one more than the largest."""
+    return max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values()) + 1
+
+
+def shared_vocabulary(folder: Path, *tables: int) -> int | None:
+    """Tokens over which models of one tokenizer (in `folder`) can be compared whose tables have other sizes, because one is
+    padded: those of the tokenizer. None where the tables are alike, and compared whole.
+    """
+    return min(tokenizer_size(folder), *tables) if len(set(tables)) > 1 else None
 
 
 def tokenizer_digest(folder: Path) -> str:

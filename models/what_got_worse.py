@@ -68,11 +68,11 @@ def compare(options: Options) -> int:
     instructions = tasks.read_examples("generate", options.prompts) if options.prompts else []
     labelled = tasks.read_examples("classify", options.labelled) if options.labelled else []
     before, after = (open_model(m, threads=options.threads) for m in (options.before, options.after))
-    check_same_tokenizer(after, before)
+    shared = check_same_tokenizer(after, before)
 
     result = {"before": options.before.name, "after": options.after.name}
     if texts:
-        result["domains"] = [domain(name, text, before, after, options.windows) for name, text in texts]
+        result["domains"] = [domain(name, text, before, after, options.windows, shared) for name, text in texts]
     if instructions:
         _, chosen = tasks.split_shots(instructions, 0, options.limit, options.seed)
         result["prompts"] = prompts(chosen, before, after)
@@ -88,11 +88,11 @@ def compare(options: Options) -> int:
     return 0
 
 
-def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, limit: int) -> dict:
+def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, limit: int, shared: int | None) -> dict:
     size = min(512, before.context, after.context)
     windows = fidelity.cut_windows(after.raw_tokenizer, text, size, size // 2, limit)
     old = fidelity.measure(before.backend, windows, label=f"{name}, before").metrics()
-    moved = fidelity.measure(after.backend, windows, before.backend, label=f"{name}, after")
+    moved = fidelity.measure(after.backend, windows, before.backend, shared=shared, label=f"{name}, after")
     new = moved.metrics()
     worst_kl, ids = max(moved.worst, key=lambda w: w[0])
     return {"domain": name, "tokens": new["tokens"], "kl": new["kl"], "kl_interval": new["kl_interval"],

@@ -105,3 +105,16 @@ def write_stranger(checkpoint: Path, folder: Path) -> Path:
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+def write_padded(checkpoint: Path, folder: Path, rows: int, seed: int = 0) -> Path:
+    """A copy of a tied checkpoint as `folder`, its table padded to `rows` with likely tokens; returns it."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(checkpoint, folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    table = tensors["model.embed_tokens.weight"]
+    more = torch.randn(rows - len(table), table.shape[1], generator=torch.Generator().manual_seed(seed)) * table.std() * 2
+    tensors["model.embed_tokens.weight"] = torch.cat((table, more.to(table.dtype)))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    return folder

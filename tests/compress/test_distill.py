@@ -213,7 +213,6 @@ def test_input_of_no_use_is_refused(tiny_checkpoint, text, tmp_path, capsys):
         (other / file.name).write_bytes(file.read_bytes())
     Tokenizer(models.BPE({"a": 0}, [])).save(str(other / "tokenizer.json"))
     refused("vocabularies differ", "--student", str(other))
-    refused("vocabularies differ", "--student", str(tiny_checkpoint("smollm2", vocab_size=390)))
     assert quantize([str(tiny_checkpoint("smollm2")), "-o", str(tmp_path / "int4")]) == 0
     refused("is quantized", "--student", str(tmp_path / "int4"))
     refused("leave out --student", "--student", str(tiny_checkpoint("smollm2")), "--preset", "60k")

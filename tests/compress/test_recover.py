@@ -166,10 +166,7 @@ def test_bad_numbers(world, options, words, capsys):
     assert not (world[1] / "bad").exists()
 
 
-def test_vocabularies_that_differ_and_dense_students_are_refused(world, tiny_checkpoint, capsys):
-    source, folder = world
-    other = tiny_checkpoint("smollm2", vocab_size=400)
-    assert recover(world, "bad", teacher=other) == 2
-    assert "vocabularies differ (400 and 384 tokens)" in capsys.readouterr().err
+def test_a_dense_student_is_refused(world, capsys):
+    source, _ = world
     assert recover(world, "bad", checkpoint=source) == 2
     assert "is not quantized" in capsys.readouterr().err
