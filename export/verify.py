@@ -42,7 +42,7 @@ from runtime.cli import arg, run, table
 from runtime.decode import prefill, step
 from runtime.errors import CheckFailed, UserError
 from runtime.files import sole_writer
-from runtime.machine import available_cpus
+from runtime.machine import cpu_threads
 from runtime.text import Tokenizer
 from runtime.verify import open_rung, rungs
 
@@ -108,7 +108,7 @@ def verify(options: Options) -> None:
     for rung, open_with in rungs(bundle, exact=True).items():
         if rung not in budgets:
             continue
-        backend = open_rung(bundle, rung, open_with, options.threads or available_cpus())
+        backend = open_rung(bundle, rung, open_with, cpu_threads(options.threads))
         if isinstance(backend, str):
             absent[rung] = backend
             continue

@@ -24,7 +24,7 @@ from runtime.backend import Backend
 from runtime.backends import open_backend
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
-from runtime.machine import available_cpus
+from runtime.machine import cpu_threads
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.template import ChatTemplate, open_template
 from runtime.text import Tokenizer
@@ -139,7 +139,7 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
     Raises UserError where the folder is neither, or its tokenizer is missing.
     """
     folder = Path(folder)
-    threads = threads or available_cpus()
+    threads = cpu_threads(threads)
     if (folder / "manifest.json").is_file():
         bundle = open_bundle(folder)
         if graph or exact:

@@ -60,11 +60,12 @@ class Backend(Protocol):
             write_index[r] + 0..s-1 (padding included).
         write_index: int64 [b], the slot where each row's first token goes; write_index + s <= cache.capacity.
         logits_positions: int64 [b, k], indices into s whose logits are wanted.
-        Returns float32 logits [b, k, vocab]: a buffer of the backend's, valid until the next call.
+        Returns float32 logits [b, k, vocab]: a buffer, valid until the next call with this cache.
+        Threads may call at once, each with caches of its own. Raises DeviceError once the backend was closed.
         """
 
     # A backend may also have `decode(cache, row, token, limit, sampler, choose)`, a loop of its own for a lone row that
     # keeps the logits to itself: see `runtime.native.backend.NativeBackend.decode`.
 
     def close(self) -> None:
-        """Free the device's memory; the backend must not be used after."""
+        """Free the device's memory, once the calls that run have ended; none begins after. Closing again does nothing."""

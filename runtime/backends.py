@@ -1,6 +1,7 @@
 """Choose the backend that runs a bundle: a TensorRT engine that fits the GPU and the library, else CUDA, else the CPU:
 the native core, or ONNX Runtime ("cpu") where the core was not built or lacks what the bundle needs.
 
+A backend is passed over where something it needs is not there (`errors.Unavailable`); a user's mistake is raised instead.
 Each step down is logged once, in one line with its reason; `Engine.explain()` repeats them. One that fails while running
 (no memory on the device, or a request beyond an engine's capacity) is stepped down from in the same way, for good: an
 engine does not climb again. A named provider is insisted on instead: its reason is raised.
@@ -14,35 +15,44 @@ from collections.abc import Callable
 
 from runtime.backend import Backend
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import Unavailable, UserError
+from runtime.machine import cpu_threads
+from runtime.native.backend import NativeBackend, check_cache_dtype
 
 PROVIDERS = ("tensorrt", "cuda", "native", "cpu")           # best first
 _log = logging.getLogger(__name__)
 
 
-def open_backend(bundle: Bundle, provider: str | None, threads: int,
+def open_backend(bundle: Bundle, provider: str | None, threads: int | None,
                  below: str | None = None, native: dict | None = None) -> tuple[Backend, list[str]]:
     """The best backend that can be had, and the lines that explain it.
 
-    provider: one of PROVIDERS to insist on, or None. below: consider only what comes after this provider, which has
-    failed while running. native: more options of NativeBackend. Raises UserError where `provider`, or every one of them, cannot be had.
+    provider: one of PROVIDERS to insist on, or None. threads: of the CPU; None: all that are available. below: consider only what
+    comes after this provider, which has failed while running. native: more options of NativeBackend.
+    Raises UserError for a mistake, whichever backend finds it or would have run: an unknown provider, a number of threads or an option
+    that is none, a damaged bundle. Raises Unavailable where `provider`, or every one of them, cannot be had.
     """
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
-    options = {"native": native or {}}
-    if provider is not None:
-        backend = _OPEN[provider](bundle, threads, **options.get(provider, {}))
-        return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)"]
+    threads, native = cpu_threads(threads), native or {}
+    check_cache_dtype(native.get("cache_dtype"))
+    given = " and ".join(name for name, value in native.items() if value and name != "meanwhile")
+    if given and provider not in (None, "native"):
+        raise UserError(f"{given}: the native core's alone, and provider={provider!r} is asked for; leave out one of them")
     explanation = []
-    for name in PROVIDERS[PROVIDERS.index(below) + 1 if below else 0:]:
+    for name in [provider] if provider else PROVIDERS[PROVIDERS.index(below) + 1 if below else 0:]:
         try:
-            backend = _OPEN[name](bundle, threads, **options.get(name, {}))
-            return backend, [f"{backend.name} runs {backend.graph} ({threads} CPU threads)", *explanation]
-        except UserError as error:
-            if name == PROVIDERS[-1]:
+            backend = _OPEN[name](bundle, threads, **native if name == "native" else {})
+        except Unavailable as error:
+            if provider:
                 raise
             explanation.append(step_down(name, error))
-    raise UserError(f"there is no backend below {below}")
+            continue
+        if given and name != "native":
+            explanation.append(f"{given}: without effect here, since {name} has none")
+            _log.info(explanation[-1])
+        return backend, [f"{backend.name} runs {backend.graph} ({getattr(backend, 'threads', threads)} CPU threads)", *explanation]
+    raise Unavailable("; ".join(explanation[::-1]) or f"there is no backend below {below}")
 
 
 def provider_of(backend: Backend) -> str:
@@ -50,7 +60,7 @@ def provider_of(backend: Backend) -> str:
     return backend.name.removeprefix("onnxruntime-")
 
 
-def step_down(provider: str, error: UserError) -> str:
+def step_down(provider: str, error: Unavailable) -> str:
     """Log that `provider` is passed over; returns the line."""
     line = f"no {provider}: {error}"
     _log.info(line)
@@ -66,13 +76,12 @@ def _open_cuda(bundle: Bundle, threads: int) -> Backend:
     try:                              # before onnxruntime, whose import takes 20 MB
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise UserError("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
+        raise Unavailable("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
     from runtime.ort_backend import OrtBackend
     return OrtBackend(bundle, provider="cuda", threads=threads)
 
 
 def _open_native(bundle: Bundle, threads: int, **options) -> Backend:
-    from runtime.native.backend import NativeBackend
     return NativeBackend(bundle, threads=threads, **options)
 
 

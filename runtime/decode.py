@@ -116,7 +116,7 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
     """Append prompts[r] (int64, not empty) to row r of `cache`; float32 logits [rows, vocab] after each last token.
 
-    The result may be the backend's buffer, valid until its next call.
+    The result is valid until the next call with `cache`.
     """
     parts, start = [], 0
     while start < len(prompts):
@@ -131,7 +131,7 @@ def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.nda
 
 
 def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
-    """Append one token (int64 [rows]) to every row; float32 logits [rows, vocab], the backend's buffer."""
+    """Append one token (int64 [rows]) to every row; float32 logits [rows, vocab], valid until the next call with `cache`."""
     lengths = cache.lengths
     logits = backend.forward(tokens[:, None], lengths[:, None], lengths, np.zeros((len(tokens), 1), np.int64), cache)
     lengths += 1

@@ -12,12 +12,16 @@ before anything is allocated, and refused with a sentence where it exceeds the m
 Memory counted against `max_memory_mb` is that of the weights as stored and of the request's KV cache at its longest;
 the backend's own working memory (for SmolLM2-135M about 100 MB) comes on top. Without `max_memory_mb`, the cache must
 fit what the machine has free.
+
+Threads may share an engine; every reply is the one it is alone. `close` may come at any time and from anywhere: a call that is
+in the backend goes to its end, and whatever then goes on with a reply gets a UserError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ from runtime.backend import Backend
 from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.errors import DeviceError, UserError
-from runtime.machine import available_cpus, available_memory, release_free_memory
+from runtime.machine import available_memory, cpu_threads, release_free_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, model_defaults
 from runtime.text import Detokenizer, StopStrings, Tokenizer
 
@@ -99,8 +103,6 @@ class Engine:
     def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
                  max_memory_mb: float | None = None, verify: bool = False, cache_dtype: str | None = None,
                  repack_cache: bool = False):
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise UserError(f"threads is {threads!r}; it must be a whole number of at least 1")
         if max_memory_mb is not None and not max_memory_mb > 0:
             raise UserError(f"max_memory_mb is {max_memory_mb!r}; it must be a positive number")
         self.bundle: Bundle = open_bundle(bundle, verify=verify)
@@ -113,7 +115,7 @@ class Engine:
             raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
                             f"more than max_memory_mb={max_memory_mb:g}")
         self._max_memory_mb = max_memory_mb
-        self._provider, self._threads = provider, threads or available_cpus()
+        self._provider, self._threads, self._closed, self._stepping = provider, cpu_threads(threads), False, threading.RLock()
         asked = {"cache_dtype": cache_dtype, "repack_cache": repack_cache and not verify}
         self._native = {name: value for name, value in asked.items() if value}
         read_tokenizer = functools.cache(lambda: Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"])))
@@ -162,8 +164,13 @@ class Engine:
         return self.tokenizer.encode(self._template.render(messages), special_tokens=False)
 
     def close(self) -> None:
-        """Free the model's memory; the engine must not be used after."""
+        """Free the model's memory, once no call is in it; what is asked of the engine after is refused with a UserError."""
+        self._closed = True
         self.backend.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError(f"{self.bundle.folder}: this engine was closed; open the bundle again with Engine()")
 
     def __enter__(self) -> Engine:
         return self
@@ -185,6 +192,7 @@ class Engine:
 
     def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
+        self._check_open()
         if not isinstance(n, int) or n < 1:
             raise UserError(f"n is {n!r}; it must be a whole number of at least 1")
         if not prompts:
@@ -242,16 +250,21 @@ class Engine:
 
     def _step_down(self, failed: Backend, error: DeviceError) -> None:
         """Put the next backend in the place of one that failed. Raises `error` where the provider was named, or is the last."""
-        if failed is not self.backend:                      # another reply has stepped down already
-            return
-        provider = provider_of(failed)
-        if self._provider is not None or provider not in PROVIDERS[:-1]:
-            raise error
-        reason = step_down(provider, error)
-        with contextlib.suppress(DeviceError):              # the device may be gone
-            failed.close()
-        self.backend, (runs, *passed_over) = open_backend(self.bundle, None, self._threads, below=provider, native=self._native)
-        self._explanation = [runs, *self._explanation[1:], reason, *passed_over]
+        with self._stepping:
+            self._check_open()
+            if failed is not self.backend:                  # another reply has stepped down already
+                return
+            provider = provider_of(failed)
+            if self._provider is not None or provider not in PROVIDERS[:-1]:
+                raise error
+            reason = step_down(provider, error)
+            with contextlib.suppress(DeviceError):          # the device may be gone
+                failed.close()
+            self.backend, (runs, *passed_over) = open_backend(self.bundle, None, self._threads, below=provider, native=self._native)
+            self._explanation = [runs, *self._explanation[1:], reason, *passed_over]
+            if self._closed:                                # meanwhile, and closed the other one
+                self.backend.close()
+                self._check_open()
 
     def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:
         """Decode; yields each draft with the text it gained. Where a device fails, the next backend goes on: it reads the
@@ -259,6 +272,7 @@ class Engine:
         by_sequence = {draft.sequence: draft for draft in drafts}
         sequences, start = list(by_sequence), time.perf_counter()
         while sequences:
+            self._check_open()
             backend = self.backend
             try:
                 cache = backend.new_cache(len(sequences), decode.first_capacity(sequences))
@@ -322,8 +336,9 @@ class _Draft:
         return text
 
     def reply(self) -> Reply:
-        sequence = self.sequence
-        return Reply("".join(self._pieces), sequence.tokens, sequence.finish_reason, sequence.logprobs,
+        """The reply so far; without tokens that were made when an exception came, before their text was."""
+        sequence, count = self.sequence, len(self._token_ms)
+        return Reply("".join(self._pieces), sequence.tokens[:count], sequence.finish_reason, sequence.logprobs[:count],
                      Timings(len(sequence.prompt), self._token_ms))
 
 

@@ -8,8 +8,14 @@ class UserError(Exception):
     """Input that cannot be used. The message is one sentence: the file or option, the value, and the mend."""
 
 
-class DeviceError(UserError):
-    """A GPU, its driver or its memory failed, or an engine of fixed size is too small; another backend may still serve."""
+class Unavailable(UserError):
+    """What is asked is sound, and this installation, this machine or this bundle lacks what a backend needs for it: another may
+    serve. A mistake (an option that no backend has, a damaged bundle) is a plain UserError, whichever backend finds it."""
+
+
+class DeviceError(Unavailable):
+    """The same of a backend that is open: a GPU, its driver or its memory failed, an engine of fixed size is too small, or
+    the backend was closed."""
 
 
 class CheckFailed(Exception):

@@ -13,12 +13,25 @@ import platform
 import sys
 from pathlib import Path
 
+from runtime.errors import UserError
+
 
 def available_cpus(root: Path = Path("/")) -> int:
     """CPUs this process may use: the affinity mask, lowered to the cgroup's quota rounded up; at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _cgroup_folders(root, "cpu") if (quota := _cpu_quota(folder)) is not None]
     return max(1, min([affinity, *(int(-(-quota // 1)) for quota in quotas)]))
+
+
+def cpu_threads(asked: int | None) -> int:
+    """How many threads to run: `asked`, or one for each available CPU. Raises UserError for more than those (a pool of more
+    waits on itself) and for what is no number of threads."""
+    cpus = available_cpus()
+    if asked is None:
+        return cpus
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= cpus:
+        raise UserError(f"threads is {asked!r}; this process may use {cpus} CPUs, so give a whole number from 1 to {cpus}")
+    return asked
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

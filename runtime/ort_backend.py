@@ -10,18 +10,25 @@ the same buffer. Pages of a CPU cache that hold no token yet take no memory. A s
 logits are bound once for a view and a shape, and each call only writes the few numbers of its inputs.
 
 On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
+
+Threads may share a backend, each with caches of its own. A session is freed with the last reference, and a call that runs
+and every binding hold one, so it cannot be closed under them. ONNX Runtime's threads do not live on in the child of a
+fork, where a step would wait for them for ever: there every call is refused, and the session is never freed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import os
+import weakref
 
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.errors import DeviceError, UserError
-from runtime.machine import has_vnni
+from runtime.errors import DeviceError, Unavailable, UserError
+from runtime.machine import cpu_threads, has_vnni
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -29,16 +36,17 @@ _MOST_BINDINGS = 8                # shapes a view remembers; a decoding sequence
 
 
 class OrtBackend:
-    """See `runtime.backend.Backend`. Raises UserError where onnxruntime, the device or the graph cannot be had.
+    """See `runtime.backend.Backend`. Raises Unavailable where onnxruntime, the device or the graph cannot be had.
 
-    role: "portable" or "fast" insists on that graph. threads: of the CPU's pool.
+    role: "portable" or "fast" insists on that graph. threads: of the CPU's pool; None: all CPUs available to the process.
     """
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int = 1, exact: bool = False,
+    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = 1, exact: bool = False,
                  role: str | None = None):
+        threads = cpu_threads(threads)
         onnxruntime = _import_onnxruntime()
         if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
-            raise UserError(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
+            raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
                             "install onnxruntime-gpu in place of onnxruntime")
         graph = _choose_graph(bundle, exact, role)
         self.name = f"onnxruntime-{provider}"
@@ -58,9 +66,10 @@ class OrtBackend:
             self._session = onnxruntime.InferenceSession(str(bundle.path(graph["file"])), options,
                                                          providers=[_PROVIDERS[provider]])
         except Exception as error:                # one class per ORT status, with no useful common one
-            raise UserError(f"{bundle.path(graph['file'])}: ONNX Runtime cannot load it: {error}") from None
+            damaged = type(error).__name__ in ("InvalidProtobuf", "NoSuchFile")
+            raise (UserError if damaged else Unavailable)(f"{bundle.path(graph['file'])}: ONNX Runtime cannot load it: {error}") from None
         if self._session.get_providers()[0] != _PROVIDERS[provider]:
-            raise UserError(f"onnxruntime found no usable {provider.upper()} device (driver or libraries missing)")
+            raise Unavailable(f"onnxruntime found no usable {provider.upper()} device (driver or libraries missing)")
         inputs = {i.name: i for i in self._session.get_inputs()}
         self._token_inputs = [name for name in _Binding.TOKEN_INPUTS if name in inputs]
         self._caches = [(name, name.replace("past_", "present_", 1), i.shape[1], i.shape[3], i.shape[2])
@@ -68,6 +77,19 @@ class OrtBackend:
         self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
         self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
         self.max_chunk_rows = 1 if graph["role"] == "fast" else None
+        self._forks = _forks
+        _sessions.add(self._session)
+
+    @property
+    def session(self):
+        """The session, while it can run. Raises DeviceError where the backend was closed, UserError in the child of a fork."""
+        session = self._session
+        if session is None:
+            raise DeviceError("this backend was closed; open the bundle again")
+        if self._forks != _forks:
+            raise UserError("the bundle was opened before this process was forked, and ONNX Runtime does not work in the child; "
+                            "open it in the child, or use the native core")
+        return session
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         slot = sum(heads * size for _, _, heads, size, _ in self._caches) * np.dtype(self._dtype).itemsize
@@ -94,6 +116,7 @@ class OrtBackend:
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: OrtCache) -> np.ndarray:
+        session = self.session                    # held while it runs
         binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
         binding.input_ids[...] = input_ids
         binding.position_ids[...] = position_ids
@@ -102,7 +125,7 @@ class OrtBackend:
         if self._device != "cpu":
             binding.bind_tokens()                 # for a device, binding is what copies
         try:
-            self._session.run_with_iobinding(binding.io)
+            session.run_with_iobinding(binding.io)
             if self._device != "cpu":
                 binding.io.synchronize_outputs()
         except Exception as error:                # one class per ORT status, with no useful common one
@@ -112,7 +135,22 @@ class OrtBackend:
         return binding.logits
 
     def close(self) -> None:
+        """Free the session with the last call that runs and the last cache that has run; no other call begins."""
         self._session = None
+
+
+_forks = 0                        # of this process and those it comes from
+_sessions = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+    for session in _sessions:                     # freeing one would wait for its threads
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class OrtCache:
@@ -179,7 +217,8 @@ class _Binding:
         self.write_index = np.zeros(rows, np.int64)
         self.logits_positions = np.zeros((rows, positions), np.int64)
         self.logits = np.empty((rows, positions, backend._vocab), np.float32)
-        self.io = backend._session.io_binding()
+        self.session = backend.session            # which `io` points into
+        self.io = self.session.io_binding()
         self._token_inputs = backend._token_inputs
         self.bind_tokens()
         self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
@@ -220,7 +259,7 @@ def _import_onnxruntime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"onnxruntime cannot be imported ({error}); install edgewright[cpu] or edgewright[gpu]") from None
+        raise Unavailable(f"onnxruntime cannot be imported ({error}); install edgewright[cpu] or edgewright[gpu]") from None
     return onnxruntime
 
 
@@ -229,5 +268,5 @@ def _choose_graph(bundle: Bundle, exact: bool, role: str | None) -> dict:
     for wanted in roles:
         if graph := bundle.graph(wanted):
             return graph
-    raise UserError(f"{bundle.folder}: no {' or '.join(roles)} graph for ONNX Runtime in this bundle; "
+    raise Unavailable(f"{bundle.folder}: no {' or '.join(roles)} graph for ONNX Runtime in this bundle; "
                     f"`python -m export.{'ort' if role == 'fast' else 'onnx'}` adds it")

@@ -3,7 +3,8 @@
 One stream carries everything: the four token inputs go up from pinned memory, the engine runs, the logits come down.
 The cache is one device buffer per layer and key or value, [rows, kv_heads, capacity, head_dim], bound as past and as
 present at once, so that the engine updates it in place; a view of some rows is an offset into it. An engine's capacity
-is fixed: a cache gets the smallest engine that holds what was asked, and `grow` moves it to a larger one.
+is fixed: a cache gets the smallest engine that holds what was asked, and `grow` moves it to a larger one. Threads take turns at
+the stream (`Device.turn`); what is closed is freed with its last reference, so not under a call that runs.
 
 An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more (and for
 one, in an engine built without the first). A call that is larger than the profile (rows, tokens or logits) is split. The
@@ -15,12 +16,13 @@ run on a GPU yet.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.errors import DeviceError, UserError
+from runtime.errors import DeviceError, Unavailable
 from runtime.trt_device import Device
 from runtime.trt_engine import fitting_engines, load_plan, read_plan
 
@@ -29,7 +31,7 @@ ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
 
 class TrtBackend:
-    """See `runtime.backend.Backend`. Raises UserError with the reason where no engine of the bundle can run here.
+    """See `runtime.backend.Backend`. Raises Unavailable with the reason where no engine of the bundle can run here.
 
     cuda, modules: in place of cuda-python and of the TensorRT libraries (tests).
     """
@@ -39,7 +41,7 @@ class TrtBackend:
 
     def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
         if not bundle.manifest["engines"]:
-            raise UserError("the bundle has no TensorRT engine; `python -m export.trt` adds one")
+            raise Unavailable("the bundle has no TensorRT engine; `python -m export.trt` adds one")
         self.device = Device(cuda)
         tensorrt, entries = fitting_engines(bundle, self.device.gpu, modules)
         self.graph, self._max_context = entries[0]["file"], bundle.max_context
@@ -51,6 +53,7 @@ class TrtBackend:
 
     def capacity_for(self, capacity: int) -> int:
         """The smallest capacity of an engine that holds `capacity` slots, or the model's whole context. Raises DeviceError."""
+        self._check_open()
         capacity = min(capacity, self._max_context)
         enough = [size for size in self._engines if size >= capacity]
         if not enough:
@@ -65,13 +68,20 @@ class TrtBackend:
         return TrtCache(self, self.capacity_for(capacity), np.zeros(rows, np.int64))
 
     def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
-        if not self._engines:                     # another reply found the device failing, and closed this
-            raise DeviceError("this TensorRT backend was closed")
+        with self.device.turn:
+            self._check_open()
+            return self._forward(input_ids, position_ids, write_index, logits_positions, cache)
+
+    def _check_open(self) -> None:
+        if not self._engines:                     # perhaps by another reply that found the device failing
+            raise DeviceError("this TensorRT backend was closed; open the bundle again")
+
+    def _forward(self, input_ids, position_ids, write_index, logits_positions, cache) -> np.ndarray:
         engine = self._engines[cache.capacity].load()
         rows, tokens = input_ids.shape
         wanted = logits_positions.shape[1]
         if rows <= engine.rows and tokens <= engine.tokens and wanted <= engine.logits:
-            return engine.run(input_ids, position_ids, write_index, logits_positions, cache)
+            return engine.run(input_ids, position_ids, write_index, logits_positions, cache).copy()
         logits = np.empty((rows, wanted, engine.vocab), np.float32)
         for start in range(0, rows, engine.rows):
             part = slice(start, min(start + engine.rows, rows))
@@ -96,10 +106,7 @@ class TrtBackend:
                 out[rows, column] = result[rows, i]
 
     def close(self) -> None:
-        engines, self._engines = self._engines, {}
-        for engine in engines.values():
-            engine.close()
-        self.device.close()
+        self._engines = {}
 
 
 class TrtCache:
@@ -127,9 +134,10 @@ class TrtCache:
         self.lengths[row] = length
 
     def fork(self, source: int, target: int) -> None:
-        for index, size in enumerate(self.storage.row_bytes):
-            begin = self.address(index)
-            self._backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
+        with self._backend.device.turn:
+            for index, size in enumerate(self.storage.row_bytes):
+                begin = self.address(index)
+                self._backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
         self.lengths[target] = self.lengths[source]
 
     def view(self, start: int, stop: int) -> TrtCache:
@@ -142,11 +150,12 @@ class TrtCache:
         if larger <= self.capacity:
             return
         storage = _Storage(self._backend, self.rows, larger)
-        for index, (_, heads, size) in enumerate(self._backend.caches):
-            old, new = (slots * size * self._backend.item_bytes for slots in (self.capacity, larger))
-            self._backend.device.copy_blocks(storage.addresses[index], new, self.storage.addresses[index], old, old,
-                                             self.rows * heads)
-        self._backend.device.synchronize()        # before the old storage is freed
+        with self._backend.device.turn:
+            for index, (_, heads, size) in enumerate(self._backend.caches):
+                old, new = (slots * size * self._backend.item_bytes for slots in (self.capacity, larger))
+                self._backend.device.copy_blocks(storage.addresses[index], new, self.storage.addresses[index], old, old,
+                                                 self.rows * heads)
+            self._backend.device.synchronize()    # before the old storage is freed
         self.capacity, self.storage = larger, storage
 
 
@@ -157,9 +166,10 @@ class _Storage:
         self._device, self.addresses, self.graphs = backend.device, [], {}
         self.row_bytes = [heads * capacity * size * backend.item_bytes for _, heads, size in backend.caches]
         try:
-            for size in self.row_bytes:
-                self.addresses.append(self._device.allocate(rows * size))
-                self._device.zero(self.addresses[-1], rows * size)
+            with self._device.turn:
+                for size in self.row_bytes:
+                    self.addresses.append(self._device.allocate(rows * size))
+                    self._device.zero(self.addresses[-1], rows * size)
         except DeviceError as error:
             self.free()
             raise DeviceError(f"the KV cache of {rows} x {capacity} tokens ({rows * sum(self.row_bytes) / 1e6:.0f} MB) "
@@ -260,14 +270,9 @@ class _Engine:
         key = (rows, tokens, wanted)
         if key not in self._staging:
             for old in [k for k in self._staging if k[1:] != (1, 1)]:
-                self._staging.pop(old).free()
+                del self._staging[old]
             self._staging[key] = _Staging(self._device, rows, tokens, wanted, self.vocab)
         return self._staging[key]
-
-    def close(self) -> None:
-        for staging in self._staging.values():
-            staging.free()
-        self._staging, self._contexts, self._engine = {}, {}, None
 
 
 class _Staging:
@@ -290,8 +295,8 @@ class _Staging:
         self.host = {name: self.flat[offsets[name] // 8:][:math.prod(shape)].reshape(shape)
                      for name, shape in shapes.items()}
 
-    def free(self) -> None:
-        for address in (self.address, self.logits_address):
-            self._device.free(address)
-        for array in (self.flat, self.logits):
-            self._device.unpin(array)
+    def __del__(self):
+        with contextlib.suppress(DeviceError, AttributeError):       # the device is gone, or had no memory for all of them
+            for free, block in ((self._device.free, "address"), (self._device.free, "logits_address"),
+                                (self._device.unpin, "flat"), (self._device.unpin, "logits")):
+                free(getattr(self, block))

@@ -7,8 +7,10 @@ from or to numpy needs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +39,7 @@ class Device:
         name = self._call(self.cuda.cudaGetDeviceProperties, 0).name
         self.gpu = Gpu(name.decode() if isinstance(name, bytes) else str(name), 10 * int(major) + int(minor))
         self.stream = self._call(self.cuda.cudaStreamCreate)
+        self.turn = threading.RLock()             # of whoever queues what belongs together
 
     def allocate(self, size: int) -> int:
         return int(self._call(self.cuda.cudaMalloc, size))
@@ -96,7 +99,13 @@ class Device:
         self._call(self.cuda.cudaGraphExecDestroy, graph)
 
     def close(self) -> None:
-        self._call(self.cuda.cudaStreamDestroy, self.stream)
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            self._call(self.cuda.cudaStreamDestroy, stream)
+
+    def __del__(self):
+        with contextlib.suppress(DeviceError, AttributeError):       # the device is gone, or there was none
+            self.close()
 
     def _call(self, function, *args):
         """Call CUDA; its functions return (error, *results)."""

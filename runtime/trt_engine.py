@@ -1,6 +1,6 @@
 """Choose and load the TensorRT engines of a bundle: those made for this GPU by the library version installed here.
 
-Every reason why an engine does not fit is a UserError with that reason, so that the runtime can step down and say why.
+Every reason why an engine does not fit is an Unavailable with that reason, so that the runtime can step down and say why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from runtime.bundle import Bundle
-from runtime.errors import DeviceError, UserError
+from runtime.errors import DeviceError, Unavailable, UserError
 from runtime.trt_device import Gpu
 
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
@@ -20,7 +20,7 @@ MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tuple[object, list[dict]]:
     """The TensorRT module, and manifest entries of engines it can load on `gpu`, smallest capacity first.
 
-    modules: backend -> module, in place of those installed. Raises UserError with the reason of every engine refused.
+    modules: backend -> module, in place of those installed. Raises Unavailable with the reason of every engine refused.
     """
     reasons = []
     fitting: dict[str, list[dict]] = {}
@@ -28,7 +28,7 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
         backend, capabilities = entry["backend"], entry["compute_capabilities"]
         try:
             module = modules[backend] if modules else _import(backend)
-        except UserError as error:
+        except Unavailable as error:
             reasons.append(f"{entry['file']}: {error}")
             continue
         if str(gpu.compute_capability) not in capabilities:
@@ -42,7 +42,7 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
     for backend, entries in fitting.items():
         module = modules[backend] if modules else _import(backend)
         return module, sorted(entries, key=lambda entry: entry["capacity"])
-    raise UserError("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+    raise Unavailable("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
 
 
 def read_plan(path: Path) -> bytes:
@@ -77,6 +77,6 @@ def _import(backend: str):
     try:
         return importlib.import_module(MODULES[backend])
     except KeyError:
-        raise UserError(f"unknown engine backend {backend!r}") from None
+        raise Unavailable(f"unknown engine backend {backend!r}") from None
     except (ImportError, OSError) as error:
-        raise UserError(f"{MODULES[backend]} cannot be loaded ({error})") from None
+        raise Unavailable(f"{MODULES[backend]} cannot be loaded ({error})") from None

@@ -22,9 +22,9 @@ from runtime.backend import Backend
 from runtime.backends import open_backend
 from runtime.bundle import Bundle, changed_files, open_bundle
 from runtime.cli import arg, run, table
-from runtime.errors import CheckFailed, UserError
+from runtime.errors import CheckFailed, Unavailable, UserError
 from runtime.golden import read_golden
-from runtime.machine import available_cpus
+from runtime.machine import cpu_threads
 from runtime.text import Tokenizer
 
 EXAMPLES = """examples:
@@ -110,7 +110,7 @@ def open_rung(bundle: Bundle, rung: str, open_with: Callable[[int], Backend], th
         return open_with(threads)
     try:
         return open_with(threads)
-    except UserError as error:
+    except Unavailable as error:
         return str(error)
 
 
@@ -129,7 +129,7 @@ def verify(options: Options) -> None:
         if prompt["prompt_ids"] != tokenizer.encode(prompt["text"]).tolist():
             raise CheckFailed(f"{bundle.folder}: golden prompt {prompt['name']!r} gives other tokens on this machine; is "
                               "another version of `tokenizers` installed?")
-    threads, failed, absent, ran = options.threads or available_cpus(), [], [], []
+    threads, failed, absent, ran = cpu_threads(options.threads), [], [], []
     for rung, open_with in rungs(bundle, options.exact).items():
         backend = open_rung(bundle, rung, open_with, threads)
         if isinstance(backend, str):

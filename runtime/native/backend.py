@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
-from runtime.machine import available_cpus
+from runtime.errors import DeviceError, Unavailable, UserError
+from runtime.machine import cpu_threads
 from runtime.native import library
 from runtime.sampling import Sampler
 
@@ -32,13 +32,15 @@ CACHE_DTYPES = ("float16", "float32", "int8")
 
 
 class NativeBackend:
-    """See `runtime.backend.Backend`. Raises UserError where the core, the bundle's formats or memory cannot be had.
+    """See `runtime.backend.Backend`. Raises Unavailable where the core, one of the bundle's formats or memory cannot be had.
 
-    threads: None for every CPU available to the process. isa: None for the best of this CPU, or a name from native.h's
-    kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"). cache_dtype: of the KV cache;
-    None for float16, or int8 where the bundle's was quantized.
+    threads: None for every CPU available to the process (the core takes 64 at most). isa: None for the best of this CPU, or a
+    name from native.h's kernels ("avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain").
+    cache_dtype: of the KV cache; None for float16, or int8 where the bundle's was quantized.
     repack_cache: keep the repacked weights in a file beside the bundle's, bound to their hash, and open that next time.
     meanwhile: called while the core opens the weights, for work that needs the GIL; what it raises is raised here.
+
+    Threads may share it, each with caches of its own. A call that runs while another thread closes it goes to its end.
     """
 
     max_chunk_rows = None
@@ -46,46 +48,40 @@ class NativeBackend:
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, exact: bool = False, isa: str | None = None,
                  cache_dtype: str | None = None, repack_cache: bool = False, meanwhile: Callable[[], object] | None = None):
+        check_cache_dtype(cache_dtype)
+        self.threads = min(cpu_threads(threads), library.MAX_THREADS)
         self._core = library.load()
-        cpus = available_cpus()
-        threads = cpus if threads is None else threads
-        if not 1 <= threads <= cpus:
-            raise UserError(f"threads={threads}, but this process may use {cpus} CPUs; give 1 to {cpus}")
         quantized_cache = any(t["name"].endswith(".k_scale") for t in bundle.manifest["weights"]["tensors"])
         cache_dtype = cache_dtype or ("float32" if exact else "int8" if quantized_cache else "float16")
-        if cache_dtype not in CACHE_DTYPES:
-            raise UserError(f"cache_dtype={cache_dtype!r}; the native core has {', '.join(CACHE_DTYPES)}")
         self._kind = library.DTYPES[cache_dtype]
         weights = bundle.path(bundle.manifest["weights"]["file"])
-        self._error = ctypes.create_string_buffer(library.ERROR_BYTES)
         config = _config(bundle)
         tensors = _tensors(bundle)
         key = _tiles_key(bundle) if repack_cache else ""
         repacked = weights.with_name(f".{weights.name}.{key[:16]}.tiles") if repack_cache else None
 
-        def open_model() -> None:
-            self.model = self._core.ew_open(os.fsencode(weights), config, tensors, len(tensors), threads, exact,
-                                            isa.encode() if isa else None, repacked and os.fsencode(repacked),
-                                            key.encode(), self._error)
+        def open_model() -> _Model:
+            return _Model(self._core, f"{weights}: ", os.fsencode(weights), config, tensors, len(tensors), self.threads, exact,
+                          isa.encode() if isa else None, repacked and os.fsencode(repacked), key.encode())
 
         with ThreadPoolExecutor(1) as beside:     # left when the core is done, whatever `meanwhile` raises
             opening = beside.submit(open_model)
             if meanwhile:
                 meanwhile()
-            opening.result()
-        if not self.model:
-            raise UserError(f"{weights}: {self._reason()}")
+            self.model: _Model | None = opening.result()
         self.vocab, self._max_context = config.vocab, config.max_context
-        self.isa = self._core.ew_isa(self.model).decode()
+        self.isa = self._call(self._core.ew_isa).decode()
         self.graph = f"{weights.name} with its {self.isa} kernels"
-        self.threads = threads
-        self._logits = np.empty((0, self.vocab), np.float32)
 
-    def _reason(self) -> str:
-        return self._error.value.decode(errors="replace")
+    def _call(self, function, *arguments):
+        """What a function of the core gives for the open model. Raises DeviceError where it was closed."""
+        model = self.model                        # held while the function runs
+        if model is None:
+            raise DeviceError("this backend was closed; open the bundle again")
+        return function(model.handle, *arguments)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
-        return self._core.ew_cache_bytes(self.model, rows, capacity, self._kind)
+        return self._call(self._core.ew_cache_bytes, rows, capacity, self._kind)
 
     def new_cache(self, rows: int, capacity: int) -> NativeCache:
         return NativeCache(self, rows, capacity)
@@ -102,90 +98,93 @@ class NativeBackend:
                 raise UserError(f"position {slots.max()} is beyond the context of {self._max_context} tokens")
             wanted = (np.cumsum(inside) - 1)[wanted]
             tokens, owners, slots = tokens[inside], owners[inside], slots[inside]
-        if len(self._logits) < len(wanted):
-            self._logits = np.empty((len(wanted), self.vocab), np.float32)
+        logits = cache.logits(len(wanted))
         if len(tokens) <= library.PASS and len(wanted) <= library.PASS:
-            self._pass(tokens, owners, slots, wanted, self._logits, cache)
+            self._pass(tokens, owners, slots, wanted, logits, cache)
         else:
-            self._passes(tokens, owners, slots, wanted, cache)
-        return self._logits[:len(wanted)].reshape(rows, -1, self.vocab)
+            self._passes(tokens, owners, slots, wanted, logits, cache)
+        return logits.reshape(rows, -1, self.vocab)
 
-    def _passes(self, tokens, owners, slots, wanted, cache) -> None:
+    def _passes(self, tokens, owners, slots, wanted, logits, cache) -> None:
         for start in range(0, len(tokens), library.PASS):
             part = slice(start, start + library.PASS)
             inside, = np.nonzero((wanted >= start) & (wanted < start + library.PASS))
             unique, where = np.unique(wanted[inside] - start, return_inverse=True)
-            logits = np.empty((len(unique), self.vocab), np.float32)
-            self._pass(tokens[part], owners[part], slots[part], unique, logits, cache)
-            self._logits[inside] = logits[where]
+            found = np.empty((len(unique), self.vocab), np.float32)
+            self._pass(tokens[part], owners[part], slots[part], unique, found, cache)
+            logits[inside] = found[where]
 
     def _pass(self, tokens, owners, slots, wanted, logits, cache) -> None:
         tokens, owners, slots, wanted = (np.ascontiguousarray(a, np.int32) for a in (tokens, owners, slots, wanted))
-        failed = self._core.ew_forward(self.model, cache.handle, len(tokens), tokens.ctypes.data, owners.ctypes.data,
-                                       slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data, self._error)
-        if failed:
-            raise UserError(self._reason())
+        errors = library.Errors()
+        if self._call(self._core.ew_forward, cache.handle_for(self), len(tokens), tokens.ctypes.data, owners.ctypes.data,
+                      slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data, errors.buffer):
+            raise errors.error()
 
     def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
                choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
         """Feed `token` at the end of `row`, then what `choose(ids, logits)` makes of the largest logits (as many as
-        `sampler.candidates`, largest first, with the sampler's penalties), at most `limit` steps or until it gives None.
-
-        The loop runs in C without the GIL; an exception in `choose`, Ctrl-C too, ends it and is raised here.
-        """
-        ids, logits, raised = np.empty(sampler.candidates, np.int32), np.empty(sampler.candidates, np.float32), []
-
-        def callback(count: int) -> int:
-            try:
-                cache.lengths[row] += 1
-                token = choose(ids[:count], logits[:count])
-                return -1 if token is None else token
-            except BaseException as error:
-                raised.append(error)
-                return -1
-
+        `sampler.candidates`, largest first, with the sampler's penalties), at most `limit` steps or until it gives None."""
+        ids, values = np.empty(sampler.candidates, np.int32), np.empty(sampler.candidates, np.float32)
         penalties = sampler.penalties(self.vocab)
         if penalties:
-            options, counts, seen = penalties
+            options, counts, seen = penalties     # the sampler keeps them
             penalties = library.Penalties(options.repetition_penalty, options.presence_penalty, options.frequency_penalty,
                                           counts.ctypes.data, seen.ctypes.data)
+        handle, errors = cache.handle_for(self), library.Errors()
+        found = penalties, len(ids), ids.ctypes.data, values.ctypes.data, cache.logits(1).ctypes.data, errors.buffer
         start = int(cache.lengths[row])
-        steps = self._core.ew_decode(self.model, cache.handle, cache.start + row, start, token,
-                                     min(limit, cache.capacity - start, self._max_context - start), penalties, len(ids),
-                                     ids.ctypes.data, logits.ctypes.data, library.CHOOSE(callback), self._error)
-        if raised:
-            raise raised[0]
-        if steps < 0:
-            raise UserError(self._reason())
+        for slot in range(start, min(start + limit, cache.capacity, self._max_context)):
+            count = self._call(self._core.ew_next, handle, cache.start + row, slot, token, *found)
+            if count < 0:
+                raise errors.error()
+            cache.lengths[row] = slot + 1
+            token = choose(ids[:count], values[:count])
+            if token is None:
+                return
 
     def profile(self, on: bool) -> dict[str, float]:
         """Microseconds spent in each part of the steps since the last call; `on` starts or ends the counting."""
         spent = (ctypes.c_double * len(library.PARTS))()
-        self._core.ew_profile(self.model, on, spent)
+        self._call(self._core.ew_profile, on, spent)
         return dict(zip(library.PARTS, spent))
 
     def close(self) -> None:
-        if self.model:
-            self._core.ew_close(self.model)
-            self.model = None
+        """Free the model when the last call that runs has ended; no other begins."""
+        self.model = None
+
+
+class _Model:
+    """A model that the core has opened. It is closed with the last reference, and a call that runs holds one: so nobody can
+    close it under a call, be it another thread, a callback, the garbage collector or the interpreter's end."""
+
+    def __init__(self, core: ctypes.CDLL, where: str, *arguments):
+        errors, self._close = library.Errors(), core.ew_close
+        self.handle = core.ew_open(*arguments, errors.buffer)
+        if not self.handle:
+            raise errors.error(where)
 
     def __del__(self):
-        if getattr(self, "model", None):
-            self.close()
+        if self.handle:
+            self._close(self.handle)
 
 
 class _Storage:
-    """A C cache, freed with the last Python cache that shows it; keeps its model open."""
+    """A C cache, freed with the last Python cache that shows it; its model may be closed before."""
 
     def __init__(self, backend: NativeBackend, rows: int, capacity: int):
-        self.backend = backend
-        self.handle = backend._core.ew_cache_new(backend.model, rows, capacity, backend._kind, backend._error)
+        errors, self.backend, self._free = library.Errors(), backend, backend._core.ew_cache_free
+        self.handle = backend._call(backend._core.ew_cache_new, rows, capacity, backend._kind, errors.buffer)
         if not self.handle:
-            raise UserError(backend._reason())
+            raise errors.error()
+
+    def copy(self, row: int, target: _Storage, to: int, length: int) -> None:
+        """Row `row`, its first `length` slots, over row `to` of `target`."""
+        self.backend._call(self.backend._core.ew_cache_copy, self.handle, row, target.handle, to, length)
 
     def __del__(self):
         if getattr(self, "handle", None):
-            self.backend._core.ew_cache_free(self.handle)
+            self._free(self.handle)
 
 
 class NativeCache:
@@ -197,10 +196,19 @@ class NativeCache:
         self._backend = backend
         self.rows, self.capacity, self.start = rows, capacity, start
         self.lengths = np.zeros(rows, np.int64) if lengths is None else lengths
+        self._logits = np.empty((0, backend.vocab), np.float32)
 
-    @property
-    def handle(self) -> int:
+    def handle_for(self, backend: NativeBackend) -> int:
+        """The C cache. Raises UserError where it is another backend's."""
+        if self._backend is not backend:
+            raise UserError("this KV cache is of another backend; make one with this one's `new_cache`")
         return self._storage.handle
+
+    def logits(self, count: int) -> np.ndarray:
+        """A buffer for float32 [count, vocab]: of this cache, since each thread has caches of its own."""
+        if len(self._logits) < count:
+            self._logits = np.empty((count, self._backend.vocab), np.float32)
+        return self._logits[:count]
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +220,7 @@ class NativeCache:
     def fork(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
         if source != target:
-            self._backend._core.ew_cache_copy(self.handle, self.start + source, self.handle, self.start + target, length)
+            self._storage.copy(self.start + source, self._storage, self.start + target, length)
         self.lengths[target] = length
 
     def view(self, start: int, stop: int) -> NativeCache:
@@ -222,24 +230,35 @@ class NativeCache:
     def grow(self, capacity: int) -> None:
         larger = _Storage(self._backend, self.rows, capacity)
         for row, length in enumerate(self.lengths):
-            self._backend._core.ew_cache_copy(self.handle, row, larger.handle, row, int(length))
+            self._storage.copy(row, larger, row, int(length))
         self._storage, self.capacity = larger, capacity
 
 
+def check_cache_dtype(name: str | None) -> None:
+    """Raises UserError for a dtype that no KV cache of the core has."""
+    if name is not None and name not in CACHE_DTYPES:
+        raise UserError(f"cache_dtype={name!r}; the native core has {', '.join(CACHE_DTYPES)}")
+
+
 def _config(bundle: Bundle) -> library.Config:
-    """The manifest's configuration as the core takes it."""
+    """The manifest's configuration as the core takes it. Raises UserError where it is none, Unavailable for what the core lacks."""
     model = bundle.model["config"]
     try:
         arrays = [(ctypes.c_int32 * len(model["layers"]))(*(layer[key] for layer in model["layers"]))
                   for key in ("heads", "kv_heads", "mlp_size")]
+        activation, norm, positions = model["activation"], model["norm"], model["positions"]
         config = library.Config(
             vocab=model["vocab_size"], hidden=model["hidden_size"], layers=len(model["layers"]), head_dim=model["head_dim"],
-            layer_norm=model["norm"] == "layer", learned_positions=model["positions"] == "learned",
-            activation=library.ACTIVATIONS[model["activation"]], qk_norm=model["qk_norm"], max_context=bundle.max_context,
+            layer_norm=norm == "layer", learned_positions=positions == "learned",
+            activation=library.ACTIVATIONS.get(activation, -1), qk_norm=model["qk_norm"], max_context=bundle.max_context,
             sliding_window=model["sliding_window"] or 0, norm_eps=model["norm_eps"],
             heads=arrays[0], kv_heads=arrays[1], mlp=arrays[2])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{bundle.folder}: the native core cannot read model.config of the manifest ({error!r})") from None
+        raise UserError(f"{bundle.folder}: model.config of the manifest cannot be read ({error!r}); export the bundle again") from None
+    for name, value, known in (("activation", activation, library.ACTIVATIONS), ("norm", norm, ("layer", "rms")),
+                               ("positions", positions, ("learned", "rope"))):
+        if value not in known:
+            raise Unavailable(f"{bundle.folder}: {name} {value!r} is none of the native core's ({', '.join(known)})")
     return config
 
 
@@ -252,14 +271,14 @@ def _tiles_key(bundle: Bundle) -> str:
 
 
 def _tensors(bundle: Bundle) -> ctypes.Array:
-    """The manifest's table of tensors as the core takes it. Raises UserError where the core would compute something else
+    """The manifest's table of tensors as the core takes it. Raises Unavailable where the core would compute something else
     than the bundle was proven with."""
     for t in bundle.manifest["weights"]["tensors"]:
         if t["name"].endswith(".input_scale"):
-            raise UserError(f"{bundle.folder}: its linears round their inputs by stored scales (--activation-scales static), "
+            raise Unavailable(f"{bundle.folder}: its linears round their inputs by stored scales (--activation-scales static), "
                             "and the native core by its own: the replies would not be those the bundle was proven with")
         if t["dtype"] not in library.DTYPES:
-            raise UserError(f"{bundle.folder}: {t['name']} is {t['dtype']}, which the native core does not have")
+            raise Unavailable(f"{bundle.folder}: {t['name']} is {t['dtype']}, which the native core does not have")
     rows = [t for t in bundle.manifest["weights"]["tensors"] if 1 <= len(t["shape"]) <= 2]
     table = (library.Tensor * len(rows))()
     for entry, t in zip(table, rows):

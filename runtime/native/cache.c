@@ -21,7 +21,7 @@ ew_cache *ew_cache_new(const ew_model *m, int rows, int capacity, int kind, char
     int known = kind == EW_FLOAT32 || kind == EW_FLOAT16 || kind == EW_INT8;
     ew_cache *c = rows > 0 && capacity > 0 && capacity <= 1 << 23 && known ? calloc(1, sizeof *c) : NULL;
     if (c) {
-        *c = (ew_cache){m, rows, rounded(capacity), kind, 0, calloc(m->config.layers, sizeof(size_t)), NULL};
+        *c = (ew_cache){rows, rounded(capacity), kind, 0, calloc(m->config.layers, sizeof(size_t)), NULL};
         for (int l = 0; l < m->config.layers && c->layer_at; l++) {
             c->layer_at[l] = c->bytes;
             c->bytes += layer_bytes(m, l, rows, c->capacity, kind);
@@ -40,8 +40,7 @@ void ew_cache_free(ew_cache *c) {
     free(c);
 }
 
-cache_layer cache_of_layer(const ew_cache *c, int l) {
-    const ew_model *m = c->model;
+cache_layer cache_of_layer(const ew_model *m, const ew_cache *c, int l) {
     size_t slots = (size_t)c->rows * m->layers[l].kv_heads * c->capacity, element = dtype_bits(c->kind) / 8;
     cache_layer y = {.kind = c->kind, .capacity = c->capacity, .kv_heads = m->layers[l].kv_heads, .dim = m->config.head_dim, .padded = m->padded_dim};
     y.k = c->data + c->layer_at[l];
@@ -52,10 +51,10 @@ cache_layer cache_of_layer(const ew_cache *c, int l) {
 }
 
 /* Keys go by whole blocks of slots: the slots after `length` are beyond the row's end and mean nothing. */
-void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, int length) {
+void ew_cache_copy(const ew_model *m, const ew_cache *source, int from, ew_cache *target, int to, int length) {
     size_t element = dtype_bits(source->kind) / 8;
-    for (int l = 0; l < source->model->config.layers; l++) {
-        cache_layer a = cache_of_layer(source, l), b = cache_of_layer(target, l);
+    for (int l = 0; l < m->config.layers; l++) {
+        cache_layer a = cache_of_layer(m, source, l), b = cache_of_layer(m, target, l);
         for (int h = 0; h < a.kv_heads; h++) {
             size_t x = ((size_t)from * a.kv_heads + h) * a.capacity, y = ((size_t)to * b.kv_heads + h) * b.capacity;
             memcpy(b.k + y * b.dim * element, a.k + x * a.dim * element, (size_t)rounded(length) * a.dim * element);

@@ -52,7 +52,6 @@ typedef struct {
 } layer;
 
 struct ew_cache {
-    const ew_model *model;
     int rows, capacity, kind;                        /* EW_FLOAT32, EW_FLOAT16 or EW_INT8 */
     size_t bytes, *layer_at;                         /* offset of each layer */
     uint8_t *data;
@@ -91,13 +90,14 @@ typedef struct {
 
 const kernels *choose_kernels(const char *name);     /* NULL or "": the best this CPU runs; NULL if it cannot run `name` */
 
-/* threads.c: a pool whose workers run `work(context, thread)` together with the caller. */
+/* threads.c: a pool whose workers run `work(context, thread, threads)` together with the caller, who has entered it. */
 typedef struct pool pool;
 pool *pool_new(int threads);
-void pool_free(pool *);
-void pool_run(pool *, void (*work)(void *, int), void *context);
-void pool_barrier(pool *, int thread);
-int pool_threads(const pool *);                       /* that carry the present run */
+void pool_free(pool *);                               /* nobody may be in it */
+int pool_enter(pool *);                               /* waits for its turn; 1 where a run before may have been cut off by a fork */
+void pool_leave(pool *);
+void pool_run(pool *, void (*work)(void *, int, int), void *context);
+void pool_barrier(pool *, int threads);               /* all threads of the present run meet */
 
 /* layout.c */
 size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);      /* returns bytes */
@@ -126,14 +126,13 @@ struct ew_model {
     uint8_t *arena; size_t arena_bytes;
     void *smalls;                                    /* chain of small allocations */
     struct scratch *scratch;
-    void *lock;
     double seconds[EW_PARTS];
     int profile;
 };
 
 int scratch_new(ew_model *);
 void scratch_free(ew_model *);
-cache_layer cache_of_layer(const ew_cache *, int layer);
+cache_layer cache_of_layer(const ew_model *, const ew_cache *, int layer);
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }

@@ -1,7 +1,5 @@
-/* Choosing tokens inside the core: penalties, the k best of a row of logits, and a loop whose logits Python never sees. */
+/* Choosing among tokens inside the core: penalties, and the k best of a row of logits, which Python need not look through. */
 #include "core.h"
-#include <stdio.h>
-#include <stdlib.h>
 
 /* In float32 and float64 as runtime/sampling.py has them, so that both choose the same tokens. */
 static void penalize(float *x, int n, const ew_penalties *p) {
@@ -27,22 +25,10 @@ static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *i
     return count;
 }
 
-int ew_decode(ew_model *m, ew_cache *c, int row, int slot, int token, int limit, const ew_penalties *penalties, int k,
-              int32_t *index, float *value, int (*choose)(int n), char *error) {
-    const int vocab = m->config.vocab;
-    float *logits = malloc((size_t)vocab * sizeof(float));
-    int steps = 0, first = 0;
-    if (!logits) {
-        snprintf(error, 256, "out of memory");
-        return -1;
-    }
-    while (token >= 0 && steps < limit) {
-        int32_t t = token, r = row, s = slot + steps;
-        if (ew_forward(m, c, 1, &t, &r, &s, 1, &first, logits, error)) { steps = -1; break; }
-        steps++;
-        if (penalties) penalize(logits, vocab, penalties);
-        token = choose(top_k(m->kernels, logits, vocab, k, index, value));
-    }
-    free(logits);
-    return steps;
+int ew_next(ew_model *m, ew_cache *c, int row, int slot, int token, const ew_penalties *penalties, int k, int32_t *index, float *value,
+            float *logits, char *error) {
+    int32_t first = 0;
+    if (ew_forward(m, c, 1, &token, &row, &slot, 1, &first, logits, error)) return -1;
+    if (penalties) penalize(logits, m->config.vocab, penalties);
+    return top_k(m->kernels, logits, m->config.vocab, k, index, value);
 }

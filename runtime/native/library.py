@@ -12,16 +12,15 @@ import warnings
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import Unavailable, UserError
 
 PASS = 128                        # EW_PASS: tokens of one ew_forward
-ERROR_BYTES = 256
+MAX_THREADS = 64
 PATH_VARIABLE = "EDGEWRIGHT_NATIVE"    # another build of the library, such as one with sanitizers
 DTYPES = {name: i for i, name in enumerate(
     ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6"))}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 PARTS = ("qkv", "attention", "output", "gate_up", "down", "head", "other")
-CHOOSE = ctypes.CFUNCTYPE(c_int, c_int)
 
 
 class Config(ctypes.Structure):
@@ -47,26 +46,37 @@ _FUNCTIONS = {
     "ew_cache_bytes": (c_int64, c_void_p, c_int, c_int, c_int),
     "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
     "ew_cache_free": (None, c_void_p),
-    "ew_cache_copy": (None, c_void_p, c_int, c_void_p, c_int, c_int),
+    "ew_cache_copy": (None, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int),
     "ew_forward": (c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
-    "ew_decode": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p,
-                  CHOOSE, c_char_p),
+    "ew_next": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p, c_void_p, c_char_p),
     "ew_profile": (None, c_void_p, c_int, POINTER(c_double)),
 }
 
 
+class Errors:
+    """The buffer of one call, for its sentence."""
+
+    def __init__(self):
+        self.buffer = ctypes.create_string_buffer(256)
+
+    def error(self, where: str = "") -> UserError:
+        """What the core refused, after `where`: Unavailable where it or the machine lacks something."""
+        text = self.buffer.value.decode(errors="replace")
+        return Unavailable(where + text[1:]) if text.startswith("\1") else UserError(where + text)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library. Raises UserError where it was not built (no compiler at installation) or cannot be opened."""
+    """The library. Raises Unavailable where it was not built (no compiler at installation) or cannot be opened."""
     path = Path(os.environ.get(PATH_VARIABLE) or Path(__file__).with_name("_core.so"))
     if not path.exists():
         warnings.warn("the native core was not built; falling back to ONNX Runtime", RuntimeWarning, stacklevel=2)
-        raise UserError("the native core was not built (no C compiler when edgewright was installed); install again with one")
+        raise Unavailable("the native core was not built (no C compiler when edgewright was installed); install again with one")
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, *arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise UserError(f"{path}: the native core cannot be opened ({error}); install edgewright again") from None
+        raise Unavailable(f"{path}: the native core cannot be opened ({error}); install edgewright again") from None
     return library

@@ -5,7 +5,6 @@
 #include "core.h"
 #include <fcntl.h>
 #include <math.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,7 +83,7 @@ static int plan(opening *o, matrix *m, const char *name, int rows, int inputs, i
         int64_t across = scales->dims == 1 ? scales->shape[0] : scales->shape[s.by_input], groups = scales->dims == 1 ? 1 : scales->shape[!s.by_input];
         if (across != total || inputs % groups) return fail(o, "tensor %.80s does not have one scale for every output and group", scales->name);
         group = groups > 1 ? inputs / groups : 0;
-        if (group % BLOCK) return fail(o, "tensor %.80s has groups of %d; the native core has multiples of 32, and one per output", name, group);
+        if (group % BLOCK) return fail(o, EW_LACK "tensor %.80s has groups of %d; the native core has multiples of 32, and one per output", name, group);
         s.scales = (const uint16_t *)(o->file + scales->offset);
         if (zeros) {
             if (zeros->dtype != (is_stream(t->dtype) ? EW_UINT8 : t->dtype) || zeros->dims != scales->dims ||
@@ -98,7 +97,7 @@ static int plan(opening *o, matrix *m, const char *name, int rows, int inputs, i
     const ew_tensor *bias = find(o, name, ".bias");
     if (bias) {
         if (bias->dims != 1 || bias->shape[0] != total || bias->dtype > EW_BFLOAT16) return fail(o, "tensor %.80s should be %d floats", bias->name, total);
-        if (!(m->bias = keep(o->model, (size_t)m->tiles * TILE * sizeof(float)))) return fail(o, "out of memory");
+        if (!(m->bias = keep(o->model, (size_t)m->tiles * TILE * sizeof(float)))) return fail(o, EW_LACK "out of memory");
     }
     o->job[o->jobs++] = (packing){m, s, t};
     return 0;
@@ -123,7 +122,7 @@ static int floats(opening *o, float **to, const char *prefix, const char *suffix
     if (!t) return optional ? 0 : fail(o, "tensor %.80s%s is missing", prefix, suffix);
     if (t->dtype > EW_BFLOAT16 || t->shape[0] < n || t->shape[1] != columns || (columns == 1 && t->shape[0] != n))
         return fail(o, "tensor %.80s should hold %lld x %lld floats", t->name, (long long)n, (long long)columns);
-    if (!(*to = keep(o->model, n * columns * sizeof(float)))) return fail(o, "out of memory");
+    if (!(*to = keep(o->model, n * columns * sizeof(float)))) return fail(o, EW_LACK "out of memory");
     return copy_floats(o, t, 0, n * columns, *to);
 }
 
@@ -178,9 +177,8 @@ static int plan_model(opening *o) {
     return 0;
 }
 
-static void pack_work(void *context, int thread) {
+static void pack_work(void *context, int thread, int threads) {
     opening *o = context;
-    int threads = pool_threads(o->model->pool);
     size_t page = sysconf(_SC_PAGESIZE);
     for (int i = 0; i < o->jobs; i++) {
         packing *job = &o->job[i];
@@ -204,13 +202,13 @@ static int load(opening *o, const char *path, const char *repacked, const char *
     o->file_bytes = info.st_size;
     o->file = mmap(NULL, o->file_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
     close(fd);
-    if (o->file == MAP_FAILED) return fail(o, "the weights file %.150s cannot be mapped: out of memory", path);
+    if (o->file == MAP_FAILED) return fail(o, EW_LACK "the weights file %.150s cannot be mapped: out of memory", path);
     if (check_table(o) || plan_model(o)) goto done;
     m->arena_bytes = (o->arena_bytes + (2 << 20) - 1) >> 21 << 21;       /* huge pages: fewer misses of the TLB */
     m->arena = mmap(NULL, m->arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (m->arena == MAP_FAILED) {
         m->arena = NULL;
-        fail(o, "out of memory: repacking the weights takes %zu MB", m->arena_bytes >> 20);
+        fail(o, EW_LACK "out of memory: repacking the weights takes %zu MB", m->arena_bytes >> 20);
         goto done;
     }
     madvise(m->arena, m->arena_bytes, MADV_HUGEPAGE);
@@ -248,10 +246,8 @@ ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, 
     ew_model *m = calloc(1, sizeof *m);
     opening o = {.model = m, .table = table, .tensors = tensors, .error = error};
     error[0] = 0;
-    if (!m) { fail(&o, "out of memory"); return NULL; }
+    if (!m) { fail(&o, EW_LACK "out of memory"); return NULL; }
     m->config = *c, m->threads = threads, m->fp32 = fp32, m->kernels = choose_kernels(isa);
-    m->lock = malloc(sizeof(pthread_mutex_t));
-    if (m->lock) pthread_mutex_init(m->lock, NULL);
     int sane = within(c->vocab, 1, 1 << 24) && within(c->hidden, 1, 1 << 18) && within(c->layers, 1, 1 << 12) && within(c->head_dim, 1, 1024)
             && within(c->max_context, 1, 1 << 23) && within(threads, 1, MAX_THREADS) && within(c->sliding_window, 0, 1 << 30)
             && within(c->activation, EW_SILU, EW_GELU_TANH) && (c->learned_positions || c->head_dim % 2 == 0) && tensors >= 0;
@@ -259,9 +255,9 @@ ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, 
         sane = within(c->kv_heads[l], 1, 1 << 12) && within(c->heads[l], c->kv_heads[l], 1 << 12) && c->heads[l] % c->kv_heads[l] == 0
             && within(c->mlp[l], 1, 1 << 20);
     if (!m->kernels) fail(&o, "this CPU cannot run the kernels %.40s", isa);
-    else if (!sane) fail(&o, "the model's configuration has a value that the native core does not have");
-    else if (!m->lock || !(m->layers = keep(m, c->layers * sizeof(layer))) || !(o.job = calloc(7 * (size_t)c->layers + 3, sizeof(packing)))
-             || !(m->pool = pool_new(threads))) fail(&o, "out of memory");
+    else if (!sane) fail(&o, EW_LACK "the model's configuration has a value that the native core does not have");
+    else if (!(m->layers = keep(m, c->layers * sizeof(layer))) || !(o.job = calloc(7 * (size_t)c->layers + 3, sizeof(packing)))
+             || !(m->pool = pool_new(threads))) fail(&o, EW_LACK "out of memory");
     else {
         m->padded_dim = ceil_div(c->head_dim, TILE) * TILE;
         for (int l = 0; l < c->layers; l++) {
@@ -271,7 +267,7 @@ ew_model *ew_open(const char *path, const ew_config *c, const ew_tensor *table, 
             int widest = ceil_div(y->heads * c->head_dim, BLOCK) * BLOCK;
             if (widest > m->widest) m->widest = widest;
         }
-        if (!load(&o, path, repacked, key) && scratch_new(m)) fail(&o, "out of memory");
+        if (!load(&o, path, repacked, key) && scratch_new(m)) fail(&o, EW_LACK "out of memory");
     }
     m->config.heads = m->config.kv_heads = m->config.mlp = NULL;
     free(o.job);
@@ -285,7 +281,6 @@ void ew_close(ew_model *m) {
     scratch_free(m);
     if (m->arena) munmap(m->arena, m->arena_bytes);
     for (void **p = m->smalls, **next; p; p = next) { next = *p; free(p); }
-    free(m->lock);
     free(m);
 }
 

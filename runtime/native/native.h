@@ -1,10 +1,13 @@
 /* The C interface of the native core. Every function that can fail returns NULL or -1 and writes one sentence to `error`
- * (256 bytes). A model may be used from several threads (calls take turns), and after fork in the child as well. */
+ * (256 bytes); EW_LACK before it says that the input is sound and the core, or the machine, lacks what it needs.
+ * A model may be used from several threads (calls take turns), each with caches of its own, and in the child after a fork,
+ * whatever other threads did meanwhile. It is closed when no call is running; its caches may be freed after it, not used. */
 #ifndef EDGEWRIGHT_NATIVE_H
 #define EDGEWRIGHT_NATIVE_H
 
 #include <stdint.h>
 
+#define EW_LACK "\1"
 #define EW_TILES_VERSION 2                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
 #define EW_MANY 32        /* tokens from which the kernels avx512-amx round weights and activations of a pass to bfloat16 */
@@ -41,7 +44,7 @@ const char *ew_isa(const ew_model *);                /* model NULL: the best of 
 int64_t ew_cache_bytes(const ew_model *, int rows, int capacity, int kind);
 ew_cache *ew_cache_new(const ew_model *, int rows, int capacity, int kind, char *error);
 void ew_cache_free(ew_cache *);
-void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, int length);
+void ew_cache_copy(const ew_model *, const ew_cache *source, int from, ew_cache *target, int to, int length);
 
 /* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
  * of its earlier slots. The bits of a token's result do not depend on the other tokens of the pass, nor on the threads; only,
@@ -50,16 +53,15 @@ void ew_cache_copy(const ew_cache *source, int from, ew_cache *target, int to, i
 int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
                int n_wanted, const int32_t *wanted, float *logits, char *error);
 
-/* Decoding of one row inside the core: feeds `token` at `slot`, puts the k largest logits (penalized, if asked) into index
- * and value in order, ties to the lower index, and calls choose(how many) for the next token: negative ends the loop, as
- * `limit` steps do. Returns the number of steps, or -1. */
+/* A step of a lone row: feeds `token` at `slot`, and puts the k largest logits (penalized, if asked) into index and value in order,
+ * ties to the lower index. logits: [vocab], to work in. Returns how many there are, or -1. */
 typedef struct {                                     /* as in runtime/sampling.py */
     float repetition, presence, frequency;
-    const int32_t *counts;                           /* [vocab]: times in the reply; choose() may change it */
+    const int32_t *counts;                           /* [vocab]: times in the reply */
     const uint8_t *seen;                             /* [vocab]: in the prompt or the reply */
 } ew_penalties;
-int ew_decode(ew_model *, ew_cache *, int row, int slot, int token, int limit, const ew_penalties *, int k, int32_t *index,
-              float *value, int (*choose)(int n), char *error);
+int ew_next(ew_model *, ew_cache *, int row, int slot, int token, const ew_penalties *, int k, int32_t *index, float *value,
+            float *logits, char *error);
 
 /* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
 void ew_profile(ew_model *, int on, double *microseconds);

@@ -9,7 +9,6 @@
 #define _GNU_SOURCE
 #include "core.h"
 #include <math.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -47,7 +46,7 @@ static double now(void) {
 }
 
 static void meet(step *s, int id, int part) {
-    pool_barrier(s->m->pool, id);
+    pool_barrier(s->m->pool, s->threads);
     if (id == 0 && s->m->profile) {
         double t = now();
         s->m->seconds[part] += t - s->clock;
@@ -83,6 +82,12 @@ int scratch_new(ew_model *m) {
     return bad ? -1 : 0;
 }
 
+/* After a pass that a fork has cut off: what it kept for the next. (Chunks may be freed or not: they are left.) */
+static void scratch_renew(struct scratch *s) {
+    memset(s->finished, 0, 4 * MAX_THREADS * sizeof(int));
+    s->chunks = NULL, s->chunk_floats = 0;
+}
+
 static void activations_free(activations *a) { free(a->f); free(a->q); free(a->scale); free(a->sum); }
 
 void scratch_free(ew_model *m) {
@@ -108,7 +113,7 @@ static activations prepare(step *s, int id, int rows, int n, const float *weight
     }
     if (m->fp32) a.q = NULL;
     else m->kernels->quantize(&a, rows, first, last);
-    if (!few) pool_barrier(m->pool, id);
+    if (!few) pool_barrier(m->pool, s->threads);
     return a;
 }
 
@@ -250,15 +255,15 @@ static void head(step *s, int id) {
     m->kernels->multiply(w, &a, s->n_wanted, s->logits, m->config.vocab, share(w->tiles, id, s->threads), share(w->tiles, id + 1, s->threads));
 }
 
-static void work(void *context, int id) {
+static void work(void *context, int id, int threads) {
     step *shared = context, mine = *shared, *s = &mine;      /* each thread moves through the layers by itself */
-    s->threads = pool_threads(s->m->pool);
+    s->threads = threads;
     if (id == 0) s->clock = now();
     embed(s, id);
     meet(s, id, EW_PART_OTHER);
     for (int l = 0; l < s->m->config.layers; l++) {
         const layer *y = &s->m->layers[l];
-        s->cache = cache_of_layer(s->whole, l);
+        s->cache = cache_of_layer(s->m, s->whole, l);
         project(s, id, y);
         meet(s, id, EW_PART_QKV);
         attention(s, id, y);
@@ -323,16 +328,18 @@ int ew_forward(ew_model *m, ew_cache *c, int tokens, const int32_t *token, const
                int n_wanted, const int32_t *wanted, float *logits, char *error) {
     step s = {.m = m, .tokens = tokens, .n_wanted = n_wanted, .token = token, .row = row, .slot = slot, .wanted = wanted, .logits = logits, .whole = c};
     if (refuse(m, c, &s, error)) return -1;
-    pthread_mutex_lock(m->lock);
+    if (pool_enter(m->pool)) scratch_renew(m->scratch);
     int result = forward(&s, error);
-    pthread_mutex_unlock(m->lock);
+    pool_leave(m->pool);
     return result;
 }
 
 void ew_profile(ew_model *m, int on, double *microseconds) {
+    if (pool_enter(m->pool)) scratch_renew(m->scratch);
     for (int i = 0; i < EW_PARTS; i++) {
         if (microseconds) microseconds[i] = m->seconds[i] * 1e6;
         m->seconds[i] = 0;
     }
     m->profile = on;
+    pool_leave(m->pool);
 }

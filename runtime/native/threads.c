@@ -4,9 +4,19 @@
  * meeting and half a millisecond between steps, then sleeps on a futex. Sleeping sooner would let a virtual machine's
  * core go idle at every delay, and a host that has other guests is slow to bring it back.
  *
- * Threads that meet are as slow as the one that another process keeps from running. So the pool counts how often its
- * threads are put off their cores against their will; where that is often, it goes on with one thread fewer, and tries
- * the next one again after a while, ever more rarely. After fork the child has no workers; they start at its next step.
+ * Threads that meet are as slow as the one that another process keeps from running: two threads beside one busy process
+ * on two CPUs are slower than one. So the pool adds up the time its threads spend off their cores during runs (they wait
+ * awake, so on an idle machine that is next to nothing); where it is much, the next run has one thread fewer, and the pool
+ * tries the next one again after a while, ever more rarely.
+ *
+ * Why a meeting can neither be missed nor wait for ever: how many threads carry a run is decided before it begins and told
+ * with its number, in one word, so all of them count alike. A meeting ends only when all have arrived, and a thread reads
+ * `meeting` before it arrives, so what it waits to see change is this meeting's number. A run ends with a meeting, so none
+ * of its threads is still in it when the next begins. Who sleeps counts itself among `sleepers` before its last look at the
+ * number, and who changes the number looks at `sleepers` after: one of the two sees the other.
+ *
+ * Runs take turns. After fork the child has no workers, and `turn` may be held by a thread that it does not have: the
+ * process counts its forks, and whoever enters a pool of an earlier count makes both anew.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -15,28 +25,39 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { SPIN_NS = 30000, AWAKE_MEETING_NS = 2000000, AWAKE_IDLE_NS = 500000 };
-enum { WATCH_NS = 40000000, OFTEN = 300, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };  /* OFTEN: a second and thread */
+enum { WATCH_NS = 40000000, MUCH = 15, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };   /* MUCH: percent of a run */
 
 typedef struct { _Alignas(64) atomic_uint value; atomic_int sleepers; } gate;
 
 struct pool {
     gate meeting, job;                               /* job: a count of runs << 8, and how many threads carry this one */
     _Alignas(64) atomic_int arrived;
-    atomic_int put_off;
-    int threads, active, quit;
+    atomic_llong off_core;                           /* nanoseconds of all threads, since the last look */
+    atomic_int forks;                                /* of the process when the workers were started */
+    int threads, active, quit, renewed;              /* active: of the next run */
     int64_t since, retry, pause;
-    pid_t owner;
-    void (*work)(void *, int);
+    pthread_mutex_t turn;
+    void (*work)(void *, int, int);
     void *context;
     pthread_t thread[MAX_THREADS];
     struct seat { pool *pool; int id; } seat[MAX_THREADS];
 };
+
+static atomic_int forks;
+static pthread_mutex_t renewal = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t watched = PTHREAD_ONCE_INIT;
+
+static void in_child(void) {
+    pthread_mutex_init(&renewal, NULL);
+    atomic_fetch_add(&forks, 1);
+}
+
+static void watch(void) { pthread_atfork(NULL, NULL, in_child); }
 
 static inline void breathe(void) {
 #if defined(__x86_64__)
@@ -46,9 +67,9 @@ static inline void breathe(void) {
 #endif
 }
 
-static int64_t now_ns(void) {
+static int64_t ns_of(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
@@ -60,7 +81,7 @@ static void wait_change(gate *g, unsigned old, int64_t awake_ns) {
             if (atomic_load_explicit(&g->value, memory_order_acquire) != old) return;
             breathe();
         }
-        int64_t now = now_ns();
+        int64_t now = ns_of(CLOCK_MONOTONIC);
         if (!since) since = now;
         if (now - since >= awake_ns) break;
         if (now - since >= SPIN_NS) sched_yield();
@@ -75,24 +96,20 @@ static void advance(gate *g, unsigned to) {
     if (atomic_load(&g->sleepers)) syscall(SYS_futex, &g->value, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
 }
 
-void pool_barrier(pool *p, int thread) {
-    (void)thread;
-    if (p->active == 1) return;
+void pool_barrier(pool *p, int threads) {
+    if (threads == 1) return;
     unsigned old = atomic_load_explicit(&p->meeting.value, memory_order_acquire);
-    if (atomic_fetch_add(&p->arrived, 1) == p->active - 1) {
+    if (atomic_fetch_add(&p->arrived, 1) == threads - 1) {
         atomic_store(&p->arrived, 0);
         advance(&p->meeting, old + 1);
     } else wait_change(&p->meeting, old, AWAKE_MEETING_NS);
 }
 
-/* One thread's part of a run, and how often it was put off meanwhile. */
-static void take_part(pool *p, int id) {
-    struct rusage before, after;
-    getrusage(RUSAGE_THREAD, &before);
-    p->work(p->context, id);
-    getrusage(RUSAGE_THREAD, &after);
-    atomic_fetch_add(&p->put_off, (int)(after.ru_nivcsw - before.ru_nivcsw));
-    pool_barrier(p, id);
+static void take_part(pool *p, int id, int threads) {
+    int64_t wall = ns_of(CLOCK_MONOTONIC), cpu = ns_of(CLOCK_THREAD_CPUTIME_ID);
+    p->work(p->context, id, threads);
+    atomic_fetch_add(&p->off_core, ns_of(CLOCK_MONOTONIC) - wall - (ns_of(CLOCK_THREAD_CPUTIME_ID) - cpu));
+    pool_barrier(p, threads);
 }
 
 static void *worker(void *argument) {
@@ -102,17 +119,17 @@ static void *worker(void *argument) {
         wait_change(&p->job, job, AWAKE_IDLE_NS);
         job = atomic_load(&p->job.value);
         if (p->quit) return NULL;
-        if ((unsigned)s->id < (job & 255)) take_part(p, s->id);
+        if (s->id < (int)(job & 255)) take_part(p, s->id, job & 255);
     }
 }
 
 /* How many threads carry the next run. */
 static void adapt(pool *p) {
-    int64_t now = now_ns(), watched = now - p->since;
+    int64_t now = ns_of(CLOCK_MONOTONIC), watched = now - p->since;
     if (watched < WATCH_NS) return;
-    int often = (int64_t)atomic_exchange(&p->put_off, 0) * 1000000000 > OFTEN * p->active * watched;
+    int much = atomic_exchange(&p->off_core, 0) * 100 > MUCH * p->active * watched;
     p->since = now;
-    if (often && p->active > 1) {
+    if (much && p->active > 1) {
         p->active--;
         p->pause = p->pause ? 2 * p->pause < LAST_PAUSE_NS ? 2 * p->pause : LAST_PAUSE_NS : FIRST_PAUSE_NS;
         p->retry = now + p->pause;
@@ -124,14 +141,17 @@ static void start(pool *p) {
     memset(&p->meeting, 0, sizeof p->meeting);
     memset(&p->job, 0, sizeof p->job);
     atomic_store(&p->arrived, 0);
-    p->owner = getpid(), p->active = p->threads;
+    pthread_mutex_init(&p->turn, NULL);
     for (int i = 1; i < p->threads; i++) {
         p->seat[i] = (struct seat){p, i};
-        if (pthread_create(&p->thread[i], NULL, worker, &p->seat[i])) { p->threads = p->active = i; break; }   /* fewer is still right */
+        if (pthread_create(&p->thread[i], NULL, worker, &p->seat[i])) { p->threads = i; break; }   /* fewer is still right */
     }
+    p->active = p->threads, p->renewed = 1;
+    atomic_store(&p->forks, atomic_load(&forks));
 }
 
 pool *pool_new(int threads) {
+    pthread_once(&watched, watch);
     pool *p = aligned_alloc(64, align64(sizeof *p));
     if (!p) return NULL;
     memset(p, 0, sizeof *p);
@@ -142,23 +162,34 @@ pool *pool_new(int threads) {
 
 void pool_free(pool *p) {
     if (!p) return;
-    if (p->owner == getpid()) {
+    if (atomic_load(&p->forks) == atomic_load(&forks)) {
         p->quit = 1;
-        advance(&p->job, p->job.value + 256);
+        advance(&p->job, atomic_load(&p->job.value) + 256);
         for (int i = 1; i < p->threads; i++) pthread_join(p->thread[i], NULL);
     }
     free(p);
 }
 
-void pool_run(pool *p, void (*work)(void *, int), void *context) {
-    if (p->owner != getpid()) start(p);
+int pool_enter(pool *p) {
+    if (atomic_load(&p->forks) != atomic_load(&forks)) {
+        pthread_mutex_lock(&renewal);                /* threads of a child may come at once */
+        if (atomic_load(&p->forks) != atomic_load(&forks)) start(p);
+        pthread_mutex_unlock(&renewal);
+    }
+    pthread_mutex_lock(&p->turn);
+    int renewed = p->renewed;
+    p->renewed = 0;
+    return renewed;
+}
+
+void pool_leave(pool *p) { pthread_mutex_unlock(&p->turn); }
+
+void pool_run(pool *p, void (*work)(void *, int, int), void *context) {
     p->work = work, p->context = context;
-    if (p->active == 1) work(context, 0);
+    if (p->active == 1) work(context, 0, 1);
     else {
-        advance(&p->job, (p->job.value & ~255u) + 256 + p->active);
-        take_part(p, 0);
+        advance(&p->job, (atomic_load(&p->job.value) & ~255u) + 256 + p->active);
+        take_part(p, 0, p->active);
     }
     if (p->threads > 1) adapt(p);
 }
-
-int pool_threads(const pool *p) { return p->active; }

@@ -8,7 +8,7 @@ from mock_backend import MockBackend
 
 from runtime import backends
 from runtime.engine import Engine
-from runtime.errors import DeviceError, UserError
+from runtime.errors import DeviceError, Unavailable, UserError
 
 LADDER = ("tensorrt", "cuda", "native", "cpu")
 
@@ -30,7 +30,7 @@ def ladder(monkeypatch):
         def opener(name):
             def open_(bundle, threads, **options):
                 if name in failing:
-                    raise UserError(failing[name])
+                    raise failing[name] if isinstance(failing[name], Exception) else Unavailable(failing[name])
                 return Stub(name)
             return open_
         monkeypatch.setattr(backends, "_OPEN", {name: opener(name) for name in LADDER})
@@ -58,8 +58,39 @@ def test_an_unknown_provider_and_nothing_left(ladder):
     ladder(native="not built", cpu="broken")
     with pytest.raises(UserError, match="'tpu'; known: tensorrt, cuda, native, cpu"):
         backends.open_backend(None, "tpu", 1)
-    with pytest.raises(UserError, match="broken"):
+    with pytest.raises(Unavailable, match="^no cpu: broken; no native: not built$"):
         backends.open_backend(None, None, 1, below="cuda")
+
+
+@pytest.mark.parametrize("provider", [None, *LADDER])
+@pytest.mark.parametrize("threads, native, words", [
+    (0, {}, "threads is 0"), (1000, {}, "threads is 1000"), (True, {}, "threads is True"), (1, {"cache_dtype": "fp16"}, "cache_dtype='fp16'")])
+def test_a_mistake_is_raised_whatever_backend_would_run(ladder, provider, threads, native, words):
+    ladder(tensorrt="missing", cuda="missing")
+    with pytest.raises(UserError, match=words) as raised:
+        backends.open_backend(None, provider, threads, native=native)
+    assert not isinstance(raised.value, Unavailable)
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_damage_that_a_backend_finds_is_raised_and_not_stepped_down_from(ladder, name):
+    ladder(**{other: "missing" for other in LADDER[:LADDER.index(name)]}, **{name: UserError("weights.bin is damaged")})
+    with pytest.raises(UserError, match="^weights.bin is damaged$"):
+        backends.open_backend(None, None, 1)
+
+
+def test_options_of_the_native_core_where_another_runs(ladder, caplog):
+    """Insisted on: a contradiction. Stepped down to: a line."""
+    options = {"cache_dtype": "int8", "repack_cache": True, "meanwhile": lambda: None}
+    with pytest.raises(UserError, match="cache_dtype and repack_cache: the native core's alone"):
+        ladder()
+        backends.open_backend(None, "cpu", 1, native=options)
+    ladder(tensorrt="missing", cuda="missing", native="missing")
+    with caplog.at_level(logging.INFO):
+        backend, lines = backends.open_backend(None, None, 1, native=options)
+    assert backend.name == "cpu" and lines[-1] == "cache_dtype and repack_cache: without effect here, since cpu has none" == caplog.messages[-1]
+    ladder(tensorrt="missing", cuda="missing")
+    assert len(backends.open_backend(None, None, 1, native=options)[1]) == 3
 
 
 class FailingBackend(MockBackend):
@@ -91,7 +122,7 @@ def open_engine(tmp_path, monkeypatch):
             def open_(bundle, threads, **options):
                 backend = next((b for b in made if backends.provider_of(b) == name and not b.closed), None)
                 if backend is None:
-                    raise UserError(f"no {name} here")
+                    raise Unavailable(f"no {name} here")
                 return backend
             return open_
         monkeypatch.setattr(backends, "_OPEN", {name: opener(name) for name in LADDER})
