@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,10 +138,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
     files, places = {}, {}
-    for file, listed in _weight_files(path).items():
-        files[file] = _open_safetensors(file)
-        for stored in sorted(files[file].keys()) if listed is None else listed:
-            places |= _places(file, files[file], stored, config)
+    for file, stored in stored_tensors(path, files):
+        for name, place in _places(file, files[file], stored, config).items():
+            if name in places:
+                raise UserError(f"{path} holds {name} twice: as {places[name].name} and as {stored}")
+            places[name] = place
+    if config.tied_embeddings:
+        _tie(path, files, places)
     shapes = tensor_shapes(config)
     _check_tensors(path, config, shapes, quantization, places)
     return Checkpoint(path, hf_config, config, quantization, files, places, shapes)
@@ -228,10 +231,16 @@ def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, 
         raise ValueError(f"these are not the tensors of the configuration: {error}") from None
 
 
-def _weight_files(path: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files of a folder, each with the tensors to take from it (None: all)."""
-    if (path / WEIGHTS).is_file():
-        return {path / WEIGHTS: None}
+def stored_tensors(path: Path, files: dict) -> Iterator[tuple[Path, str]]:
+    """(file, tensor) of every tensor that a folder's safetensors hold; `files` takes the opened ones by path.
+
+    Raises UserError for files that are missing or unsafe, and where an index and its files disagree.
+    """
+    alone = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    if len(alone) == 1 and not ((path / INDEX).is_file() and alone[0].name != WEIGHTS):     # old GPTQ tools name it otherwise
+        files[alone[0]] = _open_safetensors(alone[0])
+        yield from ((alone[0], name) for name in sorted(files[alone[0]].keys()))
+        return
     if not (path / INDEX).is_file():
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -241,15 +250,22 @@ def _weight_files(path: Path) -> dict[Path, list[str] | None]:
     shards = read_json(path / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
-    files: dict[Path, list[str] | None] = {}
+    listed: dict[Path, list[str]] = {}
     for name, file in sorted(shards.items()):
         if Path(file).name != file:
             raise UserError(f"{path / INDEX} puts {name} in {file!r}, which leaves the folder: only plain file names "
                             f"are allowed")
         if not (path / file).is_file():
             raise UserError(f"{path / file} is missing, and {INDEX} puts {name} there: fetch it again")
-        files.setdefault(path / file, []).append(name)
-    return files
+        listed.setdefault(path / file, []).append(name)
+    for file, names in listed.items():
+        files[file] = _open_safetensors(file)
+        held = set(files[file].keys())
+        if odd := held.symmetric_difference(names):
+            which = "lacks" if odd - held else "holds"
+            but = f"which {INDEX} puts there" if odd - held else f"which {INDEX} does not know of"
+            raise UserError(f"{file} {which} {_some(sorted(odd - held or odd))}, {but}: fetch it again")
+        yield from ((file, name) for name in names)
 
 
 def _open_safetensors(file: Path):
@@ -260,15 +276,28 @@ def _open_safetensors(file: Path):
 
 
 def _places(file: Path, opened, stored: str, config: ModelConfig) -> dict[str, _Place]:
-    """The Decoder's tensors that `stored` holds; a tied model's copy of its head is passed over."""
-    try:
-        piece = opened.get_slice(stored)
-    except SafetensorError:
-        raise UserError(f"{file} lacks {stored}, which {INDEX} puts there: fetch it again") from None
+    """The Decoder's tensors that `stored` holds."""
+    piece = opened.get_slice(stored)
     shape = tuple(piece.get_shape())
     return {name: _Place(file, stored, part, piece.get_dtype(), part.shape(shape))
-            for name, part in decoder_names(config.family, stored)
-            if not (name == "lm_head.weight" and config.tied_embeddings)}
+            for name, part in decoder_names(config.family, stored)}
+
+
+def _tie(path: Path, files: dict, places: dict[str, _Place]) -> None:
+    """Let a tied model's table be the one that is stored, whichever of its two names it has; two must be equal."""
+    head, table = places.pop("lm_head.weight", None), places.get("model.embed_tokens.weight")
+    if head is None:
+        return
+    if table is None:
+        places["model.embed_tokens.weight"] = head
+    elif head.shape != table.shape or not _equal(*(files[place.file].get_tensor(place.name) for place in (head, table))):
+        raise UserError(f"{path} holds {head.name} beside {table.name} with other values, while {CONFIG} ties the two: set "
+                        f"tie_word_embeddings to false there, or remove {head.name}")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two matrices are equal, read a piece at a time."""
+    return all(torch.equal(x.float(), y.float()) for x, y in zip(a.split(4096), b.split(4096)))
 
 
 def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], quantization: Quantization | None,

@@ -1,8 +1,9 @@
 """Published names of weights, and the Decoder's.
 
-The Decoder uses Hugging Face's Llama names, which Mistral, Qwen and SmolLM checkpoints have on disk already. GPT-2's
-are mapped here: other names, linear weights stored [in, out] (its Conv1D), and q, k and v fused into one `c_attn`.
-A GPT-2 whose shape its published form cannot hold (quantized, or pruned unevenly) is stored under the Decoder's names.
+The Decoder uses Hugging Face's Llama names, which Mistral, Qwen and SmolLM checkpoints have on disk already, perhaps
+without the leading "model.". GPT-2's are mapped here: other names, linear weights stored [in, out] (its Conv1D), and q,
+k and v fused into one `c_attn`. A GPT-2 whose shape its published form cannot hold (quantized, or pruned unevenly) is
+stored under the Decoder's names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _GPT2_LAYER = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm"
                "attn.c_proj": ("self_attn.o_proj",), "mlp.c_fc": ("mlp.up_proj",), "mlp.c_proj": ("mlp.down_proj",)}
 _GPT2_NAME = re.compile(r"(?:transformer\.)?(?:h\.(?P<layer>\d+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
 _GPT2_BUFFERS = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")     # causal masks of old files
+_BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\..+")          # a Llama saved without its head: no "model."
 _DECODER_NAME = re.compile(r"(?:model\.layers\.(?P<layer>\d+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
 
 
@@ -52,7 +54,7 @@ def decoder_names(family: str, published: str) -> list[tuple[str, Part]]:
         turned = match["kind"] == "weight" and ".c_" in match["module"]
         return [(f"model.layers.{match['layer']}.{module}.{match['kind']}", Part(turned, index, len(modules)))
                 for index, module in enumerate(modules)]
-    return [(published, Part())]
+    return [(f"model.{published}" if _BARE.fullmatch(published) else published, Part())]
 
 
 def publish_gpt2(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
