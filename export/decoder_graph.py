@@ -27,7 +27,7 @@ class DecoderGraph(GraphBuilder):
         super().__init__(stored)
         self.config, self.dtype, self.int8_rows = config, dtype, int8_rows
         self._dequantized: dict[str, str] = {}
-        self._rounded: dict[str, str] = {}
+        self._rounded: dict[str, str] = {}                  # what rounding has made, for the other linears that read the input
 
     def tokens(self, *, positions: bool = True) -> None:
         """Declare the token inputs; `positions` False leaves out position_ids, for a graph that does not read them."""
@@ -93,18 +93,22 @@ class DecoderGraph(GraphBuilder):
         """x rounded to int8 row by row: models.activations.round_rows, step for step and in float32."""
         if x not in self._rounded:
             wide, scale = self.row_scales(x)
-            steps = self.op("Round", [self.op("Div", [wide, scale], f"{x}.steps")], f"{x}.codes")
+            steps = self.op("Round", [self.op("Div", [wide, scale], f"{x}.scaled")], f"{x}.whole")
             rounded = self.op("Mul", [steps, scale], f"{x}.rounded")
             self._rounded[x] = rounded if self.dtype == "float32" else self.cast(rounded, self.dtype, f"{x}.rounded.cast")
         return self._rounded[x]
 
     def row_scales(self, x: str) -> tuple[str, str]:
         """x [..., K] in float32, and max|x| / 127 of each row, [..., 1]."""
-        wide = x if self.dtype == "float32" else self.cast(x, "float32", f"{x}.float32")
-        largest = self.op("ReduceMax", [self.op("Abs", [wide], f"{x}.abs"), self.constant([-1])], f"{x}.max")
-        # a row of zeros has a scale too
-        largest = self.op("Max", [largest, self.constant(1e-30, np.float32)], f"{x}.max.positive")
-        return wide, self.op("Div", [largest, self.constant(127, np.float32)], f"{x}.row_scales")
+        wide, scales = x if self.dtype == "float32" else f"{x}.float32", f"{x}.row_scales"
+        if scales not in self._rounded:
+            if wide != x:
+                self.cast(x, "float32", wide)
+            largest = self.op("ReduceMax", [self.op("Abs", [wide], f"{x}.abs"), self.constant([-1])], f"{x}.max")
+            # a row of zeros has a scale too
+            largest = self.op("Max", [largest, self.constant(1e-30, np.float32)], f"{x}.max.positive")
+            self._rounded[scales] = self.op("Div", [largest, self.constant(127, np.float32)], scales)
+        return wide, scales
 
     def fake_int8(self, x: str, scale: str, output: str) -> str:
         """x rounded to int8 with a stored float32 scalar as scale, as QuantizeLinear and DequantizeLinear do."""

@@ -14,8 +14,8 @@
 
 GroupQueryAttention takes several new tokens on top of a filled cache only at batch 1; one new token, or prompts into
 empty rows, at any batch. It rotates heads of a multiple of 16 numbers, and attends without rotation to a multiple of 8;
-models with others are refused, and run the portable graph. Tables with zero points, or of a width no block divides, keep the
-portable form: right, but slow.
+models with others are refused, and run the portable graph. Tables with zero points, of 8-bit floats, or of a width no block
+divides keep the portable form: right, but slow.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class FastGraph(DecoderGraph):
     def _int8_rows(self, x: str) -> tuple[str, str]:
         """Codes of x's rows plus 128, which MLAS multiplies 40 times faster as uint8 than as int8, and the rows' scales."""
         codes, scales = f"{x}.codes", f"{x}.row_scales"
-        if x not in self._rounded:
-            wide, _ = self.row_scales(x)
+        if codes not in self._rounded:
+            wide, scales = self.row_scales(x)
             steps = self.op("Div", [wide, scales], f"{x}.steps")
-            self._rounded[x] = self.op("QuantizeLinear", [steps, self.constant(1, np.float32), self.constant(128, np.uint8)], codes)
+            self._rounded[codes] = self.op("QuantizeLinear", [steps, self.constant(1, np.float32), self.constant(128, np.uint8)], codes)
         return codes, scales
 
 
@@ -187,7 +187,7 @@ class Table:
 
     def __init__(self, graph: DecoderGraph):
         self.graph, self.block = graph, None
-        if graph.has_weight("embed.codes") and not graph.has_weight("embed.zeros"):
+        if graph.has_weight("embed.codes") and not graph.has_weight("embed.zeros") and graph.stored("embed.codes").dtype != "float8_e4m3fn":
             hidden, scales = graph.config.hidden_size, graph.stored("embed.scales").shape
             self.groups = scales[1] if len(scales) == 2 else 1
             self.four_bits = graph.stored("embed.codes").dtype == "int4"

@@ -151,8 +151,9 @@ class _Writer:
                 self.out.add(f"{name}.zeros", "uint8", (rows, scales[0].shape[1]), (part.numpy() for part in zeros))
             return
         kind = parts[0].kind
-        if not group:
-            scales, zeros = [part[:, 0] for part in scales], [part if part is None else part[:, 0] for part in zeros]
+        if not group:                       # in one piece: two int4 share a byte across parts of odd size
+            scales, zeros = ([torch.cat([part[:, 0] for part in those])] if those[0] is not None else those
+                             for those in (scales, zeros))
         if kind == "e4m3":
             self._turned(f"{name}.codes", "float8_e4m3fn", [part.codes.view(torch.uint8) for part in parts], turned)
         else:

@@ -135,6 +135,7 @@ void scratch_free(ew_model *);
 cache_layer cache_of_layer(const ew_model *, const ew_cache *, int layer);
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static inline int is_stream(int dtype) { return dtype >= EW_UINT2; }         /* packed row by row; 4 bits as one run */
 static inline size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 #endif

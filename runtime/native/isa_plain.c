@@ -19,7 +19,7 @@ INLINE vf load_half(const uint16_t *p) {             /* Giesen's conversion: shi
     vi bits = (h & 0x7fff) << 13, exponent = bits & (0x7c00 << 13);
     bits += (127 - 15) << 23;
     bits += (exponent == (0x7c00 << 13)) & ((128 - 16) << 23);
-    vi subnormal = (vi)((vf)(bits + (1 << 23)) - (vf)magic);
+    vi subnormal = (vi)((vf)((vu)bits + (1 << 23)) - (vf)magic);
     return (vf)(((exponent == 0) & subnormal) | (~(exponent == 0) & bits) | (vi)((vu)(h & 0x8000) << 16));
 }
 INLINE void store_half(uint16_t *p, vf x) {          /* nearest even */

@@ -56,14 +56,16 @@ static void gather(const matrix *m, const source *s, int tile, int k0, uint8_t c
         uint8_t flip = s->dtype == EW_INT8 ? 128 : 0;
         for (int r = 0; r < rows; r++)
             for (int k = 0; k < inputs; k++) codes[r][k] = s->codes[(size_t)(n0 + r) * m->inputs + k0 + k] ^ flip;
-    } else {                                                 /* rows of little-endian bit streams */
-        int bits = m->kind;
-        size_t row_bytes = ((size_t)m->inputs * bits + 7) / 8;
+    } else {                                                 /* little-endian bit streams: of a row, or (4 bits) of the whole tensor */
+        int bits = m->kind, flip = s->dtype == EW_INT4 ? 8 : 0;
+        size_t row_bits = is_stream(s->dtype) ? ((size_t)m->inputs * bits + 7) / 8 * 8 : (size_t)m->inputs * bits;
         for (int r = 0; r < rows; r++) {
             uint8_t window[BLOCK + 4] = {0};
-            memcpy(window, s->codes + (n0 + r) * row_bytes + (size_t)k0 * bits / 8, (inputs * bits + 7) / 8);
-            for (int k = 0; k < inputs; k++)
-                codes[r][k] = ((window[k * bits / 8] | window[k * bits / 8 + 1] << 8) >> k * bits % 8) & ((1 << bits) - 1);
+            size_t from = (n0 + r) * row_bits + (size_t)k0 * bits;
+            int first = from % 8;
+            memcpy(window, s->codes + from / 8, (first + inputs * bits + 7) / 8);
+            for (int k = 0, at = first; k < inputs; k++, at += bits)
+                codes[r][k] = (((window[at / 8] | window[at / 8 + 1] << 8) >> at % 8) & ((1 << bits) - 1)) ^ flip;
         }
     }
 }
@@ -159,7 +161,7 @@ int matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
                 uint16_t v = s->scales[from];
                 bad |= (v & 0x7c00) == 0x7c00;
                 scales[g * TILE + r] = v;
-                if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, s->by_input ? s->dtype : EW_UINT8, from);
+                if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, is_stream(s->dtype) ? EW_UINT8 : s->dtype, from);
             }
         const int nibbles = s->by_input && m->kind == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0;
         for (int b = 0; b < m->blocks; b++) {

@@ -45,8 +45,6 @@ static const ew_tensor *find(opening *o, const char *prefix, const char *suffix)
     return NULL;
 }
 
-static int is_stream(int dtype) { return dtype == EW_UINT2 || dtype == EW_UINT3 || dtype == EW_UINT5 || dtype == EW_UINT6; }
-
 static int check_table(opening *o) {
     for (int i = 0; i < o->tensors; i++) {
         const ew_tensor *t = &o->table[i];

@@ -20,8 +20,10 @@ static void expect(int ok, const char *isa, const char *what, int a, int b, int 
 
 typedef struct { int rows, inputs, bits, group, asymmetric, by_input, groups; int *code, *zero; uint16_t *scale; uint8_t *bytes, *zero_bytes; } tensor;
 
-/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 [K, N], or a bit stream [N, K]. */
+/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 as one run, [K, N] or [N, K], or bit streams of rows [N, K]. */
 static source make(tensor *t) {
+    static const int types[][2] = {[2] = {EW_UINT2}, [3] = {EW_UINT3}, [4] = {EW_INT4, EW_UINT4}, [5] = {EW_UINT5}, [6] = {EW_UINT6}, [8] = {EW_INT8, EW_UINT8}};
+    const int run = t->bits % 4 == 0, flip = run && up_to(2) ? 1 << (t->bits - 1) : 0, zero_bits = run ? t->bits : 8;
     size_t n = (size_t)t->rows * t->inputs;
     t->groups = t->group ? t->inputs / t->group : 1;
     size_t s = (size_t)t->rows * t->groups;
@@ -31,35 +33,22 @@ static source make(tensor *t) {
         t->zero[i] = t->asymmetric ? up_to(1 << t->bits) : 1 << (t->bits - 1);
         t->scale[i] = (uint16_t)(0x1c00 + up_to(0x800) + (up_to(8) == 0) * 0x8000);
     }
-    int flip = t->asymmetric ? 0 : 1 << (t->bits - 1);
-    size_t row_bytes = t->by_input ? 0 : ((size_t)t->inputs * t->bits + 7) / 8;
-    size_t bytes = t->by_input ? (n * t->bits + 7) / 8 : t->rows * row_bytes;
-    t->bytes = calloc(bytes, 1), t->zero_bytes = calloc(t->by_input ? (s * t->bits + 7) / 8 : s, 1);
-    for (int r = 0; r < t->rows; r++)
-        for (int k = 0; k < t->inputs; k++) {
-            int code = t->code[(size_t)r * t->inputs + k];
-            if (t->by_input) {
-                size_t i = (size_t)k * t->rows + r;
-                if (t->bits == 8) t->bytes[i] = (uint8_t)(code ^ flip);
-                else t->bytes[i / 2] |= (code ^ flip) << 4 * (i % 2);
-            } else for (int b = 0; b < t->bits; b++) {
-                size_t at = (size_t)k * t->bits + b;
-                t->bytes[r * row_bytes + at / 8] |= (code >> b & 1) << at % 8;
-            }
-        }
+    size_t row_bits = run ? (size_t)t->inputs * t->bits : ((size_t)t->inputs * t->bits + 7) / 8 * 8;
+    t->bytes = calloc((t->rows * row_bits + 7) / 8, 1), t->zero_bytes = calloc((s * zero_bits + 7) / 8, 1);
     uint16_t *scale = malloc(s * 2);
-    for (int r = 0; r < t->rows; r++)
+    for (int r = 0; r < t->rows; r++) {
+        for (int k = 0; k < t->inputs; k++) {
+            int code = t->code[(size_t)r * t->inputs + k] ^ flip;
+            size_t from = t->by_input ? ((size_t)k * t->rows + r) * t->bits : r * row_bits + (size_t)k * t->bits;
+            for (int b = 0; b < t->bits; b++) t->bytes[(from + b) / 8] |= (code >> b & 1) << (from + b) % 8;
+        }
         for (int g = 0; g < t->groups; g++) {
             size_t i = t->by_input ? (size_t)g * t->rows + r : (size_t)r * t->groups + g;
             scale[i] = t->scale[(size_t)r * t->groups + g];
-            int zero = t->zero[(size_t)r * t->groups + g];
-            if (!t->by_input || t->bits == 8) t->zero_bytes[i] = (uint8_t)zero;
-            else t->zero_bytes[i / 2] |= zero << 4 * (i % 2);
+            t->zero_bytes[i * zero_bits / 8] |= (t->zero[(size_t)r * t->groups + g] ^ flip) << i * zero_bits % 8;
         }
-    static const int stream[] = {0, 0, EW_UINT2, EW_UINT3, 0, EW_UINT5, EW_UINT6, 0, 0};
-    int dtype = !t->by_input && t->bits != 8 ? stream[t->bits] : t->bits == 8 ? (t->asymmetric ? EW_UINT8 : EW_INT8) : t->asymmetric ? EW_UINT4 : EW_INT4;
-    if (!t->by_input && t->bits == 8) dtype = EW_UINT8;
-    return (source){t->bytes, scale, t->zero_bytes, dtype, t->by_input, t->rows, 0};
+    }
+    return (source){t->bytes, scale, t->zero_bytes, types[t->bits][run && !flip], t->by_input, t->rows, 0};
 }
 
 /* To bfloat16: to nearest, ties to even or away from zero. */
@@ -75,7 +64,7 @@ static void check_product(const kernels *k) {
     static const int widths[] = {2, 3, 4, 5, 6, 8}, groups[] = {32, 64, 128, 0};
     tensor t = {.bits = widths[up_to(6)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
     t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
-    t.by_input = t.bits == 4 || (t.bits == 8 && up_to(2));
+    t.by_input = t.bits % 4 == 0 && up_to(2);
     int rows = 1 + up_to(up_to(3) ? 19 : 90), fp32 = up_to(2), bf16 = !fp32 && rows >= EW_MANY && !strcmp(k->name, "avx512-amx");
     source s = make(&t);
     matrix m;
@@ -127,6 +116,13 @@ static void check_product(const kernels *k) {
         k->multiply(&m, &last, fewer, again, t.rows, 0, m.tiles);
         expect(!memcmp(again, y + (size_t)(rows - fewer) * t.rows, fewer * t.rows * 4), k->name, "fewer rows have the same bits", t.bits, t.group, rows, 0);
     }
+    const float odd[] = {NAN, INFINITY, -INFINITY, -3e38f};  /* what damaged weights lead to stays what it is */
+    int at = up_to(t.inputs), which = up_to(4);
+    a.f[at] = odd[which];
+    if (!fp32) k->quantize(&a, rows, 0, rows);
+    k->multiply(&m, &a, rows, y, t.rows, 0, m.tiles);
+    for (int o = 0; o < t.rows && which < 3; o++)
+        expect(!isfinite(y[o]) || (bf16 || fp32), k->name, "inputs that are no numbers give no numbers", t.bits, at, rows, y[o]);
     free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales), free(m.data), free(bias);
     free(a.f), free(q), free(a.scale), free(a.sum), free(y), free(again), free(row);
 }
@@ -206,6 +202,12 @@ static void check_attention(const kernels *k) {
         job.queries = 1, job.query += queries - 1, job.low += queries - 1, job.high += queries - 1;
         k->attend(&job, begin * CHUNK, next, stride);
         expect(!memcmp(next, into + (queries - 1) * stride, stride * 4), k->name, "a query alone has the same bits", kind, dim, length, 0);
+    }
+    const float odd[] = {NAN, INFINITY, -3e38f};             /* nothing undefined comes of these (UBSan) */
+    for (int i = 0; i < 3; i++) {
+        key[up_to(dim)] = odd[i];
+        k->append(&c, 1, heads - 1, 0, key, i % 2);
+        k->attend(&job, 0, next, stride);
     }
     free(c.k), free(c.v), free(c.k_scale), free(c.v_scale), free(key), free(value), free(q), free(into), free(next), free(weight);
 }

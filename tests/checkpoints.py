@@ -1,16 +1,23 @@
-"""Random small checkpoints in any format a tensor may have, and logits of a backend on a ragged, cached course."""
+"""Random small checkpoints in any format a tensor may have, their bundles, and logits of a backend on a ragged, cached course.
 
+Everything goes through the code that users run: compress/ rounds, models/ writes the checkpoint, export/ the bundle.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from native_bundle import random_decoder
+import torch
 from tiny import tiny_tokenizer
 
 from compress.rtn import round_to_nearest
+from export import onnx as export_onnx
 from models import lineage
-from models.checkpoint import write_checkpoint
+from models.checkpoint import load_decoder, write_checkpoint
 from models.config import LayerConfig, ModelConfig
-from models.quantized import Quantization, TensorFormat
+from models.decoder import Decoder
+from models.quantized import Quantization, QuantizedTensor, TensorFormat
+from runtime.bundle import Bundle, open_bundle
 
 LENGTHS = (23, 9, 17)
 
@@ -22,9 +29,31 @@ def small_config(family: str = "llama", layers=((4, 2, 96), (4, 2, 96)), **field
     return ModelConfig(**{**base, **fields, "layers": tuple(LayerConfig(*layer) for layer in layers)})
 
 
-def write_random(folder: Path, config: ModelConfig, formats=lambda module: None, seed: int = 0) -> Path:
+def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+    decoder, generator = Decoder(config).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))
+    return decoder
+
+
+def quantize(weight: torch.Tensor, form: TensorFormat, generator: torch.Generator) -> QuantizedTensor:
+    """Rounded to nearest. Zero points differ from row to row, and half of the symmetric groups have negative scales."""
+    if not form.symmetric:
+        weight = weight + 0.5 * weight.std() * torch.randn(len(weight), 1, generator=generator)
+    found = round_to_nearest(weight, form)
+    if not form.symmetric or form.kind == "e4m3":
+        return found
+    mirrored = torch.rand(found.scales.shape, generator=generator) < 0.5          # no code is 0, so every one has a mirror image
+    codes = found.codes.unflatten(1, (found.scales.shape[1], -1))
+    codes = torch.where(mirrored[:, :, None], 2 ** form.bits - codes.int(), codes.int()).to(torch.uint8).flatten(1)
+    return replace(found, codes=codes, scales=torch.where(mirrored, -found.scales, found.scales))
+
+
+def write_random(folder: Path, config: ModelConfig, formats=lambda module: None, seed: int = 0, activations: dict | None = None) -> Path:
     """A checkpoint of `config` with random weights; formats(module) -> TensorFormat, or None to leave it dense."""
-    decoder = random_decoder(config, seed)
+    decoder, generator = random_decoder(config, seed), torch.Generator().manual_seed(seed)
     chosen, tensors = {}, []
     for name, tensor in decoder.state_dict().items():
         module = name.removesuffix(".weight")
@@ -33,8 +62,8 @@ def write_random(folder: Path, config: ModelConfig, formats=lambda module: None,
             tensors.append((name, tensor))
         else:
             chosen[module] = how
-            tensors += round_to_nearest(tensor, how).tensors(module).items()
-    hf = config.to_hf() | ({"quantization_config": Quantization(chosen).to_dict()} if chosen else {})
+            tensors += quantize(tensor, how, generator).tensors(module).items()
+    hf = config.to_hf() | ({"quantization_config": Quantization(chosen, activations or {}).to_dict()} if chosen else {})
     write_checkpoint(folder, hf, tensors, None, lineage.stage("test", {}, {}))
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -43,6 +72,13 @@ def write_random(folder: Path, config: ModelConfig, formats=lambda module: None,
 def everywhere(bits: int, group: int, symmetric: bool = True, table: TensorFormat | None = TensorFormat(8, 0)):
     """formats() for `write_random`: one format for all linears, `table` for the embedding."""
     return lambda module: table if module == "model.embed_tokens" else TensorFormat(bits, group, symmetric)
+
+
+def write_bundle(folder: Path, config: ModelConfig, formats=everywhere(4, 32), *options: str, seed: int = 0) -> tuple[Bundle, Decoder]:
+    """A random model as folder/checkpoint, exported with these options as folder/bundle; and PyTorch's decoder of its codes."""
+    checkpoint = write_random(folder / "checkpoint", config, formats, seed)
+    assert export_onnx.main([str(checkpoint), "-o", str(folder / "bundle"), *options]) == 0
+    return open_bundle(folder / "bundle"), load_decoder(checkpoint)
 
 
 def course(backend, vocabulary: int) -> np.ndarray:
