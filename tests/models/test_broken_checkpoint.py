@@ -64,7 +64,7 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read as JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds list"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds list"),
     "architecture": (lambda f: edit_config(f, model_type="bert"),
                      "config.json: model_type 'bert' is not supported: supported are llama, mistral"),
     "other quantization": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "'awq'"),
