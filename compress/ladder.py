@@ -16,8 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from compress.mixed import bundle_extras
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data_formats import as_text, find_sources, read_records
@@ -25,6 +23,7 @@ from models.fidelity import Window, cut_windows, measure
 from models.torch_backend import TorchBackend
 from runtime.cli import table
 from runtime.files import read_json
+from runtime.text import Tokenizer
 
 WINDOW = 512
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 64, 3
@@ -37,11 +36,11 @@ def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...],
     """
     checkpoint = open_checkpoint(folder)
     size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names()) + bundle_extras(checkpoint)}
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder / "tokenizer.json")
     context = checkpoint.config.context_length
     cut = [window for text in find_sources(texts) for window in _windows(tokenizer, text, context, windows)]
     reference = None
-    if original is not None and Tokenizer.from_file(str(original / "tokenizer.json")).get_vocab() == tokenizer.get_vocab():
+    if original is not None and Tokenizer(original / "tokenizer.json").vocabulary() == tokenizer.vocabulary():
         reference = TorchBackend(load_decoder(original))
     found = measure(TorchBackend(load_decoder(folder)), cut, reference, label=f"judging {folder.parent.name}").metrics()
     return size | {name: found[name] for name in ("perplexity", "kl", "top1_agreement") if name in found}

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from compress.options import BACKENDS, TEACHER_CACHE
 from models import lineage
 from models.data import DataOptions
@@ -34,6 +32,7 @@ from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.machine import peak_rss_mb
+from runtime.text import Tokenizer
 
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
@@ -320,7 +319,7 @@ def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:
         raise UserError(f"--eval-windows is {options.eval_windows}, which should be 0 (all) or more")
     text = "\n".join(as_text(record) for record in read_records(find_sources([options.eval_text])))
     window = min(512, checkpoint.config.context_length)
-    return cut_windows(Tokenizer.from_file(str(file)), text, window, window // 2, options.eval_windows or None)
+    return cut_windows(Tokenizer(file), text, window, window // 2, options.eval_windows or None)
 
 
 def _perplexity(folder: Path, windows: list[Window], label: str) -> float:

@@ -52,6 +52,7 @@ from export.encoder import export_encoder, is_encoder
 from export.graph import OPSET, check
 from export.portable import portable_graph
 from export.weights import GRAPH_BITS, write_weights
+from models.chat import special_tokens, stop_ids
 from models.checkpoint import Checkpoint, open_checkpoint
 
 GRAPH = "portable.onnx"
@@ -103,9 +104,6 @@ def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
     """The manifest's "model": the configuration, how activations are rounded, and what generation_config.json adds."""
     config = checkpoint.config
     generation = bundles.read_json(checkpoint.path / "generation_config.json")
-    listed = generation.get("eos_token_id")
-    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    eos = list(dict.fromkeys([*listed, *config.eos_token_ids]))       # either file may know one that the other lacks
 
     def special(name: str) -> int | None:
         value = getattr(config, name)
@@ -113,7 +111,8 @@ def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
 
     return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},
             "max_context": max_context, "bos_token_id": special("bos_token_id"),
-            "eos_token_ids": eos, "pad_token_id": special("pad_token_id"), "generation": generation}
+            "eos_token_ids": list(stop_ids(config, checkpoint.path)), "pad_token_id": special("pad_token_id"),
+            "special_tokens": special_tokens(checkpoint.path), "generation": generation}
 
 
 def graph_entry(role: str, file: str, size: int, dtype: str, max_context: int, source: str) -> dict:

@@ -30,7 +30,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from models.data_cleaning import Cleaning, clean
 from models.data_formats import as_text, find_sources, read_records, source_digest
@@ -39,6 +38,7 @@ from models.progress import progress
 from runtime.cli import Checked, arg
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json
+from runtime.text import Tokenizer
 
 IGNORE = -100                    # a label without loss, as in torch.nn.functional.cross_entropy
 CACHE_VERSION = 2
@@ -112,7 +112,7 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
     Raises UserError for data that cannot be used (see data_formats.py), and where cleaning or the split leaves nothing.
     """
     sources = find_sources(names)
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = Tokenizer(tokenizer_file)
     key = {"version": CACHE_VERSION, "sources": [source_digest(s) for s in sources],
            "tokenizer": source_digest(str(tokenizer_file)), "eos": eos, "split": split and asdict(split),
            "format": options.format, "documents": options.documents, "field": options.field, "header": options.header,
@@ -127,15 +127,15 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
 
 
 def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     counts, starts, length, text_bytes = Counter(), [], 0, 0
     documents = read_documents(options, sources, counts, f"tokenize {split.part if split else 'data'}")
     if split:
         documents = filter(split.has, documents)
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(documents):
-            for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False)):
-                ids = np.array([*encoding.ids, eos], dtype=dtype)
+            for text, found in zip(batch, tokenizer.encode_batch(batch)):
+                ids = np.append(found, eos).astype(dtype)
                 starts.append(length)
                 length += len(ids)
                 text_bytes += len(text.encode("utf-8", "surrogatepass"))

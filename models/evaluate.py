@@ -122,9 +122,8 @@ def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, s
     window = min(options.window or 512, model.context)
     stride = window // 2 if options.stride is None else options.stride
     pooled, per_text = fidelity.Fidelity([], [], [], [], [], []), {}
-    tokenizer = model.raw_tokenizer
     for file, text in texts:
-        windows = fidelity.cut_windows(tokenizer, text, window, stride, options.max_windows)
+        windows = fidelity.cut_windows(model.tokenizer, text, window, stride, options.max_windows)
         part = fidelity.measure(model.backend, windows, reference and reference.backend, shared=shared, label=file.name)
         per_text[file.name] = part.metrics()
         for name in vars(pooled):
@@ -142,7 +141,7 @@ def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dic
     if length > model.context:
         raise UserError(f"{cache.folder}: has windows of {length} tokens, more than the context of {model.context}")
     stride = length // 2 if options.stride is None else options.stride
-    windows = fidelity.cached_windows(cache, model.raw_tokenizer, stride, options.max_windows)
+    windows = fidelity.cached_windows(cache, model.tokenizer, stride, options.max_windows)
     print(f"on the text of {cache.folder}, against the top {state['k']} tokens that {state['teacher']} expected there")
     return fidelity.measure(model.backend, windows, cache, label=cache.folder.name).metrics()
 

@@ -11,57 +11,58 @@ ever appends; one that rewrites earlier turns is refused.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from models.data import IGNORE
+from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
-from runtime.files import read_json
-from runtime.template import ChatTemplate, open_template
+from runtime.text import Tokenizer
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
 
-def checkpoint_template(folder: Path) -> ChatTemplate:
-    """The chat template of a checkpoint, with the special tokens of its tokenizer_config.json. Raises UserError."""
-    file, config = folder / "tokenizer_config.json", {}
-    if file.is_file():
-        config = read_json(file, strict=False)
-    tokens = {name: token["content"] if isinstance(token, dict) else token
-              for name in ("bos_token", "eos_token", "pad_token") if (token := config.get(name))}
-    template = open_template(folder, tokens)
-    if template is None:
-        raise UserError(f"{folder} has no chat template; put one beside it as chat_template.jinja")
-    return template
-
-
-def encode_chat(messages: list[dict], template: ChatTemplate, tokenizer: Tokenizer, place: str) -> Encoded:
-    """A chat that ends with the assistant's reply. Raises UserError where the template rewrites earlier turns."""
-    text, spans = template.render(messages, add_generation_prompt=False), []
+def encode_chat(messages: list[dict], chat: ChatEncoder, place: str, **variables) -> Encoded:
+    """A chat that ends with the assistant's reply; variables: see `ChatTemplate.render`. Raises UserError where the template
+    rewrites earlier turns."""
+    marked, spans = chat.marked(messages, variables), []
+    messages, text = marked.messages, chat.render(marked, marked.messages, add_generation_prompt=False)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = template.render(messages[:index], add_generation_prompt=True)
-            through = template.render(messages[:index + 1], add_generation_prompt=False)
-            if not (text.startswith(through) and through.startswith(before)):
+            asked = chat.render(marked, messages[:index], add_generation_prompt=True)
+            through = text if index + 1 == len(messages) else chat.render(marked, messages[:index + 1], add_generation_prompt=False)
+            if not through.startswith(asked):        # a prompt that opens a thought, which this reply has not
+                asked = _header(asked, chat.render(marked, messages[:index], add_generation_prompt=False), through, message)
+            if asked is None or not text.startswith(through):
                 raise UserError(f"{place}: the chat template rewrites earlier turns, so replies cannot be told apart; "
                                 "give chats of one reply, or another chat_template.jinja")
-            spans.append((len(before), len(through.rstrip())))
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    learned = [any(start <= first and last <= stop for start, stop in spans) for first, last in encoding.offsets]
-    return np.array(encoding.ids, dtype=np.int64), np.array(learned)
+            spans.append((len(asked), len(through.rstrip())))
+    ids, offsets = chat.encode(text, marked.mark)
+    learned = [any(start <= first and last <= stop for start, stop in spans) for first, last in offsets.tolist()]
+    return ids, np.array(learned)
+
+
+def _header(asked: str, before: str, through: str, message: dict) -> str | None:
+    """What of the prompt `asked` stands before the reply in `through` too: the turns before and the head of the reply's own, but
+    nothing of what it says. None where the turns before are others."""
+    if not (asked.startswith(before) and through.startswith(before)):
+        return None
+    shared = os.path.commonprefix([asked, through])
+    said = [through.find(text.strip(), len(before)) for name, text in message.items()
+            if name != "role" and isinstance(text, str) and text.strip()]
+    return shared[:min([len(shared), *(place for place in said if place >= 0)])]
 
 
 def encode_labelled(text: str, label: str, prompt: str, tokenizer: Tokenizer) -> Encoded:
-    """`prompt` with {text} filled in, and the label's words after a space. The two are tokenized apart."""
-    question = tokenizer.encode(prompt.replace("{text}", text), add_special_tokens=False).ids
-    return join(question, tokenizer.encode(" " + label, add_special_tokens=False).ids)
+    """`prompt` with {text} filled in, as models.evaluate asks it (BOS included), and the label's words after a space. The two are
+    tokenized apart."""
+    return join(tokenizer.encode(prompt.replace("{text}", text)), tokenizer.encode(" " + label, special_tokens=False))
 
 
-def join(question: list[int], answer: list[int]) -> Encoded:
+def join(question: np.ndarray, answer: np.ndarray) -> Encoded:
     """Tokens of a question, then those of its answer, which are learned."""
-    return np.array([*question, *answer], dtype=np.int64), np.arange(len(question) + len(answer)) >= len(question)
+    return np.concatenate((question, answer)), np.arange(len(question) + len(answer)) >= len(question)
 
 
 class Examples:

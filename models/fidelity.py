@@ -40,11 +40,11 @@ class Window:
 
 
 def cut_windows(tokenizer, text: str, window: int, stride: int, limit: int | None = None) -> list[Window]:
-    """Windows over a whole text; `tokenizer` is a `tokenizers.Tokenizer`. Raises UserError for a text too short."""
+    """Windows over a whole text; `tokenizer` is a runtime.text.Tokenizer. Raises UserError for a text too short."""
     if not 1 <= stride < window:
         raise UserError(f"stride is {stride}, which should be from 1 to one less than the window of {window}")
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids, ends = np.array(encoding.ids, np.int64), [end for _, end in encoding.offsets]
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    ends = offsets[:, 1]
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens; at least 2 are needed to score one")
     # Bytes before each character, to turn the offsets (in characters) of scored tokens into bytes.

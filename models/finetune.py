@@ -19,17 +19,16 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from models import lineage
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
-from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled, fitting, join
+from models.examples import Examples, encode_chat, encode_labelled, fitting, join
 from models.tables import HEADERS
 from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
+from runtime.text import Tokenizer
 
 EXAMPLES = """examples:
   python -m models.finetune build/smollm2-135m --task classify --data ../shared/data/classify/sst2-train.tsv \\
@@ -76,6 +75,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from models.chat import chat_encoder
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import memory_line, training_bytes
@@ -100,7 +100,7 @@ def finetune(options: FinetuneOptions) -> None:
     if not tokenizer_file.is_file():
         raise UserError(f"{options.checkpoint}: no tokenizer.json there")
     check_output(options.out / "last", options.checkpoint)
-    tokenizer, state = Tokenizer.from_file(str(tokenizer_file)), process_state()
+    tokenizer, state = Tokenizer(tokenizer_file), process_state()
     task = Chat(options, tokenizer) if options.task == "chat" else Classify(options, tokenizer)
     pad = checkpoint.config.pad_token_id or 0
     train, valid = (Examples(fitting(part, options.context, name), pad)
@@ -137,10 +137,12 @@ class Chat:
     """Chats, with the loss on replies."""
 
     def __init__(self, options: FinetuneOptions, tokenizer: Tokenizer):
-        self.tokenizer, self.template = tokenizer, checkpoint_template(options.checkpoint)
+        self.chat = chat_encoder(options.checkpoint, tokenizer)
+        if self.chat is None:
+            raise UserError(f"{options.checkpoint} has no chat template; put one beside it as chat_template.jinja")
 
     def encode(self, record):
-        return encode_chat(as_messages(record), self.template, self.tokenizer, record.place)
+        return encode_chat(as_messages(record), self.chat, record.place)
 
     def accuracy(self, trainer) -> None:
         return None
@@ -164,7 +166,7 @@ class Classify:
             if len(self.words) < 2:
                 raise UserError(f"{options.data[0]}: every example has the label {', '.join(self.words)}, so there is nothing to "
                                 f"tell apart: give others, or name every label with --labels")
-        self.answers = [tokenizer.encode(" " + words, add_special_tokens=False).ids for words in self.words.values()]
+        self.answers = [tokenizer.encode(" " + words, special_tokens=False) for words in self.words.values()]
 
     def encode(self, record):
         text, label = self.pair(record)
@@ -186,7 +188,7 @@ class Classify:
             with trainer.accelerator.autocast():
                 scores = _row_scores(trainer.module, *trainer.tensors(rows.rows(range(len(rows)))))
             best = scores.view(len(chunk), -1).argmax(1)
-            right += sum(self.answers[i] == answer.tolist() for i, (_, answer) in zip(best, chunk))
+            right += sum(self.answers[i].tolist() == answer.tolist() for i, (_, answer) in zip(best, chunk))
         trainer.module.train()
         return right / len(examples)
 

@@ -6,16 +6,16 @@ end in a `runtime.backend.Backend`, so whatever is measured above it is measured
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from tqdm import tqdm
 
+from models.chat import chat_encoder, special_tokens, stop_ids
 from models.checkpoint import load_decoder, open_checkpoint
 from models.teacher_cache import shared_vocabulary
 from models.torch_backend import TorchBackend
@@ -23,11 +23,11 @@ from runtime import decode
 from runtime.backend import Backend
 from runtime.backends import open_backend
 from runtime.bundle import open_bundle
+from runtime.chat_tokens import ChatEncoder, bundle_encoder
 from runtime.errors import UserError
 from runtime.machine import cpu_threads
 from runtime.sampling import Sampler, SamplingOptions
-from runtime.template import ChatTemplate, open_template
-from runtime.text import Tokenizer
+from runtime.text import ReplyText, Tokenizer
 
 BATCH = 8                # prompts decoded together
 
@@ -38,14 +38,10 @@ class LanguageModel:
     backend: Backend
     tokenizer: Tokenizer
     context: int                     # most tokens of prompt and reply
-    eos: frozenset[int]
+    eos: frozenset[int]              # ids that end a reply
     vocab_size: int                  # rows of its table: the tokenizer's tokens, and perhaps more
-    bos: int | None = None
-
-    @property
-    def raw_tokenizer(self) -> tokenizers.Tokenizer:
-        """The `tokenizers` object itself, for offsets and comparison."""
-        return tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+    special_tokens: dict[str, str]   # as templates know them
+    open_chat: Callable[[], ChatEncoder | None]
 
     def encode(self, prompt: str | np.ndarray) -> np.ndarray:
         """int64 ids [n], n >= 1 (ids pass through). Raises UserError for an empty prompt or one as long as the context."""
@@ -57,15 +53,19 @@ class LanguageModel:
 
     def chat_prompt(self, text: str) -> np.ndarray:
         """int64 ids of one user message in the model's chat template, or of the text itself where it has none."""
-        if self._template is None:
+        if self.chat is None:
             return self.tokenizer.encode(text + "\n")
-        return self.tokenizer.encode(self._template.render([{"role": "user", "content": text}]), special_tokens=False)
+        return self.chat.tokens([{"role": "user", "content": text}])
 
     @cached_property
-    def _template(self) -> ChatTemplate | None:
-        """Compiled once: every prompt of a comparison goes through it."""
-        ids = {"bos_token": self.bos, "eos_token": min(self.eos, default=None)}
-        return open_template(self.folder, {name: None if i is None else self.tokenizer.token_text(i) for name, i in ids.items()})
+    def chat(self) -> ChatEncoder | None:
+        """The chat template with the tokenizer; None: there is none."""
+        return self.open_chat()
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the tokenizer's "bos_token", "eos_token", ...; None where it has none."""
+        text = self.special_tokens.get(name)
+        return None if text is None else self.tokenizer.token_id(text)
 
     def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
                  progress: bool = True) -> list[str]:
@@ -86,11 +86,17 @@ class LanguageModel:
         sequences = [decode.Sequence(p, Sampler(greedy, p), min(max_new_tokens, self.context - len(p)), self.eos)
                      for p in prompts]
         cache = self.backend.new_cache(len(sequences), decode.first_capacity(sequences))
+        texts = {sequence: ReplyText(self.tokenizer, tuple(stop)) for sequence in sequences}
+        replies, read = dict.fromkeys(sequences, ""), dict.fromkeys(sequences, 0)
+        stopped = dict.fromkeys(sequences, False)
         for sequence in decode.run(self.backend, cache, sequences):
-            if stop and any(s in self.tokenizer.decode(sequence.tokens) for s in stop):
-                sequence.finish_reason = sequence.finish_reason or "stop"
-        texts = [self.tokenizer.decode(s.tokens) for s in sequences]
-        return [min((t.split(s, 1)[0] for s in stop), key=len) if stop else t for t in texts]
+            while not stopped[sequence] and read[sequence] < len(sequence.tokens):
+                piece, stopped[sequence] = texts[sequence].push(sequence.tokens[read[sequence]])
+                replies[sequence] += piece
+                read[sequence] += 1
+            if stopped[sequence]:
+                sequence.finish_reason = "stop"
+        return [replies[s] if stopped[s] else replies[s] + texts[s].finish()[0] for s in sequences]
 
     def continuation_logprobs(self, prompt: str, continuations: Items[str]) -> list[float]:
         """ln p(continuation | prompt) of each, summed over its tokens; the prompt is read once.
@@ -149,7 +155,9 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
             backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
         else:
             backend, _ = open_backend(bundle, provider, threads)
-        context, eos, bos = bundle.max_context, bundle.model["eos_token_ids"], bundle.model["bos_token_id"]
+        tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
+        context, eos, named = bundle.max_context, bundle.model["eos_token_ids"], bundle.model.get("special_tokens") or {}
+        chat = partial(bundle_encoder, bundle, tokenizer)
         vocab_size = bundle.model["config"]["vocab_size"]
     else:
         if graph or exact or provider:
@@ -157,9 +165,11 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         config = open_checkpoint(folder).config
         torch.set_num_threads(threads)
         backend = TorchBackend(load_decoder(folder))
-        context, eos, bos = config.context_length, config.eos_token_ids, config.bos_token_id
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        context, eos, named = config.context_length, stop_ids(config, folder), special_tokens(folder)
+        chat = partial(chat_encoder, folder, tokenizer)
         vocab_size = config.vocab_size
-    return LanguageModel(folder, backend, Tokenizer(folder / "tokenizer.json"), context, frozenset(eos), vocab_size, bos)
+    return LanguageModel(folder, backend, tokenizer, context, frozenset(eos), vocab_size, named, chat)
 
 
 def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> int | None:
@@ -167,6 +177,6 @@ def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> int 
 
     Returns how many tokens they share where one's table is padded to another size (models/teacher_cache.py), else None.
     """
-    if model.raw_tokenizer.get_vocab() != reference.raw_tokenizer.get_vocab():
+    if model.tokenizer.vocabulary() != reference.tokenizer.vocabulary():
         raise UserError(f"{reference.folder}: has another tokenizer than {model.folder}; a reference must share the vocabulary")
     return shared_vocabulary(model.folder, model.vocab_size, reference.vocab_size)

@@ -57,6 +57,8 @@ class EdgewrightLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if (named := self.model.special_id("eos_token")) is not None:
+            return named
         if not self.model.eos:
             raise UserError(f"{self.model.folder}: names no end-of-text token, which the harness needs")
         return min(self.model.eos)
@@ -64,7 +66,8 @@ class EdgewrightLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """Stands before a text that has nothing before it: BOS where the model has one."""
-        return self.eot_token_id if self.model.bos is None else self.model.bos
+        bos = self.model.special_id("bos_token")
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from runtime.errors import UserError
 from runtime.files import read_json, write
+from runtime.text import Tokenizer
 
 STATE = "state.json"
 
@@ -92,7 +92,7 @@ def is_cache(folder: Path) -> bool:
 
 def tokenizer_size(folder: Path) -> int:
     """Ids that the folder's tokenizer.json gives: one more than the largest."""
-    return max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values()) + 1
+    return max(Tokenizer(folder / "tokenizer.json").vocabulary().values()) + 1
 
 
 def shared_vocabulary(folder: Path, *tables: int) -> int | None:
@@ -107,5 +107,5 @@ def tokenizer_digest(folder: Path) -> str:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{folder}: no tokenizer.json there")
-    vocabulary = sorted(Tokenizer.from_file(str(file)).get_vocab().items())
+    vocabulary = sorted(Tokenizer(file).vocabulary().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from models import lineage
+from models.chat import special_tokens
 from models.data import Blocks, Corpus, DataOptions, Split, build_corpus
 from models.data_formats import source_digest
 from models.presets import parameter_target, preset
 from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
-from runtime.files import read_json
+from runtime.text import Tokenizer
 
 EXAMPLES = """examples:
   python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
@@ -132,13 +131,11 @@ def _model_and_options(options: TrainOptions, folder: Path):
 
 def tokenizer_facts(folder: Path) -> tuple[int, int]:
     """(EOS id, vocabulary size) of a tokenizer folder."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = folder / "tokenizer_config.json"
-    token = read_json(config, strict=False).get("eos_token") if config.is_file() else None
-    eos = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "<|endoftext|>")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    eos = tokenizer.token_id(special_tokens(folder).get("eos_token", "<|endoftext|>"))
     if eos is None:
-        raise UserError(f"{config}: no eos_token that tokenizer.json knows; add one to end documents with")
-    return eos, tokenizer.get_vocab_size()
+        raise UserError(f"{folder / 'tokenizer_config.json'}: no eos_token that tokenizer.json knows; add one to end documents with")
+    return eos, len(tokenizer)
 
 
 def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, Corpus]:

@@ -90,7 +90,7 @@ def compare(options: Options) -> int:
 
 def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, limit: int, shared: int | None) -> dict:
     size = min(512, before.context, after.context)
-    windows = fidelity.cut_windows(after.raw_tokenizer, text, size, size // 2, limit)
+    windows = fidelity.cut_windows(after.tokenizer, text, size, size // 2, limit)
     old = fidelity.measure(before.backend, windows, label=f"{name}, before").metrics()
     moved = fidelity.measure(after.backend, windows, before.backend, shared=shared, label=f"{name}, after")
     new = moved.metrics()

@@ -49,7 +49,8 @@ class Bundle:
 
     @property
     def model(self) -> dict:
-        """config (of `models.config.ModelConfig`), max_context, bos_token_id, eos_token_ids, pad_token_id, generation."""
+        """config (of `models.config.ModelConfig`), max_context, bos_token_id, eos_token_ids, pad_token_id, special_tokens (by the
+        names that chat templates use), generation."""
         return self.manifest["model"]
 
     @property
@@ -161,6 +162,8 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
     need_all(model, "model.", "eos_token_ids", int)
     need(model, "model.", "generation", dict, type(None))
+    for name in need(model, "model.", "special_tokens", dict, type(None)) or ():
+        need(model["special_tokens"], "model.special_tokens.", name, str)
     for key in ("bos_token_id", "pad_token_id"):
         need(model, "model.", key, int, type(None))
 

@@ -24,7 +24,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.errors import DeviceError, UserError
 from runtime.machine import available_memory, cpu_threads, release_free_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, model_defaults
-from runtime.text import Detokenizer, StopStrings, Tokenizer
+from runtime.text import ReplyText, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
 _MB = 1 << 20
@@ -51,12 +51,16 @@ class GenerationOptions(SamplingOptions):
     stop: str | tuple[str, ...] = ()          # the reply ends before the first of these to be complete
     stop_tokens: tuple[int, ...] = ()         # token ids that end the reply, besides the model's own
     ignore_model_stop: bool = False           # go on past the model's own end-of-text tokens
+    control_tokens: bool = False              # <|im_end|> and its like, spelled in a text, are the token and not text
 
     def __post_init__(self):
         super().__post_init__()
         count = self.max_new_tokens
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise UserError(f"max_new_tokens is {count!r}; it must be a whole number of at least 1")
+
+
+_OPTIONS = {field.name for field in fields(GenerationOptions)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Engine:
         release_free_memory()                     # before the tokenizer, if it is still to be read: the peaks do not add up
         self.tokenizer = read_tokenizer()
         release_free_memory()
-        self._template = None
+        self._chat = None
 
     def explain(self) -> str:
         """Which backend runs and, line by line, why nothing better does."""
@@ -147,7 +151,8 @@ class Engine:
         return Stream(self, self._drafts([prompt], 1, GenerationOptions(**self._defaults | options)))
 
     def chat(self, messages: list[dict], **options) -> Reply:
-        """The assistant's reply to `messages`: dicts with "role" (user, assistant, system) and "content"."""
+        """The assistant's reply to `messages`: dicts with "role" (user, assistant, system, tool) and "content". options: those
+        of GenerationOptions, and what the chat template reads besides, such as tools or enable_thinking."""
         stream = self.stream_chat(messages, **options)
         for _ in stream:
             pass
@@ -155,13 +160,20 @@ class Engine:
 
     def stream_chat(self, messages: list[dict], **options) -> Stream:
         """`chat` as a stream."""
-        return self.stream(self.chat_tokens(messages), **options)
+        variables = {name: options.pop(name) for name in set(options) - _OPTIONS}
+        tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), **variables)
+        return self.stream(tokens, **options)
 
-    def chat_tokens(self, messages: list[dict]) -> np.ndarray:
-        """Token ids (int64) of the prompt that the bundle's chat template makes of `messages`. Raises UserError."""
-        if self._template is None:
-            self._template = self._load_template()
-        return self.tokenizer.encode(self._template.render(messages), special_tokens=False)
+    def chat_tokens(self, messages: list[dict], *, control_tokens: bool = False, **variables) -> np.ndarray:
+        """Token ids (int64) of the prompt that the bundle's chat template makes of `messages` and variables (tools, documents,
+        enable_thinking, whatever it reads). Control tokens that they spell are text, unless control_tokens. Raises UserError."""
+        if self._chat is None:
+            from runtime.chat_tokens import bundle_encoder
+            self._chat = bundle_encoder(self.bundle, self.tokenizer)
+        if self._chat is None:
+            raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
+                            "prompt of its own making with `generate` or `stream`")
+        return self._chat.tokens(messages, control_tokens=control_tokens, **variables)
 
     def close(self) -> None:
         """Free the model's memory, once no call is in it; what is asked of the engine after is refused with a UserError."""
@@ -178,18 +190,6 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _load_template(self):
-        name = self.bundle.manifest["chat_template"]
-        if name is None:
-            raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
-                            "prompt of its own making with `generate` or `stream`")
-        from runtime.template import open_template
-        model = self.bundle.model
-        ids = {"bos_token": model["bos_token_id"], "eos_token": next(iter(model["eos_token_ids"]), None),
-               "pad_token": model["pad_token_id"]}
-        return open_template(self.bundle.folder, {key: None if i is None else self.tokenizer.token_text(i)
-                                                  for key, i in ids.items()}, name)
-
     def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
         self._check_open()
@@ -198,7 +198,7 @@ class Engine:
         if not prompts:
             raise UserError("there is no prompt: the batch is empty")
         encoded = [self._encode(prompt, options) for prompt in prompts]
-        stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop)
+        stop = (options.stop,) if isinstance(options.stop, str) else options.stop
         stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop
                                                                  else self.bundle.model["eos_token_ids"])
         drafts = []
@@ -206,14 +206,14 @@ class Engine:
             for ids in encoded:
                 limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
                 sequence = decode.Sequence(ids, Sampler(options, ids, sample), limit, stop_tokens)
-                drafts.append(_Draft(sequence, Detokenizer(self.tokenizer), StopStrings(stop)))
+                drafts.append(_Draft(sequence, ReplyText(self.tokenizer, stop)))
         self._check_memory([draft.sequence for draft in drafts])
         return drafts
 
     def _encode(self, prompt, options: GenerationOptions) -> np.ndarray:
         """Token ids of a prompt that leaves room for the reply asked for."""
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt) if prompt else np.empty(0, np.int64)
+            ids = self.tokenizer.encode(prompt, control_tokens=options.control_tokens) if prompt else np.empty(0, np.int64)
         elif isinstance(prompt, np.ndarray) or isinstance(prompt, list) and all(isinstance(i, int) for i in prompt):
             ids = np.asarray(prompt)
         else:
@@ -312,9 +312,8 @@ class Stream:
 class _Draft:
     """A reply in the making: a sequence of tokens, and the text it has become."""
 
-    def __init__(self, sequence: decode.Sequence, detokenizer: Detokenizer, stops: StopStrings):
-        self.sequence = sequence
-        self._detokenizer, self._stops = detokenizer, stops
+    def __init__(self, sequence: decode.Sequence, text: ReplyText):
+        self.sequence, self._text = sequence, text
         self._pieces: list[str] = []
         self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
 
@@ -324,12 +323,12 @@ class _Draft:
         sequence, text, stopped = self.sequence, "", False
         while not stopped and (n := len(self._token_ms)) < len(sequence.tokens):
             self._token_ms.append((sequence.times[n] - start) * 1e3)
-            piece, stopped = self._stops.push(self._detokenizer.push(sequence.tokens[n]))
+            piece, stopped = self._text.push(sequence.tokens[n])
             text += piece
         del sequence.tokens[len(self._token_ms):]
         if not stopped and sequence.finish_reason:
-            tail, stopped = self._stops.push(self._detokenizer.finish())
-            text += tail if stopped else tail + self._stops.finish()
+            tail, stopped = self._text.finish()
+            text += tail
         if stopped:
             sequence.finish_reason = "stop"
         self._pieces.append(text)

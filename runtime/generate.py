@@ -49,7 +49,8 @@ class ReplyOptions(EngineOptions):
     frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
     presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
     seed: int | None = arg(None, help="the same seed gives the same reply")
-    stop: tuple[str, ...] = arg((), help="end the reply before any of these texts")
+    stop: tuple[str, ...] = arg((), help="end the reply before any of these texts; a special token's spelling counts")
+    control_tokens: bool = arg(False, help="take control tokens that a text spells, such as <|im_end|>, for the token, not for text")
 
     def generation(self) -> dict:
         """The keyword arguments of `Engine.stream` and its like."""

@@ -1,9 +1,11 @@
 """Text to token ids and back, as pieces that can be shown while they are made.
 
-`Tokenizer` reads a `tokenizer.json` through the `tokenizers` library. `Detokenizer` turns one token after another into
-text that never ends in half a character, and whose pieces join to exactly `decode` of all the tokens. `StopStrings`
-cuts that text at the first stop string to be complete, however tokens split it, and holds back only what may still
-become one.
+`Tokenizer` is the one way to open a `tokenizer.json`, through the `tokenizers` library: what the file says of truncation and
+padding is for training batches and is switched off, and a file that is out to fill memory is refused. A control token that a
+text spells (`<|im_end|>`) is text, so that nobody forges the end of a turn by writing it; `control_tokens=True` takes it for
+the token. `Detokenizer` turns one token after another into text that never ends in half a character, and whose pieces join to
+exactly `decode` of all the tokens. `StopStrings` cuts that text at the first stop string to be complete, however tokens split
+it, and holds back only what may still become one.
 
 How `Detokenizer` stays exact and cheap: it decodes a window of the last tokens only, once without and once with the
 new ones, and emits what has been added. The tokens already shown stay in the window as context, because some decoders
@@ -14,6 +16,11 @@ a reply cut off inside a character keeps the complete ones before it, which `dec
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +29,59 @@ import tokenizers
 from runtime.errors import UserError
 
 _REPLACEMENT = "\ufffd"           # what decoders write for bytes that are no character (yet)
+_MOST_BYTES = 64 << 20            # of a tokenizer.json; the largest in use have 33 MB
+_MOST_COMMAS = 8_000_000          # in it; every value costs memory while it is read. The same have 2 million
+_MOST_PARTS = 256                 # normalizers, splitters, processors and decoders
+_MOST_GROWTH = 32                 # times as long as its input a text may become by replacements
+_MOST_ADDED = 256                 # special tokens put around a text
 
 
 class Tokenizer:
-    """Text <-> token ids. Raises UserError where the file is no tokenizer."""
+    """Text <-> token ids, from several threads at once. Raises UserError where the file is no tokenizer, or hostile."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | str):
+        self._path, self._lock = Path(path), threading.Lock()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:                # the library raises bare Exception
-            raise UserError(f"{path}: is no tokenizer that `tokenizers` {tokenizers.__version__} reads ({error})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if len(data) > _MOST_BYTES or data.count(b",") > _MOST_COMMAS:
+            raise UserError(f"{path}: {len(data) / 1e6:.0f} MB is more than any tokenizer has; get the file again")
+        with self._words("is no tokenizer that `tokenizers` {version} reads ({error})"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            del data
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True             # as text, that is
+        self._check_growth()
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> np.ndarray:
+    def encode(self, text: str, *, special_tokens: bool = True, control_tokens: bool = False) -> np.ndarray:
         """int64 ids of `text`; `special_tokens` adds those the tokenizer puts around a text (BOS), where it has any.
-        Special tokens spelled out in the text are recognized either way. Raises UserError for lone surrogates."""
-        if not isinstance(text, str):
-            raise UserError(f"the prompt is {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-                            f"{error.start}, which is half a character; remove it") from None
-        return np.array(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids, np.int64)
+        control_tokens: control tokens spelled out in the text are taken for them, not for text. Raises UserError for lone
+        surrogates and for text that the tokenizer fails on."""
+        encoding = self._encode(text, special_tokens, control_tokens)
+        ids, around = np.array(encoding.ids, np.int64), np.array(encoding.special_tokens_mask, bool)
+        if control_tokens or not self._cuts(text, ids[~around]):
+            return ids
+        first = int(around.argmin())
+        return np.concatenate((ids[:first], self._as_text(text)[0], ids[first + (~around).sum():]))
+
+    def encode_with_offsets(self, text: str, *, control_tokens: bool = False, after: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ids [n] of `text`, with nothing around it, and the characters (first, end) that each stands for, int64 [n, 2].
+        after: other text stands before it, so sentencepiece puts no space there."""
+        if control_tokens:
+            encoding = self._encode(text, False, True)
+            ids, offsets = encoding.ids, encoding.offsets
+        else:
+            ids, offsets = self._as_text(text, after)
+        return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of many texts, with nothing around them, on all CPUs."""
+        with self._words("fails on a text ({error})"), self._lock:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        return [np.array(self._as_text(text)[0], np.int64) if self._cuts(text, ids) else ids for text, ids in zip(texts, found)]
 
     def decode(self, ids) -> str:
         """Text of token ids; special tokens are left out."""
@@ -54,6 +90,127 @@ class Tokenizer:
     def token_text(self, token: int) -> str | None:
         """A token as the vocabulary spells it, special tokens included; None: no such token."""
         return self._tokenizer.id_to_token(token)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled so; None: no such token."""
+        return self._tokenizer.token_to_id(text)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, with its id."""
+        return self._tokenizer.get_vocab()
+
+    def __len__(self) -> int:
+        """Tokens, added ones included."""
+        return self._tokenizer.get_vocab_size()
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """Tokens that are found in a text before it is split; the `special` ones among them are control tokens."""
+        return {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.content}
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[int, str]:
+        """Id -> spelling of the control tokens."""
+        return {i: token.content for i, token in self.added_tokens.items() if token.special}
+
+    def _encode(self, text: str, special_tokens: bool, control_tokens: bool) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise UserError(f"the prompt is {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+                            f"{error.start}, which is half a character; remove it") from None
+        with self._words("fails on this text ({error})"), self._lock:
+            self._tokenizer.encode_special_tokens = not control_tokens
+            try:
+                return self._tokenizer.encode(text, add_special_tokens=special_tokens)
+            finally:
+                self._tokenizer.encode_special_tokens = True
+
+    def _as_text(self, text: str, after: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of `text` with no control token among them."""
+        lead = "\n" if after and self._line else ""
+        encoding = self._encode(lead + text, False, False)
+        ids, offsets = encoding.ids, encoding.offsets
+        if lead and ids[:len(self._line)] == self._line:
+            ids, offsets = ids[len(self._line):], [(first - 1, end - 1) for first, end in offsets[len(self._line):]]
+        elif lead:
+            return self._as_text(text)
+        if not (cuts := self._cuts(text, np.array(ids, np.int64))):
+            return ids, offsets
+        ids, offsets = [], []
+        for first, end in zip([0, *cuts], [*cuts, len(text)]):
+            found, places = self._as_text(text[first:end], after or first > 0)
+            ids, offsets = ids + found, offsets + [(first + a, first + b) for a, b in places]
+        return ids, offsets
+
+    def _cuts(self, text: str, ids: np.ndarray) -> list[int]:
+        """Where to cut a text that was to have no control tokens and has got some, which it spells: some vocabularies
+        (sentencepiece's unigrams) have them as pieces of text. Behind the first character of each."""
+        if not self.control_tokens or not (hits := np.isin(ids, self._control_ids)).any():
+            return []
+        spelled = [token for i in set(ids[hits].tolist()) if len(token := self.control_tokens[i]) > 1]
+        return sorted({found.start() + 1 for token in spelled for found in re.finditer(re.escape(token), text)})
+
+    @functools.cached_property
+    def _control_ids(self) -> np.ndarray:
+        return np.array(sorted(self.control_tokens), np.int64)
+
+    @functools.cached_property
+    def _line(self) -> list[int]:
+        """Ids of a line's end, where a text's beginning is encoded otherwise than the same text after it; else none."""
+        line, alone, after = (self._encode(text, False, False).ids for text in ("\n", "x", "\nx"))
+        return line if after[:len(line)] == line and after[len(line):] != alone else []
+
+    def _words(self, what: str):
+        return _Words(lambda error: f"{self._path}: " + what.format(version=tokenizers.__version__, error=error))
+
+    def _check_growth(self) -> None:
+        """A small file can make a long text, or long work, of a short one: of that it may do only so much."""
+        own = self._tokenizer
+        with self._words("is no tokenizer of use ({error})"):
+            parts = [json.loads(part.__getstate__()) for part in (own.normalizer, own.pre_tokenizer, own.decoder) if part is not None]
+            growth = [_growth(part) for part in parts]
+            added = own.num_special_tokens_to_add(False)
+            affixes = [len(getattr(own.model, name, None) or "") for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")]
+            count = sum(map(_count, parts)) + (_count(json.loads(own.post_processor.__getstate__())) if added <= _MOST_ADDED and own.post_processor else 0)
+        if max(growth, default=1) > _MOST_GROWTH or added > _MOST_ADDED or max(affixes) > _MOST_ADDED or count > _MOST_PARTS:
+            raise UserError(f"{self._path}: makes a text {max(growth, default=1):g} times as long, puts {added} tokens around it or "
+                            f"has {count} parts; a tokenizer does none of that, so get the file again")
+
+
+def _growth(part: dict) -> float:
+    """How many times as long a text can become in a normalizer or decoder."""
+    if part.get("type") == "Sequence":
+        inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
+        return float(np.prod([min(_growth(one), 1e9) for one in inner[:_MOST_PARTS + 1]]))
+    if part.get("type") == "Replace":
+        pattern = part["pattern"].get("String")
+        return max(1.0, len(part["content"]) / len(pattern) if pattern else 1.0 + len(part["content"]))
+    return 1.0 + sum(len(value) > 100 and key in ("prepend", "replacement", "prefix") for key, value in part.items()
+                     if isinstance(value, str)) * _MOST_GROWTH
+
+
+def _count(value) -> int:
+    """Parts in the description of a normalizer, splitter, processor or decoder, inner ones included."""
+    if isinstance(value, dict):
+        return ("type" in value) + sum(map(_count, value.values()))
+    return sum(map(_count, value)) if isinstance(value, list) else 0
+
+
+class _Words:
+    """Around a call of `tokenizers`: its errors, and the panics of its Rust (which are no `Exception`), as a UserError."""
+
+    def __init__(self, sentence: Callable[[str], str]):
+        self._sentence = sentence
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, _) -> None:
+        if error is not None and (isinstance(error, Exception) or kind.__name__ == "PanicException") and not isinstance(error, UserError):
+            raise UserError(self._sentence(str(error).strip()[:300] or kind.__name__)) from None
 
 
 class Detokenizer:
@@ -85,30 +242,59 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text through until one of `stops` is complete; the stop string itself is left out."""
+    """Passes text through until one of `stops` is complete; the stop string itself is left out.
+
+    Text that is not shown (a special token's spelling) is looked through like any other, so that a stop string may be a
+    special token or hold some.
+    """
 
     def __init__(self, stops: tuple[str, ...] = ()):
-        if any(not isinstance(stop, str) or not stop for stop in stops):
-            raise UserError(f"stop strings are {stops!r}; each must be text of at least one character")
+        if not isinstance(stops, (tuple, list)) or any(not isinstance(stop, str) or not stop for stop in stops):
+            raise UserError(f"stop strings are {stops!r:.60}; each must be text of at least one character")
         self._stops = stops
         self._held = ""                   # the end of the text, which may be the beginning of a stop string
+        self._shown = b""                 # of each of its characters, whether it is shown
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def __bool__(self) -> bool:
+        return bool(self._stops)
+
+    def push(self, text: str, shown: bool = True) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string is complete. Call no more after it is."""
         if not self._stops:
-            return text, False
-        text = self._held + text
+            return text if shown else "", False
+        text, flags = self._held + text, self._shown + bytes((shown,)) * len(text)
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            return text[:min(found)[1]], True          # complete first; of those, the longest
-        kept = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - kept:]
-        return text[:len(text) - kept], False
+        end = min(found)[1] if found else len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held, self._shown = text[end:], flags[end:]          # complete first; of those, the longest
+        return _visible(text[:end], flags), bool(found)
 
     def finish(self) -> str:
         """What was held back: no stop string came of it."""
-        held, self._held = self._held, ""
+        held, self._held = _visible(self._held, self._shown), ""
         return held
+
+
+def _visible(text: str, shown: bytes) -> str:
+    return text if 0 not in shown else "".join(c for c, show in zip(text, shown) if show)
+
+
+class ReplyText:
+    """The text of one reply, from its tokens, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
+        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+        self._special = tokenizer.control_tokens if self._stops else {}
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Text that `token` completes, and whether a stop string is complete. Call no more after it is."""
+        if (spelling := self._special.get(token)) is not None:
+            return self._stops.push(spelling, shown=False)
+        return self._stops.push(self._detokenizer.push(token))
+
+    def finish(self) -> tuple[str, bool]:
+        """What was held back, and whether a stop string became complete with it."""
+        tail, stopped = self._stops.push(self._detokenizer.finish())
+        return (tail, True) if stopped else (tail + self._stops.finish(), False)
 
 
 def _overlap(text: str, stop: str) -> int:

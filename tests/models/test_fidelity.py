@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from runtime.text import Tokenizer
 
 from models import fidelity
 from models.checkpoint import load_decoder
@@ -23,12 +23,12 @@ def brute(decoder, ids, first):
 @pytest.fixture(scope="module")
 def models(tiny_checkpoint):
     folders = [tiny_checkpoint("smollm2", seed=s) for s in (0, 1)]
-    return [load_decoder(f).eval() for f in folders], Tokenizer.from_file(str(folders[0] / "tokenizer.json"))
+    return [load_decoder(f).eval() for f in folders], Tokenizer(folders[0] / "tokenizer.json")
 
 
 def test_every_metric_equals_the_brute_force(models):
     (model, reference), tokenizer = models
-    ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    ids = tokenizer.encode(TEXT, special_tokens=False).tolist()
     windows = fidelity.cut_windows(tokenizer, TEXT, window=24, stride=10)
     got = fidelity.measure(TorchBackend(model), windows, TorchBackend(reference), progress=False).metrics()
 

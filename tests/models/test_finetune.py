@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from tiny import FAMILIES
@@ -15,11 +16,15 @@ from tokenizers import Tokenizer
 
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import IGNORE
-from models.examples import Examples, checkpoint_template, encode_chat, encode_labelled
+from models.chat import chat_encoder
+from models.examples import Examples, encode_chat, encode_labelled
 from models.finetune import main
 from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import training_bytes
+from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
+from runtime.template import ChatTemplate
+from runtime.text import Tokenizer
 
 CHAT = [{"role": "user", "content": "Add 1 and 2 🙂"}, {"role": "assistant", "content": "It is 3."},
         {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, 今天"}]
@@ -28,7 +33,8 @@ CHAT = [{"role": "user", "content": "Add 1 and 2 🙂"}, {"role": "assistant", "
 @pytest.fixture
 def parts(tiny_checkpoint):
     folder = tiny_checkpoint("smollm2")
-    return folder, Tokenizer.from_file(str(folder / "tokenizer.json")), checkpoint_template(folder)
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    return folder, tokenizer, chat_encoder(folder, tokenizer)
 
 
 @pytest.fixture
@@ -56,8 +62,8 @@ def rows(out, kind):
 
 def test_replies_alone_are_learned_as_transformers_tells_them(parts):
     """transformers marks the assistant's tokens through the template's `generation` blocks."""
-    folder, tokenizer, template = parts
-    ids, learned = encode_chat(CHAT, template, tokenizer, "here")
+    folder, _, chat = parts
+    ids, learned = encode_chat(CHAT, chat, "here")
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
     oracle.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
@@ -66,15 +72,42 @@ def test_replies_alone_are_learned_as_transformers_tells_them(parts):
     expected = oracle.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert ids.tolist() == expected["input_ids"]
     assert learned.astype(int).tolist() == list(expected["assistant_masks"])
-    assert tokenizer.decode(ids[learned].tolist(), skip_special_tokens=False) == "It is 3.<|im_end|>Yes, 今天<|im_end|>"
+    assert oracle.decode(ids[learned].tolist()) == "It is 3.<|im_end|>Yes, 今天<|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(parts, tmp_path):
-    from runtime.template import ChatTemplate
-    _, tokenizer, _ = parts
     rewriting = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "t")
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_chat(CHAT, rewriting, tokenizer, "here")
+        encode_chat(CHAT, ChatEncoder(rewriting, parts[1]), "here")
+
+
+@pytest.mark.parametrize("opens", ["<think>\n", "<think>", "A thought: ", "<|im_end|>"])
+@pytest.mark.parametrize("reply", ["yes", "<think>\nhm\n</think>\n\nyes", "<b>A thought", "<", "yes<|im_end|> no"])
+def test_a_prompt_that_opens_a_thought_takes_nothing_from_a_reply_without_one(parts, opens, reply):
+    """The oracle marks the assistant's turn in the template; where the reply begins as the prompt does, that was not its own."""
+    source = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n" + opens + "{% endif %}")
+    chat, tokenizer = ChatEncoder(ChatTemplate(source, "t"), parts[1]), parts[1]
+    messages = [{"role": "user", "content": "say"}, {"role": "assistant", "content": reply}]
+    ids, learned = encode_chat(messages, chat, "here")
+    end = tokenizer.token_id("<|im_end|>")
+    own = reply[len(opens):] if reply.startswith(opens) else reply
+    assert tokenizer.decode(ids[learned][:-1]) == own and ids[learned][-1] == end
+    assert (ids == end).sum() == 2 and ids[~learned][-1] != end
+
+
+def test_labels_are_learned_from_the_prompt_that_evaluation_scores(tmp_path, tiny_checkpoint):
+    """A tokenizer that begins a text with BOS, as Llama's does."""
+    folder = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "bos")
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    raw.save(str(folder / "tokenizer.json"))
+    model, asked = open_model(folder), []
+    model.score_tails = lambda ids, tails: [asked.append((ids.tolist(), tail.tolist())) or (0.0, False) for tail in tails]
+    model.continuation_logprobs("Text: fine\nLabel:", [" good", " bad"])
+    for label, (question, answer) in zip(("good", "bad"), asked):
+        ids, learned = encode_labelled("fine", label, "Text: {text}\nLabel:", Tokenizer(folder / "tokenizer.json"))
+        assert ids[~learned].tolist() == question and question[0] == 0 and ids[learned].tolist() == answer
 
 
 def test_rows_are_padded_to_the_right_with_no_loss_there(parts):

@@ -1,10 +1,16 @@
 """Chat templates: what `transformers` renders, and nothing that reaches out of the sandbox or never ends."""
 
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 
-from runtime import template as template_module
 from runtime.errors import UserError
-from runtime.template import ChatTemplate, open_template
+from runtime.template import ChatTemplate
 
 SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -76,26 +82,62 @@ def test_reaching_for_python_is_refused(source):
     assert TALK[0] == {"role": "system", "content": "Be brief. "}
 
 
+NESTED = "{% set a = [1] %}{% set b = [1] %}" + "{% set a = [a, a] %}{% set b = [b, b] %}" * 40
+
+
 @pytest.mark.parametrize("source", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% set x = 3 %}" + "{% set x = x * x %}" * 40 + "{{ x }}", NESTED + "{{ a }}", NESTED + "{{ a == b }}"],
+    ids=["loops", "integers", "printing", "comparing"])
+def test_what_would_take_for_ever_is_refused(source):
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="^t: the chat template takes too (long|much memory)"):
+        ChatTemplate(source, "t").render(TALK)
+    assert time.perf_counter() - start < 60 and ChatTemplate("{{ messages | length }}", "t").render(TALK) == "4"
+
+
+@pytest.mark.parametrize("source", [
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(20000) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 'a' * 1000000000000 }}",
-    "{{ 1000000000000 * 'a' }}",
-    "{{ 9 ** 9 ** 9 }}",
-    "{% for a in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
-    "{{ range(10 ** 9) }}"])
-def test_what_would_never_end_is_refused(source, monkeypatch):
-    monkeypatch.setattr(template_module, "MAX_TURNS", 20_000)
-    with pytest.raises(UserError, match="^t: "):
+    "{% block b %}{{ self.b() }}{% endblock %}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{{ 'a' * 1000000000000 }}", "{{ 1000000000000 * 'a' }}", "{{ [1] * 1000000000000 }}", "{{ 9 ** (9 ** 9) }}",
+    "{% for a in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "{{ range(10 ** 9) }}",
+    "{{ messages | tojson(indent=1500000000) }}", "{{ '%1500000000d' % 1 }}", "{{ '{:1500000000d}'.format(1) }}",
+    "{{ 'a' | center(10 ** 10) }}", "{{ 'a\nb' | indent(10 ** 10) }}", "{{ 'ab ab' | wordwrap(1, wrapstring='x' * 10 ** 9) }}",
+    "{{ [1] | batch(10 ** 10, 1) | list }}", "{{ (1).to_bytes(1500000000, 'big') }}", "{{ 'a'.join('b' * 1000000) | replace('a', 'c' * 100000) }}"])
+def test_what_would_take_all_memory_is_refused(source):
+    with pytest.raises(UserError, match="^t: [^\\n]+$"):
         ChatTemplate(source, "t").render(TALK)
 
 
-def test_turns_are_counted_for_each_prompt_anew(monkeypatch):
-    monkeypatch.setattr(template_module, "MAX_TURNS", 6)
-    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% else %}none{% endfor %}", "t")
-    for _ in range(5):
-        assert template.render(TALK) == "".join(m["content"] for m in TALK)
+def test_a_process_of_its_own_renders_within_its_limits():
+    """What that process took at most (KiB), where a template asked for 1.5 GB; and this one is spared Jinja."""
+    script = """if True:
+        import resource, sys
+        from runtime.template import ChatTemplate, UserError, _helper
+        try:
+            ChatTemplate("{{ messages | tojson(indent=1500000000) }}", "t").render([{"role": "user"}])
+        except UserError as error:
+            print("took too much memory" if "too much memory" in str(error) else error)
+        assert "jinja2" not in sys.modules and resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 700 * 1024"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "took too much memory\n"
+
+
+def test_templates_are_rendered_from_many_threads_and_in_forks():
+    template, wrong = ChatTemplate("{{ messages[0].content }}", "t"), []
+
+    def render(number):
+        wrong.extend(n for n in range(50) if template.render([{"role": "user", "content": f"{number} {n}"}]) != f"{number} {n}")
+
+    threads = [threading.Thread(target=render, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    if (child := os.fork()) == 0:
+        os._exit(template.render([{"role": "user", "content": "in a fork"}]) != "in a fork")
+    for thread in threads:
+        thread.join()
+    assert not wrong and os.waitpid(child, 0)[1] == 0
 
 
 def test_a_template_that_raises_says_what_it_said():
@@ -108,32 +150,27 @@ def test_a_template_that_raises_says_what_it_said():
             ChatTemplate(source, "t").render(TALK)
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ ", "{% endfor %}", "{% nothing %}", "{% generation %}x"])
+@pytest.mark.parametrize("source", ["{% if %}", "{{ ", "{% endfor %}", "{% nothing %}", "{% generation %}x", "{% break %}",
+                                    "{{ " + "1" * 5000 + " }}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+                                    "{% if 1 %}" * 5000 + "{% endif %}" * 5000, "{{ " + "[" * 50000 + "]" * 50000 + " }}"])
 def test_what_is_no_template_is_refused(source):
     with pytest.raises(UserError, match="t.jinja: not a valid chat template"):
         ChatTemplate(source, "t.jinja")
 
 
-@pytest.mark.parametrize("messages", [[], None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "x"}], [{"role": 1, "content": "x"}]])
+@pytest.mark.parametrize("messages", [[], None, "Hi", ["Hi"], [{"content": "x"}], [{"role": 1, "content": "x"}]])
 def test_messages_that_are_none(messages):
     with pytest.raises(UserError, match="message"):
         ChatTemplate(SMOLLM2, "t").render(messages)
 
 
-@pytest.mark.parametrize("files, rendered", [
-    ({"chat_template.jinja": "{{ eos_token }}a{{ bos_token }}", "tokenizer_config.json": '{"chat_template": "b"}'}, "</s>a"),
-    ({"tokenizer_config.json": '{"chat_template": "b"}'}, "b"),
-    ({"tokenizer_config.json": '{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}'}, "d"),
-    ({"tokenizer_config.json": "{}"}, None), ({}, None)])
-def test_where_a_folder_keeps_its_template(tmp_path, files, rendered):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    template = open_template(tmp_path, {"eos_token": "</s>", "bos_token": None})
-    assert (template and template.render([{"role": "user", "content": "Hi"}])) == rendered
+def test_a_variable_that_no_template_reads_is_refused():
+    template = ChatTemplate("{% if tools %}{{ tools | length }}{% endif %}{{ enable_thinking }}{{ range(2) | length }}", "t")
+    assert template.render(TALK, tools=None, documents=None, enable_thinking=True) == "True2"
+    with pytest.raises(UserError, match="reads no 'temprature'; besides the messages it reads enable_thinking, tools"):
+        template.render(TALK, temprature=0.5)
 
 
-@pytest.mark.parametrize("name, data", [("chat_template.jinja", b"\xff"), ("tokenizer_config.json", b"{"), ("tokenizer_config.json", b"[]")])
-def test_a_template_that_cannot_be_read_is_refused(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match="cannot be read|holds list"):
-        open_template(tmp_path, {})
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": object()}], [{"role": "user", "content": ("a", {"b": b"c"})}]])
+def test_what_is_no_plain_value_is_shown_by_its_kind(messages):
+    assert "object" in ChatTemplate("{{ messages }}", "t").render(messages) or "bytes" in ChatTemplate("{{ messages }}", "t").render(messages)

@@ -1,5 +1,6 @@
 """Tokens to text in pieces: whole characters, exactly the text of all tokens, and nothing past a stop string."""
 
+import json
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from runtime.errors import UserError
-from runtime.text import Detokenizer, StopStrings, Tokenizer
+from runtime.text import Detokenizer, ReplyText, StopStrings, Tokenizer
 
 TEXTS = ["Hello, world! ", "naïve café — ", "日本語のテキスト", "语言模型", "👩‍👩‍👧 🏳️‍🌈 🤷🏽‍♀️ ", "a\u0301\u0323 ", "\x00 nul ", "\t\n  x",
          "العربية ", "\ufffd literal ", "ﬃ"]
@@ -162,3 +163,74 @@ def test_only_what_may_become_a_stop_string_is_held_back():
 def test_stop_strings_that_are_none(stops):
     with pytest.raises(UserError, match="stop strings"):
         StopStrings(stops)
+
+
+def stop_oracle(tokenizer, ids, stops):
+    """Text before the first stop string in the text with special tokens spelled, those left out; and whether there is one."""
+    spelled, shown = "", ""
+    for i in ids:
+        special = tokenizer.control_tokens.get(i)
+        for c in special or tokenizer.decode([i]):
+            spelled, shown = spelled + c, shown + (c if special is None else "\0")
+            if found := [len(s) for s in stops if spelled.endswith(s)]:
+                return shown[:len(shown) - max(found)].replace("\0", ""), True
+    return shown.replace("\0", ""), False
+
+
+def test_stop_strings_that_are_or_hold_special_tokens(byte_level):
+    """<s> is 0 and </s> 1 here; the same characters also come as text."""
+    rng = random.Random(3)
+    letters = [0, 1, *(int(byte_level.encode(c, special_tokens=False)[0]) for c in "<s>/a")]
+    stops = ["<s>", "</s>", "</s>a", "a<s>", "</s><s>", "s></s", "<s>a</s>", "<<s>", "aa"]
+    for _ in range(3000):
+        ids, chosen = rng.choices(letters, k=rng.randint(0, 12)), tuple(rng.sample(stops, rng.randint(0, 3)))
+        reply, text, stopped = ReplyText(byte_level, chosen), "", False
+        for i in ids:
+            piece, stopped = reply.push(i)
+            text += piece
+            if stopped:
+                break
+        if not stopped:
+            piece, stopped = reply.finish()
+            text += piece
+        assert (text, stopped) == stop_oracle(byte_level, ids, chosen)
+
+
+def hostile(**changes):
+    """A byte-level tokenizer.json with parts of it replaced."""
+    hf = train("byte-level")
+    return json.dumps(json.loads(hf.to_str()) | changes)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 27}},
+    {"decoder": {"type": "Sequence", "decoders": [REPLACE] * 27}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}},
+    {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 1000}},
+    {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 1000 + [{"Sequence": {"id": "A", "type_id": 0}}],
+                        "pair": [], "special_tokens": {"s": {"id": "s", "ids": [1] * 1000, "tokens": ["x"] * 1000}}}}])
+def test_a_tokenizer_out_to_fill_memory_is_refused(tmp_path, changes):
+    (tmp_path / "t.json").write_text(hostile(**changes))
+    with pytest.raises(UserError, match="t.json.*(get the file again|is no tokenizer)"):
+        Tokenizer(tmp_path / "t.json")
+
+
+def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path):
+    for text in (" " * (65 << 20), "[" + "1," * 9_000_000):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(UserError, match="more than any tokenizer has"):
+            Tokenizer(tmp_path / "t.json")
+
+
+def test_a_panic_over_a_catastrophic_pattern_is_a_sentence(tmp_path):
+    pattern = {"type": "Split", "pattern": {"Regex": "(?:a|aa)+[bc]"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "t.json").write_text(hostile(pre_tokenizer=pattern))
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="t.json: fails on"):
+            encode("a" * 60)
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"

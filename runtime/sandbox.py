@@ -1,0 +1,160 @@
+"""The process in which chat templates are rendered: started by runtime/template.py, one line of JSON in, one out.
+
+    {"source": TEMPLATE, "values": {"messages": [...], ...}, "asked": [NAMES]}   ->   {"text": PROMPT} or {"error": WHY}
+
+A template is a program from a stranger, and Python can be kept busy or filled in more ways than anyone lists. So the system
+sets the bounds: MEMORY bytes of address space, and SECONDS of CPU a request, after which it ends this process. Jinja's
+ImmutableSandboxedEnvironment keeps the template from reaching Python: no underscore attributes, no changing of what it is given.
+
+The environment is that of `transformers` (`apply_chat_template`): the same whitespace rules, `raise_exception`, `strftime_now`,
+`tojson`, `break` and `continue`, and the `generation` tag, which shows as its contents.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+
+MEMORY = 640 << 20
+SECONDS = 1.5
+OUT_OF_MEMORY = 77                # exit code
+MAX_CHARACTERS = 4_000_000
+ALWAYS = {"messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+          "mask_token"}
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+        self.globals.pop("lipsum")
+        self.globals.update(raise_exception=_raise, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
+        self.filters["tojson"] = _to_json
+
+    def unsafe_undefined(self, obj, attribute):
+        """Jinja's would print as nothing and be refused only in use."""
+        raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}, which `transformers` uses to mark what to train on: just its contents."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+class _Dict:
+    """Makes dictionaries; the class itself would bring `dict.update`, which changes what the sandbox protects."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args, **kwargs):
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's, without names that begin with an underscore: some of those mean something to Python."""
+
+    def __init__(*args, **kwargs):
+        self, values = args[0], dict(*args[1:], **kwargs)
+        jinja2.utils.Namespace.__init__(self)
+        for name, value in values.items():
+            self[name] = value
+
+    def __setitem__(self, name, value):
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"namespace name {name!r} begins with an underscore")
+        super().__setitem__(name, value)
+
+
+def _raise(message):
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template, and the names it reads."""
+    environment = _Environment()
+    try:
+        return environment.from_string(source), frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except MemoryError:
+        raise
+    except Exception as error:        # Jinja's, RecursionError, and Python's own for what Jinja lets through ({% break %})
+        raise _Refused(f"not a valid chat template: {_first_line(error)}") from None
+
+
+class _Refused(Exception):
+    pass
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+
+
+def answer(source: str, values: dict | None = None, asked: list[str] = ()) -> dict:
+    """Compile, and with `values` render. asked: names among them that the template must read, or the request is refused."""
+    try:
+        template, reads = _compile(source)
+        if unread := sorted(set(asked) - reads - ALWAYS):
+            raise _Refused(f"the chat template reads no {unread[0]!r}; besides the messages it reads "
+                           f"{', '.join(sorted(reads - ALWAYS - set(template.globals))) or 'nothing'}")
+        pieces, length = [], 0
+        for piece in template.generate(values) if values is not None else ():
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_CHARACTERS:
+                raise _Refused(f"the chat template makes a prompt of more than {MAX_CHARACTERS} characters")
+        return {"text": "".join(pieces)}
+    except _Refused as error:
+        return {"error": str(error)}
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except Exception as error:        # a template can fail in every way an expression of Python can
+        return {"error": f"the chat template refuses these messages: {_first_line(error)}"}
+
+
+def serve() -> None:
+    """Answer requests until the other end closes. A limit that is passed ends the process: the other end sees how."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):        # no such limits here
+        pass
+    timer = getattr(signal, "setitimer", None)
+    for line in sys.stdin.buffer:
+        if timer:
+            timer(signal.ITIMER_PROF, SECONDS)        # its signal's default is to end the process, whatever it is doing
+        try:
+            reply = json.dumps(answer(**json.loads(line))).encode()
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        if timer:
+            timer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(reply + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve()
