@@ -34,6 +34,7 @@ from compress.layerwise import KeyValueRanges, Walk, second_moment
 from compress.static_scale import static_scale
 from models.checkpoint import Checkpoint
 from models.decoder import Layer
+from models.progress import progress
 from models.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
 from models.safetensors_file import save_tensors
 from runtime.errors import UserError
@@ -93,7 +94,7 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: 
         embedding = found.dequantize() if module == "model.embed_tokens" else embedding
         yield from found.tensors(module).items()
     walk = Walk(checkpoint, ids, embedding)
-    for number in tqdm(range(len(checkpoint.config.layers)), desc="quantizing", unit="layer", file=sys.stderr):
+    for number in progress(range(len(checkpoint.config.layers)), label="quantizing", unit="layer"):
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
             tensors = _layer(walk, number, plan, method, folds, negative)

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.layerwise import fast_matmul
 from models.decoder import Decoder
+from models.progress import progress as shown
 
 ORDERS = ("influence", "kl", "greedy", "beam")
 BEAM = 3
@@ -38,7 +38,7 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, progress
             bar.update()
             return _divergence(decoder, ids, whole, [n for n in every if n not in gone])
 
-        with tqdm(desc="layers", unit="trial", disable=not progress) as bar:
+        with shown(label="layers", unit="trial", quiet=not progress) as bar:
             if order == "kl":
                 return sorted(every, key=lambda layer: damage((layer,)))[:drop]
             best: list[tuple[int, ...]] = [()]                   # removals, each in the order they were made

@@ -53,25 +53,41 @@ class Options(DataOptions, TrainerOptions):
     """Train a student to predict what its teacher predicts."""
     teacher: Path = arg(help="checkpoint folder of the teacher")
     student: Path | None = arg(None, help="checkpoint folder of the student (with --layers, by default the teacher)")
-    layers: int | None = arg(None, help="take so many of its layers, spread evenly, the first and the last among them")
+    layers: int | None = arg(None, help="take so many of its layers, spread evenly, the first and the last among them", least=1)
     preset: str | None = arg(None, help="a new student of about this many parameters, such as 5m, in place of --student")
     valid: tuple[str, ...] = arg((), help="text to judge on (default: blocks of --data are set aside)")
-    loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=("forward", "reverse", "js", "skew"))
-    mix: float | None = arg(None, help="js: weight of the teacher in the mean (0.5); skew: of the teacher in the student (0.1)")
-    temperature: float = arg(1.0, help="divides the logits of both (other than 1: with a live teacher)")
-    label_share: float = arg(0.0, help="share of the label loss; 1: the labels alone, without the teacher")
-    hidden_weight: float = arg(0.0, help="weight of matching hidden states (with a live teacher)")
-    attention_weight: float = arg(0.0, help="weight of matching attention (with a live teacher)")
-    on_policy: float = arg(0.0, help="probability that the student writes the text (with a live teacher)")
-    prompt: int = arg(32, help="on policy: tokens of a block that are kept")
-    live: bool = arg(False, help="run the teacher beside the student, in place of its cache")
-    top: int = arg(64, help="teacher's log-probabilities cached for each token")
-    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
-    context: int = arg(256, help="tokens of a block")
-    steps: int = arg(500, help="updates of the weights")
-    batch: int = arg(8, help="blocks that one update learns from")
-    learning_rate: float | None = arg(None, help="peak learning rate (default: 5e-4, a preset's own)")
-    eval_rows: int = arg(32, help="blocks to judge on")
+    loss: str = arg("forward", help="divergence from the teacher's distribution (divergence.py)", choices=("forward", "reverse", "js", "skew"),
+                    group="what is learned")
+    mix: float | None = arg(None, help="js: weight of the teacher in the mean (0.5); skew: of the teacher in the student (0.1)",
+                            above=0, below=1, group="what is learned")
+    temperature: float = arg(1.0, help="divides the logits of both (other than 1: with a live teacher)",
+                             above=0, group="what is learned")
+    label_share: float = arg(0.0, help="share of the label loss; 1: the labels alone, without the teacher",
+                             least=0, most=1, group="what is learned")
+    hidden_weight: float = arg(0.0, help="weight of matching hidden states (with a live teacher)", least=0, group="what is learned")
+    attention_weight: float = arg(0.0, help="weight of matching attention (with a live teacher)", least=0, group="what is learned")
+    on_policy: float = arg(0.0, help="probability that the student writes the text (with a live teacher)",
+                           least=0, most=1, group="what is learned")
+    prompt: int = arg(32, help="on policy: tokens of a block that are kept", least=1, group="what is learned")
+    live: bool = arg(False, help="run the teacher beside the student, in place of its cache", group="the teacher")
+    top: int = arg(64, help="teacher's log-probabilities cached for each token", least=1, group="the teacher")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept", group="the teacher")
+    context: int = arg(256, help="tokens of a block", least=1, group="training")
+    steps: int = arg(500, help="updates of the weights", least=1, group="training")
+    batch: int = arg(8, help="blocks that one update learns from", least=1, group="training")
+    learning_rate: float | None = arg(None, help="peak learning rate (default: 5e-4, a preset's own)", above=0, group="training")
+    eval_rows: int = arg(32, help="blocks to judge on", least=1, group="training")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.preset is not None and (self.student is not None or self.layers is not None):
+            raise UserError("--preset makes a new student: leave out --student and --layers")
+        if self.preset is None and self.student is None and self.layers is None:
+            raise UserError("give a student: --student FOLDER, --layers N or --preset SIZE")
+        if self.on_policy and self.label_share:
+            raise UserError("--on-policy learns from what the student writes, which has no labels: leave out --label-share")
+        if self.on_policy and not 1 <= self.prompt < self.context:
+            raise UserError(f"--prompt is {self.prompt}, which should be from 1 to one less than --context {self.context}")
 
 
 def main(argv=None) -> int:
@@ -151,24 +167,6 @@ def distill(options: Options) -> None:
 
 def _checked(options: Options, teacher: Checkpoint) -> Options:
     """The options with their defaults filled in. Raises UserError for those that do not go together."""
-    if options.preset is not None and (options.student is not None or options.layers is not None):
-        raise UserError("--preset makes a new student: leave out --student and --layers")
-    if options.preset is None and options.student is None and options.layers is None:
-        raise UserError("give a student: --student FOLDER, --layers N or --preset SIZE")
-    for name in ("label_share", "on_policy"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be from 0 to 1")
-    for name in ("hidden_weight", "attention_weight"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 0 or more")
-    if not options.temperature > 0:
-        raise UserError(f"--temperature is {options.temperature}, which should be above 0")
-    if options.on_policy and options.label_share:
-        raise UserError("--on-policy learns from what the student writes, which has no labels: leave out --label-share")
-    if options.on_policy and not 1 <= options.prompt < options.context:
-        raise UserError(f"--prompt is {options.prompt}, which should be from 1 to one less than --context {options.context}")
-    if options.eval_rows < 1:
-        raise UserError(f"--eval-rows is {options.eval_rows}, which should be at least 1")
     if not 1 <= options.context <= teacher.config.context_length:
         raise UserError(f"--context {options.context}: the teacher's context is {teacher.config.context_length}")
     micro = options.micro_batch or min(options.batch, max(1, MICRO_TOKENS // options.context))

@@ -23,11 +23,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.layerwise import Walk, second_moment
 from compress.rotation import READERS, check_stream
 from models.checkpoint import Checkpoint
+from models.progress import progress
 from runtime.errors import UserError
 
 EVEN = 0.1              # how far from their mean the gains of a tied model's final norm may be, as a share of it
@@ -51,7 +51,7 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     def visit(names: list[str], inputs: list[Tensor]) -> None:
         if names[0].rsplit(".", 1)[1] in READERS:
             add()
-    for number in tqdm(range(len(checkpoint.config.layers)), desc="directions", unit="layer"):
+    for number in progress(range(len(checkpoint.config.layers)), label="directions", unit="layer"):
         walk.step(walk.load(number), visit)
     add()
     return torch.linalg.eigh(total.double()).eigenvectors.flip(1).float()

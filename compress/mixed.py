@@ -64,8 +64,6 @@ def budget(checkpoint: Checkpoint, target_size: str | None, target_bpw: float | 
     """Bytes of tensors that a target allows. Raises UserError for a target that cannot be."""
     if target_size is not None:
         return parse_size(target_size)
-    if not 0 < target_bpw <= 32:
-        raise UserError(f"--target-bpw is {target_bpw}, which should be above 0 and at most 32")
     return int(target_bpw * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) / 8)
 
 

@@ -40,21 +40,33 @@ class Options(DataOptions):
     checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
     out: Path = arg(help="checkpoint folder to write", short="-o")
     what: str = arg(help="what to leave out", choices=("depth", "mlp", "heads", "hidden", "vocabulary", "sparse"))
-    keep: float | None = arg(None, help="depth, mlp, hidden: share of all parameters to keep")
-    target_size: str | None = arg(None, help="the same as bytes of the checkpoint's tensors, such as 400MB")
-    layers: int | None = arg(None, help="depth: layers to keep")
-    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=("influence", "kl", "greedy", "beam"))
-    neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers")
-    step: int = arg(64, help="mlp: widths are multiples of this")
-    groups: int | None = arg(None, help="heads: key/value groups to keep in each layer")
-    hidden: int | None = arg(None, help=f"hidden: channels of the residual stream to keep (with --keep: a multiple of {CHANNELS})")
-    tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)")
-    sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4")
-    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=("magnitude", "wanda", "sparsegpt"))
+    keep: float | None = arg(None, help="depth, mlp, hidden: share of all parameters to keep",
+                             above=0, below=1, group="how much to keep")
+    target_size: str | None = arg(None, help="the same as bytes of the checkpoint's tensors, such as 400MB",
+                                  size=True, group="how much to keep")
+    layers: int | None = arg(None, help="depth: layers to keep", least=1, group="how much to keep")
+    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=("influence", "kl", "greedy", "beam"),
+                     group="how to choose")
+    neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers",
+                              least=1, group="how much to keep")
+    step: int = arg(64, help="mlp: widths are multiples of this", least=1, group="how to choose")
+    groups: int | None = arg(None, help="heads: key/value groups to keep in each layer", least=1, group="how much to keep")
+    hidden: int | None = arg(None, help=f"hidden: channels of the residual stream to keep (with --keep: a multiple of {CHANNELS})",
+                             least=1, group="how much to keep")
+    tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)",
+                             least=1, group="how much to keep")
+    sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4", group="how much to keep")
+    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=("magnitude", "wanda", "sparsegpt"),
+                     group="how to choose")
     ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (sparsity_ratios.py)",
-                      choices=("even", "sensitivity"))
-    windows: int = arg(64, help="calibration windows, spread evenly over the data")
-    length: int = arg(512, help="tokens in a window")
+                      choices=("even", "sensitivity"), group="how to choose")
+    windows: int = arg(64, help="calibration windows, spread evenly over the data", least=1, group="how to choose")
+    length: int = arg(512, help="tokens in a window", least=1, group="how to choose")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep is not None and self.target_size is not None:
+            raise UserError("--keep and --target-size say the same thing twice: give one of them")
 
 
 def main(argv=None) -> int:
@@ -107,16 +119,14 @@ def _write(options: Options, checkpoint: Checkpoint, config: ModelConfig, tensor
 def _target(options: Options, config: ModelConfig) -> int:
     """Parameters to keep, from --keep or --target-size."""
     if options.target_size is not None:
-        if options.keep is not None:
-            raise UserError("--keep and --target-size say the same thing twice: give one of them")
         checkpoint = open_checkpoint(options.checkpoint)
         stored = sum(checkpoint.nbytes(name) for name in checkpoint.names())
         if parse_size(options.target_size) >= stored:
             raise UserError(f"--target-size {options.target_size} is not below the {stored / 1e6:.2f} MB that "
                             f"{options.checkpoint} has")
         return parse_size(options.target_size) * _parameters(config) // stored
-    if options.keep is None or not 0 < options.keep < 1:
-        raise UserError(f"--keep is {options.keep}, which should be a share between 0 and 1 (or give a count: --layers, --neurons)")
+    if options.keep is None:
+        raise UserError("say how much to keep: --keep SHARE, --target-size SIZE or a count (--layers, --neurons, --hidden)")
     return int(options.keep * _parameters(config))
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -28,12 +27,15 @@ from compress.options import BACKENDS, TEACHER_CACHE
 from models import lineage
 from models.data import DataOptions
 from models.data_formats import as_text, find_sources, read_records, source_digest
+from models.progress import progress
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.machine import peak_rss_mb
 from runtime.text import Tokenizer
 
+CALIBRATED = ("clip", "gptq")           # methods that look at text
+FOLD_NAMES = ("awq", "smooth", "values")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
   python -m compress.quantize CKPT -o OUT --bits 8 --group 0 --eval-text TEXT
@@ -57,27 +59,65 @@ class Options(DataOptions):
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
     method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq", "autoround"))
-    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: awq, smooth, values", metavar="FOLD")
+    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLD_NAMES), metavar="FOLD", group="calibration")
     kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=("int", "e4m3"))
-    activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8))
+    activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8),
+                           group="activations and KV cache")
     activation_scales: str = arg("row", help="of these: one for each token's row as it comes, or static: one for each "
-                                 "linear, from the calibration text, and none for down_proj", choices=("row", "static"))
+                                 "linear, from the calibration text, and none for down_proj", choices=("row", "static"),
+                                 group="activations and KV cache")
     kv_cache: str = arg("float", help="int8 keys and values, scales from the calibration text: one, or one a channel",
-                        choices=("float", "tensor", "channel"))
-    data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT")
-    windows: int = arg(128, help="windows of calibration text, spread evenly over it")
-    length: int = arg(512, help="tokens in a window")
-    iterations: int = arg(200, help="steps of learning for each layer, of --method autoround")
-    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB: formats are chosen for each module")
-    target_bpw: float | None = arg(None, help="the same as bits per weight")
-    backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS))
-    sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there")
-    sensitivity_windows: int = arg(24, help="windows the sensitivity is measured on")
-    recover: int = arg(0, help="then train scales and norm gains for so many steps (compress.recover)", metavar="STEPS")
-    recover_rate: float = arg(1e-4, help="the learning rate of that; coarse codes take more")
-    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions for that are kept")
-    eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after")
-    eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all")
+                        choices=("float", "tensor", "channel"), group="activations and KV cache")
+    data: tuple[str, ...] = arg((), help="calibration text: files, folders, globs or hf:NAME@SPLIT", group="calibration")
+    windows: int = arg(128, help="windows of calibration text, spread evenly over it", least=1, group="calibration")
+    length: int = arg(512, help="tokens in a window", least=1, group="calibration")
+    iterations: int = arg(200, help="steps of learning for each layer, of --method autoround", least=1, group="calibration")
+    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB: formats are chosen for each module",
+                                  size=True, group="a target size")
+    target_bpw: float | None = arg(None, help="the same as bits per weight", above=0, most=32, group="a target size")
+    backend: str = arg("native", help="formats to choose from: ONNX and TensorRT run 4 and 8 bits", choices=tuple(BACKENDS),
+                       group="a target size")
+    sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there",
+                                   group="a target size")
+    sensitivity_windows: int = arg(24, help="windows the sensitivity is measured on", least=1, group="a target size")
+    recover: int = arg(0, help="then train scales and norm gains for so many steps (compress.recover)", metavar="STEPS",
+                       least=0, group="recovery")
+    recover_rate: float = arg(1e-4, help="the learning rate of that; coarse codes take more", above=0, below=1, group="recovery")
+    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions for that are kept", group="recovery")
+    eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after", group="measuring")
+    eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all", least=0, group="measuring")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target_size is not None and self.target_bpw is not None:
+            raise UserError("--target-size and --target-bpw say the same thing twice: give one of them")
+        if self.mixed and not self.data:
+            raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
+        if self.method in (*CALIBRATED, "autoround") and not self.data:
+            raise UserError(f"--method {self.method} is calibrated on text: give --data FILES")
+        for name in self.fold:
+            if name not in FOLD_NAMES:
+                raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLD_NAMES)}")
+        calibrates = {"--fold": self.fold, "--activation-scales static": self.activation_scales == "static",
+                      "--kv-cache": self.kv_cache != "float"}
+        for name, asked in calibrates.items():
+            if asked and self.method not in CALIBRATED:
+                raise UserError(f"{name} looks at calibration text, which --method {self.method} does not: choose --method "
+                                f"clip or gptq")
+        if self.activation_scales == "static" and not self.activations:
+            raise UserError("--activation-scales is about int8 activations: give --activations 8")
+        if self.kind == "e4m3" and (self.method != "rtn" or self.bits != 8 or not self.symmetric):
+            raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
+        if self.method == "autoround" and (self.mixed or not BACKENDS[self.backend].negative_scales):
+            raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
+                            "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
+        if self.recover and not self.data:
+            raise UserError("--recover trains on text: give --data FILES")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every module gets a format of its own, for a target size."""
+        return self.target_size is not None or self.target_bpw is not None
 
 
 def main(argv=None) -> int:
@@ -88,7 +128,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 import torch
-from tqdm import tqdm
 
 from compress.awq import awq
 from compress.calibrated import calibrated
@@ -107,8 +146,7 @@ from models.memory import memory_line
 from models.quantized import Quantization, QuantizedTensor, TensorFormat
 from models.torch_backend import TorchBackend
 
-FOLDS = {"awq": awq, "smooth": smooth, "values": lambda layer, walk, formats: rotate_values(layer)}
-CALIBRATED = ("clip", "gptq")           # methods that look at text
+FOLDS = dict(zip(FOLD_NAMES, (awq, smooth, lambda layer, walk, formats: rotate_values(layer))))
 VOCABULARY = ("model.embed_tokens", "lm_head")
 
 
@@ -116,11 +154,9 @@ def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
     if not options.recover:
         return _write_codes(options)
-    if options.recover < 0 or not options.data:
-        raise UserError(f"--recover is {options.recover}: it takes a number of steps, and --data FILES to train on")
     check_output(options.out, options.checkpoint)
     # What is trained afterwards waits beside the result, so that an interrupted run has its codes already.
-    plan = asdict(replace(options, out=Path(), recover=0, recover_rate=0.0))
+    plan = asdict(options) | {"out": None, "recover": None, "recover_rate": None}
     sources = [source_digest(source) for source in find_sources(options.data)]
     with lock(options.out):
         _quantize_and_recover(options, _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded"))
@@ -146,7 +182,7 @@ def _write_codes(options: Options) -> None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")
     check_output(options.out, options.checkpoint)
-    mixed = _check(options)
+    mixed = options.mixed
     plan = Quantization({} if mixed else choose_formats(checkpoint, options), _activations(options),
                         None if options.kv_cache == "float" else {"bits": 8, "per": options.kv_cache})
     check_backend(plan, options.backend)
@@ -197,37 +233,6 @@ def _write_codes(options: Options) -> None:
         figures["bits_per_weight"] = 8 * figures["bytes"] / weights
     lineage.add_metrics(options.out, {"before": before, "after": after})
     print(_report(plan.tensors, before, after))
-
-
-def _check(options: Options) -> bool:
-    """Raises UserError for options that do not go together; says whether the formats are to be mixed."""
-    if options.target_size is not None and options.target_bpw is not None:
-        raise UserError("--target-size and --target-bpw say the same thing twice: give one of them")
-    mixed = options.target_size is not None or options.target_bpw is not None
-    if mixed and not options.data:
-        raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
-    if options.method in (*CALIBRATED, "autoround") and not options.data:
-        raise UserError(f"--method {options.method} is calibrated on text: give --data FILES")
-    for name in options.fold:
-        if name not in FOLDS:
-            raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLDS)}")
-    calibrates = {"--fold": options.fold, "--activation-scales static": options.activation_scales == "static",
-                  "--kv-cache": options.kv_cache != "float"}
-    for name, asked in calibrates.items():
-        if asked and options.method not in CALIBRATED:
-            raise UserError(f"{name} looks at calibration text, which --method {options.method} does not: choose --method "
-                            f"clip or gptq")
-    if options.activation_scales == "static" and not options.activations:
-        raise UserError("--activation-scales is about int8 activations: give --activations 8")
-    if options.kind == "e4m3" and (options.method != "rtn" or options.bits != 8 or not options.symmetric):
-        raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
-    if options.method == "autoround" and (mixed or not BACKENDS[options.backend].negative_scales):
-        raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
-                        "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
-    for name in ("windows", "length", "iterations", "sensitivity_windows"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be at least 1")
-    return mixed
 
 
 def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) -> Sensitivity:
@@ -293,7 +298,7 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
 def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method: str,
                done: dict[str, QuantizedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the result; `done`: modules whose codes are decided already."""
-    for name in tqdm(checkpoint.names(), desc="quantizing", unit="tensor", file=sys.stderr):
+    for name in progress(checkpoint.names(), label="quantizing", unit="tensor"):
         module = name.removesuffix(".weight")
         if module in done:
             yield from done[module].tensors(module).items()
@@ -315,8 +320,6 @@ def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:
     file = checkpoint.path / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{checkpoint.path} has no tokenizer.json, which --eval-text needs")
-    if options.eval_windows < 0:
-        raise UserError(f"--eval-windows is {options.eval_windows}, which should be 0 (all) or more")
     text = "\n".join(as_text(record) for record in read_records(find_sources([options.eval_text])))
     window = min(512, checkpoint.config.context_length)
     return cut_windows(Tokenizer(file), text, window, window // 2, options.eval_windows or None)

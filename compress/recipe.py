@@ -23,9 +23,9 @@ import importlib
 import types
 import typing
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+from runtime.cli import did_you_mean
 from runtime.errors import UserError
 from runtime.files import read_toml
 
@@ -62,13 +62,13 @@ def open_recipe(name: str | Path) -> Recipe:
     if file.suffix != ".toml":
         names = sorted(recipe.stem for recipe in SHIPPED.glob("*.toml"))
         if str(name) not in names:
-            raise UserError(f"no recipe {str(name)!r}{_nearest(str(name), names)}: give a .toml file, or one of "
+            raise UserError(f"no recipe {str(name)!r}{did_you_mean(str(name), names)}: give a .toml file, or one of "
                             f"{', '.join(names)}")
         file = SHIPPED / f"{name}.toml"
     data = read_toml(file)
     for key in data:
         if key not in ("about", "stages"):
-            raise UserError(f"{file}: {key!r} is no part of a recipe{_nearest(key, ('about', 'stages'))}")
+            raise UserError(f"{file}: {key!r} is no part of a recipe{did_you_mean(key, ('about', 'stages'))}")
     tables = data.get("stages")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{file} has no stages: write at least one [[stages]] table")
@@ -81,7 +81,7 @@ def check_stage(table: dict, place: str) -> Stage:
     settings = dict(table)
     name = settings.pop("stage", None)
     if name not in STAGES:
-        raise UserError(f"{place}: {name!r} is no stage{_nearest(str(name), STAGES)}: stages are {', '.join(STAGES)}")
+        raise UserError(f"{place}: {name!r} is no stage{did_you_mean(str(name), STAGES)}: stages are {', '.join(STAGES)}")
     stage = _options_class(name)
     fields = {field.name: field for field in dataclasses.fields(stage)}
     hints = typing.get_type_hints(stage)
@@ -90,15 +90,16 @@ def check_stage(table: dict, place: str) -> Stage:
             raise UserError(f"{place} ({name}): {key!r} is given by the run: leave it out of the recipe")
         if key not in fields:
             known = [field for field in fields if field not in FILLED]
-            raise UserError(f"{place} ({name}): there is no option {key!r}{_nearest(key, known)}")
+            raise UserError(f"{place} ({name}): there is no option {key!r}{did_you_mean(key, known)}")
         try:
             settings[key] = _typed(value, hints[key])
         except TypeError as error:
             raise UserError(f"{place} ({name}): {key} is {value!r}, which should be {error}") from None
-        choices = fields[key].metadata["choices"]
-        if choices and settings[key] not in choices:
-            raise UserError(f"{place} ({name}): {key} is {value!r}{_nearest(str(value), map(str, choices))}: choose from "
-                            f"{', '.join(map(str, choices))}")
+    given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in fields and key != "resume"}
+    try:
+        stage(**given | settings)
+    except UserError as error:
+        raise UserError(f"{place} ({name}): {error}") from None
     return Stage(name, settings)
 
 
@@ -140,9 +141,3 @@ def _typed(value, hint):
     if type(value) is not hint:
         raise TypeError({int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text in quotes"))
     return value
-
-
-def _nearest(name: str, known) -> str:
-    """", did you mean ...?" where something known is near, else nothing."""
-    found = get_close_matches(name, list(known), 1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -23,13 +23,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.options import TEACHER_CACHE
 from models import lineage
 from models.data import DataOptions
+from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import lock, new_file, parse_json
@@ -47,15 +47,15 @@ class Options(DataOptions):
     checkpoint: Path = arg(positional=True, help="quantized checkpoint folder")
     teacher: Path = arg(help="the checkpoint it was made from")
     out: Path = arg(help="checkpoint folder to write", short="-o")
-    steps: int = arg(80, help="steps that train scales and norm gains")
-    weights: int = arg(0, help="further steps that train the codes too", metavar="STEPS")
-    batch: int = arg(4, help="windows in a step")
-    windows: int = arg(320, help="windows of the text to learn from, spread evenly")
-    length: int = arg(512, help="tokens in a window")
-    learning_rate: float = arg(1e-4, help="of scales (as factors) and norm gains")
-    code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code")
-    top: int = arg(64, help="teacher's log-probabilities kept for each token")
-    seed: int = arg(0, help="order of the windows")
+    steps: int = arg(80, help="steps that train scales and norm gains", least=1)
+    weights: int = arg(0, help="further steps that train the codes too", metavar="STEPS", least=0)
+    batch: int = arg(4, help="windows in a step", least=1)
+    windows: int = arg(320, help="windows of the text to learn from, spread evenly", least=1)
+    length: int = arg(512, help="tokens in a window", least=1)
+    learning_rate: float = arg(1e-4, help="of scales (as factors) and norm gains", above=0, below=1)
+    code_rate: float = arg(5e-3, help="of the codes' latent values, in units of a code", above=0, below=1)
+    top: int = arg(64, help="teacher's log-probabilities kept for each token", least=1)
+    seed: int = arg(0, help="order of the windows", least=0, most=2**63 - 1)
     teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions are kept")
 
 
@@ -70,7 +70,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.calibration_text import corpus_windows
 from compress.divergence import mass_beyond
@@ -170,7 +169,7 @@ def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int,
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     file = work / f"{label}.safetensors"
     losses = _load(file, optimizer, parameters) if file.exists() else []
-    with fast_matmul(), tqdm(total=steps, initial=len(losses), desc=label, unit="step", file=sys.stderr) as bar:
+    with fast_matmul(), progress(total=steps, initial=len(losses), label=label, unit="step") as bar:
         for step in range(len(losses), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps=steps, warmup=min(8, steps // 4), peak=group["peak"],
@@ -237,11 +236,6 @@ def recover(options: Options) -> None:
     if tokenizer_digest(options.teacher) != tokenizer_digest(options.checkpoint):
         raise UserError(f"teacher and student vocabularies differ ({tokenizer_size(options.teacher)} and "
                         f"{tokenizer_size(options.checkpoint)} tokens): give the checkpoint the student was made from")
-    for name in ("steps", "batch", "windows", "length"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}, which should be at least 1")
-    if not 0 < options.learning_rate < 1 or not 0 < options.code_rate < 1:
-        raise UserError("--learning-rate and --code-rate should be above 0 and below 1")
     check_output(options.out, options.checkpoint)
     length = min(options.length, checkpoint.config.context_length)
     seen = options.batch * (options.steps + options.weights)             # no more than the steps will look at

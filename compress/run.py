@@ -52,10 +52,16 @@ class Options(DataOptions):
     data: tuple[str, ...] = arg((), help="text to calibrate and train on: files, folders, globs or hf:NAME@SPLIT")
     valid: tuple[str, ...] = arg((), help="text to judge on (default: the last tenth of every file of --data)")
     out: Path | None = arg(None, short="-o", help="folder of the run; OUT/model is the finished checkpoint")
-    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB, in place of the recipe's")
+    target_size: str | None = arg(None, help="bytes of the bundle's weights, such as 92MB, in place of the recipe's", size=True)
     backend: str | None = arg(None, help="formats to choose from, in place of the recipe's", choices=tuple(BACKENDS))
-    eval_windows: int = arg(16, help="windows of 512 tokens of each text to judge on")
+    eval_windows: int = arg(16, help="windows of 512 tokens of each text to judge on", least=1)
     speed: bool = arg(True, help="export each result and measure its decode speed")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in () if self.list else ("recipe", "model", "data", "out"):
+            if not getattr(self, name):
+                raise UserError(f"{'--' if name != 'recipe' else ''}{name} is missing (see --help)")
 
 
 def main(argv=None) -> int:
@@ -74,11 +80,6 @@ def compress(options: Options) -> int:
     if options.list:
         print(table([{"recipe": recipe.name, "": recipe.about} for recipe in shipped()]))
         return 0
-    for name in ("recipe", "model", "data", "out"):
-        if not getattr(options, name):
-            raise UserError(f"{'--' if name != 'recipe' else ''}{name} is missing (see --help)")
-    if options.eval_windows < 1:
-        raise UserError(f"--eval-windows is {options.eval_windows}, which should be at least 1")
     recipe = overridden(open_recipe(options.recipe), options)
     with lock(options.out):
         return _run_stages(options, recipe)

@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.clipping import clipped_grid
 from compress.gptq import activation_order, factorize
 from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
 from models.checkpoint import Checkpoint, load_decoder
+from models.progress import progress
 from models.quantized import TensorFormat
 from models.safetensors_file import save_tensors
 from runtime.errors import UserError
@@ -82,7 +82,7 @@ def measure_sensitivity(checkpoint: Checkpoint, ids: Tensor, formats: list[Tenso
     damage: dict[str, dict[TensorFormat, float]] = {}
     generator = torch.Generator().manual_seed(seed)
     walk = Walk(checkpoint, ids)
-    for number in tqdm(range(len(checkpoint.config.layers)), desc="sensitivity", unit="layer"):
+    for number in progress(range(len(checkpoint.config.layers)), label="sensitivity", unit="layer"):
         layer = walk.load(number)
 
         def visit(names: list[str], inputs: list[Tensor]) -> None:
@@ -164,7 +164,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
             module.register_forward_hook(on_linear(f"model.layers.{name}"))
     decoder.model.embed_tokens.register_forward_hook(on_table)
     with fast_matmul():
-        for row in tqdm(ids, desc="gradients", unit="window"):
+        for row in progress(ids, label="gradients", unit="window"):
             with fast_forward():
                 hidden = decoder.model(row[None])[0].float()
             gradient = torch.empty_like(hidden)

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.gptq import factorize
 from compress.layerwise import Walk, second_moment
 from models.checkpoint import Checkpoint
+from models.progress import progress
 from runtime.errors import UserError
 
 SCORES = ("magnitude", "wanda", "sparsegpt")
@@ -83,7 +83,7 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
         if not name.startswith(prefixes):
             yield name, checkpoint.read(name)
     walk = Walk(checkpoint, ids)
-    for number in tqdm(range(layers), desc=score, unit="layer"):
+    for number in progress(range(layers), label=score, unit="layer"):
         layer = walk.load(number)
 
         def visit(names, inputs):

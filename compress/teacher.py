@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from models.data import DataOptions
+from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import lock, read_json
@@ -42,12 +42,17 @@ class Options(DataOptions):
 
     checkpoint: Path = arg(positional=True, help="the teacher's checkpoint folder")
     data: tuple[str, ...] = arg((), help="files, folders or globs to read")
-    self: int = arg(0, help="windows the teacher writes itself, where there is no --data", metavar="N")
+    self: int = arg(0, help="windows the teacher writes itself, where there is no --data", metavar="N", least=0)
     out: Path = arg(help="folder of caches; this one goes into a subfolder named by its contents", short="-o")
-    windows: int = arg(400, help="windows of the text to use, spread evenly")
-    length: int = arg(512, help="tokens in a window")
-    top: int = arg(64, help="tokens whose log-probability is kept")
+    windows: int = arg(400, help="windows of the text to use, spread evenly", least=1)
+    length: int = arg(512, help="tokens in a window", least=1)
+    top: int = arg(64, help="tokens whose log-probability is kept", least=1)
     precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=PRECISIONS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.data) == bool(self.self):
+            raise UserError("give either --data FILES or --self N")
 
 
 def main(argv=None) -> int:
@@ -59,7 +64,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.calibration_text import corpus_windows
 from compress.chunked_loss import chunks, top_events
@@ -108,8 +112,7 @@ def _build(teacher: Path, place: Path, ids: Tensor, finished: int, state: dict) 
     low = state["precision"] == "bf16"
     decoder = frozen_decoder(teacher, low)
     with fast_matmul() if low else nullcontext():
-        for window in tqdm(range(finished, len(ids)), desc="teacher", unit="window", initial=finished, total=len(ids),
-                           file=sys.stderr):
+        for window in progress(range(finished, len(ids)), label="teacher", unit="window", initial=finished, total=len(ids)):
             with torch.autocast("cpu", torch.bfloat16, enabled=low), torch.no_grad():
                 hidden = decoder.model(ids[window][None])[0]
             _fill(decoder, ids[window], hidden, state["k"], state["vocabulary"], {name: array[window] for name, array in arrays.items()})
@@ -151,7 +154,7 @@ def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, b
     generator = torch.Generator().manual_seed(seed)
     config, rows = decoder.config, []
     with fast_matmul():
-        for start in tqdm(range(0, windows, batch), desc="writing", unit="batch", file=sys.stderr):
+        for start in progress(range(0, windows, batch), label="writing", unit="batch"):
             count = min(batch, windows - start)
             ids = torch.randint(0, vocabulary, (count, 1), generator=generator)
             cache = KVCache(config, count, tokens)
@@ -164,8 +167,6 @@ def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, b
 
 
 def build(options: Options) -> None:
-    if bool(options.data) == bool(options.self):
-        raise UserError("give either --data FILES or --self N")
     config = open_checkpoint(options.checkpoint).config
     vocabulary = min(tokenizer_size(options.checkpoint), config.vocab_size)     # any model of this tokenizer can be held against it
     if options.self:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.layerwise import Walk, second_moment
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.decoder import Layer
+from models.progress import progress
 
 DAMPING = 0.01              # of H's mean diagonal, added before it is inverted
 
@@ -53,7 +53,7 @@ def take_over(weight: Tensor, moment: Tensor, keep: Tensor, damping: float = DAM
 def measure_importance(checkpoint: Checkpoint, ids: Tensor) -> Importance:
     """One pass over ids int64 [windows, tokens]; peak memory is that of compress/layerwise.py."""
     walk, found = Walk(checkpoint, ids), Importance([], [])
-    for number, shape in enumerate(tqdm(checkpoint.config.layers, desc="importance", unit="layer")):
+    for number, shape in enumerate(progress(checkpoint.config.layers, label="importance", unit="layer")):
         layer = walk.load(number)
 
         def visit(names, inputs):
@@ -91,7 +91,7 @@ def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths
         if not name.startswith(layers):
             yield name, checkpoint.read(name)
     walk = Walk(checkpoint, ids)
-    for number in tqdm(range(len(widths)), desc="pruning", unit="layer"):
+    for number in progress(range(len(widths)), label="pruning", unit="layer"):
         layer = walk.load(number)
         keep = {"self_attn.o_proj": _head_inputs(layer, importance.groups[number].topk(groups[number]).indices),
                 "mlp.down_proj": importance.neurons[number].topk(widths[number]).indices.sort().values}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import lineage
-from runtime.cli import arg, run
+from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
 from runtime.machine import release_free_memory
 from runtime.text import Tokenizer
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Export a checkpoint as a bundle with one portable ONNX graph."""
     checkpoint: Path = arg(positional=True, help="folder of the checkpoint, quantized or not")
     out: Path = arg(short="-o", help="folder of the bundle; an older bundle there is replaced")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.bundle import MANIFEST, Bundle, open_bundle
-from runtime.cli import arg, run, table
+from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.machine import available_memory
@@ -36,7 +36,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Compile an ONNX model to TensorRT engines. No GPU is needed for RTX targets."""
     model: Path | None = arg(None, positional=True, help="bundle, a bundle's graph, or any ONNX model")
     out: Path | None = arg(None, short="-o", help="engine file (.gz: compressed) or folder (default: into the bundle, "
@@ -45,22 +45,23 @@ class Options:
     backend: str | None = arg(None, choices=("rtx", "trt"), help="rtx: ahead of time; trt: for the GPU of this machine "
                                                                  "(default: trt where it and a GPU are, else rtx)")
     capacity: str = arg("", help=f"slots of the KV cache, one engine each (default: {DEFAULT_CAPACITY}, or the model's "
-                                 "context where that is less)", metavar="1024,4096")
-    rows: int = arg(4, help="sequences an engine of a decoder runs at once")
-    chunk: int = arg(512, help="prompt tokens of a row in one step, decoders only")
+                                 "context where that is less)", metavar="1024,4096", group="decoders")
+    rows: int = arg(4, help="sequences an engine of a decoder runs at once", least=1, group="decoders")
+    chunk: int = arg(512, help="prompt tokens of a row in one step, decoders only", least=1, group="decoders")
     one_profile: bool = arg(False, help="decoders: no kernels of their own for decode steps, an engine a sixth smaller "
-                                        "that builds in a third of the time")
+                                        "that builds in a third of the time", group="decoders")
     shapes: tuple[str, ...] = arg((), help="profile of other models: name:min,opt,max, shapes written as 1x128")
-    workspace_mb: int | None = arg(None, help="limit of the GPU memory a layer may use while running")
-    timing_cache: Path | None = arg(None, help="file of timings to read and extend, trt only")
+    workspace_mb: int | None = arg(None, help="limit of the GPU memory a layer may use while running", least=1)
+    timing_cache: Path | None = arg(None, help="file of timings to read and extend, trt only", group="plain TensorRT")
     hardware_compatibility: str | None = arg(None, choices=("ampere_plus", "same_compute_capability"),
-                                             help="let the engine run on other GPUs than this one, trt only")
+                                             help="let the engine run on other GPUs than this one, trt only",
+                                             group="plain TensorRT")
     list: bool = arg(False, help="print the targets and dtypes the installed backend builds")
     verbose: bool = arg(False, help="print TensorRT's own log")
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Checked):
     """Print the record of an engine, and its layers where a GPU can load it."""
     engine: Path = arg(positional=True, help="engine that export.trt wrote")
 
@@ -102,8 +103,6 @@ def compile(options: Options) -> None:
             bundles.write_manifest(bundle.folder, bundle.manifest | {"on_device": _device_command(options, ".")})
         if not wanted:
             return
-    if options.workspace_mb is not None and options.workspace_mb < 1:
-        raise UserError(f"--workspace-mb {options.workspace_mb}: it must be at least 1")
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
                         options.verbose)
     model = _load(path)
@@ -233,8 +232,6 @@ def _capacities(options, model, bundle) -> list[int | None]:
         return [None]
     if options.shapes:
         raise UserError("--shapes is for other models: a decoder's follow from --capacity, --rows and --chunk")
-    if options.rows < 1 or options.chunk < 1:
-        raise UserError(f"--rows {options.rows} --chunk {options.chunk}: both must be at least 1")
     context = bundle.max_context if bundle else None
     try:
         sizes = [int(text) for text in (options.capacity or str(min(DEFAULT_CAPACITY, context or DEFAULT_CAPACITY))).split(",")]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import onnx
 from onnx import TensorProto
-from tqdm import tqdm
 
+from models.progress import progress
 from runtime.errors import CheckFailed, UserError
 
 MODULES = {"rtx": ("tensorrt_rtx", "pip install 'edgewright[rtx]'"),
@@ -231,7 +231,7 @@ class _Interruptible:
 
     def __init__(self, tensorrt):
         self.stop = stop = threading.Event()
-        self.bar = bar = tqdm(desc="building", unit=" steps", disable=None, leave=False)
+        self.bar = bar = progress(label="building", unit="step", leave=False)
 
         class Reporter(tensorrt.IProgressMonitor):
             def __init__(self):

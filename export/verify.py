@@ -36,9 +36,10 @@ import numpy as np
 
 from export.golden import TOP, Golden, golden_outputs, to_json
 from models import lineage
+from models.progress import progress
 from runtime.backend import Backend, Cache
 from runtime.bundle import Bundle, open_bundle
-from runtime.cli import arg, run, table
+from runtime.cli import Checked, arg, run, table
 from runtime.decode import prefill, step
 from runtime.errors import CheckFailed, UserError
 from runtime.files import sole_writer
@@ -52,11 +53,11 @@ EXAMPLES = """example:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Write a bundle's golden outputs and check every graph against PyTorch."""
     checkpoint: Path = arg(positional=True, help="checkpoint the bundle was exported from")
     bundle: Path = arg(positional=True, help="folder of the bundle")
-    threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
+    threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use", least=1)
 
 
 def main(argv=None) -> int:
@@ -66,7 +67,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-from tqdm import tqdm
 
 from export import bundle as bundles
 from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
@@ -177,7 +177,7 @@ def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict], absent: 
 def measure(rung: str, backend: Backend, golden: list[Golden], budget: float) -> tuple[list[dict], list[str]]:
     """Every way through one backend: rows of the report, and sentences on budgets that were not kept."""
     rows, failures = [], []
-    for name, way in tqdm(WAYS.items(), desc=TITLES[rung], unit="way"):
+    for name, way in progress(WAYS.items(), label=TITLES[rung], unit="way"):
         comparisons = [compare(output.logits, logits) for output, logits in zip(golden, way(backend, golden))]
         rows.append(row := report_row(TITLES[rung], name, golden, comparisons))
         mean = float(np.concatenate([comparison.kl for comparison in comparisons]).mean())

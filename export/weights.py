@@ -25,11 +25,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from export.bundle import WeightsWriter
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.decoder import inverse_frequencies, rotations
+from models.progress import progress
 from models.quantized import QuantizedTensor, pack
 from runtime.errors import UserError
 
@@ -62,7 +62,7 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
         for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
             writer.dense(name, table)
     opened = 0
-    for layer in tqdm(range(len(config.layers)), desc="writing weights", unit="layer"):
+    for layer in progress(range(len(config.layers)), label="writing weights", unit="layer"):
         if out.size - opened > _REOPEN:
             writer, opened = _Writer(open_checkpoint(checkpoint.path), out, dtype), out.size
         prefix, ours = f"model.layers.{layer}", f"layers.{layer}"

@@ -25,9 +25,10 @@ import numpy as np
 
 from models.data_formats import as_messages, find_sources, read_records
 from models.metrics import bootstrap
+from models.progress import progress
 from runtime import decode
 from runtime.backend import Backend
-from runtime.cli import arg, run, table
+from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 from runtime.sampling import Sampler, SamplingOptions
 
@@ -37,16 +38,16 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Measure how many of a draft model's tokens a target model accepts."""
     target: Path = arg(positional=True, help="checkpoint or bundle folder of the model that decides")
     draft: Path = arg(positional=True, help="checkpoint or bundle folder of the model that proposes")
     data: tuple[str, ...] = arg(help="chats or instructions: the first user message of each is a prompt")
-    skip: int = arg(0, help="leave out this many of the first records")
-    limit: int = arg(32, help="prompts to use")
-    ahead: int = arg(4, help="tokens proposed in a round")
-    tokens: int = arg(64, help="tokens of a reply, at most")
-    seed: int = arg(0, help="of the sampled replies")
+    skip: int = arg(0, help="leave out this many of the first records", least=0)
+    limit: int = arg(32, help="prompts to use", least=1)
+    ahead: int = arg(4, help="tokens proposed in a round", least=1)
+    tokens: int = arg(64, help="tokens of a reply, at most", least=1)
+    seed: int = arg(0, help="of the sampled replies", least=0, most=2**63 - 1)
     json: Path | None = arg(None, help="write the figures to this file")
 
 
@@ -58,7 +59,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 import torch
-from tqdm import tqdm
 
 from models.evaluate import write_json
 from models.fidelity import scored_logprobs
@@ -100,7 +100,7 @@ def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarra
     greedy = _replies(target, prompts, tokens, SamplingOptions(), "greedy replies")
     sampled = _replies(target, prompts, tokens, SamplingOptions(temperature=1.0, seed=seed), "sampled replies")
     rounds, rates = [], []
-    for prompt, reply, drawn in zip(tqdm(prompts, desc="draft", unit="prompt"), greedy, sampled):
+    for prompt, reply, drawn in zip(progress(prompts, label="draft", unit="prompt"), greedy, sampled):
         if len(reply) >= ahead:
             log_q = scored_logprobs(draft.backend, np.concatenate((prompt, reply)), len(prompt))
             rounds.append(accepted(log_q.argmax(-1).numpy(), reply, ahead))
@@ -123,7 +123,7 @@ def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarra
 def _replies(model: LanguageModel, prompts: list[np.ndarray], tokens: int, sampling: SamplingOptions, label: str) -> list[np.ndarray]:
     """int64 tokens of each reply, without what ends it."""
     replies = []
-    for start in tqdm(range(0, len(prompts), BATCH), desc=label, unit="batch"):
+    for start in progress(range(0, len(prompts), BATCH), label=label, unit="batch"):
         sequences = [decode.Sequence(prompt, Sampler(sampling, prompt, start + number), tokens, model.eos)
                      for number, prompt in enumerate(prompts[start:start + BATCH])]
         cache = model.backend.new_cache(len(sequences), decode.first_capacity(sequences))
@@ -135,11 +135,6 @@ def _replies(model: LanguageModel, prompts: list[np.ndarray], tokens: int, sampl
 
 def acceptance(options: Options) -> None:
     """Read the prompts, measure, print the table. Raises UserError for input that cannot be used."""
-    for name in ("limit", "ahead", "tokens"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}, which should be at least 1")
-    if options.skip < 0:
-        raise UserError(f"--skip is {options.skip}, which should be 0 or more")
     records = islice(read_records(find_sources(options.data)), options.skip, options.skip + options.limit)
     questions = [next(m["content"] for m in as_messages(record) if m["role"] == "user") for record in records]
     target, draft = open_model(options.target), open_model(options.draft)

@@ -50,16 +50,19 @@ class DataOptions(Checked):
     """Which documents to read, and how to clean them: the options shared by every stage that reads a corpus."""
     data: tuple[str, ...] = arg(help="files, folders, globs or hf:NAME@SPLIT to learn from")
     format: str | None = arg(None, help="format of every file, in place of its ending",
-                             choices=("text", "jsonl", "json", "tsv", "csv", "conll"))
-    documents: str = arg("file", help="what a document of plain text is", choices=("file", "line", "paragraph"))
-    field: str | None = arg(None, help="JSON key or column that holds the text")
-    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
-    normalize: bool = arg(False, help="Unicode NFC, one kind of line end, no control characters")
-    deduplicate: bool = arg(False, help="drop exact repetitions of a document")
-    min_chars: int = arg(0, help="drop documents shorter than this")
-    max_chars: int | None = arg(None, help="drop documents longer than this")
-    languages: tuple[str, ...] = arg((), help="keep only documents that look like these languages (en zh ...)")
-    cache: Path = arg(Path("~/.cache/edgewright/data"), help="where tokenized data is kept")
+                             choices=("text", "jsonl", "json", "tsv", "csv", "conll"), group="reading text")
+    documents: str = arg("file", help="what a document of plain text is", choices=("file", "line", "paragraph"),
+                         group="reading text")
+    field: str | None = arg(None, help="JSON key or column that holds the text", group="reading text")
+    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS,
+                      group="reading text")
+    normalize: bool = arg(False, help="Unicode NFC, one kind of line end, no control characters", group="reading text")
+    deduplicate: bool = arg(False, help="drop exact repetitions of a document", group="reading text")
+    min_chars: int = arg(0, help="drop documents shorter than this", least=0, group="reading text")
+    max_chars: int | None = arg(None, help="drop documents longer than this", least=1, group="reading text")
+    languages: tuple[str, ...] = arg((), help="keep only documents that look like these languages (en zh ...)",
+                                     group="reading text")
+    cache: Path = arg(Path("~/.cache/edgewright/data"), help="where tokenized data is kept", group="reading text")
 
     def cleaning(self) -> Cleaning:
         return Cleaning(self.normalize, self.min_chars, self.max_chars, self.languages, self.deduplicate)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from models.progress import progress
 from models.tables import HEADERS
 from models import metrics, tasks
 from runtime.backends import PROVIDERS
-from runtime.cli import arg, run, table
+from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 from runtime.files import write
 
@@ -43,27 +44,39 @@ examples:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Measure a model: perplexity and fidelity to a reference, or a labelled task."""
     model: Path = arg(positional=True, help="checkpoint or bundle folder")
     data: tuple[Path, ...] = arg((), help="files to measure on")
     task: str = arg("perplexity", help="what to measure", choices=TASKS)
     reference: Path | None = arg(None, help="checkpoint, bundle or teacher's cache whose predictions the model's are held against")
     json: Path | None = arg(None, help="write the metrics to this file")
-    window: int | None = arg(None, help="perplexity: tokens a window (default: 512, or the cache's)")
-    stride: int | None = arg(None, help="perplexity: tokens between windows (default: half a window)")
-    max_windows: int | None = arg(None, help="perplexity: windows a text, at most")
-    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
-    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/tasks.py)")
-    show_prompt: bool = arg(False, help="print the first prompt and stop")
-    limit: int | None = arg(None, help="solve this many examples at most, drawn by seed")
+    window: int | None = arg(None, help="perplexity: tokens a window (default: 512, or the cache's)",
+                             least=2, group="perplexity and kl")
+    stride: int | None = arg(None, help="perplexity: tokens between windows (default: half a window)",
+                             least=1, group="perplexity and kl")
+    max_windows: int | None = arg(None, help="perplexity: windows a text, at most", least=1, group="perplexity and kl")
+    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)", least=0, group="labelled tasks")
+    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/tasks.py)", group="labelled tasks")
+    show_prompt: bool = arg(False, help="print the first prompt and stop", group="labelled tasks")
+    limit: int | None = arg(None, help="solve this many examples at most, drawn by seed", least=1, group="labelled tasks")
     header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
-    seed: int = arg(0, help="draws the shots and the examples")
-    examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file")
-    provider: str | None = arg(None, help="bundle: the engine that runs it (default: the best here)", choices=PROVIDERS)
-    graph: str | None = arg(None, help="bundle: this graph of it, on ONNX Runtime's CPU", choices=("portable", "fast"))
-    exact: bool = arg(False, help="bundle: on ONNX Runtime without int8 kernels, PyTorch's numbers up to rounding")
-    threads: int | None = arg(None, help="CPU threads (default: those available)")
+    seed: int = arg(0, help="draws the shots and the examples", least=0, most=2**63 - 1, group="labelled tasks")
+    examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file",
+                                group="labelled tasks")
+    provider: str | None = arg(None, help="bundle: the engine that runs it (default: the best here)", choices=PROVIDERS,
+                               group="bundles")
+    graph: str | None = arg(None, help="bundle: this graph of it, on ONNX Runtime's CPU", choices=("portable", "fast"),
+                            group="bundles")
+    exact: bool = arg(False, help="bundle: on ONNX Runtime without int8 kernels, PyTorch's numbers up to rounding", group="bundles")
+    threads: int | None = arg(None, help="CPU threads (default: those available)", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reference and self.task not in LIKELIHOOD:
+            raise UserError(f"--reference belongs to the tasks {' and '.join(LIKELIHOOD)}, not to {self.task}")
+        if self.task == "kl" and not self.reference:
+            raise UserError("task kl needs --reference: a checkpoint, a bundle or a cache of compress.teacher")
 
 
 def main(argv=None) -> int:
@@ -73,7 +86,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-from tqdm import tqdm
 
 from models import fidelity
 from models.language_model import LanguageModel, check_same_tokenizer, open_model
@@ -81,16 +93,7 @@ from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_d
 
 
 def evaluate(options: Options) -> int:
-    for name in ("limit", "max_windows", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 1 or more")
-    if options.shots is not None and options.shots < 0:
-        raise UserError(f"--shots is {options.shots}, which should be 0 or more")
     likelihood, cached = options.task in LIKELIHOOD, bool(options.reference) and is_cache(options.reference)
-    if options.reference and not likelihood:
-        raise UserError(f"--reference belongs to the tasks {' and '.join(LIKELIHOOD)}, not to {options.task}")
-    if options.task == "kl" and not options.reference:
-        raise UserError("task kl needs --reference: a checkpoint, a bundle or a cache of compress.teacher")
     if cached and options.data:
         raise UserError(f"{options.reference}: is a teacher's cache, which brings its own text; leave --data out")
     if not (cached or options.data):
@@ -166,7 +169,7 @@ def labelled(options: Options, model: LanguageModel) -> dict:
                             "give its labels with --prompt")
         words = [" " + tasks.answer_text(prompt, label) for label in labels]
         answers = []
-        for text in tqdm(prompts, desc="classify", unit="example"):
+        for text in progress(prompts, label="classify", unit="example"):
             answers.append(labels[int(np.argmax(model.continuation_logprobs(text, words)))])
     else:
         answers = [a.strip() for a in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models.metrics import bootstrap
+from models.progress import progress as shown
 from models.teacher_cache import TeacherCache
 from runtime.backend import Backend
 from runtime.errors import UserError
@@ -121,7 +121,7 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
     """
     windows = list(windows)
     result = Fidelity([], [], [], [], [], [])
-    for number, window in enumerate(tqdm(windows, desc=label, unit="window", disable=not progress)):
+    for number, window in enumerate(shown(windows, label=label, unit="window", quiet=not progress)):
         log_q = scored_logprobs(backend, window.ids, window.first)
         targets = torch.from_numpy(window.ids[window.first:])
         nll = -log_q.gather(1, targets[:, None])[:, 0].double()

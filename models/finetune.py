@@ -18,11 +18,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from models import lineage
 from models.data import IGNORE, Split
 from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
 from models.examples import Examples, encode_chat, encode_labelled, fitting, join
+from models.progress import progress
 from models.tables import HEADERS
 from models.trainer_options import TrainerOptions
 from runtime.cli import arg, run
@@ -46,22 +46,27 @@ class FinetuneOptions(TrainerOptions):
     task: str = arg(help="what the examples are", choices=("chat", "classify"))
     data: tuple[str, ...] = arg(help="files, folders, globs or hf:NAME@SPLIT to learn from")
     valid: tuple[str, ...] = arg((), help="files to evaluate on (by default a share of --data)")
-    valid_share: float = arg(0.1, help="share of examples set aside where --valid is not given")
+    valid_share: float = arg(0.1, help="share of examples set aside where --valid is not given", above=0, below=1)
     format: str | None = arg(None, help="format of every file, in place of its ending",
                              choices=("jsonl", "json", "tsv", "csv"))
     header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
     field: str | None = arg(None, help="classify: field or column of the text")
     label_field: str | None = arg(None, help="classify: field or column of the label")
-    limit: int | None = arg(None, help="learn from this many examples, the first ones")
-    epochs: int = arg(3, help="passes over the data, where --steps is not given")
-    context: int | None = arg(None, help="leave out examples of more tokens (by default 512, or the model's context)")
+    limit: int | None = arg(None, help="learn from this many examples, the first ones", least=1)
+    epochs: int = arg(3, help="passes over the data, where --steps is not given", least=1)
+    context: int | None = arg(None, help="leave out examples of more tokens (by default 512, or the model's context)", least=1)
     prompt: str = arg("Text: {text}\\nLabel:", help="classify: what precedes the label; \\n is a new line")
     labels: tuple[str, ...] = arg((), help="classify: the labels in words, as 0=negative 1=positive")
-    method: str = arg("lora", help="what is trained", choices=("lora", "full"))
-    rank: int = arg(16, help="LoRA's rank")
-    alpha: float = arg(32.0, help="LoRA's scale, times 1 / rank")
-    keep_adapter: bool = arg(False, help="save the adapter alone, not merged into the weights")
-    weight_decay: float = arg(0.0, help="AdamW's decay of matrices")
+    method: str = arg("lora", help="what is trained", choices=("lora", "full"), group="LoRA")
+    rank: int = arg(16, help="LoRA's rank", least=1, group="LoRA")
+    alpha: float = arg(32.0, help="LoRA's scale, times 1 / rank", above=0, group="LoRA")
+    keep_adapter: bool = arg(False, help="save the adapter alone, not merged into the weights", group="LoRA")
+    weight_decay: float = arg(0.0, help="AdamW's decay of matrices", least=0, group="training")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_adapter and self.method == "full":
+            raise UserError("--keep-adapter is for --method lora: full fine-tuning has no adapter")
 
 
 def main(argv=None) -> int:
@@ -73,7 +78,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models.chat import chat_encoder
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
@@ -88,8 +92,6 @@ SCORED_TOGETHER = 16             # examples whose accuracy is measured at once
 def finetune(options: FinetuneOptions) -> None:
     """Encode the examples, train, report before and after. Raises UserError, or CheckFailed at a loss not finite."""
     start = time.perf_counter()
-    if options.keep_adapter and options.method == "full":
-        raise UserError("--keep-adapter is for --method lora: full fine-tuning has no adapter")
     checkpoint, tokenizer_file = open_checkpoint(options.checkpoint), options.checkpoint / "tokenizer.json"
     if checkpoint.quantization:
         raise UserError(f"{options.checkpoint} is quantized; fine-tune the checkpoint it was made of")
@@ -181,7 +183,7 @@ class Classify:
         right = 0
         examples = sorted(trainer.valid.encoded[:trainer.options.eval_rows or None], key=lambda example: len(example[0]))
         trainer.module.eval()
-        for start in tqdm(range(0, len(examples), SCORED_TOGETHER), desc="accuracy", mininterval=1.0):
+        for start in progress(range(0, len(examples), SCORED_TOGETHER), label="accuracy", unit="batch"):
             chunk = [(ids[~learned], ids[learned]) for ids, learned in examples[start:start + SCORED_TOGETHER]]
             asked = [join(question, answer) for question, _ in chunk for answer in self.answers]
             rows = Examples(asked, trainer.valid.pad)

@@ -23,6 +23,7 @@ from pathlib import Path
 from models import lineage
 from models.config import ModelConfig
 from models.gguf_tokenizer import write_tokenizer
+from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
@@ -52,7 +53,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 import torch
-from tqdm import tqdm
 
 from models.checkpoint import check_output, open_checkpoint, write_checkpoint
 from models.decoder import tensor_shapes
@@ -74,9 +74,9 @@ def get(options: GetOptions) -> None:
             raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
         tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
     stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
-    progress = tqdm(tensors, Path(options.name).name, len(tensor_shapes(ModelConfig.from_hf(hf_config))), leave=False,
-                    unit="tensor", disable=None)          # disable=None: none where stderr is no terminal
-    write_checkpoint(options.out, hf_config, progress, path if path.is_dir() else None, stage, companions)
+    tensors = progress(tensors, label=Path(options.name).name, unit="tensor", leave=False,
+                       total=len(tensor_shapes(ModelConfig.from_hf(hf_config))))
+    write_checkpoint(options.out, hf_config, tensors, path if path.is_dir() else None, stage, companions)
     print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models.chat import chat_encoder, special_tokens, stop_ids
 from models.checkpoint import load_decoder, open_checkpoint
+from models.progress import progress as shown
 from models.teacher_cache import shared_vocabulary
 from models.torch_backend import TorchBackend
 from runtime import decode
@@ -73,7 +73,7 @@ class LanguageModel:
         encoded = [self.encode(p) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         replies = [""] * len(prompts)
-        with tqdm(total=len(prompts), desc=label, unit="prompt", disable=not progress) as bar:
+        with shown(total=len(prompts), label=label, unit="prompt", quiet=not progress) as bar:
             for start in range(0, len(order), BATCH):
                 batch = order[start:start + BATCH]
                 for i, text in zip(batch, self._decode([encoded[i] for i in batch], max_new_tokens, stop)):

@@ -8,26 +8,50 @@ Every stage that writes a checkpoint appends its entry to those of the checkpoin
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from runtime import files
+from runtime import __version__, files
 from runtime.errors import UserError
 from runtime.files import read_json
 
 FILE, VERSION = "lineage.json", 1
-_PACKAGES = ("edgewright", "numpy", "torch", "safetensors")
+_PACKAGES = ("numpy", "torch", "safetensors")
 
 
 def stage(name: str, options, inputs: dict[str, str], metrics: dict | None = None, seed: int | None = None) -> dict:
-    """One entry. `options` is the stage's dataclass or a dict, `inputs` maps what was read to its sha256."""
+    """One entry. `options` is the stage's dataclass or a dict, `inputs` maps what was read to its sha256.
+
+    Of paths only the last name is kept: a trail is shipped, and where files lay is nobody else's affair.
+    """
     options = asdict(options) if is_dataclass(options) else dict(options)
-    return {"stage": name, "options": json.loads(json.dumps(options, default=str)), "inputs": inputs,
+    return {"stage": name, "options": {key: _named(value) for key, value in options.items()},
+            "inputs": _inputs(inputs),
             "versions": _versions(), "seed": seed, "metrics": metrics or {},
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def _inputs(inputs: dict[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source, digest in inputs.items():
+        name, number = _named(source), 1
+        while (unique := name if number == 1 else f"{name} ({number})") in found:
+            number += 1
+        found[unique] = digest
+    return found
+
+
+def _named(value):
+    """An option as JSON has it, paths as their last name."""
+    if isinstance(value, (list, tuple)):
+        return [_named(item) for item in value]
+    if isinstance(value, Path) or isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or os.path.exists(value)):
+        return os.path.basename(os.path.abspath(os.path.expanduser(value)))
+    return value if isinstance(value, (str, int, float, bool, type(None))) else json.loads(json.dumps(value, default=str))
 
 
 def read(folder: Path) -> list[dict]:
@@ -54,7 +78,7 @@ def add_metrics(folder: Path, metrics: dict) -> None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "edgewright": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

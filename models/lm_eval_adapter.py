@@ -14,21 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.cli import arg, run, table
+from models.progress import progress
+from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Run lm-evaluation-harness tasks on a checkpoint or a bundle."""
     model: Path = arg(positional=True, help="checkpoint or bundle folder")
     tasks: tuple[str, ...] = arg(help="names of tasks")
     include_path: Path | None = arg(None, help="folder of task files of your own (YAML), for use without a network")
-    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)")
-    limit: int | None = arg(None, help="examples a task, at most")
+    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)", least=0)
+    limit: int | None = arg(None, help="examples a task, at most", least=1)
     json: Path | None = arg(None, help="write the results to this file")
     graph: str | None = arg(None, help="which graph of a bundle", choices=("portable", "fast"))
-    threads: int | None = arg(None, help="CPU threads (default: those available)")
+    threads: int | None = arg(None, help="CPU threads (default: those available)", least=1)
 
 
 def main(argv=None) -> int:
@@ -40,7 +41,6 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from models.evaluate import write_json
 from models.language_model import LanguageModel, open_model
@@ -78,7 +78,7 @@ class EdgewrightLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         results = []
-        for _, context, continuation in tqdm(requests, desc="scoring", disable=disable_tqdm or not self.progress):
+        for _, context, continuation in progress(requests, label="scoring", unit="request", quiet=disable_tqdm or not self.progress):
             if len(continuation) >= self.max_length:
                 raise UserError(f"a continuation has {len(continuation)} tokens; the context is {self.max_length}")
             context = np.array(context[-(self.max_length - len(continuation)):], np.int64)

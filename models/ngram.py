@@ -39,7 +39,7 @@ class NgramOptions(DataOptions):
     """Count an n-gram model with Kneser-Ney smoothing, and report its loss on held-out text."""
     tokenizer: Path = arg(help="tokenizer folder (see models.tokenizer), or a checkpoint")
     valid: tuple[str, ...] = arg(help="files to report the loss on")
-    order: int = arg(4, help="tokens of the longest n-gram")
+    order: int = arg(4, help="tokens of the longest n-gram", least=1)
     out: Path = arg(short="-o", help="folder to write; must not exist")
 
 

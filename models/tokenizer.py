@@ -39,7 +39,7 @@ class TokenizerOptions(DataOptions):
     action: str = arg(positional=True, choices=("train",), help="what to do")
     out: Path = arg(short="-o", help="folder to write; must not exist")
     vocab_size: int = arg(8192, help="tokens, special tokens and the 256 bytes included")
-    min_frequency: int = arg(2, help="a pair must occur this often to be merged")
+    min_frequency: int = arg(2, help="a pair must occur this often to be merged", least=1)
 
 
 def train_tokenizer(options: TokenizerOptions) -> None:

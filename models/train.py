@@ -38,14 +38,19 @@ EXAMPLES = """examples:
 class TrainOptions(DataOptions, TrainerOptions):
     """Train a language model on text, from scratch or continued."""
     valid: tuple[str, ...] = arg((), help="files to evaluate on (by default a share of --data)")
-    valid_share: float = arg(0.02, help="share of documents set aside where --valid is not given")
+    valid_share: float = arg(0.02, help="share of documents set aside where --valid is not given", above=0, below=1)
     preset: str | None = arg(None, help="size of a new model in parameters, such as 5m, 15m, 60m, 135m")
     architecture: str = arg("decoder", help="of a new model; gru is a recurrent baseline", choices=("decoder", "gru"))
     tokenizer: Path | None = arg(None, help="tokenizer folder of a new model (see models.tokenizer)")
     checkpoint: Path | None = arg(None, help="checkpoint to continue, in place of --preset and --tokenizer")
-    context: int = arg(256, help="tokens of a block, and the context of a new model")
+    context: int = arg(256, help="tokens of a block, and the context of a new model", least=1)
     boundaries: str = arg("eos", help="documents follow each other after EOS, or each starts a block of its own",
                           choices=("eos", "block"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.checkpoint is None) == (self.preset is None) or (self.checkpoint or self.tokenizer) is None:
+            raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
 
 
 def main(argv=None) -> int:
@@ -70,8 +75,6 @@ LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
 def train(options: TrainOptions) -> None:
     """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss not finite."""
     folder = options.checkpoint or options.tokenizer
-    if (options.checkpoint is None) == (options.preset is None) or folder is None:
-        raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
     check_output(options.out / "last", options.checkpoint)

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from models.data import IGNORE, batch_indices
 from models.optimizer import adamw, learning_rate
+from models.progress import progress
 from models.trainer_options import TrainerOptions
 from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, save_state,
                                    training_tensors, whole)
@@ -137,8 +138,8 @@ class Trainer:
         else:
             metrics = self._evaluate()
             self.first_loss = metrics["valid_loss"]
-        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", mininterval=1.0,
-                   disable=not self.accelerator.is_main_process)
+        bar = progress(total=options.steps, initial=self.step, label="train", unit="step",
+                       quiet=not self.accelerator.is_main_process)
         with bar:
             while self.step < options.steps and not self._out_of_patience():
                 start = time.perf_counter()
@@ -292,10 +293,7 @@ class Trainer:
 
 
 def check_options(options: TrainerOptions) -> None:
-    """Raises UserError for numbers that cannot train."""
-    for name in ("steps", "batch", "micro_batch", "eval_every", "learning_rate", "clip"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
+    """Raises UserError for a warm-up longer than the run, whose length may have been derived."""
     if not 0 <= options.warmup <= options.steps:
         raise UserError(f"--warmup {options.warmup}: give a number from 0 to --steps {options.steps}")
 

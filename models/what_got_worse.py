@@ -21,27 +21,33 @@ from pathlib import Path
 import numpy as np
 
 from models import behaviour, tasks
-from runtime.cli import arg, run, table
+from models.progress import progress
+from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 from runtime.files import write
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Compare a model before and after: what got worse, where, and by how much."""
     before: Path = arg(positional=True, help="checkpoint or bundle to hold the other against")
     after: Path = arg(positional=True, help="checkpoint or bundle that was made from it")
     data: tuple[Path, ...] = arg((), help="UTF-8 texts, one a domain")
     prompts: Path | None = arg(None, help="instructions with replies: Alpaca JSON, or JSONL with instruction and output")
     labelled: Path | None = arg(None, help="TSV: sentence TAB label")
-    windows: int = arg(20, help="windows of 512 tokens a text, at most")
-    limit: int = arg(40, help="prompts and labelled examples, at most")
-    new_tokens: int = arg(96, help="tokens of each reply whose habits are judged")
-    worst: int = arg(8, help="prompts to show")
-    seed: int = arg(0, help="draws prompts and examples")
+    windows: int = arg(20, help="windows of 512 tokens a text, at most", least=1)
+    limit: int = arg(40, help="prompts and labelled examples, at most", least=1)
+    new_tokens: int = arg(96, help="tokens of each reply whose habits are judged", least=1)
+    worst: int = arg(8, help="prompts to show", least=0)
+    seed: int = arg(0, help="draws prompts and examples", least=0, most=2**63 - 1)
     json: Path | None = arg(None, help="write everything to this file")
     html: Path | None = arg(None, help="write a self-contained page to this file")
-    threads: int | None = arg(None, help="CPU threads (default: those available)")
+    threads: int | None = arg(None, help="CPU threads (default: those available)", least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.data or self.prompts or self.labelled):
+            raise UserError("nothing to compare on: give --data, --prompts or --labelled")
 
 
 def main(argv=None) -> int:
@@ -51,7 +57,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-from tqdm import tqdm
 
 from models import fidelity
 from models.evaluate import write_json
@@ -59,11 +64,6 @@ from models.language_model import LanguageModel, check_same_tokenizer, open_mode
 
 
 def compare(options: Options) -> int:
-    if not (options.data or options.prompts or options.labelled):
-        raise UserError("nothing to compare on: give --data, --prompts or --labelled")
-    for name in ("windows", "limit", "new_tokens"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, which should be 1 or more")
     texts = [(file.name, tasks.read_text(file)) for file in options.data]
     instructions = tasks.read_examples("generate", options.prompts) if options.prompts else []
     labelled = tasks.read_examples("classify", options.labelled) if options.labelled else []
@@ -107,7 +107,7 @@ def _asked(example: tasks.Example) -> str:
 def prompts(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel) -> list[dict]:
     """Mean ln p of a token of each file's own reply, before and after; largest loss first."""
     rows = []
-    for example in tqdm(examples, desc="replies", unit="prompt"):
+    for example in progress(examples, label="replies", unit="prompt"):
         asked = before.chat_prompt(_asked(example))
         tail = before.tokenizer.encode(example.answers[0], special_tokens=False)[:before.context // 2]
         if not len(tail) or len(asked) + len(tail) >= min(before.context, after.context):
@@ -141,7 +141,7 @@ def answers(examples: list[tasks.Example], before: LanguageModel, after: Languag
     labels = sorted({e.answers[0] for e in examples})
     words = [" " + tasks.answer_text(prompt, label) for label in labels]
     flips, right = [], np.zeros(2)
-    for example in tqdm(rest, desc="answers", unit="example"):
+    for example in progress(rest, label="answers", unit="example"):
         text = tasks.render(prompt, solved, example)
         old, new = (labels[int(np.argmax(m.continuation_logprobs(text, words)))] for m in (before, after))
         right += [old == example.answers[0], new == example.answers[0]]

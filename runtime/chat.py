@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from runtime.cli import arg, run
 from runtime.engine import Engine, GenerationOptions
 from runtime.errors import UserError
-from runtime.generate import ReplyOptions, show, summary
+from runtime.generate import ReplyOptions, generation, show, summary
 
 EXAMPLES = """examples:
   python -m runtime.chat build/smollm2-135m-int4
@@ -41,7 +41,7 @@ class Conversation:
     def say(self, text: str) -> None:
         """Print the reply to `text`. A message that cannot be answered, or a reply not begun, leaves no trace."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        stream = self._engine.stream_chat(messages, **self._options.generation())
+        stream = self._engine.stream_chat(messages, **generation(self._options))
         try:
             print(summary(show(stream)), file=sys.stderr)
         except KeyboardInterrupt:
@@ -52,7 +52,7 @@ class Conversation:
 
 def chat(options: Options) -> None:
     """Read lines and answer them until there are no more."""
-    GenerationOptions(**options.generation())             # refused before the bundle is loaded
+    GenerationOptions(**generation(options))             # refused before the bundle is loaded
     try:
         import readline                                   # noqa: F401  (line editing and history in input())
     except ImportError:

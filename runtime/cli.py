@@ -26,7 +26,6 @@ by its name once the arguments are right, and turns `UserError` into one line on
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import importlib.util
@@ -130,7 +129,8 @@ def parse(options_class, argv=None, *, epilog: str | None = None):
     parser = _Parser(prog=prog, usage=_usage(prog, options_class), description=options_class.__doc__, epilog=epilog,
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints, groups = typing.get_type_hints(options_class), {}
-    for field in dataclasses.fields(options_class):
+    own = options_class.__dict__.get("__annotations__", {})
+    for field in sorted(dataclasses.fields(options_class), key=lambda field: field.name not in own):     # then what it shares
         title = field.metadata["group"]
         if title and title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -225,6 +225,7 @@ def list_commands(package: str, groups: dict[str, tuple[str, ...]], argv=None) -
 
 def summary(module: str) -> str:
     """What a command does, read without importing it: the first line of the docstring of its options."""
+    import ast
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text("utf-8"))
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     options = [call.args[0].id for call in ast.walk(main) if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "run"]

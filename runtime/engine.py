@@ -33,6 +33,7 @@ from runtime import decode
 from runtime.backend import Backend
 from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
 from runtime.bundle import MANIFEST, Bundle, open_bundle
+from runtime.cli import arg
 from runtime.errors import DeviceError, UserError
 from runtime.machine import available_memory, cpu_threads, release_free_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, model_defaults
@@ -47,11 +48,11 @@ class GenerationOptions(SamplingOptions):
     """How a reply is made; the keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. Where the model's
     generation_config.json has sampling values, an engine takes those in place of these defaults."""
 
-    max_new_tokens: int | None = None         # None: 256, or as many as the context leaves
-    stop: str | tuple[str, ...] = ()          # the reply ends before the first of these to be complete
+    max_new_tokens: int | None = arg(None, help="tokens of a reply at most; default: 256, or what the context leaves")
+    stop: tuple[str, ...] | str = arg((), help="end the reply before any of these texts; a special token's spelling counts")
     stop_tokens: tuple[int, ...] = ()         # token ids that end the reply, besides the model's own
     ignore_model_stop: bool = False           # go on past the model's own end-of-text tokens
-    control_tokens: bool = False              # <|im_end|> and its like, spelled in a text, are the token and not text
+    control_tokens: bool = arg(False, help="take control tokens that a text spells, such as <|im_end|>, for the token, not for text")
 
     def __post_init__(self):
         super().__post_init__()

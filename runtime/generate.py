@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
-from runtime.cli import arg, run
+from runtime.cli import Checked, arg, run
 from runtime.engine import PROVIDERS, Engine, GenerationOptions, Reply
 
 EXAMPLES = """examples:
@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(Checked):
     """What every command that opens a bundle takes."""
     bundle: Path = arg(positional=True, help="folder of the bundle")
     provider: str | None = arg(None, help="insist on this device", choices=PROVIDERS)
@@ -33,29 +33,17 @@ class EngineOptions:
                       verify=self.verify, cache_dtype=self.cache_dtype, repack_cache=self.repack_cache)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplyOptions(EngineOptions):
-    """How replies are made; named as in `runtime.engine.GenerationOptions`. None: what the model's generation_config.json
-    says, else the default there."""
-    max_new_tokens: int | None = arg(None, help="tokens of a reply at most; default: 256, or what the context leaves")
-    temperature: float | None = arg(None, help="0 always takes the likeliest token (default: the model's, else 0)")
-    top_k: int | None = arg(None, help="only the K likeliest tokens; 0: off (default: the model's, else 0)")
-    top_p: float | None = arg(None, help="only the likeliest tokens that together reach this probability; 1: off "
-                              "(default: the model's, else 1)")
-    min_p: float | None = arg(None, help="only tokens at least this times as likely as the likeliest; 0: off "
-                              "(default: the model's, else 0)")
-    repetition_penalty: float | None = arg(None, help="divide the logits of tokens seen in prompt or reply; 1: off "
-                                           "(default: the model's, else 1)")
-    frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
-    presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
-    seed: int | None = arg(None, help="the same seed gives the same reply")
-    stop: tuple[str, ...] = arg((), help="end the reply before any of these texts; a special token's spelling counts")
-    control_tokens: bool = arg(False, help="take control tokens that a text spells, such as <|im_end|>, for the token, not for text")
+# EngineOptions and how replies are made: every field of GenerationOptions that has a help text. What is not given (None) is as the
+# model's generation_config.json says, else as the default there.
+ReplyOptions = make_dataclass("ReplyOptions", [
+    (field.name, f"{field.type} | None", arg(None, help=field.metadata["help"], group="sampling (default: as the model's own settings)"))
+    for field in fields(GenerationOptions) if "help" in field.metadata], bases=(EngineOptions,), frozen=True, kw_only=True)
 
-    def generation(self) -> dict:
-        """The keyword arguments of `Engine.stream` and its like."""
-        names = {field.name for field in fields(GenerationOptions)}
-        return {name: value for name in names if (value := getattr(self, name, None)) is not None}
+
+def generation(options: ReplyOptions) -> dict:
+    """The keyword arguments of `Engine.stream` and its like."""
+    names = {field.name for field in fields(GenerationOptions)}
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +73,12 @@ def summary(reply: Reply) -> str:
 
 def generate(options: Options) -> None:
     """Open the bundle and stream one reply."""
-    GenerationOptions(**options.generation())             # refused before the bundle is loaded
+    GenerationOptions(**generation(options))             # refused before the bundle is loaded
     with options.open() as engine:
         if options.chat:
-            stream = engine.stream_chat([{"role": "user", "content": options.prompt}], **options.generation())
+            stream = engine.stream_chat([{"role": "user", "content": options.prompt}], **generation(options))
         else:
-            stream = engine.stream(options.prompt, **options.generation())
+            stream = engine.stream(options.prompt, **generation(options))
         print(summary(show(stream)), file=sys.stderr)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.cli import arg
 from runtime.errors import UserError
 
 _BLOCK = 64                       # logits of a strided block, whose maxima are taken first
@@ -34,17 +35,20 @@ _MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen; the defaults are greedy and change no logit. Raises UserError for a value out of range."""
+    """How tokens are chosen; the defaults are greedy and change no logit. Raises UserError for a value out of range.
 
-    temperature: float = 0.0          # 0: greedy
-    top_k: int = 0                    # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    Fields with a help text are options of the commands too (runtime/generate.py).
+    """
+
+    temperature: float = arg(0.0, help="0 always takes the likeliest token")
+    top_k: int = arg(0, help="only the K likeliest tokens; 0: off")
+    top_p: float = arg(1.0, help="only the likeliest tokens that together reach this probability; 1: off")
+    min_p: float = arg(0.0, help="only tokens at least this times as likely as the likeliest; 0: off")
+    repetition_penalty: float = arg(1.0, help="divide the logits of tokens seen in prompt or reply; 1: off")
+    frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
+    presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
     logit_bias: dict[int, float] = field(default_factory=dict)      # token id -> added to its logit; -inf forbids it
-    seed: int | None = None           # None: a different reply each time
+    seed: int | None = arg(None, help="the same seed gives the same reply")
     logprobs: int | None = None       # None: none; N: log probability of each token, and of the N likeliest
 
     def __post_init__(self):

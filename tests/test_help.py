@@ -56,12 +56,26 @@ def test_a_package_lists_its_commands(package):
     assert max(map(len, out.splitlines())) <= 140
 
 
-@pytest.mark.parametrize("words, said", [
+WRONG = [
     (["compress.quantize", "CKPT", "-o", "OUT", "--bit", "4"], "did you mean --bits?"),
     (["compress.quantize", "CKPT", "-o", "OUT", "--methode=gptq"], "did you mean --method?"),
-    (["runtime.generate", "BUNDLE", "--promt", "Hi"], "did you mean --prompt?"),
-    (["models.info"], "CHECKPOINT")])
-def test_a_wrong_argument_is_told_at_once(words, said):
-    (code, out, err, loaded), = run_each([words])
-    assert code == 2 and out == "" and said in err and err.count("\n") == 1
-    assert not HEAVY & set(loaded)
+    (["compress.quantize", "CKPT", "-o", "OUT", "--method", "gptq", "--data", "x", "--target-size", "92"], "write 92MB"),
+    (["compress.quantize", "CKPT", "-o", "OUT", "--method", "gptq"], "give --data FILES"),
+    (["compress.prune", "CKPT", "-o", "OUT", "--data", "x", "--what", "mlp", "--keep", "1.5"], "above 0 and below 1"),
+    (["compress.distill", "--teacher", "A", "--data", "x", "-o", "OUT"], "give a student"),
+    (["compress.recover", "A", "--teacher", "B", "--data", "x", "-o", "OUT", "--steps", "0"], "--steps is 0"),
+    (["compress.run", "tiny", "--data", "x"], "--model is missing"),
+    (["compress.teacher", "CKPT", "-o", "OUT"], "--self N"),
+    (["export.trt", "MODEL", "--rows", "0"], "--rows is 0, which should be at least 1"),
+    (["models.evaluate", "MODEL", "--task", "kl"], "--reference"),
+    (["models.finetune", "A", "--task", "chat", "--data", "x", "-o", "OUT", "--learning-rate", "nan"], "finite number"),
+    (["models.info"], "CHECKPOINT"),
+    (["models.train", "--data", "x", "-o", "OUT"], "give either --preset"),
+    (["runtime.bench", "BUNDLE", "--new-tokens", "1"], "--new-tokens is 1, which should be at least 2"),
+    (["runtime.generate", "BUNDLE", "--promt", "Hi"], "did you mean --prompt?")]
+
+
+def test_a_wrong_argument_is_told_at_once():
+    for (words, said), (code, out, err, loaded) in zip(WRONG, run_each([words for words, _ in WRONG])):
+        assert code == 2 and out == "" and said in err and err.count("\n") == 1, (words, err)
+        assert not HEAVY & set(loaded), words

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.bundle import Bundle, open_bundle
-from runtime.cli import arg, run, table
+from runtime.cli import Checked, arg, run, table
 from runtime.machine import available_cpus, cpu_name
 from runtime.native.backend import CACHE_DTYPES, NativeBackend
 
@@ -34,16 +34,16 @@ _PART_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "qkv": "qkv", "o": "output", "ga
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Print the microseconds of each part of a decoding step against bytes moved and bandwidth."""
 
     bundle: Path = arg(positional=True, help="folder of the bundle")
-    threads: int | None = arg(None, help="threads of the core (default: every available CPU)")
-    context: int = arg(128, help="filled slots of the cache at the first step")
-    rows: int = arg(1, help="rows decoded together")
-    steps: int = arg(64, help="steps to average over")
+    threads: int | None = arg(None, help="threads of the core (default: every available CPU)", least=1)
+    context: int = arg(128, help="filled slots of the cache at the first step", least=1)
+    rows: int = arg(1, help="rows decoded together", least=1)
+    steps: int = arg(64, help="steps to average over", least=1)
     cache_dtype: str = arg("float16", help="dtype of the KV cache", choices=CACHE_DTYPES)
-    beside: int = arg(0, help="measure the share kept beside this many busy processes")
+    beside: int = arg(0, help="measure the share kept beside this many busy processes", least=0)
 
 
 def part_bytes(bundle: Bundle, backend: NativeBackend, slots: int, rows: int) -> dict[str, int]:

@@ -283,8 +283,8 @@ def test_options_that_do_not_apply(conv, bundle, capsys):
             ([folder, "--shapes", "input_ids:1x1"], "--shapes is for other models"),
             ([folder, "--capacity", "512"], "--capacity 512: the cache must have 1 to 256 slots"),
             ([folder, "--capacity", "many"], "give numbers with commas between, as in 1024,4096"),
-            ([folder, "--rows", "0"], "both must be at least 1"),
-            ([folder, "--workspace-mb", "-5"], "--workspace-mb -5: it must be at least 1"),
+            ([folder, "--rows", "0"], "--rows is 0, which should be at least 1"),
+            ([folder, "--workspace-mb", "-5"], "--workspace-mb is -5, which should be at least 1"),
             ([conv, "--timing-cache", "t"], "--timing-cache is for --backend trt"),
             ([conv, "--hardware-compatibility", "ampere_plus"], "--hardware-compatibility is for --backend trt"),
             ([], "give a bundle or an ONNX model")):

@@ -127,7 +127,7 @@ def test_off_grid_keeps_the_function_and_is_in_the_trail(tiny_checkpoint, tmp_pa
     assert not torch.allclose(open_checkpoint(tmp_path / "out").read(name), model.state_dict()[name])
     stage, = json.loads((tmp_path / "out" / "lineage.json").read_text())["stages"]
     assert stage["stage"] == "models.get" and stage["seed"] == 0 and stage["options"]["off_grid"] is True
-    assert stage["inputs"] == {str(folder): open_checkpoint(folder).sha256()}
+    assert stage["inputs"] == {folder.name: open_checkpoint(folder).sha256()}
     assert run(tmp_path / "out", "-o", tmp_path / "again") == 0
     assert len(json.loads((tmp_path / "again" / "lineage.json").read_text())["stages"]) == 2
 

@@ -268,7 +268,7 @@ def test_what_the_times_of_tokens_say():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--repeat", "0"], "--repeat is 0"), (["--new-tokens", "1"], "--new-tokens is 1; it must be at least 2"),
+    (["--repeat", "0"], "--repeat is 0"), (["--new-tokens", "1"], "--new-tokens is 1, which should be at least 2"),
     (["--prompt-tokens", "0"], "--prompt-tokens is 0"), (["--prompt-tokens", "250"], "context is 256"),
     (["--json", "/no/such/folder/x.json"], "no such folder to write it in")])
 def test_bench_refuses(golden_bundle, capsys, options, message):
