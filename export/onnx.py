@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import lineage
+from runtime.bundle import open_bundle
 from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
 from runtime.machine import release_free_memory
+from runtime.sampling import check_defaults
 from runtime.text import Tokenizer
+from runtime.token_ids import token_id
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
@@ -73,14 +76,15 @@ def export(options: Options) -> None:
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
     Tokenizer(checkpoint.path / bundles.TOKENIZER)          # one that cannot be read is refused before the long work
     release_free_memory()
+    facts = model_facts(checkpoint, max_context)
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
     with bundles.new_bundle(options.out) as folder:
         weights = bundles.WeightsWriter(folder / bundles.WEIGHTS)
         write_weights(checkpoint, weights, DTYPES[options.dtype], max_context)
-        manifest = bundles.manifest(options.out.resolve().name, model_facts(checkpoint, max_context), weights,
-                                    weights.close(), [*lineage.read(checkpoint.path), stage])
+        manifest = bundles.manifest(options.out.resolve().name, facts, weights, weights.close(),
+                                    [*lineage.read(checkpoint.path), stage])
         bundles.copy_companions(checkpoint, folder, manifest)
         widths = sorted({form.bits for form in checkpoint.quantization.tensors.values()} if checkpoint.quantization else ())
         if set(widths) <= set(GRAPH_BITS):
@@ -92,6 +96,7 @@ def export(options: Options) -> None:
             size = manifest["files"][GRAPH]["bytes"]
             manifest["graphs"].append(graph_entry("portable", GRAPH, size, options.dtype, max_context, source))
         bundles.write_manifest(folder, manifest)
+        open_bundle(folder)                                 # what the runtime would refuse is not left behind
     print(summary(options.out, manifest))
     if not manifest["graphs"]:
         print(f"no graph: ONNX has no weights of {', '.join(str(b) for b in widths if b not in GRAPH_BITS)} bits; the "
@@ -101,13 +106,17 @@ def export(options: Options) -> None:
 
 
 def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
-    """The manifest's "model": the configuration, how activations are rounded, and what generation_config.json adds."""
-    config = checkpoint.config
-    generation = bundles.read_json(checkpoint.path / "generation_config.json")
+    """The manifest's "model": the configuration, how activations are rounded, and what generation_config.json adds.
+
+    Raises UserError where that file holds what no engine would open.
+    """
+    config, file = checkpoint.config, checkpoint.path / "generation_config.json"
+    generation = bundles.read_json(file)
+    check_defaults(generation, str(file))
 
     def special(name: str) -> int | None:
-        value = getattr(config, name)
-        return value if value is not None else generation.get(name)
+        value = token_id(generation.get(name), config.vocab_size, f"{file}: {name}")
+        return value if getattr(config, name) is None else getattr(config, name)
 
     return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},
             "max_context": max_context, "bos_token_id": special("bos_token_id"),

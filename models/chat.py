@@ -16,6 +16,7 @@ from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
 from runtime.template import ChatTemplate
 from runtime.text import Tokenizer
+from runtime.token_ids import token_ids
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SAID_BY = {        # `transformers` gives these classes special tokens where tokenizer_config.json names none
@@ -60,11 +61,9 @@ def _tokenizer_class(folder: Path, config: dict) -> str | None:
 
 def stop_ids(config: ModelConfig, folder: Path) -> tuple[int, ...]:
     """Ids of the tokens that end a reply. Raises UserError where generation_config.json lists something else."""
-    listed = _optional(folder / "generation_config.json").get("eos_token_id")
-    listed = list(config.eos_token_ids) if listed is None else listed if isinstance(listed, list) else [listed]
-    if any(type(token) is not int for token in listed):
-        raise UserError(f"{folder / 'generation_config.json'}: eos_token_id is {listed!r:.60}, which should be whole numbers; mend it")
-    return tuple(dict.fromkeys(listed))
+    file = folder / "generation_config.json"
+    listed = _optional(file).get("eos_token_id")
+    return config.eos_token_ids if listed is None else token_ids(listed, config.vocab_size, f"{file}: eos_token_id")
 
 
 def template_source(folder: Path) -> str | None:

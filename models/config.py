@@ -18,6 +18,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 from runtime.errors import UserError
+from runtime.token_ids import token_id, token_ids
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -91,6 +92,9 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, which should be positive and finite")
+        for name in ("bos_token_id", "pad_token_id"):
+            token_id(getattr(self, name), self.vocab_size, name)
+        token_ids(list(self.eos_token_ids), self.vocab_size, "eos_token_id")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}, which RoPE needs even")
 
@@ -111,13 +115,9 @@ class ModelConfig:
                 raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
                                 f"would be ignored; remove it only if the model was trained without it")
         shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
-        eos = hf.get("eos_token_id")
-        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if not all(type(token) is int for token in eos):
-            raise UserError(f"eos_token_id is {hf['eos_token_id']!r}, which should be an integer or a list of them")
-        return cls(family=family, vocab_size=_take(hf, "vocab_size", int), eos_token_ids=eos,
-                   bos_token_id=_take(hf, "bos_token_id", int, None), pad_token_id=_take(hf, "pad_token_id", int, None),
-                   **shape)
+        vocab = _take(hf, "vocab_size", int)
+        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"), pad_token_id=hf.get("pad_token_id"),
+                   eos_token_ids=token_ids(hf.get("eos_token_id"), vocab, "eos_token_id"), **shape)
 
     def to_hf(self) -> dict:
         """The contents of a config.json that `transformers` reads (with `edgewright_layers` where it cannot).

@@ -23,8 +23,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from runtime.errors import CheckFailed, UserError
+from runtime.errors import CheckFailed, UserError, shown
 from runtime.files import read_json, restored
+from runtime.token_ids import token_id, token_ids
 
 FORMAT = "edgewright-bundle"
 VERSION = 1
@@ -89,7 +90,10 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     Raises UserError (no bundle, unknown version, a file missing, shortened or outside the folder, a broken manifest)
     and CheckFailed (`verify` found a changed file, named in the message).
     """
-    folder = Path(folder).expanduser().absolute()
+    try:
+        folder = Path(folder).expanduser().absolute()
+    except (TypeError, RuntimeError) as error:                # no path, or ~ of nobody
+        raise UserError(f"{shown(folder)} is no folder of a bundle ({error})") from None
     manifest = _read_manifest(folder)
     _check_manifest(folder / MANIFEST, manifest)
     for name, entry in manifest["files"].items():
@@ -115,7 +119,7 @@ def changed_files(bundle: Bundle) -> list[str]:
 
 def _read_manifest(folder: Path) -> dict:
     path = restored(folder) / MANIFEST
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give the folder of a bundle, as `python -m export.onnx` writes it")
     if not path.exists():
         raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one")
@@ -134,7 +138,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         value = owner.get(key)
         if not isinstance(value, types) or isinstance(value, bool):
             expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise UserError(f"{path}: {where}{key} should be {expected}, not {_shown(value)}; export the bundle again")
+            raise UserError(f"{path}: {where}{key} should be {expected}, not {shown(value)}; export the bundle again")
         return value
 
     def need_all(owner: dict, where: str, key: str, item_type: type) -> list:
@@ -160,12 +164,12 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         need(config, "model.config.", key, int)
     if need(model, "model.", "max_context", int) < 1:
         raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
-    need_all(model, "model.", "eos_token_ids", int)
+    token_ids(need_all(model, "model.", "eos_token_ids", int), config["vocab_size"], f"{path}: model.eos_token_ids")
     need(model, "model.", "generation", dict, type(None))
     for name in need(model, "model.", "special_tokens", dict, type(None)) or ():
         need(model["special_tokens"], "model.special_tokens.", name, str)
-    for key in ("bos_token_id", "pad_token_id"):
-        need(model, "model.", key, int, type(None))
+    for key in ("bos_token_id", "pad_token_id"):              # which may be left out
+        model[key] = token_id(need(model, "model.", key, int, type(None)), config["vocab_size"], f"{path}: model.{key}")
 
     weights = need(manifest, "", "weights", dict)
     listed(need(weights, "weights.", "file", str), "weights.file")
@@ -218,8 +222,3 @@ def _check_file(folder: Path, name: str, entry: dict) -> None:
         raise UserError(f"{path}: is not a file; copy or export the bundle again")
     if size != entry["bytes"]:
         raise UserError(f"{path}: {size} bytes, but the manifest says {entry['bytes']}; copy or export the bundle again")
-
-
-def _shown(value: object) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -34,12 +34,13 @@ from runtime.backend import Backend
 from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import arg
-from runtime.errors import DeviceError, UserError
+from runtime.errors import DeviceError, UserError, shown
 from runtime.machine import available_memory, cpu_threads, release_free_memory
-from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, model_defaults
+from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
 from runtime.text import ReplyText, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
+_MOST_REPLIES = 1 << 16
 _MB = 1 << 20
 
 
@@ -56,9 +57,13 @@ class GenerationOptions(SamplingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        count = self.max_new_tokens
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise UserError(f"max_new_tokens is {count!r}; it must be a whole number of at least 1")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, (list, tuple)) or any(not isinstance(stop, str) or not stop for stop in stops):
+            raise UserError(f"stop strings are {shown(stops)}; each must be text of at least one character")
+        self._check("max_new_tokens", lambda v: v is None or v >= 1, "a whole number of at least 1", (int, np.integer, type(None)))
+        self._check("stop_tokens", lambda v: all(_is_id(token) and token >= 0 for token in v), "token ids",
+                    (list, tuple, set, frozenset))
+        self._check("ignore_model_stop", lambda v: True, "true or false", bool)
 
 
 _OPTIONS = {field.name for field in fields(GenerationOptions)}
@@ -108,14 +113,14 @@ class Engine:
     def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
                  max_memory_mb: float | None = None, verify: bool = False, cache_dtype: str | None = None,
                  repack_cache: bool = False):
-        if max_memory_mb is not None and not max_memory_mb > 0:
-            raise UserError(f"max_memory_mb is {max_memory_mb!r}; it must be a positive number")
+        if max_memory_mb is not None and (not isinstance(max_memory_mb, (int, float)) or isinstance(max_memory_mb, bool)
+                                          or not 0 < max_memory_mb <= 1e12):
+            raise UserError(f"max_memory_mb is {shown(max_memory_mb)}; it must be a positive number, at most 1e12")
+        for name, value in (("verify", verify), ("repack_cache", repack_cache)):
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is {shown(value)}; it must be true or false")
         self.bundle: Bundle = open_bundle(bundle, verify=verify)
-        self._defaults = model_defaults(self.bundle.model.get("generation") or {})
-        try:
-            GenerationOptions(**self._defaults)
-        except UserError as error:
-            raise UserError(f"{self.bundle.path(MANIFEST)}: model.generation: {error}; export the bundle again") from None
+        self._defaults = check_defaults(self.bundle.model.get("generation") or {}, f"{self.bundle.path(MANIFEST)}: model.generation")
         if max_memory_mb is not None and self.bundle.weights_bytes > max_memory_mb * _MB:
             raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
                             f"more than max_memory_mb={max_memory_mb:g}")
@@ -194,10 +199,12 @@ class Engine:
     def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
         self._check_open()
-        if not isinstance(n, int) or n < 1:
-            raise UserError(f"n is {n!r}; it must be a whole number of at least 1")
+        if not _is_id(n) or n < 1:
+            raise UserError(f"n is {shown(n)}; it must be a whole number of at least 1")
         if not prompts:
             raise UserError("there is no prompt: the batch is empty")
+        if n * len(prompts) > _MOST_REPLIES:
+            raise UserError(f"n is {shown(n)}, of {len(prompts)} prompts; at most {_MOST_REPLIES} replies are made at once")
         encoded = [self._encode(prompt, options) for prompt in prompts]
         stop = (options.stop,) if isinstance(options.stop, str) else options.stop
         stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop
@@ -215,10 +222,12 @@ class Engine:
         """Token ids of a prompt that leaves room for the reply asked for."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, control_tokens=options.control_tokens) if prompt else np.empty(0, np.int64)
-        elif isinstance(prompt, np.ndarray) or isinstance(prompt, list) and all(isinstance(i, int) for i in prompt):
-            ids = np.asarray(prompt)
+        elif isinstance(prompt, (list, tuple)) and all(map(_is_id, prompt)):
+            ids = np.array(prompt)
+        elif isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+            ids = prompt
         else:
-            raise UserError(f"a prompt must be a text or a list of token ids, not {prompt!r:.60}")
+            raise UserError(f"a prompt must be a text or a list of token ids, not {shown(prompt)}")
         if not ids.size:
             raise UserError("the prompt is empty; give at least one character")
         vocab = self.bundle.model["config"]["vocab_size"]
@@ -226,7 +235,7 @@ class Engine:
             raise UserError(f"the prompt has a token id outside 0..{vocab - 1}")
         context = self.bundle.max_context
         if len(ids) + (options.max_new_tokens or 1) > context:
-            raise UserError(f"the prompt has {len(ids)} tokens and the reply may have {options.max_new_tokens or 1}, but "
+            raise UserError(f"the prompt has {len(ids)} tokens and the reply may have {shown(options.max_new_tokens or 1)}, but "
                             f"the model's context is {context}; shorten the prompt or lower max_new_tokens")
         return ids.astype(np.int64)
 
@@ -342,7 +351,14 @@ class _Draft:
                      Timings(len(sequence.prompt), self._token_ms))
 
 
+def _is_id(value) -> bool:
+    """Whether it is a whole number, which numpy's are and True is not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _as_list(prompts) -> list:
-    """A single prompt, a text or token ids, as a batch of one."""
+    """A single prompt, a text or token ids, as a batch of one. Raises UserError for what is neither a prompt nor a list."""
+    if not isinstance(prompts, (str, np.ndarray, list, tuple)):
+        raise UserError(f"a prompt must be a text or a list of token ids, not {shown(prompts)}")
     single = isinstance(prompts, (str, np.ndarray)) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
     return [prompts] if single else list(prompts)

@@ -18,5 +18,14 @@ class DeviceError(Unavailable):
     the backend was closed."""
 
 
+def shown(value: object) -> str:
+    """Any value in at most 60 characters, for a message about it; "missing" for None."""
+    try:
+        text = "missing" if value is None else repr(value)
+    except (ValueError, RecursionError):          # a number of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class CheckFailed(Exception):
     """The command ran, and what it checked does not hold (a wrong hash, a fidelity budget exceeded)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.bundle import Bundle
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 from runtime.files import read_json
 
 VERSION = 1
@@ -27,7 +27,7 @@ def read_golden(bundle: Bundle) -> dict:
     path = bundle.path(bundle.manifest["golden"])
     golden, check = read_json(path, mend="run `python -m export.verify` again", strict=False), _Check(path)
     if not _whole(golden.get("version"), VERSION, VERSION):
-        raise UserError(f"{path}: version {_shown(golden.get('version'))}, but this runtime reads {VERSION}; run "
+        raise UserError(f"{path}: version {shown(golden.get('version'))}, but this runtime reads {VERSION}; run "
                         "`python -m export.verify` again")
     return {"budgets": _budgets(check, golden.get("budgets")), "prompts": _prompts(check, golden, bundle)}
 
@@ -38,7 +38,7 @@ class _Check:
 
     def __call__(self, holds: bool, field: str, value: object, rule: str) -> None:
         if not holds:
-            raise UserError(f"{self.path}: {field} should be {rule}, not {_shown(value)}; run `python -m export.verify` again")
+            raise UserError(f"{self.path}: {field} should be {rule}, not {shown(value)}; run `python -m export.verify` again")
 
 
 def _budgets(check: _Check, budgets: object) -> dict[str, float]:
@@ -101,8 +101,3 @@ def _whole(value: object, low: int, high: int) -> bool:
 
 def _number(value: object) -> bool:
     return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST       # which NaN is not
-
-
-def _shown(value: object) -> str:
-    text = "missing" if value is None else f"{value!r:.200}"
-    return text if len(text) <= 60 else text[:57] + "..."

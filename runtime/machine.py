@@ -13,7 +13,7 @@ import platform
 import sys
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -30,7 +30,7 @@ def cpu_threads(asked: int | None) -> int:
     if asked is None:
         return cpus
     if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= cpus:
-        raise UserError(f"threads is {asked!r}; this process may use {cpus} CPUs, so give a whole number from 1 to {cpus}")
+        raise UserError(f"threads is {shown(asked)}; this process may use {cpus} CPUs, so give a whole number from 1 to {cpus}")
     return asked
 
 

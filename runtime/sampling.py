@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.cli import arg
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 
 _BLOCK = 64                       # logits of a strided block, whose maxima are taken first
 _SUMMED = 768                     # neighbouring weights summed first
 _GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from greedy in float32
+_MOST, _LARGEST = 1e6, 1e30         # of penalties; of temperature and bias
 _MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps a sorted list
 
 
@@ -52,29 +54,47 @@ class SamplingOptions:
     logprobs: int | None = None       # None: none; N: log probability of each token, and of the N likeliest
 
     def __post_init__(self):
-        def check(name, valid, rule, kind=(int, float)):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not valid(value):
-                raise UserError(f"{name} is {value!r}; it must be {rule}")
-        check("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number")
-        check("top_k", lambda v: v >= 0, "0 (off) or a positive whole number", int)
-        check("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1 (off)")
-        check("min_p", lambda v: 0 <= v <= 1, "from 0 (off) to 1")
-        check("repetition_penalty", lambda v: 0 < v < math.inf, "a positive number; 1 is off")
-        check("frequency_penalty", math.isfinite, "a finite number; 0 is off")
-        check("presence_penalty", math.isfinite, "a finite number; 0 is off")
-        check("logit_bias", lambda v: all(isinstance(k, int) and k >= 0 and isinstance(b, (int, float)) and b < math.inf
-                                          for k, b in v.items()), "a dict of token ids to numbers below infinity", dict)
-        check("seed", lambda v: True, "a whole number or None", (int, type(None)))
-        check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (int, type(None)))
+        # Bounds keep float32, in which logits are adjusted, from overflowing; nothing that is of use comes near them.
+        number, whole, most = (int, float, np.integer, np.floating), (int, np.integer), _MOST
+        self._check("temperature", lambda v: 0 <= v <= _LARGEST, f"0 (greedy) or a positive number, at most {_LARGEST:g}", number)
+        self._check("top_k", lambda v: v >= 0, "0 (off) or a positive whole number", whole)
+        self._check("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1 (off)", number)
+        self._check("min_p", lambda v: 0 <= v <= 1, "from 0 (off) to 1", number)
+        self._check("repetition_penalty", lambda v: 1 / most <= v <= most, f"a positive number, {1 / most:g} to {most:g}; 1 is off",
+                    number)
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._check(name, lambda v: -most <= v <= most, f"a number, -{most:g} to {most:g}; 0 is off", number)
+        self._check("logit_bias", lambda v: all(
+            isinstance(k, whole) and not isinstance(k, bool) and k >= 0 and isinstance(b, number) and not isinstance(b, bool)
+            and (b == -math.inf or -_LARGEST <= b <= _LARGEST) for k, b in v.items()),
+            f"a dict of token ids to numbers, at most {_LARGEST:g}, or -inf", dict)
+        self._check("seed", lambda v: v is None or 0 <= v < 1 << 64, "a whole number from 0 to 2**64 - 1, or None", (*whole, type(None)))
+        self._check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (*whole, type(None)))
+
+    def _check(self, name: str, valid: Callable[[object], bool], rule: str, kind: type | tuple[type, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool or not valid(value):
+            raise UserError(f"{name} is {value if isinstance(value, float) else shown(value)}; it must be {rule}")
 
 
 def model_defaults(generation: dict) -> dict:
     """The sampling that a Hugging Face generation_config.json asks for, as keyword arguments of SamplingOptions: the
     repetition penalty, and with "do_sample" the temperature (1 where it says none), top-k, top-p and min-p."""
+    if not isinstance(generation.get("do_sample"), bool | None):
+        raise UserError(f"do_sample is {shown(generation['do_sample'])}; it must be true or false")
     samples = {"temperature": 1.0} if generation.get("do_sample") else {}
     names = ["repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
     return samples | {name: generation[name] for name in names if generation.get(name) is not None}
+
+
+def check_defaults(generation: dict, where: str) -> dict:
+    """`model_defaults`, refused where no reply could be sampled so. Raises UserError, which begins with `where`."""
+    try:
+        defaults = model_defaults(generation)
+        SamplingOptions(**defaults)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; mend it, or remove it there") from None
+    return defaults
 
 
 class TokenLogprobs(NamedTuple):

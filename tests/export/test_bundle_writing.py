@@ -75,6 +75,38 @@ def test_manifest_tells_what_the_model_is(tiny_checkpoint, tmp_path):
     assert set(manifest["files"]) == set(os.listdir(tmp_path / "b")) - {"manifest.json"}
 
 
+@pytest.mark.parametrize("generation, field", [
+    ({"eos_token_id": "2"}, "eos_token_id is '2'"), ({"eos_token_id": [2, [0]]}, "eos_token_id"), ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+    ({"eos_token_id": -1}, "eos_token_id is -1"), ({"eos_token_id": [384]}, "from 0 to 383"), ({"eos_token_id": 2.0}, "eos_token_id"),
+    ({"eos_token_id": True}, "eos_token_id is True"), ({"eos_token_id": {"id": 2}}, "eos_token_id"), ({"eos_token_id": [None]}, "eos_token_id"),
+    ({"bos_token_id": "1"}, "bos_token_id is '1'"), ({"bos_token_id": [1]}, "bos_token_id"), ({"pad_token_id": 10**90}, "pad_token_id"),
+    ({"pad_token_id": -1}, "pad_token_id is -1"), ({"bos_token_id": 1.5}, "bos_token_id is 1.5"), ({"pad_token_id": False}, "pad_token_id"),
+    ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"), ({"do_sample": True, "top_p": [0.9]}, "top_p"),
+    ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"), ({"repetition_penalty": -1}, "repetition_penalty is -1"),
+    ({"do_sample": 1}, "do_sample is 1"), ({"do_sample": True, "min_p": True}, "min_p is True")])
+def test_a_generation_config_that_no_engine_opens_is_refused(tiny_checkpoint, tmp_path, capsys, generation, field):
+    checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
+    (checkpoint / "generation_config.json").write_text(json.dumps(generation))
+    assert export(checkpoint, tmp_path / "b") == 2 and not (tmp_path / "b").exists()
+    error = capsys.readouterr().err
+    assert "generation_config.json: " in error and field in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_odd_ids_in_the_configuration_are_refused(tiny_checkpoint, tmp_path, capsys, key):
+    checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for value in (-1, 384, 10**90, 1.5, True, "2", [[2]], {}):
+        (checkpoint / "config.json").write_text(json.dumps(config | {key: value}))
+        assert export(checkpoint, tmp_path / "b") == 2 and not (tmp_path / "b").exists()
+        error = capsys.readouterr().err
+        assert f"{key} is " in error and "token id" in error and error.count("\n") == 1
+    (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+    assert export(checkpoint, tmp_path / "b") == 0
+    manifest = open_bundle(tmp_path / "b").manifest["model"]
+    assert manifest.get(key) is None and (key != "eos_token_id" or manifest["eos_token_ids"] == [])
+
+
 def test_the_bundles_tokenizer_is_smaller_and_the_same(tiny_checkpoint, tmp_path):
     """Its merges are strings, as long as every one can be said so; the library reads both files as one tokenizer."""
     checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
