@@ -21,7 +21,7 @@ class DeviceError(Unavailable):
 def shown(value: object) -> str:
     """Any value in at most 60 characters, for a message about it; "missing" for None."""
     try:
-        text = "missing" if value is None else repr(value)
+        text = "missing" if value is None else " ".join(repr(value).split("\n"))
     except (ValueError, RecursionError):          # a number of thousands of digits
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -101,6 +101,7 @@ def test_odd_ids_in_the_configuration_are_refused(tiny_checkpoint, tmp_path, cap
         assert export(checkpoint, tmp_path / "b") == 2 and not (tmp_path / "b").exists()
         error = capsys.readouterr().err
         assert f"{key} is " in error and "token id" in error and error.count("\n") == 1
+    (checkpoint / "generation_config.json").unlink()          # which has it too
     (checkpoint / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
     assert export(checkpoint, tmp_path / "b") == 0
     manifest = open_bundle(tmp_path / "b").manifest["model"]

@@ -333,7 +333,7 @@ def test_numbers_of_numpy_are_numbers(engine):
 @pytest.mark.parametrize("options", [
     {"threads": HUGE}, {"threads": True}, {"threads": "2"}, {"max_memory_mb": "9"}, {"max_memory_mb": True}, {"max_memory_mb": HUGE},
     {"max_memory_mb": [1]}, {"verify": "no"}, {"verify": None}, {"repack_cache": 1}, {"provider": 5}, {"provider": ["cpu"]},
-    {"cache_dtype": 5}, {"cache_dtype": ["int8"]}], ids=str)
+    {"cache_dtype": 5}, {"cache_dtype": ["int8"]}], ids=lambda v: next(iter(v)))
 def test_an_engines_options_of_the_wrong_type_end_in_a_sentence(tmp_path, options):
     with pytest.raises(UserError, match=f"{next(iter(options))}"):
         Engine(write_bundle(tmp_path / "bundle"), **options)
