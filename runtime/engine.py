@@ -63,7 +63,8 @@ class GenerationOptions(SamplingOptions):
         self._check("max_new_tokens", lambda v: v is None or v >= 1, "a whole number of at least 1", (int, np.integer, type(None)))
         self._check("stop_tokens", lambda v: all(_is_id(token) and token >= 0 for token in v), "token ids",
                     (list, tuple, set, frozenset))
-        self._check("ignore_model_stop", lambda v: True, "true or false", bool)
+        for name in ("ignore_model_stop", "control_tokens"):
+            self._check(name, lambda v: True, "true or false", bool)
 
 
 _OPTIONS = {field.name for field in fields(GenerationOptions)}

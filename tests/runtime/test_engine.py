@@ -299,7 +299,7 @@ HUGE = 10**5000                       # which Python will not print
     "max_new_tokens": [0, -HUGE, HUGE, 1.5, "3", True, math.nan, [1]],
     "stop": [5, None, [5], ("a", None), b"a", {"a": 1}, "", ["a", ""], 1.5, True, HUGE],
     "stop_tokens": [5, None, ["a"], [1.5], [-1], [True], [math.nan], "ab", {1: 2}],
-    "ignore_model_stop": [1, "no", None, [], math.nan], "n": [0, -HUGE, HUGE, 1.5, "3", True, None, [2], 1 << 17]}.items())
+    "ignore_model_stop": [1, "no", None, [], math.nan], "control_tokens": [1, "no", None], "n": [0, -HUGE, HUGE, 1.5, "3", True, None, [2], 1 << 17]}.items())
 def test_options_of_the_wrong_type_end_in_a_sentence(engine, name, values):
     for value in values:
         with pytest.raises(UserError, match="^stop strings are" if name == "stop" else
