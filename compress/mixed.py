@@ -22,10 +22,10 @@ from models.decoder import tensor_shapes
 from models.quantized import Quantization, TensorFormat
 from runtime.cli import parse_size
 from runtime.errors import UserError
+from runtime.tensors import LARGE, PAGE, VECTOR
 
 GROUPS = (32, 64, 128)
 BUNDLE_CONTEXT = 8192             # most positions of a bundle's RoPE tables, unless export.onnx is told otherwise
-VECTOR, PAGE, LARGE = 64, 4096, 1 << 20      # bytes that a bundle's tensors are aligned to: any, and those over LARGE
 
 
 def candidates(backend: str) -> list[TensorFormat]:

@@ -27,23 +27,25 @@ from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
 from runtime.errors import UserError
+from runtime.tensors import LARGE, PAGE, VECTOR
 
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE, GOLDEN = "weights.bin", "tokenizer.json", "chat_template.jinja", "golden.json"
-_PAGE, _VECTOR, _LARGE = 4096, 64, 1 << 20
 
 
 class WeightsWriter:
-    """An open weights file. `tensors` lists what has been written, `size` is its bytes so far."""
+    """An open weights file. `tensors` lists what has been written, `size` is its bytes so far, `formats` says how the
+    quantized matrices among them are coded."""
 
     def __init__(self, path: Path):
         self._file, self._hash, self.size = open(path, "wb"), hashlib.sha256(), 0
         self.tensors: list[StoredTensor] = []
+        self.formats: dict[str, dict] = {}
 
     def add(self, name: str, dtype: str, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> None:
         """Append a tensor, given as consecutive pieces of its bytes. dtype: a key of runtime.bundle.DTYPE_BITS."""
         shape = tuple(int(size) for size in shape)
         expected = tensor_bytes(dtype, shape)
-        self._write(bytes(-self.size % (_PAGE if expected > _LARGE else _VECTOR)))
+        self._write(bytes(-self.size % (PAGE if expected > LARGE else VECTOR)))
         offset = self.size
         for chunk in chunks:
             self._write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
@@ -87,7 +89,7 @@ def new_bundle(out: Path) -> AbstractContextManager[Path]:
 def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict, lineage: list[dict]) -> dict:
     """A manifest without graphs; `add` and `describe_companions` fill in the rest."""
     return {"format": FORMAT, "version": VERSION, "name": name, "model": model, "graphs": [], "engines": [],
-            "weights": {"file": WEIGHTS, "bytes": weights_entry["bytes"],
+            "weights": {"file": WEIGHTS, "bytes": weights_entry["bytes"], "formats": weights.formats,
                         "tensors": [asdict(tensor) for tensor in weights.tensors]},
             "files": {WEIGHTS: weights_entry}, "tokenizer": TOKENIZER, "chat_template": None, "golden": None,
             "lineage": lineage}

@@ -119,6 +119,7 @@ def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
         return value if getattr(config, name) is None else getattr(config, name)
 
     return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},
+            "kv_cache": checkpoint.quantization.kv_cache if checkpoint.quantization else None,
             "max_context": max_context, "bos_token_id": special("bos_token_id"),
             "eos_token_ids": list(stop_ids(config, checkpoint.path)), "pad_token_id": special("pad_token_id"),
             "special_tokens": special_tokens(checkpoint.path), "generation": generation}

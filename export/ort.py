@@ -31,6 +31,7 @@ from models.config import ModelConfig
 from runtime.bundle import open_bundle
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.tensors import check_tensors
 from runtime.files import sole_writer
 
 EXAMPLES = """example:
@@ -65,6 +66,7 @@ INT8_COMPUTE = 4                  # MatMulNBits' accuracy level: activations in 
 def add_fast_graph(options: Options) -> None:
     """Run the stage. Raises UserError for a bundle that cannot be opened, has no portable graph, or whose heads do not fit."""
     opened = open_bundle(options.bundle)
+    check_tensors(opened)
     portable = opened.graph("portable")
     if portable is None:
         raise UserError(f"{options.bundle} has no portable graph to lower: its weights have widths that ONNX lacks")

@@ -30,7 +30,7 @@ from export.bundle import WeightsWriter
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.decoder import inverse_frequencies, rotations
 from models.progress import progress
-from models.quantized import QuantizedTensor, pack
+from models.quantized import QuantizedTensor, described, pack
 from runtime.errors import UserError
 
 GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold
@@ -142,6 +142,7 @@ class _Writer:
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
         """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
         bits, group = parts[0].bits, parts[0].group
+        self.out.formats[name] = described(parts[0].format)
         rows, columns = sum(len(part.codes) for part in parts), parts[0].codes.shape[1]
         scales, zeros = [part.scales for part in parts], [part.zeros for part in parts]
         if bits not in GRAPH_BITS:

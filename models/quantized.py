@@ -86,7 +86,7 @@ class Quantization:
 
     def to_dict(self) -> dict:
         return {"quant_method": METHOD, "version": VERSION, "activations": self.activations, "kv_cache": self.kv_cache,
-                "tensors": {name: _described(form) for name, form in self.tensors.items()}}
+                "tensors": {name: described(form) for name, form in self.tensors.items()}}
 
     def extra_shapes(self, kv_channels: list[int]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the float32 scales of activations and caches; kv_channels: kv_heads * head_dim of each layer."""
@@ -133,7 +133,7 @@ class Quantization:
         return cls(formats, activations, kv_cache)
 
 
-def _described(form: TensorFormat) -> dict:
+def described(form: TensorFormat) -> dict:
     """A format in config.json; the kind only where it is not the usual one."""
     return {name: value for name, value in asdict(form).items() if (name, value) != ("kind", "int")}
 

@@ -34,6 +34,7 @@ import numpy as np
 from runtime.bundle import Bundle
 from runtime.errors import DeviceError, Unavailable, UserError
 from runtime.machine import cpu_threads, has_vnni
+from runtime.tensors import check_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -49,6 +50,7 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = 1, exact: bool = False,
                  role: str | None = None):
         threads = cpu_threads(threads)
+        check_tensors(bundle)
         onnxruntime = _import_onnxruntime()
         if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "

@@ -23,6 +23,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.errors import DeviceError, Unavailable
+from runtime.tensors import check_tensors
 from runtime.trt_device import Device
 from runtime.trt_engine import fitting_engines, load_plan, read_plan
 
@@ -42,6 +43,7 @@ class TrtBackend:
     def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
         if not bundle.manifest["engines"]:
             raise Unavailable("the bundle has no TensorRT engine; `python -m export.trt` adds one")
+        check_tensors(bundle)
         self.device = Device(cuda)
         tensorrt, entries = fitting_engines(bundle, self.device.gpu, modules)
         self.graph, self._max_context = entries[0]["file"], bundle.max_context

@@ -27,6 +27,7 @@ from runtime.errors import DeviceError, Unavailable, UserError
 from runtime.machine import cpu_threads
 from runtime.native import library
 from runtime.sampling import Sampler
+from runtime.tensors import check_tensors
 
 CACHE_DTYPES = ("float16", "float32", "int8")
 
@@ -49,6 +50,7 @@ class NativeBackend:
     def __init__(self, bundle: Bundle, *, threads: int | None = None, exact: bool = False, isa: str | None = None,
                  cache_dtype: str | None = None, repack_cache: bool = False, meanwhile: Callable[[], object] | None = None):
         check_cache_dtype(cache_dtype)
+        check_tensors(bundle)
         self.threads = min(cpu_threads(threads), library.MAX_THREADS)
         self._core = library.load()
         quantized_cache = any(t["name"].endswith(".k_scale") for t in bundle.manifest["weights"]["tensors"])

@@ -1,0 +1,128 @@
+"""The tensors that a bundle's weights file has to hold, and the check that it holds them.
+
+    check_tensors(bundle)            # every backend does it first
+
+A bundle's manifest says three times what its weights are: the model's configuration, the formats of its quantized matrices
+and the table of tensors with their places. From the first two follows the third, entry by entry: names, types, shapes, in
+order, each place where the one before ends. What is missing, unknown, or elsewhere is refused by name, so that no backend
+can leave out a bias or a zero point and give other tokens. The layout is export/weights.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runtime.bundle import DTYPE_BITS, MANIFEST, Bundle
+from runtime.errors import UserError
+
+FLOATS = ("float32", "float16", "bfloat16")
+VECTOR, PAGE, LARGE = 64, 4096, 1 << 20                    # bytes that a tensor is aligned to: any, and one over LARGE
+
+
+def check_tensors(bundle: Bundle) -> None:
+    """Raises UserError where the table of tensors is not the one that the configuration and the formats describe."""
+    where, weights = bundle.folder / MANIFEST, bundle.manifest["weights"]
+    table = {tensor["name"]: tensor for tensor in weights["tensors"]}
+    try:
+        expected = list(_expected(bundle.model, weights["formats"], table))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: model.config or weights.formats cannot be read ({error!r}); export the bundle again") from None
+    names = [name for name, _, _ in expected]
+    if missing := [name for name in names if name not in table]:
+        raise UserError(f"{where}: the weights lack {_some(missing)}, which the model has; export the bundle again")
+    if unknown := [name for name in (*table, *weights["formats"]) if name not in names and f"{name}.codes" not in names]:
+        raise UserError(f"{where}: the weights hold {_some(unknown)}, for which the model has no place; export the bundle again")
+    if len(table) != len(weights["tensors"]):
+        raise UserError(f"{where}: a tensor is listed twice; export the bundle again")
+    end, dense = 0, None
+    for (name, dtypes, shape), tensor in zip(expected, weights["tensors"]):
+        if dtypes is FLOATS:                               # what is not quantized has one type
+            dense = dense or tensor["dtype"]
+            dtypes = (dense,) if dense in FLOATS else FLOATS
+        end += -end % (PAGE if tensor["bytes"] > LARGE else VECTOR)
+        found = tensor["name"], tensor["dtype"], tuple(tensor["shape"]), tensor["offset"]
+        if found != (name, tensor["dtype"] if tensor["dtype"] in dtypes else dtypes[0], shape, end):
+            raise UserError(f"{where}: {found[0]} is {found[1]} {list(found[2])} at {found[3]}, where {name}, {' or '.join(dtypes)} "
+                            f"{list(shape)} at {end}, should be; export the bundle again")
+        end += tensor["bytes"]
+    if end != weights["bytes"]:
+        raise UserError(f"{where}: the tensors end at {end}, but the weights file at {weights['bytes']}; export the bundle again")
+
+
+def _expected(model: dict, formats: dict, table: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """(name, types it may have, shape) of every tensor, in order."""
+    config, hidden, dim = model["config"], model["config"]["hidden_size"], model["config"]["head_dim"]
+    activations, cache = model.get("activations") or {}, model.get("kv_cache")
+
+    def norm(name: str, size: int, bias: bool = False):
+        yield f"{name}.weight", FLOATS, (size,)
+        if bias:
+            yield f"{name}.bias", FLOATS, (size,)
+
+    def matrix(name: str, outputs: int, inputs: int, bias: bool = False, turned: bool = True):
+        form = formats.get(name)
+        if form is None:
+            yield f"{name}.weight", FLOATS, (inputs, outputs) if turned else (outputs, inputs)
+        else:
+            yield from _quantized(name, outputs, inputs, turned, **form)
+            excepted = [part.removesuffix("_proj") for part in activations.get("except", ())]
+            if activations.get("per") == "tensor" and name.startswith("layers.") and name.rsplit(".", 1)[1] not in excepted:
+                yield f"{name}.input_scale", ("float32",), ()
+        if bias:
+            yield f"{name}.bias", FLOATS, (outputs,)
+
+    def linear(name: str, parts: dict[str, int], inputs: int, bias: bool):
+        """Linears of one input: one matrix, but for those that are stored differently."""
+        apart = {f"{name.rpartition('.')[0]}.{part}": outputs for part, outputs in parts.items()}
+        whole = name in formats or not any(part in formats or f"{part}.weight" in table for part in apart)
+        for part, outputs in ({name: sum(parts.values())} if whole else apart).items():
+            yield from matrix(part, outputs, inputs, bias)
+
+    yield from matrix("embed", config["vocab_size"], hidden, turned=False)
+    if config["positions"] == "learned":
+        yield "position_embed.weight", FLOATS, (model["max_context"], hidden)
+    else:
+        for table_name in ("rope.cos", "rope.sin"):
+            yield table_name, FLOATS, (model["max_context"], dim // 2)
+    layer_norm = config["norm"] == "layer"
+    for number, layer in enumerate(config["layers"]):
+        name, q, kv, size = f"layers.{number}", layer["heads"] * dim, layer["kv_heads"] * dim, layer["mlp_size"]
+        yield from norm(f"{name}.attn_norm", hidden, layer_norm)
+        if config["qk_norm"]:
+            yield from norm(f"{name}.q_norm", dim)
+            yield from norm(f"{name}.k_norm", dim)
+        yield from norm(f"{name}.mlp_norm", hidden, layer_norm)
+        yield from linear(f"{name}.qkv", {"q": q, "k": kv, "v": kv}, hidden, config["attention_bias"])
+        yield from matrix(f"{name}.o", hidden, q, config["output_bias"])
+        if config["gated_mlp"]:
+            yield from linear(f"{name}.gate_up", {"gate": size, "up": size}, hidden, config["mlp_bias"])
+        else:
+            yield from matrix(f"{name}.up", size, hidden, config["mlp_bias"])
+        yield from matrix(f"{name}.down", hidden, size, config["mlp_bias"])
+        for part in ("k_scale", "v_scale") if cache else ():
+            yield f"{name}.{part}", ("float32",), (kv if cache["per"] == "channel" else 1,)
+    yield from norm("final_norm", hidden, layer_norm)
+    if not config["tied_embeddings"]:
+        yield from matrix("head", config["vocab_size"], hidden)
+
+
+def _quantized(name: str, outputs: int, inputs: int, turned: bool, bits: int, group: int, symmetric: bool, kind: str = "int"):
+    """Codes, scales and zero points of a matrix; `turned`: stored by inputs, as linears of 4 and 8 bits are."""
+    if [type(value) for value in (bits, group, symmetric)] != [int, int, bool] or f"uint{bits}" not in DTYPE_BITS \
+            or kind not in ("int", "e4m3") or group < 0 or group and inputs % group:
+        raise ValueError(f"{name}: {bits} bits of kind {kind} in groups of {group} of {inputs} inputs, symmetric {symmetric}")
+    groups = inputs // group if group else 1
+    if bits not in (4, 8):                                 # as ONNX lacks them, in the checkpoint's form
+        codes, zeros, turned, scales = f"uint{bits}", "uint8", False, (outputs, groups)
+    else:
+        codes = zeros = "float8_e4m3fn" if kind == "e4m3" else f"int{bits}"
+        scales = (outputs,) if not group else (groups, outputs) if turned else (outputs, groups)
+    yield f"{name}.codes", (codes,), (inputs, outputs) if turned else (outputs, inputs)
+    yield f"{name}.scales", ("float16",), scales
+    if not symmetric:
+        yield f"{name}.zeros", (zeros,), scales
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
