@@ -2,9 +2,9 @@
 
 import threading
 
-import native_bundle
 import numpy as np
 import pytest
+from checkpoints import small_config, write_bundle
 from scipy.special import log_softmax, rel_entr
 
 from compress import quantize
@@ -46,7 +46,7 @@ def core(monkeypatch):
 
 
 def test_other_work_goes_on_while_the_core_opens_the_weights(tmp_path, core):
-    bundle = native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(native_bundle.config()))
+    bundle, _ = write_bundle(tmp_path, small_config())
     backend = NativeBackend(bundle, threads=1, meanwhile=core.beside.set)
     assert core.heard and backend.model and core.opened == 1
     backend.close()
@@ -54,7 +54,7 @@ def test_other_work_goes_on_while_the_core_opens_the_weights(tmp_path, core):
 
 
 def test_what_the_other_work_raises_is_handed_back_and_the_model_closed(tmp_path, core):
-    bundle = native_bundle.write_bundle(tmp_path, native_bundle.random_decoder(native_bundle.config()))
+    bundle, _ = write_bundle(tmp_path, small_config())
 
     def fail():
         core.beside.set()
