@@ -21,7 +21,7 @@ from models.safetensors_file import save_tensors
 from runtime.errors import UserError
 from runtime.files import read_json, write
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def write_baseline(folder: Path, config: dict, tensors: dict[str, torch.Tensor], tokenizer: Path, stage: dict) -> None:

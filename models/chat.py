@@ -19,6 +19,7 @@ from runtime.text import Tokenizer
 from runtime.token_ids import token_ids
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_TEMPLATES = "additional_chat_templates"       # folder of those with other names
 _SAID_BY = {        # `transformers` gives these classes special tokens where tokenizer_config.json names none
     "Qwen2Tokenizer": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     "GPT2Tokenizer": {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
@@ -66,30 +67,36 @@ def stop_ids(config: ModelConfig, folder: Path) -> tuple[int, ...]:
     return config.eos_token_ids if listed is None else token_ids(listed, config.vocab_size, f"{file}: eos_token_id")
 
 
-def template_source(folder: Path) -> str | None:
-    """The text of a checkpoint's chat template: chat_template.jinja, else what tokenizer_config.json or chat_template.json says;
-    None: it has none. Of several by name the default, and the one for tools where tools are given. Raises UserError."""
+def named_templates(folder: Path) -> dict[str, str]:
+    """Name -> text of a checkpoint's chat templates: chat_template.jinja, else what tokenizer_config.json or chat_template.json says,
+    is the "default"; more by name are there or in additional_chat_templates. {}: it has none. Raises UserError."""
     file = folder / "chat_template.jinja"
     try:
         found = file.read_text("utf-8") if file.is_file() else _optional(folder / "tokenizer_config.json").get("chat_template")
         found = _optional(folder / "chat_template.json").get("chat_template") if found is None else found
         if isinstance(found, list):                   # an older form
             found = {entry["name"]: entry["template"] for entry in found}
-        named = {path.stem: path.read_text("utf-8") for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        templates = (found if isinstance(found, dict) else {} if found is None else {"default": found}) | named
+        more = {path.stem: path.read_text("utf-8") for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+        templates = (found if isinstance(found, dict) else {} if found is None else {"default": found}) | more
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: the chat template cannot be read ({error}); mend it there") from None
-    if not templates:
-        return None
-    source, tools = templates.get("default"), templates.get("tool_use")
-    if not isinstance(source, str) or not isinstance(tools, str | None):
+    if any(not isinstance(text, str) for text in templates.values()):
+        raise UserError(f"{folder}: the chat template cannot be read (it is no text); mend it there")
+    return templates
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template that every stage and the bundle use; None: there is none. Of several by name the default, and the one
+    for tools where tools are given. Raises UserError."""
+    templates = named_templates(folder)
+    if templates and "default" not in templates:
         raise UserError(f"{folder}: has chat templates of the names {', '.join(map(str, templates))}, but no default; put the one to "
                         "use there as chat_template.jinja")
-    if tools is None:
-        return source
+    if "tool_use" not in templates:
+        return templates.get("default")
     # Whitespace as if each stood alone: a tag's own line end is not shown, and the empty text keeps the last line's spaces.
-    return ("{% if tools is not none %}\n" + tools.removesuffix("\n") + "{{ '' }}{% else %}\n" + source.removesuffix("\n")
-            + "{{ '' }}{% endif %}")
+    return ("{% if tools is not none %}\n" + templates["tool_use"].removesuffix("\n") + "{{ '' }}{% else %}\n"
+            + templates["default"].removesuffix("\n") + "{{ '' }}{% endif %}")
 
 
 def chat_encoder(folder: Path, tokenizer: Tokenizer) -> ChatEncoder | None:

@@ -40,6 +40,7 @@ _STORED = {torch.uint8: "U8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
                "LICENSE", "NOTICE")
+_MORE_TEMPLATES = "additional_chat_templates"         # chat templates with other names than the default
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, 
     for companion in _COMPANIONS if source is not None else ():
         if (Path(source) / companion).is_file():
             shutil.copyfile(Path(source) / companion, folder / companion)
+    if source is not None and (Path(source) / _MORE_TEMPLATES).is_dir():
+        shutil.copytree(Path(source) / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
     if companions:
         companions(folder)
     sizes = write_safetensors(folder / WEIGHTS, tensors, room)

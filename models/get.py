@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import lineage
+from models.chat import MORE_TEMPLATES, named_templates
 from models.config import ModelConfig
 from models.gguf_tokenizer import write_tokenizer
 from models.progress import progress
@@ -132,17 +133,17 @@ def _read_folder(path: Path) -> Read:
                         "save_pretrained) and try again")
     hf_config = checkpoint.hf_config | checkpoint.config.to_hf()     # its own keys, and both spellings of RoPE's
     return (hf_config, ((name, checkpoint.read(name)) for name in checkpoint.names()), checkpoint.sha256(),
-            lambda folder: _complete(folder, checkpoint.config))
+            lambda folder: _complete(path, folder, checkpoint.config))
 
 
-def _complete(folder: Path, config: ModelConfig) -> None:
-    """Put the chat template into its own file, out of an older tokenizer_config.json, and write what is missing."""
+def _complete(source: Path, folder: Path, config: ModelConfig) -> None:
+    """Put the chat templates of `source` into files of their own, wherever it keeps them, and write what is missing."""
     tokenizer = _json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    template = tokenizer.pop("chat_template", None)
-    if isinstance(template, list):                           # several, each with a name
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    if template and not (folder / "chat_template.jinja").exists():
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer.pop("chat_template", None)
+    for name, template in named_templates(source).items():
+        file = folder / ("chat_template.jinja" if name == "default" else f"{MORE_TEMPLATES}/{Path(str(name)).name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", tokenizer)
     hf = config.to_hf()
     _write_json(folder / "generation_config.json", _json(folder / "generation_config.json", {

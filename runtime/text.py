@@ -32,6 +32,7 @@ _REPLACEMENT = "\ufffd"           # what decoders write for bytes that are no ch
 _MOST_BYTES = 64 << 20            # of a tokenizer.json; the largest in use have 33 MB
 _MOST_COMMAS = 8_000_000          # in it; every value costs memory while it is read. The same have 2 million
 _MOST_PARTS = 256                 # normalizers, splitters, processors and decoders
+_SPELLED_OUT = re.compile(rb"\\u00(?:[46][0-9a-fA-F]|[57][0-9aA]|5[fF])")      # letters, which could hide a key
 _MOST_GROWTH = 32                 # times as long as its input a text may become by replacements
 _MOST_ADDED = 256                 # special tokens put around a text
 
@@ -47,6 +48,9 @@ class Tokenizer:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if len(data) > _MOST_BYTES or data.count(b",") > _MOST_COMMAS:
             raise UserError(f"{path}: {len(data) / 1e6:.0f} MB is more than any tokenizer has; get the file again")
+        if b'"merges"' in data and re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) or _SPELLED_OUT.search(data):
+            raise UserError(f"{path}: BPE with a prefix for continuing pieces, or letters written as numbers: `tokenizers` can end "
+                            "the process over it; get the file again")
         with self._words("is no tokenizer that `tokenizers` {version} reads ({error})"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             del data
@@ -85,7 +89,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of token ids; special tokens are left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with self._words("fails on tokens ({error})"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def token_text(self, token: int) -> str | None:
         """A token as the vocabulary spells it, special tokens included; None: no such token."""

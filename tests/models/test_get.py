@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from models import get, lineage
+from models.chat import template_source
 from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 from models.quantized import Quantization, QuantizedTensor
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
@@ -113,6 +114,7 @@ def older_folder(folder, tiny_checkpoint, template=CHAT_TEMPLATE):
 def test_what_older_folders_lack_is_written(template, tiny_checkpoint, tmp_path):
     assert run(older_folder(tmp_path / "in", tiny_checkpoint, template), "-o", tmp_path / "out") == 0
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert template_source(tmp_path / "out") == template_source(tmp_path / "in")        # with the one for tools
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

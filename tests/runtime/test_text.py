@@ -219,6 +219,15 @@ def test_a_tokenizer_out_to_fill_memory_is_refused(tmp_path, changes):
         Tokenizer(tmp_path / "t.json")
 
 
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "continuin\\u0067_subword_prefix"])
+def test_what_would_end_the_process_is_refused(tmp_path, key):
+    """`tokenizers` panics over merges shorter than the prefix, and again while it cleans up."""
+    (tmp_path / "t.json").write_text(hostile().replace('"continuing_subword_prefix": null', f'"{key}": "abc"'))
+    assert "abc" in (tmp_path / "t.json").read_text()
+    with pytest.raises(UserError, match="can end the process"):
+        Tokenizer(tmp_path / "t.json")
+
+
 def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path):
     for text in (" " * (65 << 20), "[" + "1," * 9_000_000):
         (tmp_path / "t.json").write_text(text)
