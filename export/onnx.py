@@ -74,6 +74,7 @@ def export(options: Options) -> None:
     if not (checkpoint.path / bundles.TOKENIZER).is_file():
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
+    check_formats(checkpoint)
     Tokenizer(checkpoint.path / bundles.TOKENIZER)          # one that cannot be read is refused before the long work
     release_free_memory()
     facts = model_facts(checkpoint, max_context)
@@ -103,6 +104,19 @@ def export(options: Options) -> None:
               "native core runs this bundle")
     elif any(name.endswith(".zeros") for name in bundles.stored_tensors(manifest)):
         print("note: asymmetric weights run on ONNX Runtime; TensorRT takes only symmetric ones")
+
+
+def check_formats(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a mixture that no backend runs: widths that ONNX lacks beside what the native core lacks."""
+    plan = checkpoint.quantization
+    odd = [form.bits for form in plan.tensors.values() if form.bits not in GRAPH_BITS] if plan else []
+    lacks = {"8-bit floats": lambda module, form: form.kind == "e4m3",
+             "groups that 32 does not divide": lambda module, form: form.group % 32 and checkpoint.shape(f"{module}.scales")[1] > 1,
+             "stored scales of activations": lambda module, form: plan.activations.get("per") == "tensor"}
+    for what, found in lacks.items() if odd else ():
+        if any(found(module, form) for module, form in plan.tensors.items()):
+            raise UserError(f"{checkpoint.path}: no backend runs it: ONNX has no weights of {odd[0]} bits, and the native core, which "
+                            f"has, has no {what}; quantize the original again with 4 and 8 bits (--backend onnx), or without these")
 
 
 def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:

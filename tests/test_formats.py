@@ -10,6 +10,7 @@ import format_suite
 import numpy as np
 import pytest
 import torch
+from checkpoints import small_config, write_random
 from format_suite import FLOAT8, GRAPH, NATIVE, ROLES, SMALL, Tally, cases, mean_kl, report, try_case
 
 from compress import quantize
@@ -17,6 +18,7 @@ from compress.mixed import check_target
 from export import onnx as export_onnx
 from export import ort
 from models.checkpoint import load_decoder, open_checkpoint
+from models.quantized import TensorFormat
 from runtime import Engine
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
@@ -95,6 +97,13 @@ def test_a_wrong_answer_and_an_unexpected_refusal_are_found(tmp_path, monkeypatc
     tally = Tally.empty()
     try_case(one, tmp_path / "runs", tally, {"native exact": format_suite.BACKENDS["native exact"]})
     assert len(tally.wrong) == 1 and "has to refuse" in tally.wrong[0]
+
+
+@pytest.mark.parametrize("other, words", [(TensorFormat(8, 0, True, "e4m3"), "8-bit floats"), (TensorFormat(4, 16), "groups that 32")])
+def test_a_mixture_that_no_backend_runs_is_refused_at_export(other, words, tmp_path, capsys):
+    checkpoint = write_random(tmp_path / "c", small_config(), lambda module: other if "down" in module else TensorFormat(3, 32))
+    assert export_onnx.main([str(checkpoint), "-o", str(tmp_path / "b")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 @pytest.fixture(scope="module")
