@@ -12,7 +12,8 @@ Small steps matter: a learning rate of 1e-4 moves a scale by at most one part in
 coarser the codes, the more there is to win. The embedding and the head keep their codes and scales.
 
 Matrix products run in bfloat16 where the CPU has such units; scales, gains and the residual stream are float32. Every
-`SAVED` steps the state is kept beside OUT, so an interrupted run goes on from there and ends with the same bytes.
+`SAVED` steps, and at Ctrl-C and SIGTERM, the state is kept beside OUT, so an interrupted run goes on from there and ends
+with the same bytes; with more --steps (before --weights began) or --weights than before it goes on as the longer run.
 
 Sources: Liu et al. 2023, "LLM-QAT" (distillation of a quantized model); Chen et al. 2024, "EfficientQAT" (training the
 scales alone, end to end); Bengio et al. 2013 (straight-through estimator).
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +84,7 @@ from models.quantized import QuantizedTensor
 from models.optimizer import learning_rate
 from models.safetensors_file import save_tensors
 from models.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
+from models.training_state import noticed
 
 SAVED = 10                # steps from one saved state to the next
 
@@ -163,13 +166,13 @@ def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int,
     """Adam over parameter groups [{"params", "peak"}]; returns the divergence of each step, nats a token.
 
     The state is kept in work/LABEL.safetensors, and read from there. Raises UserError where the divergence stops being
-    finite.
+    finite, and KeyboardInterrupt or SystemExit after the step in which Ctrl-C or SIGTERM came.
     """
     parameters = [parameter.requires_grad_(True) for group in groups for parameter in group["params"]]
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     file = work / f"{label}.safetensors"
-    losses = _load(file, optimizer, parameters) if file.exists() else []
-    with fast_matmul(), progress(total=steps, initial=len(losses), label=label, unit="step") as bar:
+    losses = _load(file, optimizer, parameters, steps) if file.exists() else []
+    with noticed() as stop, fast_matmul(), progress(total=steps, initial=len(losses), label=label, unit="step") as bar:
         for step in range(len(losses), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps=steps, warmup=min(8, steps // 4), peak=group["peak"],
@@ -179,8 +182,11 @@ def train(decoder: Decoder, groups: list[dict], cache: TeacherCache, steps: int,
             optimizer.zero_grad(set_to_none=True)
             bar.set_postfix(kl=f"{sum(losses[-10:]) / len(losses[-10:]):.4f}", refresh=False)
             bar.update()
-            if (step + 1) % SAVED == 0 or step + 1 == steps:
+            if (step + 1) % SAVED == 0 or step + 1 == steps or stop.signal is not None:
                 _save(file, optimizer, parameters, losses)
+            if stop.signal is not None:
+                print(f"stopped after step {step + 1} of {steps}: the same command continues", file=sys.stderr)
+                stop.leave()
     return losses
 
 
@@ -201,12 +207,16 @@ def _save(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor], los
         save_tensors(partial, tensors, {"losses": json.dumps(losses)})
 
 
-def _load(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor]) -> list[float]:
+def _load(file: Path, optimizer: torch.optim.Adam, parameters: list[Tensor], steps: int) -> list[float]:
+    """Put the state back; returns its losses. A state of more than `steps` belongs to a longer run, and is passed over."""
     with safe_open(file, "pt") as saved:
+        losses = parse_json(saved.metadata()["losses"])
+        if len(losses) > steps:
+            return []
         for number, parameter in enumerate(parameters):
             parameter.data.copy_(saved.get_tensor(f"{number}.value"))
             optimizer.state[parameter] = {name: saved.get_tensor(f"{number}.{name}") for name in ("step", "exp_avg", "exp_avg_sq")}
-        return parse_json(saved.metadata()["losses"])
+        return losses
 
 
 def _step(decoder: Decoder, cache: TeacherCache, rows: list[int]) -> float:
@@ -259,7 +269,7 @@ def _train(options: Options, checkpoint: Checkpoint, teacher: Checkpoint, cache:
             module.free_codes()
         latents = [module.latent for module in coded.values()]
         losses += train(decoder, groups + [{"params": latents, "peak": options.code_rate}], cache, options.weights,
-                        options.batch, options.seed + 1, "codes", work)
+                        options.batch, options.seed + 1, f"codes-after-{options.steps}", work)
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
     stage = lineage.stage("compress.recover", options, {"checkpoint": checkpoint.sha256(), "teacher": teacher.sha256(),
                           "predictions": cache.folder.name}, {"kl_first_steps": first, "kl_last_steps": last}, options.seed)
@@ -269,8 +279,9 @@ def _train(options: Options, checkpoint: Checkpoint, teacher: Checkpoint, cache:
 
 
 def _work_folder(options: Options, checkpoint: Checkpoint, cache: TeacherCache) -> Path:
-    """Where the state of exactly this training waits, beside the result."""
-    plan = {name: value for name, value in asdict(options).items() if isinstance(value, int | float)}
+    """Where the state of this training, of whatever length, waits beside the result."""
+    plan = {name: value for name, value in asdict(options).items()
+            if isinstance(value, int | float) and name not in ("steps", "weights")}
     key = hashlib.sha256(json.dumps([plan, checkpoint.sha256(), cache.folder.name], sort_keys=True).encode()).hexdigest()[:12]
     return options.out.with_name(f".{options.out.name}.{key}.work")
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -45,10 +46,10 @@ from models.data import IGNORE, batch_indices
 from models.optimizer import adamw, learning_rate
 from models.progress import progress
 from models.trainer_options import TrainerOptions
-from models.training_state import (comparable, keep_metrics_until, load_state, load_tensors, save_state,
-                                   training_tensors, whole)
+from models.training_state import (Stop, comparable, keep_metrics_until, load_state, load_tensors, noticed,
+                                   save_state, training_tensors, whole)
 from runtime.errors import CheckFailed, UserError
-from runtime.files import lock, new_folder
+from runtime.files import lock, new_folder, restored
 
 
 class Rows(Protocol):
@@ -109,29 +110,41 @@ class Trainer:
         model = torch.compile(module) if options.compile else module
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
         self.step, self.best, self.bad_evaluations = 0, math.inf, 0
+        self.evaluated = 0                           # the step of the last evaluation
+        self.stop = Stop()
         self.saved: int | None = None                # the step that last/ holds
         self.first_loss: float | None = None         # validation loss before the first step; None where resumed
         self.board: SummaryWriter | None = None
-        if options.resume:
+        with self.accelerator.main_process_first():
+            begun, kept = (options.out / "logs").exists(), restored(options.out / "last").exists()
+        if options.resume and (kept or not begun):   # stopped before it saved anything: it starts again
             self._resume()
-        elif (options.out / "last").exists() or (options.out / "metrics.jsonl").exists():
+        elif options.resume:
+            print(f"{options.out} holds a run that was stopped before it saved anything: it starts again")
+        elif kept:
             raise UserError(f"{options.out} already holds a run; continue it with --resume or choose another -o")
         self.accelerator.wait_for_everyone()         # no process writes there before all have looked
 
     def fit(self) -> dict:
         """Train to the last step or until patience ends; returns the last evaluation's metrics.
 
+        Ctrl-C or SIGTERM ends it after the step that runs: last/ is written, and KeyboardInterrupt or SystemExit raised.
         Raises CheckFailed at the first loss or gradient that is not finite, naming the step and the batch's rows, and
         UserError where another run writes the same folder.
         """
-        with lock(self.options.out) if self.accelerator.is_main_process else nullcontext():
-            return self._fit()
+        with lock(self.options.out) if self.accelerator.is_main_process else nullcontext(), noticed() as self.stop:
+            try:
+                return self._fit()
+            except (KeyboardInterrupt, SystemExit):
+                if self.stop.signal is not None and not self.stop.hurried:
+                    self._save_stopped()
+                raise
 
     def _fit(self) -> dict:
         options = self.options
         if self.accelerator.is_main_process:
             options.out.mkdir(parents=True, exist_ok=True)
-            keep_metrics_until(options.out / "metrics.jsonl", self.step)
+            keep_metrics_until(options.out / "metrics.jsonl", self.step if self.saved is not None else -1)
             self.board = SummaryWriter(options.out / "logs", purge_step=self.step)
         if self.step:
             metrics = {"valid_loss": self.best}
@@ -141,7 +154,15 @@ class Trainer:
         bar = progress(total=options.steps, initial=self.step, label="train", unit="step",
                        quiet=not self.accelerator.is_main_process)
         with bar:
-            while self.step < options.steps and not self._out_of_patience():
+            while True:
+                due = self.step and (self.step % options.eval_every == 0 or self.step == options.steps)
+                if due and self.evaluated != self.step:
+                    metrics = self._evaluate()
+                    self._save(metrics)
+                if self.step >= options.steps or self._out_of_patience():
+                    break
+                if self._asked_to_stop():
+                    self.stop.leave()
                 start = time.perf_counter()
                 loss, norm, tokens = self.train_step()
                 speed = tokens / (time.perf_counter() - start)
@@ -149,12 +170,25 @@ class Trainer:
                 self._log("train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_s=speed)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{self.best:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
-                if self.step % options.eval_every == 0 or self.step == options.steps:
-                    metrics = self._evaluate()
-                    self._save(metrics)
         if self.board:
             self.board.close()
         return metrics
+
+    def _asked_to_stop(self) -> bool:
+        """The same answer in all processes, which are at the same step."""
+        if self.processes > 1:
+            asked = torch.tensor(float(self.stop.signal or 0), device=self.accelerator.device)
+            if self.stop.signal is None and float(self._sum(asked)):
+                self.stop.signal = signal.SIGTERM
+        return self.stop.signal is not None
+
+    def _save_stopped(self) -> None:
+        if self.step > (self.saved or 0):
+            self._write({})
+        if self.accelerator.is_main_process:
+            kept = f"{self.options.out / 'last'} keeps step {self.saved}: --resume continues" if self.saved else \
+                "nothing was learned yet: the same command starts again"
+            tqdm.write(f"stopped; {kept}", file=sys.stderr)
 
     def train_step(self) -> tuple[float, float, int]:
         """One update. Returns (mean loss, gradient norm before clipping, tokens of the global batch)."""
@@ -217,7 +251,11 @@ class Trainer:
         return self.accelerator.reduce(value, "sum") if self.processes > 1 else value
 
     def _evaluate(self) -> dict:
+        self.stop.at_once = self.processes == 1
+        if self.stop.at_once and self.stop.signal is not None:
+            self.stop.leave()
         means = self.validate()
+        self.stop.at_once, self.evaluated = False, self.step
         loss = means["loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss} after step {self.step}")
@@ -249,6 +287,9 @@ class Trainer:
         """Write best/ where the loss is the lowest yet, and last/ with the state to continue from."""
         better = metrics["valid_loss"] < self.best
         self.best = min(self.best, metrics["valid_loss"])
+        self._write(metrics, better)
+
+    def _write(self, metrics: dict, better: bool = False) -> None:
         if self.sharded:                             # state_dict() also shards again what validation left whole
             weights = {name: whole(tensor) for name, tensor in self.module.state_dict().items()}
             if self.accelerator.is_main_process:
@@ -271,6 +312,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         save_state(folder, tensors, {
             "step": self.step, "updates": updates, "best": self.best, "bad_evaluations": self.bad_evaluations,
+            "evaluated": self.evaluated,
             "loss_scale": scaler.state_dict() if scaler else None,
             "options": comparable(self.options), "inputs": self.inputs})
 
@@ -290,6 +332,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
         self.step = self.saved = state["step"]
         self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
+        self.evaluated = state.get("evaluated", self.step)
 
 
 def check_options(options: TrainerOptions) -> None:

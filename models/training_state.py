@@ -7,14 +7,19 @@
     OUT/metrics.jsonl                    one line a step and an evaluation
     OUT/logs/                            TensorBoard
 
-A checkpoint is written whole beside the old one, then takes its place (runtime/files.py). The order of the data is a function of the step, and nothing random is drawn after initialization, so this
-state is all that an exact continuation needs.
+A checkpoint is written whole beside the old one, then takes its place (runtime/files.py). The order of the data is a
+function of the step, and nothing random is drawn after initialization, so this state is all that an exact continuation
+needs. Ctrl-C and SIGTERM let the step that runs come to its end, and the state is written (`noticed`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +32,42 @@ from runtime.files import parse_json, read_json, restored, write
 
 FOLDER, STATE, TENSORS = "training_state", "state.json", "state.safetensors"
 MAY_CHANGE = {"out", "resume", "cache"}      # options that do not change what is learned
+MAY_GROW = ("steps", "epochs")               # a longer run goes on where a shorter one stands
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Stop:
+    """Whether somebody wants the run to end: `signal` is the number of the signal that said so, or None."""
+
+    signal: int | None = None
+    at_once = False              # nothing would be lost or half-done: leave without waiting for the step
+    hurried = False              # asked twice: left in the middle of something, which is not to be saved
+
+    def ask(self, number: int, frame) -> None:
+        self.hurried = self.signal is not None
+        self.signal = number
+        if self.at_once or self.hurried:
+            self.leave()
+
+    def leave(self) -> None:
+        """Raises KeyboardInterrupt for Ctrl-C, else SystemExit with a shell's code for the signal (SIGTERM: 143)."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+
+@contextmanager
+def noticed() -> Iterator[Stop]:
+    """Meanwhile Ctrl-C and SIGTERM only say so in the Stop that is given; whoever runs the steps looks there between two."""
+    stop, old = Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)}
+    for number in old:
+        signal.signal(number, stop.ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def comparable(options) -> dict:
@@ -62,14 +102,20 @@ def save_state(checkpoint: Path, tensors: dict[str, torch.Tensor], state: dict) 
 
 
 def load_state(out: Path, options, inputs: dict) -> dict | None:
-    """The state of OUT/last, or None. Raises UserError where `options` or `inputs` differ, naming them."""
+    """The state of OUT/last, or None. Raises UserError where `options` or `inputs` differ, naming them.
+
+    More steps than before do not count as another run, nor the longer warm-up that goes with them unasked.
+    """
     file = restored(out / "last") / FOLDER / STATE
     if not file.is_file():
         return None
     state = read_json(file, strict=False)                # the lowest loss is infinite before there is one
     now, before = comparable(options), state["options"]
+    grown = [key for key in MAY_GROW if (now.get(key) or 0) > (before.get(key) or 0)]
+    if "steps" in grown and all(o.get("warmup") == o["steps"] // 20 for o in (now, before)):
+        grown.append("warmup")
     changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | before.keys())
-               if now.get(key) != before.get(key)]
+               if now.get(key) != before.get(key) and key not in grown]
     changed += [f"the contents of {key} changed" for key in sorted(inputs) if inputs[key] != state["inputs"].get(key)]
     if changed:
         raise UserError(f"{out}: cannot resume with changed options: {'; '.join(changed)}. Give the old ones, or "

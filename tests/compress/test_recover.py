@@ -1,6 +1,8 @@
 """Quantization-aware distillation: gradients against autograd, codes kept, the student nearer to its teacher."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -126,6 +128,26 @@ def test_an_interrupted_run_ends_with_the_same_bytes(world, monkeypatch):
     assert len(calls) == 3                                # it went on, and did not start again
     assert (folder / "parts/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
     assert not list(folder.glob(".*.work"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_after_the_step_and_a_longer_run_goes_on(world, monkeypatch, number, code):
+    _, folder = world
+    step, calls = compress.recover._step, []
+
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return step(*arguments)
+    monkeypatch.setattr("compress.recover._step", signalled)
+    try:
+        assert recover(world, "signal", "--steps", 5) == code
+    except SystemExit as left:
+        assert left.code == code
+    assert not (folder / "signal").exists()
+    assert recover(world, "signal", "--steps", 8) == 0
+    assert len(calls) == 8 and not list(folder.glob(".*.work"))          # 3, then 5 more
 
 
 def test_quantize_recovers_in_the_same_command(world, monkeypatch, capsys):

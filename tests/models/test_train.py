@@ -108,6 +108,27 @@ def test_killed_and_resumed_it_has_the_losses_of_the_uninterrupted_run(finished,
     assert not list(out.glob("*.new")) and not list(out.glob("*.old")) and not list(out.glob(".*"))
 
 
+def test_stopped_by_sigterm_it_goes_on_to_the_same_end(finished, files, tmp_path):
+    """First killed before it saved anything and started again; then SIGTERM between two saves, which saves."""
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "models.train", *arguments(files, out, steps=40)]
+
+    def until(there, number):
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not there():
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate()[1]
+        return process.returncode, said
+    assert until((out / "logs").exists, signal.SIGKILL)[0] == -signal.SIGKILL and not (out / "last").exists()
+    code, said = until(lambda: (out / "last").exists() and max(losses(out)) >= 5, signal.SIGTERM)
+    assert code == 143 and (kept := max(losses(out))) < 40 and f"last keeps step {kept}: --resume continues" in said
+    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True)
+    assert losses(out) == losses(finished)
+    assert losses(out, "valid", "valid_loss") == losses(finished, "valid", "valid_loss")
+    assert (out / "last/model.safetensors").read_bytes() == (finished / "last/model.safetensors").read_bytes()
+
+
 def test_two_processes_have_the_loss_curve_of_one(finished, files, tmp_path):
     out = tmp_path / "two"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",

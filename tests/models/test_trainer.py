@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -137,6 +139,58 @@ def test_nan_loss_stops_with_step_and_rows_and_keeps_the_last_checkpoint(tmp_pat
         run.fit()
     assert json.loads((tmp_path / "run/last/training_state/state.json").read_text())["step"] == 3
     assert all(p.isfinite().all() for p in run.module.parameters())
+
+
+def stopped_at(run, step, number):
+    """Send this process the signal within the given step of training (negative: of validation)."""
+    train_step, validate = run.train_step, run.validate
+    run.train_step = lambda: (os.kill(os.getpid(), number) if run.step + 1 == step else None, train_step())[1]
+    run.validate = lambda: (os.kill(os.getpid(), number) if run.step == -step else None, validate())[1]
+    return run
+
+
+@pytest.mark.parametrize("step, number, error, kept", [
+    (2, signal.SIGINT, KeyboardInterrupt, 2), (5, signal.SIGTERM, SystemExit, 5), (1, signal.SIGINT, KeyboardInterrupt, 1),
+    (-3, signal.SIGTERM, SystemExit, 3), (-6, signal.SIGINT, KeyboardInterrupt, 6)])
+def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(tmp_path, capfd, step, number, error, kept):
+    trainer(tmp_path, name="whole").fit()
+    with pytest.raises(error) as left:
+        stopped_at(trainer(tmp_path), step, number).fit()
+    assert error is KeyboardInterrupt or left.value.code == 143
+    assert f"last keeps step {kept}: --resume continues" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    trainer(tmp_path, resume=True).fit()
+    for kind, key in (("train", "loss"), ("valid", "valid_loss")):
+        assert [(row["step"], row[key]) for row in lines(tmp_path / "run", kind)] == [
+            (row["step"], row[key]) for row in lines(tmp_path / "whole", kind)]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_run_that_saved_nothing_starts_again(tmp_path, hurried, resume):
+    """Stopped in its first evaluation, or by two signals, of which the second does not wait for the step."""
+    first = stopped_at(trainer(tmp_path), 1 if hurried else 0, signal.SIGINT)
+    if hurried:
+        train_step = first.train_step
+        first.train_step = lambda: (train_step(), os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        first.fit()
+    assert not (tmp_path / "run/last").exists()
+    trainer(tmp_path, resume=resume).fit()
+    assert [row["step"] for row in lines(tmp_path / "run", "valid")] == [0, 3, 6]
+
+
+def test_more_steps_continue(tmp_path):
+    trainer(tmp_path).fit()
+    longer = trainer(tmp_path, steps=12, resume=True)
+    assert longer.step == 6
+    longer.fit()
+    trainer(tmp_path, name="long", steps=12).fit()
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 13))
+    for ours, whole in zip(lines(tmp_path / "run")[6:], lines(tmp_path / "long")[6:], strict=True):
+        assert ours["learning_rate"] == whole["learning_rate"]         # the longer run's schedule from there on
+    with pytest.raises(UserError, match="steps was 12 and is 9"):
+        trainer(tmp_path, steps=9, resume=True)
 
 
 def test_a_diverged_model_is_not_saved(tmp_path):
