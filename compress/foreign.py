@@ -10,8 +10,9 @@ What config.json's `quantization_config` names decides how a linear [N, K] with 
     compressed-tensors  weight_packed int32 [N, K b/32] packed along K, symmetric, weight_scale [N, G]
 Codes and zero points are written as they are; scales become fp16. Zero points that are all 2^(b-1) become symmetric.
 
-Refused, in words: widths other than 2, 4 and 8 bits; GPTQ in activation order with groups out of place (g_idx), which
-no contiguous groups can hold; pickles; asymmetric compressed-tensors.
+Refused, in words: widths other than 2, 4 and 8 bits; groups out of place, as activation order may leave them (g_idx), which
+no contiguous groups can hold; asymmetric compressed-tensors; rotations and quantized activations; pickles; every key of
+the configuration that is not understood (compress/foreign_keys.py), and every tensor of the file that has no place.
 """
 
 from __future__ import annotations
@@ -48,36 +49,31 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.checkpoint import check_output, open_checkpoint, write_checkpoint
+from compress.foreign_keys import scheme
+from models.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
 from models.decoder import tensor_shapes
 from models.quantized import Quantization, QuantizedTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+TABLE = "model.embed_tokens.weight"
 SUFFIX = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 
 
 class FolderTensors:
-    """All tensors of a folder's safetensors files, read one at a time."""
+    """All tensors of a folder, read one at a time; `left` are those that nobody asked for."""
 
     def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} has no safetensors files: pickles can run code, so save it again as safetensors")
-        self.places = {}
-        for file in files:
-            try:
-                opened = safe_open(file, "pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
-            self.places |= dict.fromkeys(opened.keys(), opened)
+        files: dict = {}
+        self.places = {name: file for file, name in stored_tensors(folder, files)}
+        self.left, self._files = set(self.places), files
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.places:
             raise UserError(f"the checkpoint lacks {name}, which its quantization_config asks for")
-        return self.places[name].get_tensor(name)
+        self.left.discard(name)
+        return self._files[self.places[name]].get_tensor(name)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -91,12 +87,11 @@ def read_gptq(tensors, module: str, bits: int, group: int, config: dict) -> Quan
     codes = unpack_words(tensors[f"{module}.qweight"].T, bits)                         # [N, K]
     columns = codes.shape[1]
     group = columns if group in (-1, 0) else group
-    places = tensors.places.get(f"{module}.g_idx")
-    if places is not None and not torch.equal(tensors[f"{module}.g_idx"].long(), torch.arange(columns) // group):
-        raise UserError(f"{module} was quantized in activation order with its groups out of place (g_idx), which contiguous "
-                        f"groups cannot hold: quantize it again with desc_act false or static groups")
+    if f"{module}.g_idx" not in tensors.places and config.get("desc_act"):
+        raise UserError(f"{module} has no g_idx, which desc_act asks for")
+    _check_order(tensors, f"{module}.g_idx", columns, group)
     zeros = unpack_words(tensors[f"{module}.qzeros"], bits).T                          # [N, G]
-    if config.get("checkpoint_format", "gptq") != "gptq_v2":
+    if (config.get("checkpoint_format") or config.get("format")) != "gptq_v2":
         zeros = (zeros + 1) & (2**bits - 1)                                            # as its kernels wrap
     return _tensor(module, codes, tensors[f"{module}.scales"].T, zeros, bits, group)
 
@@ -117,44 +112,43 @@ def read_compressed(tensors, module: str, bits: int, group: int, config: dict) -
     if f"{module}.weight_zero_point" in tensors.places:
         raise UserError(f"{module} has packed zero points: of compressed-tensors only symmetric weights are read")
     scales = tensors[f"{module}.weight_scale"]
-    columns = int(tensors[f"{module}.weight_shape"][1])
-    codes = unpack_words(tensors[f"{module}.weight_packed"], bits)[:, :columns]
-    return _tensor(module, codes, scales, torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8), bits,
-                   columns // scales.shape[1])
+    rows, columns = tensors[f"{module}.weight_shape"].tolist()
+    packed = unpack_words(tensors[f"{module}.weight_packed"], bits)
+    if packed.shape[0] != rows or not 0 <= packed.shape[1] - columns < 32 // bits:
+        raise UserError(f"{module}.weight_shape says {rows} x {columns}, and weight_packed holds {list(packed.shape)} codes")
+    group = columns if group in (-1, 0) else group
+    weights = next(iter(config["config_groups"].values()))["weights"]
+    if weights.get("actorder") in ("group", "dynamic", True) and f"{module}.weight_g_idx" not in tensors.places:
+        raise UserError(f"{module} has no weight_g_idx, which actorder {weights['actorder']!r} asks for")
+    _check_order(tensors, f"{module}.weight_g_idx", columns, group)
+    return _tensor(module, packed[:, :columns], scales, torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8), bits, group)
+
+
+def _check_order(tensors, name: str, columns: int, group: int) -> None:
+    """Raises UserError unless input k belongs to group k // group; all -1 means the same."""
+    if name in tensors.places:
+        found = tensors[name].long()
+        if not torch.equal(found, torch.arange(columns) // group) and not (len(found) == columns and bool((found == -1).all())):
+            raise UserError(f"{name}: it was quantized in activation order with its groups out of place, which contiguous groups "
+                            f"cannot hold: quantize it again without activation order (desc_act, actorder) or with static groups")
 
 
 READERS = {"gptq": read_gptq, "awq": read_awq, "compressed-tensors": read_compressed}
 
 
 def _tensor(module: str, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> QuantizedTensor:
-    scales = scales.half()
+    exact, scales = scales.float(), scales.half()
     if scales.shape != zeros.shape or scales.shape[1] * group != codes.shape[1]:
         raise UserError(f"{module} has {codes.shape[1]} inputs and {list(scales.shape)} scales, which do not fit groups of {group}")
     if not torch.isfinite(scales).all():
         raise UserError(f"{module}.scales holds values that are not finite in fp16: the checkpoint cannot be used")
+    if ((scales.float() - exact).abs() > exact.abs() / 256).any():
+        raise UserError(f"{module} has scales as small as {float(exact[exact != 0].abs().min()):.1e}, which fp16 cannot hold")
     symmetric = bool((zeros == 2 ** (bits - 1)).all())
     if not symmetric and int(zeros.max()) >= 2**bits:
         raise UserError(f"{module} has zero point {int(zeros.max())}, which {bits} bits cannot hold")
     return QuantizedTensor(codes.contiguous(), scales.contiguous(), None if symmetric else zeros.contiguous(), bits,
                            0 if scales.shape[1] == 1 else group, symmetric)
-
-
-def _scheme(config: dict) -> tuple[str, int, int]:
-    """Method, bits and group of a Hugging Face `quantization_config`. Raises UserError for one not known."""
-    method = config.get("quant_method")
-    if method not in READERS:
-        raise UserError(f"quantization method {method!r} is not known: known are {', '.join(READERS)}")
-    if method == "compressed-tensors":
-        groups = list(config.get("config_groups", {}).values())
-        weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
-        if config.get("format") != "pack-quantized" or weights.get("type") != "int":
-            raise UserError("of compressed-tensors only format pack-quantized with one group of int weights is read")
-        bits, group = weights.get("num_bits"), weights.get("group_size") or -1
-    else:
-        bits, group = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
-    if bits not in (2, 4, 8) or type(group) is not int:
-        raise UserError(f"quantization_config has bits {bits!r} and group_size {group!r}: bits 2, 4 and 8 are read")
-    return method, bits, group
 
 
 def adopt(options: Options) -> None:
@@ -166,26 +160,50 @@ def adopt(options: Options) -> None:
         raise UserError(f"{folder} is not quantized: compress.quantize reads it as it is")
     if quantization.get("quant_method") == "edgewright":
         raise UserError(f"{folder} is one of ours already")
-    method, bits, group = _scheme(quantization)
+    method, bits, group = scheme(quantization)
     plain = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     config = ModelConfig.from_hf(plain)
     check_output(options.out, folder)
     tensors = FolderTensors(folder)
     modules = sorted(name.removesuffix(f".{SUFFIX[method]}") for name in tensors.places if name.endswith(f".{SUFFIX[method]}"))
-    known = {name.removesuffix(".weight") for name in tensor_shapes(config)}
+    shapes = tensor_shapes(config)
+    known = {name.removesuffix(".weight") for name in shapes}
     if not modules or not known.issuperset(modules):
         raise UserError(f"{folder} holds no {method} linears of a {config.family} model under their published names")
-    formats = {module: READERS[method](tensors, module, bits, group, quantization).format for module in modules}
+    formats = {}
+    for module in modules:
+        tensor = READERS[method](tensors, module, bits, group, quantization)
+        if tuple(tensor.codes.shape) != shapes[f"{module}.weight"]:
+            raise UserError(f"{module} has {list(tensor.codes.shape)} codes, where config.json asks for {list(shapes[f'{module}.weight'])}")
+        formats[module] = tensor.format
+    dense = {name: name for name in shapes if name.removesuffix(".weight") not in formats}
+    if config.tied_embeddings and "lm_head.weight" in tensors.places:
+        if TABLE not in tensors.places:
+            dense[TABLE] = "lm_head.weight"
+        elif not torch.equal(tensors["lm_head.weight"], tensors[TABLE]):
+            raise UserError(f"{folder} holds lm_head.weight beside {TABLE} with other values, while config.json ties the two")
+    _check_left(folder, tensors, set(dense.values()), modules)
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for module in modules:
             yield from READERS[method](tensors, module, bits, group, quantization).tensors(module).items()
-        for name in tensor_shapes(config):
-            if name.removesuffix(".weight") not in formats:
-                yield name, tensors[name]
+        for name, theirs in dense.items():
+            tensor = tensors[theirs]
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise UserError(f"{theirs} is {list(tensor.shape)} of {tensor.dtype}, where config.json asks for "
+                                f"{list(shapes[name])} floats")
+            yield name, tensor
     stage = lineage.stage("compress.foreign", options, {"config": _sha256(folder)})
     write_checkpoint(options.out, plain | {"quantization_config": Quantization(formats).to_dict()}, stored(), folder, stage)
     print(f"{len(formats)} linears of {bits} bits from {method}: {open_checkpoint(options.out).path}")
+
+
+def _check_left(folder: Path, tensors: FolderTensors, dense: set[str], modules: list[str]) -> None:
+    """Raises UserError for a tensor that nothing reads; biases of zeros, as GPTQ's tools add, and RoPE's buffers are none."""
+    for name in sorted(tensors.left - dense):
+        zero_bias = name.removesuffix(".bias") in modules and name.endswith(".bias") and not tensors[name].any()
+        if not zero_bias and not name.endswith(".rotary_emb.inv_freq"):
+            raise UserError(f"{folder} holds {name}, which is not understood: leaving it out would change the model")
 
 
 def _sha256(folder: Path) -> str:

@@ -132,4 +132,113 @@ def test_groups_out_of_place_and_lost_tensors_are_refused(tiny_checkpoint, tmp_p
     assert "lacks model.layers.0.mlp.up_proj.scales" in capsys.readouterr().err
     file.unlink()
     assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 2
-    assert "no safetensors" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    assert "has neither model.safetensors" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
+def reconfigured(folder, **changes):
+    """Change quantization_config: GROUP.KEY reaches into the one group of compressed-tensors, WEIGHTS.KEY into its weights."""
+    whole = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        into = whole["quantization_config"]
+        if "__" in key:
+            group, key = key.split("__")
+            into = into["config_groups"]["group_0"]
+            into = into["weights"] if group == "weights" else into
+        if value is LEFT_OUT:
+            into.pop(key)
+        else:
+            into[key] = value
+    (folder / "config.json").write_text(json.dumps(whole))
+
+
+LEFT_OUT = object()
+
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"), ("gptq", {"pack_dtype": "int8"}, "pack_dtype 'int8'"),
+    ("gptq", {"dynamic": {"+:.*up_proj.*": {"bits": 8}}}, "dynamic"), ("gptq", {"is_marlin_format": True}, "is_marlin_format"),
+    ("gptq", {"rotation": "hadamard"}, "rotation 'hadamard'"), ("gptq", {"adapter": {"name": "eora"}}, "adapter"),
+    ("gptq", {"future_key": 3}, "future_key 3"), ("gptq", {"bits": True}, "bits True"), ("gptq", {"group_size": -5}, "group_size -5"),
+    ("gptq", {"checkpoint_format": "gptq_v2", "format": "gptq"}, "which mean the same"),
+    ("awq", {"version": "gemv"}, "version 'gemv'"), ("awq", {"version": "gemv_fast"}, "gemv_fast"), ("awq", {"backend": "llm-awq"}, "llm-awq"),
+    ("awq", {"zero_point": False}, "zero_point False"), ("awq", {"zero_point": LEFT_OUT}, "lacks zero_point"),
+    ("awq", {"desc": 1}, "desc 1"), ("compressed-tensors", {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
+    ("compressed-tensors", {"format": "naive-quantized"}, "format 'naive-quantized'"), ("compressed-tensors", {"format": LEFT_OUT}, "lacks format"),
+    ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+    ("compressed-tensors", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+    ("compressed-tensors", {"config_groups": {}}, "config_groups"), ("compressed-tensors", {"group__input_activations": {"num_bits": 8}}, "input_activations"),
+    ("compressed-tensors", {"group__output_activations": {"num_bits": 8}}, "output_activations"), ("compressed-tensors", {"group__format": "marlin-24"}, "marlin-24"),
+    ("compressed-tensors", {"weights__symmetric": False}, "symmetric False"), ("compressed-tensors", {"weights__type": "float"}, "type 'float'"),
+    ("compressed-tensors", {"weights__dynamic": True}, "dynamic True"), ("compressed-tensors", {"weights__strategy": "channel"}, "strategy 'channel'"),
+    ("compressed-tensors", {"weights__strategy": "block"}, "strategy 'block'"), ("compressed-tensors", {"weights__block_structure": [8, 8]}, "block_structure"),
+    ("compressed-tensors", {"weights__actorder": "group"}, "has no weight_g_idx"), ("compressed-tensors", {"weights__actorder": "sideways"}, "actorder 'sideways'"), ("compressed-tensors", {"weights__group_size": 16}, "do not fit groups of 16"),
+])
+def test_keys_that_are_not_understood_are_refused_by_name(kind, changes, words, tiny_checkpoint, tmp_path, capsys):
+    make(tiny_checkpoint("smollm2"), tmp_path / "theirs", kind, True)
+    reconfigured(tmp_path / "theirs", **changes)
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("gptq", {"desc_act": True, "sym": True, "true_sequential": True, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
+              "meta": {"quantizer": ["gptqmodel:2.0"]}, "damp_percent": 0.1, "dynamic": {"-:.*head.*": {}}, "is_marlin_format": False}),
+    ("awq", {"version": "GEMM", "modules_to_not_convert": ["lm_head"], "do_fuse": False, "backend": "autoawq"}),
+    ("compressed-tensors", {"ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed", "transform_config": {},
+                            "sparsity_config": {}, "global_compression_ratio": 1.9, "version": "0.9", "group__targets": ["re:.*proj"],
+                            "group__input_activations": None, "weights__actorder": "static", "weights__strategy": "group",
+                            "weights__symmetric": True, "weights__dynamic": False, "weights__observer_kwargs": {"a": 1}})])
+def test_keys_as_others_write_them_are_read(kind, changes, tiny_checkpoint, tmp_path):
+    dense = make(tiny_checkpoint("smollm2"), tmp_path / "theirs", kind, True)
+    reconfigured(tmp_path / "theirs", **changes)
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 0
+    decoder = load_decoder(tmp_path / "ours").state_dict()
+    assert all(torch.equal(decoder[name], weight) for name, weight in dense.items())
+
+
+def test_the_second_gptq_format_keeps_its_zeros(tiny_checkpoint, tmp_path):
+    dense = make(tiny_checkpoint("smollm2"), tmp_path / "theirs", "gptq", False)
+    file = tmp_path / "theirs/model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("qzeros")]:
+        nibbles = torch.stack([(tensors[name].long() >> shift) + 1 & 15 for shift in range(0, 32, 4)], -1).flatten(1)
+        tensors[name] = pack_loop(nibbles)
+    save_file(tensors, file)
+    reconfigured(tmp_path / "theirs", checkpoint_format="gptq_v2")
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 0
+    decoder = load_decoder(tmp_path / "ours").state_dict()
+    assert all(torch.equal(decoder[name], weight) for name, weight in dense.items())
+
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("kind, more, words", [
+    ("compressed-tensors", {f"{NAME}.weight_g_idx": (torch.arange(64) % 2).int()}, "weight_g_idx: it was quantized in activation order"),
+    ("compressed-tensors", {f"{NAME}.weight_g_idx": (torch.arange(64) // 32).int()}, None),
+    ("compressed-tensors", {f"{NAME}.weight_g_idx": torch.full((64,), -1).int()}, None),
+    ("compressed-tensors", {f"{NAME}.weight_shape": torch.tensor([128, 72])}, "weight_shape says 128 x 72"),
+    ("compressed-tensors", {f"{NAME}.weight_zero_point": torch.zeros(16, 2).int()}, "packed zero points"),
+    ("compressed-tensors", {f"{NAME}.input_scale": torch.ones(1)}, "input_scale, which is not understood"),
+    ("gptq", {f"{NAME}.bias": torch.zeros(128)}, None), ("gptq", {f"{NAME}.bias": torch.ones(128)}, "up_proj.bias, which is not understood"),
+    ("gptq", {f"{NAME}.scales": torch.full((2, 128), 1e-9)}, "which fp16 cannot hold"),
+    ("gptq", {"model.norm.weight": torch.ones(63)}, "where config.json asks for [64] floats"),
+    ("awq", {"rotation.weight": torch.eye(8)}, "rotation.weight, which is not understood"),
+    ("gptq", {"lm_head.weight": torch.ones(384, 64)}, "with other values, while config.json ties the two")])
+def test_every_tensor_is_used_or_refused(kind, more, words, tiny_checkpoint, tmp_path, capsys):
+    make(tiny_checkpoint("smollm2"), tmp_path / "theirs", kind, True)
+    file = tmp_path / "theirs/model.safetensors"
+    save_file(load_file(file) | more, file)
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == (2 if words else 0)
+    assert (words or "") in capsys.readouterr().err and (tmp_path / "ours").exists() == (words is None)
+
+
+def test_a_tied_table_under_the_heads_name(tiny_checkpoint, tmp_path):
+    make(tiny_checkpoint("smollm2"), tmp_path / "theirs", "gptq", True)
+    file = tmp_path / "theirs/model.safetensors"
+    tensors = load_file(file)
+    table = tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file)
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 0
+    assert torch.equal(open_checkpoint(tmp_path / "ours").weight("model.embed_tokens"), table)

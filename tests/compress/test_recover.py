@@ -142,11 +142,11 @@ def test_a_signal_ends_it_after_the_step_and_a_longer_run_goes_on(world, monkeyp
         return step(*arguments)
     monkeypatch.setattr("compress.recover._step", signalled)
     try:
-        assert recover(world, "signal", "--steps", 5) == code
+        assert recover(world, f"signal{code}", "--steps", 5) == code
     except SystemExit as left:
         assert left.code == code
-    assert not (folder / "signal").exists()
-    assert recover(world, "signal", "--steps", 8) == 0
+    assert not (folder / f"signal{code}").exists()
+    assert recover(world, f"signal{code}", "--steps", 8) == 0
     assert len(calls) == 8 and not list(folder.glob(".*.work"))          # 3, then 5 more
 
 
