@@ -1,12 +1,14 @@
 """Which backend an engine gets, and how it steps down."""
 
 import logging
+import shutil
 
 import pytest
 from make_bundle import VOCAB, write_bundle
 from mock_backend import MockBackend
 
 from runtime import backends
+from runtime.bundle import open_bundle
 from runtime.engine import Engine
 from runtime.errors import DeviceError, Unavailable, UserError
 
@@ -190,3 +192,31 @@ def test_where_nothing_is_left_the_reason_is_raised(open_engine):
         open_engine(FailingBackend("tensorrt", calls=3)).generate("Hello", max_new_tokens=30)
     with pytest.raises(DeviceError, match="out of memory"):
         open_engine(FailingBackend("onnxruntime-cpu", calls=3)).generate("Hello", max_new_tokens=30)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"cache_dtype": "fp16"}, "cache_dtype='fp16'"), ({"threads": 1000}, "threads is 1000"), ({"threads": 0}, "threads is 0")], ids=str)
+@pytest.mark.parametrize("provider", [None, "native", "cpu"])
+def test_the_real_backends_raise_mistakes(tiny_bundle, provider, options, words):
+    with pytest.raises(UserError, match=words):
+        Engine(tiny_bundle("smollm2", 4)[1], provider=provider, **options)
+
+
+def test_damaged_weights_and_a_damaged_tokenizer_are_raised_not_stepped_down_from(tiny_bundle, tmp_path):
+    pytest.importorskip("onnxruntime")
+    library = pytest.importorskip("runtime.native.library")
+    try:
+        library.load()
+    except UserError as error:
+        pytest.skip(str(error))
+    folder = shutil.copytree(tiny_bundle("smollm2", 4)[1], tmp_path / "bundle")
+    entry = next(t for t in open_bundle(folder).manifest["weights"]["tensors"] if t["name"] == "layers.1.down.scales")
+    whole = (folder / "weights.bin").read_bytes()
+    (folder / "weights.bin").write_bytes(whole[:entry["offset"]] + b"\xff\xff" + whole[entry["offset"] + 2:])
+    with pytest.raises(UserError, match="layers.1.down.*not a finite number"):
+        Engine(folder)
+    (folder / "weights.bin").write_bytes(whole)
+    Engine(folder).close()
+    (folder / "tokenizer.json").write_bytes(b"x" * (folder / "tokenizer.json").stat().st_size)
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Engine(folder)
