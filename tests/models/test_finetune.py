@@ -19,6 +19,7 @@ from models.data import IGNORE
 from models.chat import chat_encoder
 from models.examples import Examples, encode_chat, encode_labelled
 from models.finetune import main
+from models.language_model import open_model
 from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import training_bytes
 from runtime.chat_tokens import ChatEncoder

@@ -49,7 +49,7 @@ def test_everything_is_measured_and_shown(files, tiny_checkpoint, capsys):
 
 def test_a_model_against_itself_lost_nothing(files, tiny_checkpoint):
     model = open_model(tiny_checkpoint("smollm2"), threads=1)
-    row = what_got_worse.domain("one", TEXT, model, model, 2)
+    row = what_got_worse.domain("one", TEXT, model, model, 2, None)
     assert abs(row["kl"]) < 1e-6 and row["perplexity_before"] == row["perplexity_after"]
     options = what_got_worse.Options(model.folder, model.folder, data=(Path("text"),))
     examples = what_got_worse.tasks.read_examples("classify", files / "c.tsv")
