@@ -1,9 +1,11 @@
 """Compile an ONNX model to TensorRT engines, on a machine with or without a GPU: `python -m export.trt MODEL`.
 
-MODEL is a bundle, a graph of a bundle, or any ONNX file. It is linted first (`trt_lint.py`), its capacity fixed and
-its profiles set (`trt_profiles.py`), then parsed, checked against the model and built (`trt_build.py`). A bundle's
-engine goes into the bundle, one for each capacity, and into its manifest; any other beside the model, with a record
-(`trt_record.py`). Nothing is written before an engine is complete.
+MODEL is a bundle, a graph of a bundle, an encoder's folder from `export.onnx --task`, or any ONNX file. It is read
+(`trt_model.py`: `--fix` turns inputs into constants, and branches that are then decided go), linted (`trt_lint.py`), its
+capacity fixed and its profiles set (`trt_profiles.py`), then parsed, checked against the model and built
+(`trt_build.py`). A bundle's engine goes into the bundle, one for each capacity, and into its manifest; any other beside
+the model, with a record (`trt_record.py`). Nothing is written before an engine is complete. The command runs in a
+process of its own, so that a crash inside a library ends in a sentence (`trt_child.py`).
 
 The backend `rtx` (TensorRT for RTX) builds for a list of compute capabilities with no GPU. A Jetson Orin (SM87) and
 data-centre GPUs are none of its targets: for them the one command to run on the device is printed, and kept in the
@@ -18,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.trt_child import in_a_child
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
@@ -29,6 +32,7 @@ EXAMPLES = """examples:
   python -m export.trt build/smollm2-135m-int4                                   an RTX engine, into the bundle
   python -m export.trt build/smollm2-135m-int4 --sm 89 --capacity 1024,4096
   python -m export.trt encoder.onnx --shapes input_ids:1x1,1x64,8x512 attention_mask:1x1,1x64,8x512
+  python -m export.trt silero_vad.onnx --fix sr=16000 --shapes input:1x512 state:2x1x128
   python -m export.trt build/smollm2-135m-int4 --backend trt                     on a Jetson or a data-centre GPU
   python -m export.trt --list
   python -m export.trt inspect encoder.engine
@@ -51,6 +55,7 @@ class Options(Checked):
     one_profile: bool = arg(False, help="decoders: no kernels of their own for decode steps, an engine a sixth smaller "
                                         "that builds in a third of the time", group="decoders")
     shapes: tuple[str, ...] = arg((), help="profile of other models: name:min,opt,max, shapes written as 1x128")
+    fix: tuple[str, ...] = arg((), help="inputs of other models to make constant: name=value, as in sr=16000")
     workspace_mb: int | None = arg(None, help="limit of the GPU memory a layer may use while running", least=1)
     timing_cache: Path | None = arg(None, help="file of timings to read and extend, trt only", group="plain TensorRT")
     hardware_compatibility: str | None = arg(None, choices=("ampere_plus", "same_compute_capability"),
@@ -74,13 +79,14 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
-    raise SystemExit(main())
+    raise SystemExit(in_a_child(main, "export.trt"))
 
 import onnx
 
 from export import bundle as bundles
-from export import trt_lint, trt_profiles, trt_record
+from export import trt_lint, trt_model, trt_profiles, trt_record
 from export.trt_build import Settings, build, load_backend, predicted_bytes, targets
+from export.trt_sample import Sample
 
 ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
 RTX_GPUS = {75: "RTX 20, T4", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 120: "RTX 50", 121: "DGX Spark"}
@@ -105,7 +111,7 @@ def compile(options: Options) -> None:
             return
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
                         options.verbose)
-    model = _load(path)
+    model = _read(path, options)[0]
     _refuse_faults(model, path, settings)
     _refuse_memory(model, path)
     for capacity in _capacities(options, model, bundle):
@@ -120,9 +126,12 @@ def inspect(options: InspectOptions) -> None:
 
 def _one(options, settings, path, bundle, capacity) -> None:
     """Build and write the engine of one capacity (None: not a decoder)."""
-    model = _load(path)
+    model, original = _read(path, options)
     if capacity is None:
-        profiles = trt_profiles.given_profiles(model, options.shapes)
+        profiles = trt_profiles.given_profiles(model, options.shapes, path)
+        usual = {name: best for p in profiles for name, (_, best, _) in p.shapes.items()}
+        if model is not original and Sample(original, path).agrees(Sample(model, path), usual) is False:
+            model = original                    # what the simplification got wrong is not built
     else:
         trt_profiles.fix_dimension(model, "capacity", capacity)
         profiles = trt_profiles.decoder_profiles(model, options.rows, min(options.chunk, capacity), options.one_profile)
@@ -132,6 +141,7 @@ def _one(options, settings, path, bundle, capacity) -> None:
     trt_record.check_writable(out)
     engine = build(model, path, profiles, settings)
     facts = trt_record.record(engine, settings, model, path, profiles, capacity)
+    facts |= {"fixed": list(options.fix)} if options.fix else {}
     if inside:
         manifest = trt_record.add_to_bundle(bundle, name, engine.plan, facts)
         bundles.write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
@@ -148,6 +158,8 @@ def _one(options, settings, path, bundle, capacity) -> None:
 def _find(model: Path) -> tuple[Path, Bundle | None]:
     """The ONNX file meant, and the bundle it belongs to."""
     if model.is_dir():
+        if not (model / MANIFEST).exists():
+            return _only_graph(model), None
         bundle = open_bundle(model)
         graph = bundle.graph("portable")
         if graph is None:
@@ -162,23 +174,25 @@ def _find(model: Path) -> tuple[Path, Bundle | None]:
     return model, None
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    """The model without its external data, which must be there."""
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:                  # the protobuf parser's errors have no common type
-        raise UserError(f"{path}: not an ONNX model ({error or 'unreadable'})") from None
-    if not model.graph.node:
-        raise UserError(f"{path}: not an ONNX model (it has no nodes)")
-    for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            file = path.parent / place.get("location", "")
-            need = int(place.get("offset", 0)) + int(place.get("length", 0))
-            if not file.is_file() or file.stat().st_size < need:
-                raise UserError(f"{file}: the weights of {path.name} are missing or too short (the tensor {tensor.name} "
-                                f"ends at byte {need}); put the file beside the model")
-    return model
+def _only_graph(folder: Path) -> Path:
+    """The ONNX model of a folder that is no bundle: model.onnx, as encoders are exported, or the only one."""
+    found = sorted((*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")))
+    named = [path for path in found if path.name == "model.onnx"]
+    if len(named or found) == 1:
+        return (named or found)[0]
+    if found:
+        raise UserError(f"{folder}: {len(found)} ONNX models in it and no {MANIFEST}; give one of them, for example {found[0]}")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: a checkpoint, which has no graph yet; export it first with `python -m export.onnx {folder} "
+                        "-o FOLDER` (an encoder with --task) and give that FOLDER")
+    raise UserError(f"{folder}: no {MANIFEST} and no .onnx file in it; give a bundle, an exported encoder's folder or an ONNX model")
+
+
+def _read(path: Path, options: Options) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The model to build and the one it was before it was simplified: the same where neither options nor it ask for that."""
+    model = trt_model.load(path)
+    trt_model.fix_inputs(model, options.fix)
+    return trt_model.simplify(model) if options.fix or trt_model.has_control_flow(model) else model, model
 
 
 def _targets(backend: str, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -212,9 +226,15 @@ def _refuse_faults(model, path, settings) -> None:
     builder = tensorrt.Builder(log)
     parser = tensorrt.OnnxParser(builder.create_network(0), log)
     faults = trt_lint.lint(model, settings.targets, parser.supports_operator)
+    doubts = [] if faults else list(trt_lint.invalid(model, shapes=True))
+    if doubts and Sample(model, path).refused:
+        faults = doubts
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise UserError(f"{path}: TensorRT cannot build this model{more}:\n  " + "\n  ".join(map(str, faults[:5])))
+    doubles = [name for name, dtype in trt_lint.types(model).items() if dtype == "DOUBLE"]
+    if doubles:
+        print(f"note: TensorRT computes in float32 what the model computes in float64 ({doubles[0]})", file=sys.stderr)
 
 
 def _refuse_memory(model, path) -> None:
@@ -230,8 +250,9 @@ def _capacities(options, model, bundle) -> list[int | None]:
         if options.capacity:
             raise UserError("--capacity is for the decoder of a bundle; this model has no KV cache of ours")
         return [None]
-    if options.shapes:
-        raise UserError("--shapes is for other models: a decoder's follow from --capacity, --rows and --chunk")
+    if options.shapes or options.fix:
+        raise UserError(f"{'--shapes' if options.shapes else '--fix'} is for other models: a decoder's shapes follow from "
+                        "--capacity, --rows and --chunk")
     context = bundle.max_context if bundle else None
     try:
         sizes = [int(text) for text in (options.capacity or str(min(DEFAULT_CAPACITY, context or DEFAULT_CAPACITY))).split(",")]
@@ -261,6 +282,7 @@ def _device_command(options: Options, model: str | None = None) -> str:
     words += ["--capacity", options.capacity] if options.capacity else []
     words += ["--one-profile"] if options.one_profile else []
     words += ["--shapes", *options.shapes] if options.shapes else []
+    words += ["--fix", *options.fix] if options.fix else []
     return shlex.join(words)
 
 

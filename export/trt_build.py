@@ -7,12 +7,15 @@ centre. Networks are strongly typed: the dtypes of the ONNX model decide, there 
 `build` parses the model with its external weights, checks it, sets the profiles, and returns the serialized engine.
 The checks fail the build (CheckFailed) where the network differs from the model: an input that nothing reads, an input
 or output of another name, dtype or shape, a RotaryEmbedding, TensorScatter or Attention that did not become its native
-layer. What TensorRT refuses is a UserError with its own words.
+layer. Models declare wrong outputs, so where a declaration differs from the network, ONNX's inference and a run on ONNX
+Runtime say which of the two is wrong; a wrong declaration is a note. What TensorRT refuses is a UserError
+(`trt_words.py`).
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import signal
 import sys
@@ -24,6 +27,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from export.trt_model import inferred, inputs, shape_of, tensors
+from export.trt_sample import Sample
+from export.trt_words import sentence
 from models.progress import progress
 from runtime.errors import CheckFailed, UserError
 
@@ -94,8 +100,8 @@ def targets(tensorrt) -> tuple[int, ...]:
 
 def predicted_bytes(model: onnx.ModelProto, folder: Path) -> int:
     """Peak memory a build of `model` will take, rounded up."""
-    inside = sum(t.ByteSize() for t in model.graph.initializer)
-    files = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+    inside = sum(t.ByteSize() for t in tensors(model.graph))
+    files = {entry.value for t in tensors(model.graph) for entry in t.external_data if entry.key == "location"}
     outside = sum((folder / name).stat().st_size for name in files)
     return int(BASE_BYTES + BYTES_PER_NODE * len(model.graph.node) + BYTES_PER_WEIGHT_BYTE * (inside + outside))
 
@@ -112,9 +118,16 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
     network = builder.create_network(0)
     parser = tensorrt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString(), str(path)):
-        raise UserError(f"{path}: " + "; ".join(_parser_errors(parser)))
+        error = parser.get_error(0) if parser.num_errors else None          # those behind it follow from it
+        operator = error and (error.node_operator() or error.func().removeprefix("import"))
+        raise UserError(f"{path}: " + (sentence(error.desc(), model, error.node_name(), operator) if error else
+                                       "TensorRT cannot read it and gives no reason; try a simplified export"))
     layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-    native = check_network(model, network)
+    native = check_network(model, network, path, {name: best for p in profiles for name, (_, best, _) in p.shapes.items()})
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        if tensor.is_shape_tensor:
+            raise UserError(f"{path}: {tensor.name}: the values of this input decide shapes, and an engine is built for "
+                            f"given ones; fix it with --fix {tensor.name}=VALUE")
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == tensorrt.LayerType.ATTENTION_INPUT:     # where no fused kernel fits (fp32): several kernels
@@ -126,53 +139,68 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
         config.progress_monitor = monitor.reporter
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UserError(f"{path}: TensorRT could not build it: {log.last_error()}")
+        raise UserError(f"{path}: {sentence(log.last_error(), model)}")
     if settings.timing_cache:
         settings.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(plan), time.perf_counter() - started, dict(sorted(layers.items())), native)
 
 
-def check_network(model: onnx.ModelProto, network) -> dict[str, int]:
+def check_network(model: onnx.ModelProto, network, path: Path, shapes: dict[str, Shape]) -> dict[str, int]:
     """Hold a parsed network against its model; returns how many operators became native layers.
 
-    Raises CheckFailed naming every difference.
+    path: of the model. shapes: the shapes to run it with, of inputs that are not fixed. Raises CheckFailed naming every
+    difference; outputs that the model itself declares wrongly are printed, and corrected in `model`.
     """
-    faults = []
+    faults, sample = [], functools.cache(lambda: Sample(model, path))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     read = {x.name for layer in layers for x in map(layer.get_input, range(layer.num_inputs)) if x is not None}
-    constants = {t.name for t in model.graph.initializer}
     got_inputs = [network.get_input(i) for i in range(network.num_inputs)]
     got_outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    expected_inputs = [i for i in model.graph.input if i.name not in constants]
     passed_on = {x.name for x in got_outputs}
-    faults += [f"nothing reads the input {x.name}" for x in got_inputs if x.name not in read | passed_on]
-    for kind, expected, got in (("input", expected_inputs, got_inputs), ("output", model.graph.output, got_outputs)):
+    faults += [f"nothing reads the input {x.name}" for x in got_inputs
+               if x.name not in read | passed_on and not sample().ignores(x.name, shapes)]
+    for kind, expected, got in (("input", inputs(model).values(), got_inputs), ("output", model.graph.output, got_outputs)):
         if [e.name for e in expected] != [g.name for g in got]:
             faults.append(f"the {kind}s are {[g.name for g in got]}, not {[e.name for e in expected]}")
             continue
         for e, g in zip(expected, got):
-            dtype = DTYPES.get(TensorProto.DataType.Name(e.type.tensor_type.elem_type))
-            if g.dtype.name != dtype:
-                faults.append(f"the {kind} {e.name} is {g.dtype.name}, not {dtype}")
-            shape = shape_of(e)
-            if shape is not None and (len(shape) != len(g.shape) or any(
-                    isinstance(a, int) and b not in (a, -1) for a, b in zip(shape, g.shape))):
-                faults.append(f"the {kind} {e.name} is {tuple(g.shape)}, not {shape}")
+            differs = _difference(e, g)
+            if differs and kind == "output" and _is_true(g, model, sample, shapes):
+                print(f"note: {path} declares its output {e.name} wrongly: it is {differs}", file=sys.stderr)
+                declared = next(onnx_name for onnx_name, name in DTYPES.items() if name == g.dtype.name)
+                e.CopyFrom(onnx.helper.make_tensor_value_info(e.name, getattr(TensorProto, declared),
+                                                              [None if d < 0 else d for d in g.shape]))
+            elif differs:
+                maker = next((f" from {n.name} ({n.op_type})" for n in model.graph.node if e.name in n.output), "")
+                faults.append(f"the {kind} {e.name}{maker} is {differs}")
     operators = collections.Counter(node.op_type for node in model.graph.node)
     types = collections.Counter(layer.type.name for layer in layers)
     for operator, layer in NATIVE_LAYERS.items():
         if operators[operator] != types[layer]:
             faults.append(f"{types[layer]} of {operators[operator]} {operator} became {layer} layers")
     if faults:
-        raise CheckFailed("the parsed network is not the model: " + "; ".join(faults))
+        raise CheckFailed(f"{path}: the parsed network is not the model: " + "; ".join(faults))
     return {operator: types[layer] for operator, layer in NATIVE_LAYERS.items() if operators[operator]}
 
 
-def shape_of(info: onnx.ValueInfoProto) -> tuple[int | str, ...] | None:
-    """Numbers and symbols ("?" for a nameless one) of an input or output; None where the rank is unknown."""
-    if not info.type.tensor_type.HasField("shape"):
-        return None
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in info.type.tensor_type.shape.dim)
+def _difference(info: onnx.ValueInfoProto, tensor) -> str:
+    """How a network's tensor differs from what the model says of it: "FLOAT, not HALF"; "" where it does not."""
+    dtype = DTYPES.get(TensorProto.DataType.Name(info.type.tensor_type.elem_type))
+    shape, found = shape_of(info), [] if tensor.dtype.name == dtype else [f"{tensor.dtype.name}, not {dtype}"]
+    if shape is not None and (len(shape) != len(tensor.shape) or any(
+            isinstance(a, int) and b not in (a, -1) for a, b in zip(shape, tensor.shape))):
+        found.append(f"{tuple(tensor.shape)}, not {shape}")
+    return "; ".join(found)
+
+
+def _is_true(tensor, model, sample, shapes) -> bool:
+    """Whether a network's output is what the model computes, whatever the model declares."""
+    output = (sample().run(shapes) or {}).get(tensor.name)
+    if output is None:
+        info = next(o for o in inferred(model).graph.output if o.name == tensor.name)
+        return shape_of(info) is not None and not _difference(info, tensor)
+    return not _difference(onnx.helper.make_tensor_value_info(
+        tensor.name, onnx.helper.np_dtype_to_tensor_dtype(output.dtype), output.shape), tensor)
 
 
 def _config(tensorrt, builder, network, profiles, settings):
@@ -196,12 +224,6 @@ def _config(tensorrt, builder, network, profiles, settings):
         if config.add_optimization_profile(shapes) < 0:
             raise UserError(f"TensorRT refuses the profile {profile.name}: {profile.shapes}")
     return config
-
-
-def _parser_errors(parser) -> list[str]:
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    return [f"{e.node_name() or 'the model'}{f' ({e.node_operator()})' if e.node_operator() else ''}: {e.desc()}"
-            for e in errors] or ["TensorRT could not parse it"]
 
 
 def _logger(tensorrt, verbose: bool):

@@ -3,19 +3,23 @@
 `lint(model, targets)` returns one `Finding` per fault: the node, what is wrong, and the mend. The faults are those seen
 with TensorRT-RTX 1.7; the parser's own `supports_operator` answers True for several of them, and two are worse than a
 refusal: opset-24 Attention's `nonpad_kv_seqlen` is ignored and its `is_causal` is read as an upper-left mask, so that
-such a model builds and decodes wrongly. Types are those of ONNX shape inference. It reads no external data: only
-constants kept inside the file can be judged by value (small ones, as zero points and scales of one value are), and
-others are left to the checks after parsing (`trt_build.py`).
+such a model builds and decodes wrongly. A model that ONNX itself calls invalid gets that finding alone. Types are those
+of ONNX shape inference. It reads no external data: only constants kept inside the file can be judged by value (small
+ones, as zero points and scales of one value are), and others are left to the checks after parsing (`trt_build.py`).
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
+
+from export.trt_model import graphs, inferred, skeleton
 
 NEWEST_OPSET, OLDEST_OPSET = 24, 9
 INT32 = np.iinfo(np.int32)
@@ -24,7 +28,9 @@ FIRST_TARGET = {
     "BFLOAT16": 80, "INT4": 80, "FLOAT8E4M3FN": 89, "FLOAT4E2M1": 120,
 }
 REFUSED_DTYPES = ("UINT4", "UINT16", "UINT32", "UINT64", "INT16", "STRING", "COMPLEX64", "COMPLEX128",
-                  "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "UINT2", "INT2")
+                  "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0", "FLOAT6E2M3FN", "FLOAT6E3M2FN", "UINT2",
+                  "INT2")
+DTYPE_MENDS = {"STRING": "turn text into numbers before the model", "DOUBLE": "export the model with float32 there"}
 REFUSED_OPERATORS = {
     "DynamicQuantizeLinear": "quantize weights only, or export with static activation scales",
     "MatMulInteger": "store the weights as DequantizeLinear + MatMul",
@@ -49,14 +55,40 @@ class Finding:
 
 def lint(model: onnx.ModelProto, targets: tuple[int, ...], supports=lambda operator: True) -> list[Finding]:
     """Faults of `model` for compute capabilities such as (75, 86); `supports(operator)` is the parser's own answer."""
-    return list(_Linter(model, targets, supports).findings())
+    return list(invalid(model)) or list(_Linter(model, targets, supports).findings())
+
+
+def invalid(model: onnx.ModelProto, shapes: bool = False) -> Iterator[Finding]:
+    """What ONNX's own checker says: names that are not unique or not made, wrong numbers and types of inputs, unknown
+    attributes. TensorRT ignores some of these, and others end its process. `shapes`: shapes that do not fit too, where
+    ONNX errs at times."""
+    copy = skeleton(model)
+    for info, declared in zip(copy.graph.output, model.graph.output):
+        info.type.CopyFrom(declared.type)
+    for info in (*copy.graph.input, *copy.graph.output):
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.shape.SetInParent()            # the checker demands a shape, and we know of models without
+    for name, times in Counter(output.name for output in model.graph.output).items():
+        if times > 1:
+            yield Finding(name, f"not valid ONNX (an output listed {times} times)", "export it again")
+    try:
+        onnx.checker.check_model(copy)
+        onnx.shape_inference.infer_shapes(skeleton(model), check_type=True, strict_mode=shapes)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        text = " ".join(str(error).split())
+        named = re.search(r"of node: name: (\S*) OpType: (\w+)|spec for node\. Name: (.*?) OpType: (\w+)|"
+                          r"op_type:(\w+), node name: (.*?)\)", text)
+        name, operator = (None, None) if not named else (named[1] or named[3] or named[6], named[2] or named[4] or named[5])
+        text = re.sub(r" ==> Context.*|^(\[\w+\] |\(op_type:.*?\): |Node\(.*?\) |Inference error\(s\): )+", "", text).strip(" .")
+        yield Finding(f"{name} ({operator})" if name else "the model", f"not valid ONNX ({text})",
+                      "export it again, and try onnx.checker.check_model on the result")
 
 
 class _Linter:
     def __init__(self, model, targets, supports):
         self.model, self.targets, self.supports = model, targets, supports
-        self.types = _types(model)
-        self.constants = {t.name: t for graph in _graphs(model.graph) for t in graph.initializer}
+        self.types = types(model)
+        self.constants = {t.name: t for graph in graphs(model.graph) for t in graph.initializer}
         for node in self._nodes():
             if node.op_type == "Constant" and node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR:
                 self.constants[node.output[0]] = node.attribute[0].t
@@ -73,14 +105,14 @@ class _Linter:
         yield from self._dtypes()
 
     def _nodes(self):
-        for graph in _graphs(self.model.graph):
+        for graph in graphs(self.model.graph):
             yield from graph.node
 
     def _node(self, node):
         where = f"{node.name or node.output[0]} ({node.op_type})"
         if node.domain not in ("", "ai.onnx"):
             yield Finding(where, f"operator of the domain {node.domain}",
-                          "export the portable graph: standard ONNX operators only")
+                          "export with standard ONNX operators only, or run the model with ONNX Runtime")
         elif node.op_type in REFUSED_OPERATORS:
             yield Finding(where, f"{node.op_type} is not supported", REFUSED_OPERATORS[node.op_type])
         elif not self.supports(node.op_type):
@@ -91,6 +123,8 @@ class _Linter:
             yield from self._attention(node, where)
         elif node.op_type == "TensorScatter":
             yield from self._cache(node, where)
+        elif _attribute(node, "layout", 0):
+            yield Finding(where, f"{node.op_type} with layout=1 is read by TensorRT as layout=0", "export it with layout=0")
         if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self._type(node.input[0]) == "FLOAT":
             yield Finding(where, "SM75 has no float32 matrix products in TensorRT-RTX",
                           "export with --dtype fp16, or leave 75 out of --sm")
@@ -139,9 +173,16 @@ class _Linter:
                               "clip it to the range of int32")
 
     def _dtypes(self):
+        for info in (*self.model.graph.input, *self.model.graph.output):
+            kind = info.type.WhichOneof("value")
+            if kind != "tensor_type":
+                yield Finding(info.name, f"a {(kind or 'value without').removesuffix('_type')} type is not supported",
+                              "export the model with tensors for inputs and outputs")
+            elif self._type(info.name) == "DOUBLE":
+                yield Finding(info.name, "DOUBLE inputs and outputs are not supported", DTYPE_MENDS["DOUBLE"])
         for name, dtype in sorted(self.types.items()):
             if dtype in REFUSED_DTYPES:
-                yield Finding(name, f"{dtype} tensors are not supported", "export with another dtype")
+                yield Finding(name, f"{dtype} tensors are not supported", DTYPE_MENDS.get(dtype, "export with another dtype"))
         seen = {dtype: name for name, dtype in sorted(self.types.items(), reverse=True)}
         for dtype, first in FIRST_TARGET.items():
             lacking = [str(t) for t in self.targets if t < first]
@@ -159,23 +200,10 @@ class _Linter:
         return numpy_helper.to_array(tensor)
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every body of an If, Loop or Scan inside it."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs):
-                yield from _graphs(body)
-
-
-def _types(model: onnx.ModelProto) -> dict[str, str]:
-    """Dtype name of every tensor that ONNX can tell: inputs, initializers and inferred values."""
-    try:
-        model = onnx.shape_inference.infer_shapes(model)
-    except (onnx.shape_inference.InferenceError, ValueError):   # over 2 GB, or operators without a schema
-        pass
+def types(model: onnx.ModelProto) -> dict[str, str]:
+    """Dtype name of every tensor that ONNX can tell: inputs, initializers, inferred values and declared outputs."""
     types = {}
-    for graph in _graphs(model.graph):
+    for graph in (*graphs(inferred(model).graph), *graphs(model.graph)):
         for tensor in graph.initializer:
             types[tensor.name] = TensorProto.DataType.Name(tensor.data_type)
         for info in (*graph.input, *graph.value_info, *graph.output):

@@ -8,14 +8,17 @@ too. Any other model gets one, from `--shapes name:min,opt,max`, or none where i
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 
-from export.trt_build import Profile, shape_of
+from export.trt_build import Profile
+from export.trt_model import inputs, shape_of
+from export.trt_sample import example
 from runtime.errors import UserError
 
 DECODER_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
 BEST_CHUNK, LOGITS = 128, 32         # prompt length to optimize for; most logits of a row in one call
-EXAMPLE_SIZE = (1, 8, 32)
 
 
 def is_decoder(model: onnx.ModelProto) -> bool:
@@ -47,14 +50,13 @@ def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = 
     return [prefill] if one else [profile("decode", 1, 1, 1), prefill]
 
 
-def given_profiles(model: onnx.ModelProto, given: tuple[str, ...]) -> list[Profile]:
+def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -> list[Profile]:
     """The profile that `--shapes` describes. Raises UserError for a shape that does not fit the model, and for a
-    dynamic input without one, with an example line to type."""
-    constants = {t.name for t in model.graph.initializer}
-    inputs = {i.name: i for i in model.graph.input if i.name not in constants}
-    chosen = dict(_parse(text, inputs) for text in given)
+    dynamic input without one, with an example line to type. path: the model's file."""
+    known = inputs(model)
+    chosen = dict(_parse(text, known) for text in given)
     dynamic = {}
-    for name, info in inputs.items():
+    for name, info in known.items():
         shape = shape_of(info)
         if shape is None:
             raise UserError(f"the input {name} has no known rank, and TensorRT needs one; export the model with shapes")
@@ -62,8 +64,9 @@ def given_profiles(model: onnx.ModelProto, given: tuple[str, ...]) -> list[Profi
             dynamic[name] = shape
     if dynamic:
         listed = ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in dynamic.items())
-        raise UserError(f"the model has dynamic inputs without shapes: {listed}; add for example --shapes "
-                        + " ".join(f"{n}:{_example(s)}" for n, s in dynamic.items()))
+        shapes = " ".join(f"{name}:{','.join(dict.fromkeys(map(_typed, sizes)))}" if len(set(sizes)) == 1 else
+                          f"{name}:{','.join(map(_typed, sizes))}" for name, sizes in example(model, path).items())
+        raise UserError(f"the model has dynamic inputs without shapes: {listed}; add for example --shapes {shapes}")
     return [Profile("shapes", chosen)] if chosen else []
 
 
@@ -91,10 +94,6 @@ def _parse(text: str, inputs: dict) -> tuple[str, tuple]:
     if not all(a <= b <= c for a, b, c in zip(low, best, high)):
         raise UserError(f"--shapes {text}: every size must rise: min <= opt <= max")
     return name, (low, best, high)
-
-
-def _example(shape) -> str:
-    return ",".join(_typed(tuple(d if isinstance(d, int) else size for d in shape)) for size in EXAMPLE_SIZE)
 
 
 def _typed(shape) -> str:

@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto
 
 from export import bundle as bundles
-from export.trt_build import Engine, Profile, Settings, load_backend, shape_of
+from export.trt_build import Engine, Profile, Settings, load_backend
+from export.trt_model import inputs, shape_of, tensors
 from runtime import files
 from runtime.bundle import Bundle
 from runtime.errors import UserError
@@ -31,14 +32,12 @@ COMPRESSION = 1                  # of gzip: the weights do not compress, the tex
 def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: Path, profiles: list[Profile],
            capacity: int | None) -> dict:
     """The facts of one build. source: the ONNX file; its external data is hashed too."""
-    sources = [source.name, *sorted({e.value for t in model.graph.initializer for e in t.external_data
-                                   if e.key == "location"})]
-    constants = {t.name for t in model.graph.initializer}
+    sources = [source.name, *sorted({e.value for t in tensors(model.graph) for e in t.external_data if e.key == "location"})]
     return {
         "backend": settings.backend, "version": load_backend(settings.backend).__version__,
         "compute_capabilities": [str(t) for t in settings.targets], "capacity": capacity,
         "profiles": [{"name": p.name, "shapes": {k: [list(s) for s in v] for k, v in p.shapes.items()}} for p in profiles],
-        "inputs": [_described(i) for i in model.graph.input if i.name not in constants],
+        "inputs": [_described(i) for i in inputs(model).values()],
         "outputs": [_described(o) for o in model.graph.output],
         "bytes": len(engine.plan), "build_s": round(engine.seconds, 2), "peak_rss_mb": round(peak_rss_mb()),
         "source": {name: _sha256(source.parent / name) for name in sources},

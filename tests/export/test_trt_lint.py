@@ -47,8 +47,8 @@ DQ_SCALE = {"s": np.full(8, 0.1, np.float32)}
 FAULTS = {
     "contrib operator": (
         model([node("FusedMatMul", ["q", "k"], domain="com.microsoft")], QKV[:2], [tensor("y")], domains=["com.microsoft"]),
-        "fusedmatmul (FusedMatMul): operator of the domain com.microsoft; export the portable graph: standard ONNX operators only",
-        "Plugin not found"),
+        "fusedmatmul (FusedMatMul): operator of the domain com.microsoft; export with standard ONNX operators only, or run the model with ONNX Runtime",
+        "TensorRT needs a plugin for it that is not here"),
     "zero point": (
         model([node("DequantizeLinear", ["c", "s", "z"], axis=0)], [value("c", T.INT8, [8, 8])], [value("y", T.FLOAT, [8, 8])],
               {**DQ_SCALE, "z": np.full(8, 3, np.int8)}),
@@ -76,7 +76,7 @@ FAULTS = {
         model(attention(["q", "k", "v", "", "pk", "pv"], ["y", "pk2", "pv2"]), [*QKV, tensor("pk"), tensor("pv")],
               [tensor("y"), tensor("pk2", shape=(1, 2, 8, 64)), tensor("pv2", shape=(1, 2, 8, 64))]),
         "attention (Attention): Attention with past or present keys and values is not supported; write the cache with TensorScatter "
-        "and give the whole of it as K and V", "TensorRT only supports Attention nodes with one output."),
+        "and give the whole of it as K and V", "TensorRT only supports Attention nodes with one output"),
     "nonpad_kv_seqlen": (
         model(attention(["q", "k", "v", "", "", "", "n"]), [*QKV, value("n", T.INT64, [1])], [tensor("y")]),
         "attention (Attention): the input nonpad_kv_seqlen is ignored by TensorRT, so padding would be attended to; give an explicit "
