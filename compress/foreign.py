@@ -158,6 +158,8 @@ def adopt(options: Options) -> None:
     quantization = hf_config.get("quantization_config") or {}
     if not quantization:
         raise UserError(f"{folder} is not quantized: compress.quantize reads it as it is")
+    if not isinstance(quantization, dict):
+        raise UserError(f"{folder / 'config.json'}: quantization_config is {quantization!r:.60}, where an object should be")
     if quantization.get("quant_method") == "edgewright":
         raise UserError(f"{folder} is one of ours already")
     method, bits, group = scheme(quantization)

@@ -16,8 +16,6 @@ widths run in PyTorch and the native core.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -30,7 +28,7 @@ from models.data_formats import as_text, find_sources, read_records, source_dige
 from models.progress import progress
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
-from runtime.files import lock
+from runtime.files import clear_work, lock, work_folder
 from runtime.machine import peak_rss_mb
 from runtime.text import Tokenizer
 
@@ -159,7 +157,7 @@ def quantize(options: Options) -> None:
     plan = asdict(options) | {"out": None, "recover": None, "recover_rate": None}
     sources = [source_digest(source) for source in find_sources(options.data)]
     with lock(options.out):
-        _quantize_and_recover(options, _beside(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded"))
+        _quantize_and_recover(options, work_folder(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded"))
 
 
 def _quantize_and_recover(options: Options, coded: Path) -> None:
@@ -168,7 +166,6 @@ def _quantize_and_recover(options: Options, coded: Path) -> None:
     reading = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
     recover(RecoverOptions(**reading, checkpoint=coded, teacher=options.checkpoint, out=options.out, steps=options.recover,
                            learning_rate=options.recover_rate, length=options.length, teacher_cache=options.teacher_cache))
-    shutil.rmtree(coded)
     if options.eval_text:
         perplexity = _perplexity(options.out, _windows(open_checkpoint(options.out), options), "recovered")
         lineage.add_metrics(options.out, {"perplexity": perplexity})
@@ -220,8 +217,7 @@ def _write_codes(options: Options) -> None:
                              found and found.vocabulary, BACKENDS[options.backend].negative_scales)
     with lock(options.out):
         write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
-        if work:
-            shutil.rmtree(work)
+        clear_work(options.out)
 
     result = open_checkpoint(options.out)
     after = {"bytes": sum(result.nbytes(name) for name in result.names())}
@@ -250,7 +246,7 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
 def _work_folder(options: Options, inputs: dict, plan: Quantization) -> Path:
     """Where finished layers of exactly this work wait, beside the result."""
     negative = BACKENDS[options.backend].negative_scales
-    return _beside(options.out, [inputs, options.method, options.fold, negative, plan.to_dict()], "work")
+    return work_folder(options.out, [inputs, options.method, options.fold, negative, plan.to_dict()])
 
 
 def _activations(options: Options) -> dict:
@@ -258,12 +254,6 @@ def _activations(options: Options) -> dict:
     if not options.activations:
         return {}
     return {"bits": 8} | ({"per": "row"} if options.activation_scales == "row" else {"per": "tensor", "except": ["down_proj"]})
-
-
-def _beside(out: Path, plan, suffix: str) -> Path:
-    """A folder beside the result, named after exactly this plan."""
-    key = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return out.with_name(f".{out.name}.{key}.{suffix}")
 
 
 def _skipped(modules: list[str], patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -21,9 +21,7 @@ scales alone, end to end); Bengio et al. 2013 (straight-through estimator).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from models.data import DataOptions
 from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
-from runtime.files import lock, new_file, parse_json
+from runtime.files import clear_work, lock, new_file, parse_json, work_folder
 
 EXAMPLES = """examples:
   python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
@@ -274,7 +272,7 @@ def _train(options: Options, checkpoint: Checkpoint, teacher: Checkpoint, cache:
     stage = lineage.stage("compress.recover", options, {"checkpoint": checkpoint.sha256(), "teacher": teacher.sha256(),
                           "predictions": cache.folder.name}, {"kl_first_steps": first, "kl_last_steps": last}, options.seed)
     write_checkpoint(options.out, checkpoint.hf_config, _tensors(checkpoint, decoder, coded), options.checkpoint, stage)
-    shutil.rmtree(work)
+    clear_work(options.out)
     print(f"divergence from the teacher on the text learned from: {first:.4f} nats a token at first, {last:.4f} at last")
 
 
@@ -282,8 +280,7 @@ def _work_folder(options: Options, checkpoint: Checkpoint, cache: TeacherCache) 
     """Where the state of this training, of whatever length, waits beside the result."""
     plan = {name: value for name, value in asdict(options).items()
             if isinstance(value, int | float) and name not in ("steps", "weights")}
-    key = hashlib.sha256(json.dumps([plan, checkpoint.sha256(), cache.folder.name], sort_keys=True).encode()).hexdigest()[:12]
-    return options.out.with_name(f".{options.out.name}.{key}.work")
+    return work_folder(options.out, [plan, checkpoint.sha256(), cache.folder.name])
 
 
 def _tensors(checkpoint: Checkpoint, decoder: Decoder, coded: dict[str, CodedLinear]):

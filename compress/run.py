@@ -134,7 +134,7 @@ def _texts(options: Options) -> tuple[DataOptions, tuple[str, ...]]:
     reading = DataOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(DataOptions)})
     if options.valid:
         return reading, options.valid
-    key = _hash([[source_digest(source) for source in find_sources(options.data)], dataclasses.asdict(reading)])[:8]
+    key = _hash([[source_digest(source) for source in find_sources(options.data)], dataclasses.asdict(replace(reading, data=(), cache=None))])[:8]
     folder = options.out / f"0-text-{key}"
     learn, judge = folder / "learn.jsonl", folder / "held-out.jsonl"
     if not judge.exists():

@@ -67,12 +67,13 @@ class Sensitivity:
             with safe_open(file, "pt") as opened:
                 header = parse_json((opened.metadata() or {})["sensitivity"])
                 vocabulary = {module: opened.get_tensor(module) for module in opened.keys()}
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            same = header["version"] == VERSION and header["checkpoint"] == checkpoint
+            damage = {module: {TensorFormat(row["bits"], row["group"], row["symmetric"]): float(row["damage"]) for row in rows}
+                      for module, rows in header["damage"].items()}
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"{file} is not a sensitivity file ({error}): remove it to measure again") from None
-        if header["version"] != VERSION or header["checkpoint"] != checkpoint:
+        if not same:
             raise UserError(f"{file} was measured on another checkpoint or by another version: remove it to measure again")
-        damage = {module: {TensorFormat(row["bits"], row["group"], row["symmetric"]): row["damage"] for row in rows}
-                  for module, rows in header["damage"].items()}
         return cls(damage, vocabulary, checkpoint)
 
 

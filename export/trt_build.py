@@ -32,6 +32,7 @@ from export.trt_sample import Sample
 from export.trt_words import sentence
 from models.progress import progress
 from runtime.errors import CheckFailed, UserError
+from runtime.files import write
 
 MODULES = {"rtx": ("tensorrt_rtx", "pip install 'edgewright[rtx]'"),
            "trt": ("tensorrt", "pip install 'edgewright[gpu]' on the machine that has the GPU")}
@@ -141,7 +142,7 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
     if plan is None:
         raise UserError(f"{path}: {sentence(log.last_error(), model)}")
     if settings.timing_cache:
-        settings.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(plan), time.perf_counter() - started, dict(sorted(layers.items())), native)
 
 

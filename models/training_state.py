@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.safetensors_file import save_tensors
@@ -110,6 +110,9 @@ def load_state(out: Path, options, inputs: dict) -> dict | None:
     if not file.is_file():
         return None
     state = read_json(file, strict=False)                # the lowest loss is infinite before there is one
+    kinds = {"step": int, "updates": int, "best": float, "bad_evaluations": int, "options": dict, "inputs": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
+        raise UserError(f"{file}: {wrong[0]} is missing or of another type: it is not the state of a run")
     now, before = comparable(options), state["options"]
     grown = [key for key in MAY_GROW if (now.get(key) or 0) > (before.get(key) or 0)]
     if "steps" in grown and all(o.get("warmup") == o["steps"] // 20 for o in (now, before)):
@@ -125,22 +128,32 @@ def load_state(out: Path, options, inputs: dict) -> dict | None:
 
 def load_tensors(out: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
     """Put the parameters and moments of OUT/last back, in place."""
-    with safe_open(out / "last" / FOLDER / TENSORS, framework="pt") as file, torch.no_grad():
-        held = set(file.keys())
-        for name, parameter in _trainable(module):
-            parameter.copy_(_as_held(file.get_tensor(f"parameter.{name}"), parameter))
-            if f"exp_avg.{name}" in held:
-                moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
-                step = torch.tensor(float(updates), device=parameter.device)
-                optimizer.state[parameter] = {"step": step, **moments}
+    place = out / "last" / FOLDER / TENSORS
+    try:
+        with safe_open(place, framework="pt") as file, torch.no_grad():
+            held = set(file.keys())
+            for name, parameter in _trainable(module):
+                parameter.copy_(_as_held(file.get_tensor(f"parameter.{name}"), parameter))
+                if f"exp_avg.{name}" in held:
+                    moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
+                    step = torch.tensor(float(updates), device=parameter.device)
+                    optimizer.state[parameter] = {"step": step, **moments}
+    except (SafetensorError, OSError, RuntimeError) as error:            # RuntimeError: a tensor of another shape
+        raise UserError(f"{place} cannot be read ({str(error).splitlines()[0]}): the run cannot be resumed from it") from None
 
 
 def keep_metrics_until(file: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl after `step`: they will be measured again."""
     if not file.is_file():
         return
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and parse_json(line, strict=False)["step"] <= step]
-    write(file, "".join(line + "\n" for line in lines))
+    kept = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        try:
+            if parse_json(line, strict=False)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):            # a dying process leaves half a line
+            continue
+    write(file, "".join(kept))
 
 
 def _as_held(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

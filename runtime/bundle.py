@@ -212,7 +212,7 @@ def _check_file(folder: Path, name: str, entry: dict) -> None:
     path = folder / name
     parts = PurePosixPath(name).parts
     if (not parts or ".." in parts or "\0" in name or "\\" in name or PurePosixPath(name).is_absolute()
-            or PureWindowsPath(name).drive or not path.resolve().is_relative_to(folder.resolve())):
+            or PureWindowsPath(name).drive or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))):
         raise UserError(f"{folder / MANIFEST}: the path {name!r} leaves the bundle's folder; refused")
     try:
         size = os.stat(path).st_size

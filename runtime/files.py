@@ -19,6 +19,7 @@ so a FIFO does not block. Of equal keys the last counts, as everywhere in Python
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import math
 import os
@@ -108,8 +109,8 @@ def new_folder(out: Path | str) -> Iterator[Path]:
                 partial.mkdir()
                 yield partial
                 for folder, _, names in os.walk(partial):
-                    for name in names:
-                        _to_disk(os.path.join(folder, name))
+                    for path in (*(os.path.join(folder, name) for name in names), folder):
+                        _to_disk(path)
                 _swap(partial, out)
                 _to_disk(out.parent)
             finally:
@@ -144,6 +145,19 @@ def write(out: Path | str, data: str | bytes) -> None:
         file.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def work_folder(out: Path, plan, suffix: str = "work") -> Path:
+    """Where the state of exactly this plan (plain data) for `out` waits while it is not finished: a hidden folder beside it."""
+    import hashlib
+    key = hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return _beside(out, f"{key}.{suffix}")
+
+
+def clear_work(out: Path) -> None:
+    """Remove the work folders of `out`, of other plans too: it is finished."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 12}.*"):
+        _remove(folder)
+
+
 def restored(folder: Path) -> Path:
     """`folder`, after putting back what a writer that died between two renames left as `.NAME.old`."""
     if not os.path.exists(folder) and os.path.exists(_beside(folder, "old")):
@@ -157,7 +171,7 @@ def restored(folder: Path) -> Path:
 
 def _target(out: Path | str) -> Path:
     out = Path(out).absolute()
-    return out.resolve() if os.path.islink(out) else out
+    return Path(os.path.realpath(out)) if os.path.islink(out) else out
 
 
 def _beside(out: Path, suffix: str) -> Path:

@@ -169,8 +169,14 @@ def test_a_symlink_may_not_lead_out(folder):
     with pytest.raises(UserError, match="leaves the bundle's folder"):
         open_bundle(folder)
     os.symlink(folder.parent, folder / "up")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("real.json")
     edit(folder, lambda m: m["files"].update({"up/secret": {"bytes": 6, "sha256": ""}}))
     with pytest.raises(UserError, match="leaves the bundle's folder"):
+        open_bundle(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json: missing from the bundle"):
         open_bundle(folder)
 
 
