@@ -6,7 +6,8 @@
 Row i of the last four holds PyTorch's float32 logits after prompt_ids + tokens[:i], the ones that choose tokens[i]: the
 20 largest (ids and values, descending), ln sum exp over the whole vocabulary, and the first minus the second. So ln p
 of those 20 is exact, and `runtime.verify` needs neither torch nor the checkpoint. Tokens are greedy and go on past an
-end-of-sequence token. prompt_ids are what the bundle's tokenizer gives for the text.
+end-of-sequence token. prompt_ids are what the bundle's tokenizer gives for the text, control
+tokens that it spells included.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def golden_outputs(backend: Backend, tokenizer: Tokenizer, max_context: int) -> 
     new_tokens = min(NEW_TOKENS, max(1, max_context // 2))
     longest = min(LONG, max_context + 1 - new_tokens)
     texts = [shorten(tokenizer, text, longest) for text in PROMPTS.values()]
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode(text, control_tokens=True) for text in texts]
     cache = backend.new_cache(len(prompts), max(map(len, prompts)) + new_tokens)
     steps = [prefill(backend, cache, prompts).copy()]                       # each float32 [prompts, vocab]
     while len(steps) < new_tokens:
@@ -97,9 +98,9 @@ def golden_outputs(backend: Backend, tokenizer: Tokenizer, max_context: int) -> 
 
 def shorten(tokenizer: Tokenizer, text: str, longest: int) -> str:
     """The longest beginning of `text`, up to tokens that straddle its end, that is at most `longest` tokens."""
-    if len(tokenizer.encode(text)) <= longest:
+    if len(tokenizer.encode(text, control_tokens=True)) <= longest:
         return text
-    return text[:bisect_right(range(len(text)), longest, key=lambda n: len(tokenizer.encode(text[:n]))) - 1]
+    return text[:bisect_right(range(len(text)), longest, key=lambda n: len(tokenizer.encode(text[:n], control_tokens=True))) - 1]
 
 
 def to_json(outputs: list[Golden], source_checkpoint: str, budgets: dict[str, float]) -> bytes:

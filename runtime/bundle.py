@@ -199,6 +199,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         for key in ("backend", "version"):
             need(engine, where, key, str)
         need(engine, where, "capacity", int)
+        need(engine, where, "bytes", int, type(None))
         for key, kind in (("compute_capabilities", str), ("profiles", dict)):
             need_all(engine, where, key, kind)
     listed(need(manifest, "", "tokenizer", str), "tokenizer")

@@ -34,6 +34,7 @@ import numpy as np
 from runtime.bundle import Bundle
 from runtime.errors import DeviceError, Unavailable, UserError
 from runtime.machine import cpu_threads, has_vnni
+from runtime.onnx_files import check_external_data
 from runtime.tensors import check_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -56,6 +57,7 @@ class OrtBackend:
             raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
                             "install onnxruntime-gpu in place of onnxruntime")
         graph = _choose_graph(bundle, exact, role)
+        check_external_data(bundle, graph["file"])
         self.name = f"onnxruntime-{provider}"
         self.graph = graph["file"]
         self._device = provider

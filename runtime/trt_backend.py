@@ -196,6 +196,7 @@ class _Engine:
 
     def __init__(self, tensorrt, device: Device, bundle: Bundle, entry: dict):
         self._tensorrt, self._device, self._path = tensorrt, device, bundle.path(entry["file"])
+        self._bytes = entry.get("bytes")
         self._contexts, self._engine, self._staging = {}, None, {}
         high = {p["name"]: {k: v[2] for k, v in p["shapes"].items()} for p in entry["profiles"]}
         self._profiles = [p["name"] for p in entry["profiles"]]
@@ -205,7 +206,7 @@ class _Engine:
     def load(self) -> _Engine:
         if self._engine is not None:
             return self
-        engine = load_plan(self._tensorrt, read_plan(self._path), self._path)
+        engine = load_plan(self._tensorrt, read_plan(self._path, self._bytes), self._path)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         pasts = [name for name in names if name.startswith("past_")]
         dtype = engine.get_tensor_dtype(pasts[0]).name

@@ -14,6 +14,7 @@ from runtime.bundle import Bundle
 from runtime.errors import DeviceError, Unavailable, UserError
 from runtime.trt_device import Gpu
 
+MOST_PACKED = 64                  # times that a compressed engine grows at most; weights do not shrink, text does
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 
 
@@ -45,13 +46,24 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
     raise Unavailable("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
 
 
-def read_plan(path: Path) -> bytes:
-    """The serialized engine of a file, decompressed where its name ends in .gz."""
+def read_plan(path: Path, unpacked_bytes: int | None = None) -> bytes:
+    """The serialized engine of a file, decompressed where its name ends in .gz.
+
+    unpacked_bytes: its size as the manifest says; None: unknown. No more than that is unpacked, nor than any engine needs.
+    """
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        most = path.stat().st_size * MOST_PACKED
+        limit = most if unpacked_bytes is None else min(unpacked_bytes, most)
+        with gzip.open(path) as file:
+            data = file.read(max(0, limit) + 1)
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UserError(f"{path}: the engine cannot be read ({error}); build it again with `python -m export.trt`") from None
+    if len(data) > limit or unpacked_bytes not in (None, len(data)):
+        raise UserError(f"{path}: the engine does not unpack to the {limit} bytes that it should have; build it again with "
+                        "`python -m export.trt`")
+    return data
 
 
 def load_plan(tensorrt, plan: bytes, path: Path):

@@ -20,6 +20,7 @@ from runtime.errors import DeviceError, UserError                   # noqa: E402
 from runtime.ort_backend import OrtBackend                          # noqa: E402
 from runtime.sampling import Sampler, SamplingOptions               # noqa: E402
 from runtime.trt_backend import TrtBackend                          # noqa: E402
+from runtime.trt_engine import read_plan                              # noqa: E402
 
 ROWS, TOKENS, LOGITS = 2, 8, 4
 
@@ -269,12 +270,32 @@ def test_a_bundle_without_engines(tiny_checkpoint, tmp_path):
 
 def test_a_compressed_engine_and_a_broken_one(bundle, tmp_path):
     import gzip
-    from runtime.trt_engine import read_plan
     (tmp_path / "x.engine.gz").write_bytes(gzip.compress(b"plan"))
     assert read_plan(tmp_path / "x.engine.gz") == b"plan"
     (tmp_path / "y.engine.gz").write_bytes(gzip.compress(b"plan" * 999)[:20])
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "y.engine.gz")
+
+
+def test_an_engine_unpacks_to_no_more_than_the_manifest_says(tmp_path):
+    """A megabyte that unpacks to a gigabyte is read as far as the limit, whatever the manifest says."""
+    import gzip
+    import tracemalloc
+    path, plan = tmp_path / "x.engine.gz", np.random.default_rng(0).bytes(100_000)
+    path.write_bytes(gzip.compress(plan))
+    assert read_plan(path, len(plan)) == read_plan(path) == plan
+    for wrong in (len(plan) - 1, len(plan) + 1, 0, -1, 1 << 60):
+        with pytest.raises(UserError, match="does not unpack to"):
+            read_plan(path, wrong)
+    with gzip.open(path, "wb", 9) as file:
+        for _ in range(1024):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    for said in (None, 1 << 30, 1000):
+        with pytest.raises(UserError, match="does not unpack to"):
+            read_plan(path, said)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("change, sentence", [
