@@ -252,7 +252,7 @@ def as_text(record: Record, field: str | None = None) -> str:
         return "\t".join(record.fields.values())
     if not fields.keys() & CHAT_NAMES:
         raise UserError(f"{record.place}: no text; it has {', '.join(map(str, record.fields))}: name one with --field, or call it text")
-    return "\n".join(message["content"] for message in as_messages(record))
+    return "\n".join(message.get("content") or "" for message in as_messages(record))
 
 
 def _folded(record: Record) -> dict:
@@ -274,14 +274,16 @@ def _named(record: Record, name: str, option: str) -> str:
 
 
 def as_messages(record: Record) -> list[dict]:
-    """The record as chat messages [{"role", "content"}, ...] that end with the assistant's reply.
+    """The record as chat messages [{"role", "content"}, ...] that end with the assistant's reply. What else a message of `messages`
+    has (tool_calls, reasoning_content) stays in it; one that calls tools may lack the content.
 
     Takes chat (`messages`), ShareGPT (`conversations`), Alpaca, prompt and completion, and SQuAD records.
     """
     fields = _folded(record)
     try:
         if "messages" in fields:
-            messages = [{"role": m["role"], "content": m["content"]} for m in fields["messages"]]
+            messages = [{**m, "role": m["role"]} if m.get("tool_calls") else {**m, "role": m["role"], "content": m["content"]}
+                        for m in fields["messages"]]
         elif "conversations" in fields:
             roles = {"human": "user", "gpt": "assistant", "system": "system"}
             messages = [{"role": roles[m["from"]], "content": m["value"]} for m in fields["conversations"]]
@@ -294,7 +296,7 @@ def as_messages(record: Record) -> list[dict]:
             messages = _exchange(f"{fields['context']}\n\n{fields['question']}", fields["answers"][0])
         else:
             raise KeyError("messages")
-        texts = all(isinstance(message["content"], str) for message in messages)
+        texts = all(isinstance(message.get("content"), str) or message.get("tool_calls") for message in messages)
         if not messages or messages[-1]["role"] != "assistant" or not texts:
             raise ValueError("messages must be texts that end with the assistant's reply")
     except (KeyError, IndexError, TypeError) as error:

@@ -144,7 +144,8 @@ class Chat:
             raise UserError(f"{options.checkpoint} has no chat template; put one beside it as chat_template.jinja")
 
     def encode(self, record):
-        return encode_chat(as_messages(record), self.chat, record.place)
+        known = {name: record.fields[name] for name in ("tools", "documents") if record.fields.get(name)}
+        return encode_chat(as_messages(record), self.chat, record.place, **known)
 
     def accuracy(self, trainer) -> None:
         return None

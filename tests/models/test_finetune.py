@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data import IGNORE
 from models.chat import chat_encoder
+from models.data_formats import Record
 from models.examples import Examples, encode_chat, encode_labelled
-from models.finetune import main
+from models.finetune import Chat, main
 from models.language_model import open_model
 from models.lora import add_lora, merged_tensors, save_adapter
 from models.memory import training_bytes
@@ -95,6 +96,24 @@ def test_a_prompt_that_opens_a_thought_takes_nothing_from_a_reply_without_one(pa
     own = reply[len(opens):] if reply.startswith(opens) else reply
     assert tokenizer.decode(ids[learned][:-1]) == own and ids[learned][-1] == end
     assert (ids == end).sum() == 2 and ids[~learned][-1] != end
+
+
+def test_calls_of_tools_are_learned_as_transformers_tells_them(parts):
+    source = ("{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+              "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>"
+              "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "x"}}}
+    record = Record("here", {"tools": [{"type": "function", "function": {"name": "now"}}], "messages": [
+        {"role": "user", "content": "hi", "tool_calls": None}, {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon"}]})
+    task = object.__new__(Chat)
+    task.chat = ChatEncoder(ChatTemplate(source, "t"), parts[1])
+    ids, learned = task.encode(record)
+    oracle = transformers.AutoTokenizer.from_pretrained(parts[0])
+    oracle.chat_template = source
+    expected = oracle.apply_chat_template(record.fields["messages"], tools=record.fields["tools"], return_dict=True, return_assistant_tokens_mask=True)
+    assert ids.tolist() == expected["input_ids"] and learned.astype(int).tolist() == list(expected["assistant_masks"])
 
 
 def test_labels_are_learned_from_the_prompt_that_evaluation_scores(tmp_path, tiny_checkpoint):
