@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import math
@@ -99,6 +100,9 @@ def did_you_mean(name, known) -> str:
     """" (did you mean ...?)" where something known is near, else nothing."""
     found = get_close_matches(str(name), [str(one) for one in known], 1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,6 +202,11 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
             raise
         print(f"error: this command needs {missing}, which is not installed: pip install "
               f"'.[{EXTRAS.get(missing, EXTRAS.get(room, 'dev'))}]' in Edgewright's folder", file=sys.stderr)
+        return 2
+    except OSError as error:                      # the machine's: a full disk, a folder that cannot be written
+        if error.errno not in _OF_THE_DISK:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room, or choose another place", file=sys.stderr)
         return 2
     except CheckFailed as error:
         print(f"failed: {error}", file=sys.stderr)

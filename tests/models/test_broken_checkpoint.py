@@ -86,6 +86,7 @@ BROKEN = {
     "shard outside": (shard_index({"weight_map": {Q: "../part.safetensors"}}), "'../part.safetensors', which leaves"),
     "shard absolute": (shard_index({"weight_map": {Q: "/etc/passwd"}}), "'/etc/passwd', which leaves"),
     "shard missing": (shard_index({"weight_map": {Q: "other.safetensors"}}), "other.safetensors is missing"),
+    "shard of a name too long": (shard_index({"weight_map": {Q: "x" * 5000}}), "xxx is missing, and model.safetensors.index"),
     "shard without": (shard_index({"weight_map": {"b.weight": "part.safetensors"}}), "lacks b.weight"),
     "shard with more": (shard_index({"weight_map": {Q: "part.safetensors"}}), "holds model.*index.json does not know of"),
     "another head in a tied model": (lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": t[TABLE] + 1})),

@@ -309,3 +309,25 @@ def test_the_runtime_works_where_nothing_else_is_installed(golden_bundle, tmp_pa
             f"print(Engine({str(golden_bundle)!r}, threads=1).chat([{{'role': 'user', 'content': 'Hi'}}], max_new_tokens=3).tokens)")
     done = run("-c", code)
     assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
+
+
+def test_what_the_disk_refuses_is_one_sentence(capsys):
+    """Wherever in a stage it comes from; a mistake of the program's keeps its traceback."""
+    import errno
+    from dataclasses import dataclass
+
+    from runtime import cli
+
+    @dataclass(frozen=True)
+    class Options:
+        """A stage."""
+
+    def stage(number):
+        def fail(options):
+            raise OSError(number, "said by the system", "/work.bin")
+        return fail
+    for number in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
+        assert cli.run(Options, stage(number), []) == 2
+        assert capsys.readouterr().err == "error: /work.bin: said by the system; make room, or choose another place\n"
+    with pytest.raises(OSError):
+        cli.run(Options, stage(errno.EINVAL), [])
