@@ -1,11 +1,24 @@
 """Open a bundle and generate text, without torch: `from runtime import Engine`."""
 
+from typing import TYPE_CHECKING
+
+from runtime.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine, GenerationOptions, Reply, Stream, Timings
+    from runtime.sampling import TokenLogprobs
+
 __version__ = "0.1.0"               # of all of Edgewright; pyproject.toml reads it here
+__all__ = ["CheckFailed", "Engine", "GenerationOptions", "Reply", "Stream", "Timings", "TokenLogprobs", "UserError"]
 
 
 def __getattr__(name: str):
-    """`Engine`, imported on first use, so that `import runtime` and its command lines stay light."""
-    if name == "Engine":
-        from runtime.engine import Engine
-        return Engine
+    """What needs numpy and the tokenizer, imported on first use, so that `import runtime` and its command lines stay light."""
+    if name in __all__:
+        from runtime import engine
+        return getattr(engine, name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -33,7 +33,7 @@ from runtime import decode
 from runtime.backend import Backend
 from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
 from runtime.bundle import MANIFEST, Bundle, open_bundle
-from runtime.cli import arg
+from runtime.cli import arg, did_you_mean
 from runtime.errors import DeviceError, UserError, shown
 from runtime.machine import available_memory, cpu_threads, release_free_memory
 from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
@@ -147,7 +147,7 @@ class Engine:
         prompts: a text, a list of texts, or token ids in place of a text. options: see GenerationOptions. Sample j of
         a prompt is the same whatever the other prompts are, near ties of logits aside. Raises UserError.
         """
-        drafts = self._drafts(_as_list(prompts), n, GenerationOptions(**self._defaults | options))
+        drafts = self._drafts(_as_list(prompts), n, self._options(options))
         for _ in self._run(drafts, n):
             pass
         return [drafts[sample * (len(drafts) // n) + prompt].reply()
@@ -155,7 +155,7 @@ class Engine:
 
     def stream(self, prompt, **options) -> Stream:
         """The reply to one prompt (a text, or token ids) as it is made: iterate over its pieces of text."""
-        return Stream(self, self._drafts([prompt], 1, GenerationOptions(**self._defaults | options)))
+        return Stream(self, self._drafts([prompt], 1, self._options(options)))
 
     def chat(self, messages: list[dict], **options) -> Reply:
         """The assistant's reply to `messages`: dicts with "role" (user, assistant, system, tool) and "content". options: those
@@ -168,7 +168,11 @@ class Engine:
     def stream_chat(self, messages: list[dict], **options) -> Stream:
         """`chat` as a stream."""
         variables = {name: options.pop(name) for name in set(options) - _OPTIONS}
-        tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), **variables)
+        try:
+            tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), **variables)
+        except UserError as error:                          # of a variable that the template does not read
+            meant = next(filter(None, (did_you_mean(name, _OPTIONS) for name in variables)), "")
+            raise UserError(f"{error}{meant}") from None
         return self.stream(tokens, **options)
 
     def chat_tokens(self, messages: list[dict], *, control_tokens: bool = False, **variables) -> np.ndarray:
@@ -181,6 +185,12 @@ class Engine:
             raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
                             "prompt of its own making with `generate` or `stream`")
         return self._chat.tokens(messages, control_tokens=control_tokens, **variables)
+
+    def _options(self, given: dict) -> GenerationOptions:
+        for name in given:
+            if name not in _OPTIONS:
+                raise UserError(f"there is no option {name!r}{did_you_mean(name, _OPTIONS)}: options are those of GenerationOptions")
+        return GenerationOptions(**self._defaults | given)
 
     def close(self) -> None:
         """Free the model's memory, once no call is in it; what is asked of the engine after is refused with a UserError."""
@@ -302,18 +312,35 @@ class Engine:
 class Stream:
     """Pieces of a reply's text, as they are made; whole characters, never an empty piece. They join to `reply.text`.
 
-    `reply` is the reply so far, complete when the iteration has ended. Leaving the loop early costs nothing more.
+    `reply` is the reply so far, complete when the iteration has ended. Leaving the loop early costs nothing more; the cache's
+    memory is free once the stream is closed, by `close`, at the end of a `with`, or with the last reference to it.
     """
 
     def __init__(self, engine: Engine, drafts: list[_Draft]):
-        self._draft, = drafts
+        (self._draft,), self._closed = drafts, False
         self._pieces = (piece for _, piece in engine._run(drafts, 1) if piece)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
+        if self._closed:
+            self.close()
+            raise StopIteration
         return next(self._pieces)
+
+    def close(self) -> None:
+        """Give up what is still to come: the iteration ends, the cache is freed, `reply` keeps what there is. Where another
+        thread is just making a piece, it ends after that one."""
+        self._closed = True
+        with contextlib.suppress(ValueError):               # "generator already executing"
+            self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     @property
     def reply(self) -> Reply:
@@ -347,8 +374,10 @@ class _Draft:
 
     def reply(self) -> Reply:
         """The reply so far; without tokens that were made when an exception came, before their text was."""
-        sequence, count = self.sequence, len(self._token_ms)
-        return Reply("".join(self._pieces), sequence.tokens[:count], sequence.finish_reason, sequence.logprobs[:count],
+        sequence, count, alone = self.sequence, len(self._token_ms), self._text.tokenizer.alone
+        logprobs = [entry._replace(text=alone(entry.token), top_texts=[alone(token) for token, _ in entry.top])
+                    for entry in sequence.logprobs[:count]]
+        return Reply("".join(self._pieces), sequence.tokens[:count], sequence.finish_reason, logprobs,
                      Timings(len(sequence.prompt), self._token_ms))
 
 

@@ -103,6 +103,8 @@ class TokenLogprobs(NamedTuple):
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    text: str = ""                    # of the token alone, and of those in `top`; an engine fills them in
+    top_texts: list[str] = []
 
 
 class Sampler:

@@ -96,6 +96,14 @@ class Tokenizer:
         """A token as the vocabulary spells it, special tokens included; None: no such token."""
         return self._tokenizer.id_to_token(token)
 
+    def alone(self, token: int) -> str:
+        """A token's own text: with the space it begins with, part of a character as U+FFFD, a control token as it is spelled."""
+        spelling = self.token_text(token) or ""
+        if token in self.control_tokens:
+            return spelling
+        text = self.decode([token])
+        return f" {text}" if spelling.startswith("\u2581") and not text.startswith(" ") else text      # which decoding alone strips
+
     def token_id(self, text: str) -> int | None:
         """The id of the token that is spelled so; None: no such token."""
         return self._tokenizer.token_to_id(text)
@@ -287,7 +295,7 @@ class ReplyText:
     """The text of one reply, from its tokens, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
-        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+        self.tokenizer, self._detokenizer, self._stops = tokenizer, Detokenizer(tokenizer), StopStrings(stops)
         self._special = tokenizer.control_tokens if self._stops else {}
 
     def push(self, token: int) -> tuple[str, bool]:
