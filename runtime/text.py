@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -37,11 +38,16 @@ _MOST_GROWTH = 32                 # times as long as its input a text may become
 _MOST_ADDED = 256                 # special tokens put around a text
 
 
+# Held by who is in the library, and over a fork: the child would wait for ever for what another thread held then.
+_library = threading.RLock()
+os.register_at_fork(before=_library.acquire, after_in_parent=_library.release, after_in_child=_library.release)
+
+
 class Tokenizer:
     """Text <-> token ids, from several threads at once. Raises UserError where the file is no tokenizer, or hostile."""
 
     def __init__(self, path: Path | str):
-        self._path, self._lock = Path(path), threading.Lock()
+        self._path = Path(path)
         try:
             data = self._path.read_bytes()
         except OSError as error:
@@ -82,14 +88,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of many texts, with nothing around them, on all CPUs."""
-        with self._words("fails on a text ({error})"), self._lock:
+        with self._words("fails on a text ({error})"), _library:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         found = [np.array(encoding.ids, np.int64) for encoding in encodings]
         return [np.array(self._as_text(text)[0], np.int64) if self._cuts(text, ids) else ids for text, ids in zip(texts, found)]
 
     def decode(self, ids) -> str:
         """Text of token ids; special tokens are left out."""
-        with self._words("fails on tokens ({error})"):
+        with self._words("fails on tokens ({error})"), _library:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def token_text(self, token: int) -> str | None:
@@ -134,7 +140,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                             f"{error.start}, which is half a character; remove it") from None
-        with self._words("fails on this text ({error})"), self._lock:
+        with self._words("fails on this text ({error})"), _library:
             self._tokenizer.encode_special_tokens = not control_tokens
             try:
                 return self._tokenizer.encode(text, add_special_tokens=special_tokens)
