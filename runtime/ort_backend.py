@@ -132,8 +132,8 @@ class OrtBackend:
         binding.logits_positions[...] = logits_positions
         if self._device != "cpu":
             binding.bind_tokens()                 # for a device, binding is what copies
-        _running.add(binding)
         try:
+            _running.add(binding)
             self._run(self.session, binding.io)
         finally:
             _running.discard(binding)
@@ -174,7 +174,8 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     global _ending
     _ending = True
-    while _running:
+    until = time.monotonic() + 10                 # an exception of a signal may have left one there that does not run
+    while _running and time.monotonic() < until:
         time.sleep(0.001)
 
 
