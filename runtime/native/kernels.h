@@ -44,12 +44,6 @@ INLINE int32_t total_int(vi x) {
     for (int i = 0; i < W; i++) sum += x[i];
     return sum;
 }
-INLINE int32_t largest_int(vi x) {
-    int32_t a[W];
-    memcpy(a, &x, sizeof a);
-    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-    return a[0];
-}
 INLINE float largest(vf x) {
     float a[W];
     store(a, x);
@@ -242,23 +236,18 @@ static void quantize(activations *x, int rows, int first, int last) {
                     vi size = (vi)load(f + k) & 0x7fffffff, more = size > most;
                     most = (more & size) | (~more & most);
                 }
-                float top;
-                const int32_t top_bits = largest_int(most);
-                memcpy(&top, &top_bits, sizeof top);
-                if (top_bits >= 0x7f800000) {                /* such inputs give such outputs, not some number */
-                    memset(x->q + i * BLOCK, 0, BLOCK);
-                    x->scale[i] = NAN, x->sum[i] = 0;
-                    continue;
-                }
+                const vi odd = most > 0x7f800000;            /* NaN, which `largest` would lose, becomes infinity */
+                const float top = largest((vf)((odd & 0x7f800000) | (~odd & most)));
+                const vi finite = splat_int(top < INFINITY ? -1 : 0);  /* else codes 0 and scale NaN: such inputs give such outputs */
                 float inverse = top > 1e-30f ? 127 / top : 0;          /* 127 / top stays finite */
                 vi sum = splat_int(0);
                 for (int k = 0; k < BLOCK; k += W) {
-                    vi rounded = round_int(load(f + k) * inverse);
+                    vi rounded = round_int(load(f + k) * inverse) & finite;
                     vb bytes = __builtin_convertvector(rounded, vb);
                     memcpy(x->q + i * BLOCK + k, &bytes, W);
                     sum += rounded;
                 }
-                x->scale[i] = top / 127;
+                x->scale[i] = top < INFINITY ? top / 127 : NAN;
                 x->sum[i] = -total_int(sum);
             }
     }
