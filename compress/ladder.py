@@ -70,11 +70,11 @@ def measure_speed(folder: Path, work: Path) -> dict:
         figures.unlink(missing_ok=True)
 
 
-def ladder(rungs: list[tuple[str, dict]]) -> str:
+def ladder(results: list[tuple[str, dict]]) -> str:
     """A table, a row a stage; what was not measured is a dash."""
     def shown(figures: dict, name: str, form: str, factor: float = 1.0) -> str:
         return "-" if figures.get(name) is None else format(figures[name] * factor, form)
 
     return table([{"stage": name, "MB": shown(figures, "bytes", ".1f", 1e-6), "perplexity": shown(figures, "perplexity", ".2f"),
                    "KL": shown(figures, "kl", ".4f"), "same top-1": shown(figures, "top1_agreement", ".1%"),
-                   "decode tokens/s": shown(figures, "decode_tokens_per_s", ".0f")} for name, figures in rungs])
+                   "decode tokens/s": shown(figures, "decode_tokens_per_s", ".0f")} for name, figures in results])

@@ -92,8 +92,8 @@ def _run_stages(options: Options, recipe: Recipe) -> int:
     text, judged = _texts(options)
     reading = dataclasses.asdict(replace(text, data=(), cache=None))
     learned = [reading, *(source_digest(source) for source in find_sources(text.data))]
-    rungs = [("original", _figures(options, options.out / f"0-original-{original[:8]}", options.model, None, judged))]
-    print(ladder(rungs))
+    results = [("original", _figures(options, options.out / f"0-original-{original[:8]}", options.model, None, judged))]
+    print(ladder(results))
     current, source = options.model, original
     for number, stage in enumerate(recipe.stages, 1):
         key = _hash([stage.name, stage.settings, source, original, learned])[:8]
@@ -108,8 +108,8 @@ def _run_stages(options: Options, recipe: Recipe) -> int:
                 return code
         if stage.name != "teacher":
             current, source = result, open_checkpoint(result).sha256()
-            rungs.append((f"{number} {stage.name}", _figures(options, folder, result, options.model, judged)))
-            print(f"\n{ladder(rungs)}")
+            results.append((f"{number} {stage.name}", _figures(options, folder, result, options.model, judged)))
+            print(f"\n{ladder(results)}")
     _publish(current, options.out / "model")
     print(f"\n{options.out / 'model'}: the result")
     return 0
@@ -167,7 +167,7 @@ def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text
 
 
 def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | None, judged: tuple[str, ...]) -> dict:
-    """A rung's figures, kept in its folder and measured only where they are not there or the text to judge on changed."""
+    """A result's figures, kept in its folder and measured only where they are not there or the text to judge on changed."""
     file = folder / "figures.json"
     folder.mkdir(parents=True, exist_ok=True)
     figures = read_json(file) if file.is_file() else {}
@@ -182,7 +182,7 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
     if figures != before:
         if original is not None:
             lineage.add_metrics(checkpoint, {"ladder": figures})
-        write(file, json.dumps(figures, indent=1) + "\n")        # last: with it, the rung counts as measured
+        write(file, json.dumps(figures, indent=1) + "\n")        # last: with it, the result counts as measured
     return figures
 
 

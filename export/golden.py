@@ -1,6 +1,6 @@
 """Golden outputs: what PyTorch answers to eight prompts, kept in a bundle as golden.json.
 
-    {"version": 1, "source_checkpoint": sha256, "new_tokens": 32, "budgets": {rung: {"mean_kl": nats}},
+    {"version": 1, "source_checkpoint": sha256, "new_tokens": 32, "budgets": {runner: {"mean_kl": nats}},
      "prompts": [{"name", "text", "prompt_ids", "tokens", "top_ids", "top_logits", "logsumexp", "margins"}, ...]}
 
 Row i of the last four holds PyTorch's float32 logits after prompt_ids + tokens[:i], the ones that choose tokens[i]: the
@@ -104,9 +104,9 @@ def shorten(tokenizer: Tokenizer, text: str, longest: int) -> str:
 
 
 def to_json(outputs: list[Golden], source_checkpoint: str, budgets: dict[str, float]) -> bytes:
-    """The contents of golden.json. budgets: rung -> mean KL in nats."""
+    """The contents of golden.json. budgets: runner -> mean KL in nats."""
     return json.dumps({"version": VERSION, "source_checkpoint": source_checkpoint, "new_tokens": len(outputs[0].tokens),
-                       "budgets": {rung: {"mean_kl": budget} for rung, budget in budgets.items()},
+                       "budgets": {runner: {"mean_kl": budget} for runner, budget in budgets.items()},
                        "prompts": [_prompt(output) for output in outputs]}, ensure_ascii=False).encode()
 
 

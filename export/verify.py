@@ -13,16 +13,16 @@ likeliest token is the same; and the first token that differs. A token that diff
 closer than the noise (twice the largest difference among the 20 likeliest, a constant over all logits taken off) is
 a near tie, not an error.
 
-Rungs. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
+Runners. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
 kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "native exact", in a bundle
 without graphs, is the native core with float32 activations and cache. "native", and "fast" or, in a bundle without a fast
 graph, "portable fused", are what users run: int8 activations, mean KL below 0.01. A checkpoint that itself
 rounds activations to int8 turns the last bit of a float32 sum into a whole step, here and there, and every layer spreads
-it: PyTorch fed in other chunks is a KL of 0.01 from itself on SmolLM2-135M. All rungs of its bundle may have 0.02; that
-each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget, and where no rung
+it: PyTorch fed in other chunks is a KL of 0.01 from itself on SmolLM2-135M. All runners of its bundle may have 0.02; that
+each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget, and where no runner
 of the bundle can run, the exit code is 1 and the bundle stays as it was; else the golden outputs go into it.
 
-The report ends with every rung of the bundle: what ran here and with what result, what cannot run here and why, and what
+The report ends with every runner of the bundle: what ran here and with what result, what cannot run here and why, and what
 needs a GPU (`python -m runtime.verify`, on the device) and was "built, never run".
 """
 
@@ -45,7 +45,7 @@ from runtime.errors import CheckFailed, UserError
 from runtime.files import sole_writer
 from runtime.machine import cpu_threads
 from runtime.text import Tokenizer
-from runtime.verify import open_rung, rungs
+from runtime.verify import open_runner, runners
 
 EXAMPLES = """example:
   python -m export.verify build/smollm2-135m-int4-checkpoint build/smollm2-135m-int4
@@ -74,7 +74,7 @@ from models.torch_backend import TorchBackend
 
 EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized
 FUSED_BUDGET = 0.01               # of what rounds activations on its own account
-INT8_BUDGET = 0.02                # of every rung, where the checkpoint rounds its activations
+INT8_BUDGET = 0.02                # of every runner, where the checkpoint rounds its activations
 TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast",
           "native_exact": "native exact", "native": "native"}
 NEVER = "built, never run"
@@ -100,26 +100,26 @@ def verify(options: Options) -> None:
     reference = TorchBackend(load_decoder(options.checkpoint))
     tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
     golden = golden_outputs(reference, tokenizer, bundle.max_context)
-    budgets = rung_budgets(bundle)
+    budgets = runner_budgets(bundle)
     rows, failures = measure("pytorch", reference, golden, INT8_BUDGET if bundle.model.get("activations") else
                              EXACT_BUDGETS["float32"])
     reference.close()
     absent = {}
-    for rung, open_with in rungs(bundle, exact=True).items():
-        if rung not in budgets:
+    for runner, open_with in runners(bundle, exact=True).items():
+        if runner not in budgets:
             continue
-        backend = open_rung(bundle, rung, open_with, cpu_threads(options.threads))
+        backend = open_runner(bundle, runner, open_with, cpu_threads(options.threads))
         if isinstance(backend, str):
-            absent[rung] = backend
+            absent[runner] = backend
             continue
-        more, failed = measure(rung, backend, golden, budgets[rung])
+        more, failed = measure(runner, backend, golden, budgets[runner])
         rows, failures = rows + more, failures + failed
         backend.close()
     print(table(rows, title=f"{bundle.name}: {len(golden)} prompts, {len(golden[0].tokens)} tokens each, against PyTorch"))
-    print(table(ladder(bundle, budgets, rows, absent), title="\nRungs"))
+    print(table(ladder(bundle, budgets, rows, absent), title="\nRunners"))
     if len(absent) == len(budgets):
         raise CheckFailed(f"{bundle.folder}: nothing ran here, so nothing is proven: "
-                          + "; ".join(f"{TITLES[rung]}: {reason}" for rung, reason in absent.items()))
+                          + "; ".join(f"{TITLES[runner]}: {reason}" for runner, reason in absent.items()))
     if failures:
         raise CheckFailed("; ".join(failures))
     figures = {f"{row['graph']}, {row['way']}": row["mean KL"] for row in rows}
@@ -127,7 +127,7 @@ def verify(options: Options) -> None:
     manifest = bundles.without_file(bundle.manifest, bundles.GOLDEN)
     manifest |= {"golden": bundles.GOLDEN, "lineage": [*manifest["lineage"], stage]}
     bundles.add_file(options.bundle, manifest, bundles.GOLDEN, to_json(golden, source, budgets))
-    ran = ", ".join(TITLES[rung] for rung in budgets if rung not in absent)
+    ran = ", ".join(TITLES[runner] for runner in budgets if runner not in absent)
     print(f"{options.bundle}: {ran} kept the budget; golden outputs written to {bundles.GOLDEN}")
 
 
@@ -144,8 +144,8 @@ def check_source(checkpoint: Checkpoint, bundle: Bundle) -> str:
     return source
 
 
-def rung_budgets(bundle: Bundle) -> dict[str, float]:
-    """The rungs to check, exact first, and the mean KL that each may have."""
+def runner_budgets(bundle: Bundle) -> dict[str, float]:
+    """The runners to check, exact first, and the mean KL that each may have."""
     tensors = bundle.manifest["weights"]["tensors"]
     exact = EXACT_BUDGETS.get(next(t["dtype"] for t in tensors if t["name"] == "final_norm.weight"))       # None: bfloat16
     budgets = {}
@@ -159,27 +159,27 @@ def rung_budgets(bundle: Bundle) -> dict[str, float]:
 
 
 def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict], absent: dict[str, str]) -> list[dict]:
-    """Every rung of the bundle, and what is known of it: `rows` are those of the report, `absent` the reasons of others."""
+    """Every runner of the bundle, and what is known of it: `rows` are those of the report, `absent` the reasons of others."""
     found = []
-    for rung, budget in budgets.items():
-        native = rung.startswith("native")
-        file = bundle.manifest["weights"]["file"] if native else bundle.graph("fast" if rung == "fast" else "portable")["file"]
-        worst = max((float(row["mean KL"]) for row in rows if row["graph"] == TITLES[rung]), default=None)
-        result = f"not run here: {absent[rung]}" if rung in absent else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
-        found.append({"rung": TITLES[rung], "file": file, "on": "the CPU" if native else "ONNX Runtime, CPU", "result": result})
-    found += [{"rung": "cuda", "file": graph["file"], "on": "ONNX Runtime, CUDA", "result": NEVER}
+    for runner, budget in budgets.items():
+        native = runner.startswith("native")
+        file = bundle.manifest["weights"]["file"] if native else bundle.graph("fast" if runner == "fast" else "portable")["file"]
+        worst = max((float(row["mean KL"]) for row in rows if row["graph"] == TITLES[runner]), default=None)
+        result = f"not run here: {absent[runner]}" if runner in absent else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
+        found.append({"runner": TITLES[runner], "file": file, "on": "the CPU" if native else "ONNX Runtime, CPU", "result": result})
+    found += [{"runner": "cuda", "file": graph["file"], "on": "ONNX Runtime, CUDA", "result": NEVER}
               for graph in bundle.manifest["graphs"]]
-    found += [{"rung": "tensorrt", "file": engine["file"], "on": "SM " + ",".join(engine["compute_capabilities"]), "result": NEVER}
+    found += [{"runner": "tensorrt", "file": engine["file"], "on": "SM " + ",".join(engine["compute_capabilities"]), "result": NEVER}
               for engine in bundle.manifest["engines"]]
     return found
 
 
-def measure(rung: str, backend: Backend, golden: list[Golden], budget: float) -> tuple[list[dict], list[str]]:
+def measure(runner: str, backend: Backend, golden: list[Golden], budget: float) -> tuple[list[dict], list[str]]:
     """Every way through one backend: rows of the report, and sentences on budgets that were not kept."""
     rows, failures = [], []
-    for name, way in progress(WAYS.items(), label=TITLES[rung], unit="way"):
+    for name, way in progress(WAYS.items(), label=TITLES[runner], unit="way"):
         comparisons = [compare(output.logits, logits) for output, logits in zip(golden, way(backend, golden))]
-        rows.append(row := report_row(TITLES[rung], name, golden, comparisons))
+        rows.append(row := report_row(TITLES[runner], name, golden, comparisons))
         mean = float(np.concatenate([comparison.kl for comparison in comparisons]).mean())
         if not mean <= budget:                    # a NaN fails too
             failures.append(f"{row['graph']}, {name}: a mean KL of {mean:.2e} against a budget of {budget:g}")

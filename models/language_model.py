@@ -1,4 +1,4 @@
-"""A checkpoint or a bundle, opened for measuring: one face for both kinds of luggage.
+"""A checkpoint or a bundle, opened for measuring: one interface for both.
 
 A folder with a manifest.json is a bundle and runs through `runtime`; any other is a checkpoint and runs in PyTorch. Both
 end in a `runtime.backend.Backend`, so whatever is measured above it is measured by the same lines.

@@ -14,13 +14,13 @@ from runtime.errors import UserError, shown
 from runtime.files import read_json
 
 VERSION = 1
-RUNGS = ("portable", "portable_fused", "fast", "native_exact", "native")      # that can have a budget
+RUNNERS = ("portable", "portable_fused", "fast", "native_exact", "native")      # that can have a budget
 _LARGEST = 1e6                    # no logit of a working model is near it, and exp of a difference stays in float64
 _WORST_BUDGET = 1.0               # nats a token; a model that far from PyTorch's says something else
 
 
 def read_golden(bundle: Bundle) -> dict:
-    """The checked contents of a bundle's golden.json, whose "budgets" become {rung: mean KL in nats}.
+    """The checked contents of a bundle's golden.json, whose "budgets" become {runner: mean KL in nats}.
 
     Raises UserError, which names the field, where the file is not what `python -m export.verify` writes.
     """
@@ -43,12 +43,12 @@ class _Check:
 
 def _budgets(check: _Check, budgets: object) -> dict[str, float]:
     check(isinstance(budgets, dict) and len(budgets) > 0, "budgets", budgets, "an object with a budget for every graph")
-    for rung, budget in budgets.items():
-        check(rung in RUNGS, "a name among budgets", rung, f"one of {', '.join(RUNGS)}")
+    for runner, budget in budgets.items():
+        check(runner in RUNNERS, "a name among budgets", runner, f"one of {', '.join(RUNNERS)}")
         mean = budget.get("mean_kl") if isinstance(budget, dict) else None
-        check(_number(mean) and 0 < mean <= _WORST_BUDGET, f"budgets.{rung}.mean_kl", mean,
+        check(_number(mean) and 0 < mean <= _WORST_BUDGET, f"budgets.{runner}.mean_kl", mean,
               f"a number above 0 and at most {_WORST_BUDGET:g} (nats)")
-    return {rung: float(budget["mean_kl"]) for rung, budget in budgets.items()}
+    return {runner: float(budget["mean_kl"]) for runner, budget in budgets.items()}
 
 
 def _prompts(check: _Check, golden: dict, bundle: Bundle) -> list[dict]:

@@ -5,8 +5,8 @@ that `export.verify` stored, PyTorch's tokens are fed again through TensorRT, CU
 those of them that this machine can have (the first is what an `Engine` runs), and the logits compared with PyTorch's. KL
 divergence is taken over the 20 likeliest tokens and the mass of all others, which is a lower bound of the whole; a token
 that differs where PyTorch's first two were closer than the noise (twice the largest difference of a logit among the 20)
-is a near tie, not an error. The mean KL of a rung must keep the budget that was stored with the golden outputs; past it
-the exit code is 1, as it is where no rung ran at all. Kernels differ from machine to machine, which is why this is a
+is a near tie, not an error. The mean KL of a runner must keep the budget that was stored with the golden outputs; past it
+the exit code is 1, as it is where no runner ran at all. Kernels differ from machine to machine, which is why this is a
 command for the device and not a certificate.
 """
 
@@ -75,7 +75,7 @@ def golden_logits(backend: Backend, golden: dict) -> np.ndarray:
     return backend.forward(ids, np.arange(ids.shape[1])[None], np.zeros(1, np.int64), wanted, cache)[0]
 
 
-def rungs(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Backend]]:
+def runners(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Backend]]:
     """Ways to run a bundle, best first: name -> how to open it with so many threads. With `exact` also the one that rounds
     nothing but the weights: the portable graph, and in a bundle without graphs the native core."""
     def provider(name: str):
@@ -97,9 +97,9 @@ def rungs(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Back
     return found
 
 
-def open_rung(bundle: Bundle, rung: str, open_with: Callable[[int], Backend], threads: int) -> Backend | str:
-    """The backend of a rung, or the reason why this machine cannot have it."""
-    graph = {"fast": "fast", "portable": "portable", "portable_fused": "portable"}.get(rung)
+def open_runner(bundle: Bundle, runner: str, open_with: Callable[[int], Backend], threads: int) -> Backend | str:
+    """The backend of a runner, or the reason why this machine cannot have it."""
+    graph = {"fast": "fast", "portable": "portable", "portable_fused": "portable"}.get(runner)
     if graph and bundle.graph(graph)["dtype"] == "bf16":
         return "ONNX Runtime's CPU lacks most operators of bf16"
     try:
@@ -124,24 +124,24 @@ def verify(options: Options) -> None:
             raise CheckFailed(f"{bundle.folder}: golden prompt {prompt['name']!r} gives other tokens on this machine; is "
                               "another version of `tokenizers` installed?")
     threads, failed, absent, ran = cpu_threads(options.threads), [], [], []
-    for rung, open_with in rungs(bundle, options.exact).items():
-        backend = open_rung(bundle, rung, open_with, threads)
+    for runner, open_with in runners(bundle, options.exact).items():
+        backend = open_runner(bundle, runner, open_with, threads)
         if isinstance(backend, str):
-            print(f"\n{rung}: not run here ({backend})")
-            absent.append(f"{rung}: {backend}")
+            print(f"\n{runner}: not run here ({backend})")
+            absent.append(f"{runner}: {backend}")
             continue
         try:
-            budget = _budget(bundle, golden["budgets"], rung)
+            budget = _budget(bundle, golden["budgets"], runner)
             comparisons = {p["name"]: compare(golden_logits(backend, p), p) for p in golden["prompts"]}
         finally:
             backend.close()
-        print(table([_row(name, c) for name, c in comparisons.items()], title=f"\n{rung}: mean KL at most {budget:g}"))
+        print(table([_row(name, c) for name, c in comparisons.items()], title=f"\n{runner}: mean KL at most {budget:g}"))
         mean = np.concatenate([c.kl for c in comparisons.values()]).mean()
         kept = abs(mean) <= budget                # NaN is not; and a divergence below zero is none
         print(f"mean KL {mean:.2e}: {'kept' if kept else 'EXCEEDED'}")
-        ran.append(rung)
+        ran.append(runner)
         if not kept:
-            failed.append(f"{rung} has a mean KL of {mean:.2e} against a budget of {budget:g}")
+            failed.append(f"{runner} has a mean KL of {mean:.2e} against a budget of {budget:g}")
     if not ran:
         raise CheckFailed(f"{bundle.folder}: nothing ran here, so nothing is proven: {'; '.join(absent)}")
     if failed:
@@ -149,12 +149,12 @@ def verify(options: Options) -> None:
     print(f"\n{bundle.name}: {', '.join(ran)} kept the budget; an engine here runs {ran[0]}")
 
 
-def _budget(bundle: Bundle, budgets: dict[str, float], rung: str) -> float:
-    """Of a rung; what was not run where the bundle was proven has the budget of what users run there."""
+def _budget(bundle: Bundle, budgets: dict[str, float], runner: str) -> float:
+    """Of a runner; what was not run where the bundle was proven has the budget of what users run there."""
     fused = "fast" if bundle.graph("fast") else "portable_fused"
-    budget = budgets.get(rung, budgets.get(fused) if rung in ("tensorrt", "cuda", "native") else None)
+    budget = budgets.get(runner, budgets.get(fused) if runner in ("tensorrt", "cuda", "native") else None)
     if budget is None:
-        raise UserError(f"{bundle.path(bundle.manifest['golden'])}: budgets.{rung} is missing, so it cannot be judged; run "
+        raise UserError(f"{bundle.path(bundle.manifest['golden'])}: budgets.{runner} is missing, so it cannot be judged; run "
                         "`python -m export.verify` again, which proves whatever the bundle has now")
     return budget
 

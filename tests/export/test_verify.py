@@ -93,7 +93,7 @@ def test_comparison():
 def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint, tmp_path, capsys):
     checkpoint = write_random(tmp_path / "c", small_config(), everywhere(4, 32))
     assert run(checkpoint, export(checkpoint, tmp_path / "b", fast=False)) == 0
-    table = capsys.readouterr().out.split("Rungs")[0]
+    table = capsys.readouterr().out.split("Runners")[0]
     assert table.count("portable exact") == 4 and table.count("portable fused") == 4
     half = export(tiny_checkpoint("qwen3"), tmp_path / "h", "--dtype", "fp16")
     assert run(tiny_checkpoint("qwen3"), half) == 0
@@ -101,10 +101,10 @@ def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint
     assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}, "native": {"mean_kl": 0.01}}
 
 
-def test_the_report_tells_which_rungs_ran_and_which_never_did(tiny_checkpoint, tmp_path, capsys):
+def test_the_report_tells_which_runners_ran_and_which_never_did(tiny_checkpoint, tmp_path, capsys):
     """A bf16 graph runs on no CPU of ONNX Runtime's; the native core runs it."""
     checkpoint = tiny_checkpoint("smollm2")
-    for dtype, rungs in (("fp32", {"portable exact": "run: mean KL at most", "portable fused": "run: mean KL at most"}),
+    for dtype, runners in (("fp32", {"portable exact": "run: mean KL at most", "portable fused": "run: mean KL at most"}),
                          ("bf16", {"portable fused": "not run here: ONNX Runtime's CPU lacks"})):
         bundle = export(checkpoint, tmp_path / dtype, "--dtype", dtype, fast=False)
         opened = open_bundle(bundle)
@@ -112,10 +112,10 @@ def test_the_report_tells_which_rungs_ran_and_which_never_did(tiny_checkpoint, t
                  "capacity": 64, "profiles": [], "bytes": 1}
         bundles.add_file(bundle, opened.manifest | {"engines": [entry]}, "engines/x.engine", b"x")
         assert run(checkpoint, bundle) == 0
-        lines = capsys.readouterr().out.split("Rungs\n")[1].splitlines()[2:]
-        expected = rungs | {"native": "run: mean KL at most", "cuda": "built, never run", "tensorrt": "built, never run"}
-        for line, (rung, result) in zip(lines, expected.items()):
-            assert line.startswith(rung) and result in line, line
+        lines = capsys.readouterr().out.split("Runners\n")[1].splitlines()[2:]
+        expected = runners | {"native": "run: mean KL at most", "cuda": "built, never run", "tensorrt": "built, never run"}
+        for line, (runner, result) in zip(lines, expected.items()):
+            assert line.startswith(runner) and result in line, line
         assert "engines/x.engine" in lines[len(expected) - 1] and "SM 86,89" in lines[len(expected) - 1]
     assert runtime_verify.main([str(bundle), "--threads", "1", "--exact"]) == 0
     out = capsys.readouterr().out

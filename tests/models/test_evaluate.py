@@ -1,4 +1,4 @@
-"""The evaluate command: both kinds of luggage, the labelled tasks, and what it refuses."""
+"""The evaluate command: checkpoints and bundles alike, the labelled tasks, and what it refuses."""
 
 import json
 

@@ -118,7 +118,7 @@ class FailingBackend(MockBackend):
 
 @pytest.fixture
 def open_engine(tmp_path, monkeypatch):
-    """open_engine(backend, ..., provider=None) -> an engine on the first of these; every other rung has nothing."""
+    """open_engine(backend, ..., provider=None) -> an engine on the first of these; every other provider has nothing."""
     def make(*made, provider=None):
         def opener(name):
             def open_(bundle, threads, **options):
