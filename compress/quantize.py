@@ -110,7 +110,7 @@ class Options(DataOptions):
             raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
                             "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
         if self.recover and not self.data:
-            raise UserError("--recover trains on text: give --data FILES")
+            raise UserError("--recover needs --data FILES to train on")
 
     @property
     def mixed(self) -> bool:

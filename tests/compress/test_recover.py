@@ -177,7 +177,7 @@ def test_quantize_recovers_in_the_same_command(world, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--steps", 0], "--steps is 0"), (["--learning-rate", 0], "--learning-rate"), (["--top", 0], "top-k"),
+    (["--steps", 0], "--steps is 0"), (["--learning-rate", 0], "--learning-rate"), (["--top", 0], "--top is 0"),
     (["--length", 10**6], "less than one window")])
 def test_bad_numbers(world, options, words, capsys):
     if words == "less than one window":

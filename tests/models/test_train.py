@@ -230,7 +230,7 @@ def test_gru_learns_and_comes_back(files, tmp_path):
     (["--tokenizer", "nowhere"], "no tokenizer.json"),
     (["--checkpoint", "x"], "either --preset and --tokenizer"),
     (["--preset", "9q"], "--preset 9q"),
-    (["--batch", "0"], "--batch 0"),
+    (["--batch", "0"], "--batch is 0"),
     (["--languages", "xx"], "--languages xx"),
 ])
 def test_options_of_no_use_are_refused(files, tmp_path, capsys, change, message):
