@@ -5,7 +5,8 @@
 A bundle's manifest says three times what its weights are: the model's configuration, the formats of its quantized matrices
 and the table of tensors with their places. From the first two follows the third, entry by entry: names, types, shapes, in
 order, each place where the one before ends. What is missing, unknown, or elsewhere is refused by name, so that no backend
-can leave out a bias or a zero point and give other tokens. The layout is export/weights.py's.
+can leave out a bias or a zero point and give other tokens. The first manifests did not tell the formats, which
+are then those that the table shows. The layout is export/weights.py's.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ def check_tensors(bundle: Bundle) -> None:
     where, weights = bundle.folder / MANIFEST, bundle.manifest["weights"]
     table = {tensor["name"]: tensor for tensor in weights["tensors"]}
     try:
-        expected = list(_expected(bundle.model, weights["formats"], table))
+        told = "formats" in weights or "kv_cache" in bundle.model
+        formats, cache = (weights["formats"], bundle.model["kv_cache"]) if told else _shown_by(table)
+        expected = list(_expected(bundle.model, formats, cache, table))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: model.config or weights.formats cannot be read ({error!r}); export the bundle again") from None
     names = [name for name, _, _ in expected]
     if missing := [name for name in names if name not in table]:
         raise UserError(f"{where}: the weights lack {_some(missing)}, which the model has; export the bundle again")
-    if unknown := [name for name in (*table, *weights["formats"]) if name not in names and f"{name}.codes" not in names]:
+    if unknown := [name for name in (*table, *formats) if name not in names and f"{name}.codes" not in names]:
         raise UserError(f"{where}: the weights hold {_some(unknown)}, for which the model has no place; export the bundle again")
     if len(table) != len(weights["tensors"]):
         raise UserError(f"{where}: a tensor is listed twice; export the bundle again")
@@ -49,10 +52,10 @@ def check_tensors(bundle: Bundle) -> None:
         raise UserError(f"{where}: the tensors end at {end}, but the weights file at {weights['bytes']}; export the bundle again")
 
 
-def _expected(model: dict, formats: dict, table: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """(name, types it may have, shape) of every tensor, in order."""
     config, hidden, dim = model["config"], model["config"]["hidden_size"], model["config"]["head_dim"]
-    activations, cache = model.get("activations") or {}, model.get("kv_cache")
+    activations = model.get("activations") or {}
 
     def norm(name: str, size: int, bias: bool = False):
         yield f"{name}.weight", FLOATS, (size,)
@@ -104,6 +107,19 @@ def _expected(model: dict, formats: dict, table: dict) -> Iterator[tuple[str, tu
     yield from norm("final_norm", hidden, layer_norm)
     if not config["tied_embeddings"]:
         yield from matrix("head", config["vocab_size"], hidden)
+
+
+def _shown_by(table: dict) -> tuple[dict, dict | None]:
+    """Formats, and the cache's, of a bundle from before manifests told them: as its table shows them."""
+    formats = {}
+    for name in (tensor.removesuffix(".codes") for tensor in table if tensor.endswith(".codes")):
+        codes, scales = table[f"{name}.codes"], table[f"{name}.scales"]["shape"]
+        bits, kind = DTYPE_BITS[codes["dtype"]], "e4m3" if codes["dtype"].startswith("float8") else "int"
+        by_inputs = bits in (4, 8) and name != "embed"
+        group = 0 if len(scales) == 1 else codes["shape"][not by_inputs] // scales[not by_inputs]
+        formats[name] = {"bits": bits, "group": group, "symmetric": f"{name}.zeros" not in table, "kind": kind}
+    scale = table.get("layers.0.k_scale")
+    return formats, scale and {"per": "channel" if scale["shape"][0] > 1 else "layer"}
 
 
 def _quantized(name: str, outputs: int, inputs: int, turned: bool, bits: int, group: int, symmetric: bool, kind: str = "int"):

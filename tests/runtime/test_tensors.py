@@ -50,6 +50,16 @@ def test_each_missing_tensor_is_named(bundle):
         refused(bundle, lambda m: m["weights"]["tensors"][number].update(name="other"), tensor["name"])
 
 
+def test_a_manifest_from_before_formats_were_told(bundle):
+    def older(manifest):
+        del manifest["weights"]["formats"], manifest["model"]["kv_cache"]
+
+    check_tensors(changed(bundle, older))
+    for number, tensor in enumerate(bundle.manifest["weights"]["tensors"]):
+        if not tensor["name"].endswith(".zeros"):
+            refused(bundle, lambda m: (older(m), m["weights"]["tensors"].pop(number)), "weights")
+
+
 def test_each_tensor_is_held_to_its_type_shape_and_place(bundle):
     tensors = bundle.manifest["weights"]["tensors"]
     for number, tensor in enumerate(tensors):
