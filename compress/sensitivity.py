@@ -63,6 +63,8 @@ class Sensitivity:
     @classmethod
     def load(cls, file: Path, checkpoint: str) -> Sensitivity:
         """Raises UserError where the file is none, or was measured on another checkpoint."""
+        if not Path(file).is_file():                     # a FIFO would be waited for
+            raise UserError(f"{file} is not a sensitivity file: remove it to measure again")
         try:
             with safe_open(file, "pt") as opened:
                 header = parse_json((opened.metadata() or {})["sensitivity"])

@@ -273,6 +273,8 @@ def stored_tensors(path: Path, files: dict) -> Iterator[tuple[Path, str]]:
 
 
 def _open_safetensors(file: Path):
+    if not file.is_file():                               # a FIFO would be waited for
+        raise UserError(f"{file} is not a file: fetch it again")
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

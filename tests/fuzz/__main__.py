@@ -145,7 +145,8 @@ def _originals(kind: str, place: Path) -> list[tuple[Path, dict]]:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
                 found = []
                 for folder in KINDS[kind].originals(place):
-                    shutil.copytree(folder, copy := place.parent / f"{kind}-copy")
+                    shutil.rmtree(copy := place.parent / f"{kind}-copy", ignore_errors=True)
+                    shutil.copytree(folder, copy)
                     found.append((str(folder), KINDS[kind].trial(copy)))
                     shutil.rmtree(copy)
                 (place.parent / f"{kind}.json").write_text(json.dumps(found))

@@ -373,10 +373,22 @@ def judge_checkpoint(original, folder, touched, before, after) -> str:
             return "ran" if after["chat"] == before["chat"] else "changed"
         return "wrong: another prompt"
     try:
+        _as_typed(original, folder)
         theirs = _transformers(folder)
     except Exception as error:                       # it refuses in many ways
         return f"wrong: transformers refuses it ({type(error).__name__}: {error}".split("\n")[0][:300] + ")"
     return "changed" if theirs is None or same(after["logits"], theirs) else "wrong: transformers gives other logits"
+
+
+def _as_typed(original: Path, folder: Path) -> None:
+    """Write whole numbers as floats where the original has floats: transformers asks for the type, we for the number."""
+    def typed(ours, theirs):
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return {key: typed(value, theirs.get(key)) for key, value in ours.items()}
+        return float(ours) if type(ours) is int and isinstance(theirs, float) else ours
+
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (folder, original))
+    (folder / "config.json").write_text(json.dumps(typed(ours, theirs)))
 
 
 def _transformers(folder: Path):

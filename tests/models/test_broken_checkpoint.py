@@ -1,6 +1,7 @@
 """Everything a checkpoint's folder can have wrong with it is refused in a sentence, before memory is taken for it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,7 @@ Q, TABLE = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "weights a FIFO": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")), "model.safetensors is not a file"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read as JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds list"),
     "architecture": (lambda f: edit_config(f, model_type="bert"),
