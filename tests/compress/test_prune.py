@@ -266,7 +266,7 @@ def test_a_vocabulary_of_a_given_size_keeps_the_frequent():
 
 
 @pytest.mark.parametrize("args, says", [
-    (("--what", "depth"), "--keep is None"), (("--what", "depth", "--layers", 2), "--layers is 2"),
+    (("--what", "depth"), "say how much to keep"), (("--what", "depth", "--layers", 2), "--layers is 2"),
     (("--what", "depth", "--keep", 0.01), "one layer and the embedding"), (("--what", "mlp", "--keep", 1.5), "--keep is 1.5"),
     (("--what", "mlp", "--neurons", 1), "neurons would stay"), (("--what", "heads"), "--groups is None"),
     (("--what", "heads", "--groups", 9), "--groups is 9"), (("--what", "sparse", "--sparsity", "3:4"), "sparsity is '3:4'"),
