@@ -91,6 +91,7 @@ fuzz: .venv/.installed
 	$(PY) -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 fuzz-asan: build/asan/_core.so .venv/.installed
+	$(PY) -m tests.fuzz --kind native --cases 0
 	$(ASAN) $(PY) -m tests.fuzz --kind native --minutes $(MINUTES) --seed $(SEED)
 
 kill: .venv/.installed

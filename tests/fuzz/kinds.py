@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from tests.fuzz.mutate import fix_hashes, mutate_bytes, mutate_folder, mutate_json_file, mutate_safetensors
 
+SANITIZED = "asan" in os.environ.get("EDGEWRIGHT_NATIVE", "")
 IDS = [[5, 17, 300, 42, 9], [260, 3, 3, 77]]
 TEXTS = ["The capital of France is", "Once upon a time, 12 machines\n", "今天天气 🙂 ok"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes."},
@@ -235,7 +237,8 @@ def run_bundle(folder: Path, provider: str | None = None) -> dict:
                   "encoded": [engine.tokenizer.encode(text).tolist() for text in TEXTS],
                   "text": engine.generate(TEXTS[0], max_new_tokens=4, temperature=0)[0].text}
         engine.generate(IDS[0], max_new_tokens=4, seed=1)
-        result["chat"] = engine.chat_tokens(CHAT).tolist()
+        # The process that renders templates has a memory limit, below what AddressSanitizer's shadow takes.
+        result["chat"] = None if SANITIZED else engine.chat_tokens(CHAT).tolist()
     return result
 
 
