@@ -204,6 +204,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
             need_all(engine, where, key, kind)
     listed(need(manifest, "", "tokenizer", str), "tokenizer")
     for key in ("chat_template", "golden"):
+        manifest.setdefault(key, None)
         if need(manifest, "", key, str, type(None)) is not None:
             listed(manifest[key], key)
 

@@ -264,7 +264,8 @@ def run_checkpoint(folder: Path) -> dict:
     with torch.no_grad():
         logits = decoder(torch.tensor(IDS[:1]))[0]
     lineage.read(folder)
-    return {"logits": logits.tolist(), "chat": chat_encoder(folder, Tokenizer(folder / "tokenizer.json")).template.render(CHAT)}
+    chat = chat_encoder(folder, Tokenizer(folder / "tokenizer.json"))
+    return {"logits": logits.tolist(), "chat": chat and chat.template.render(CHAT)}
 
 
 def run_gguf(folder: Path) -> dict:

@@ -110,8 +110,8 @@ def mutate_safetensors(rng: random.Random, file: Path) -> Touched:
     """The tensors' bytes, or the header."""
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    if rng.random() < 0.4:
-        at = rng.randrange(8 + size, len(data))
+    if rng.random() < 0.4 and data:
+        at = rng.randrange(min(8 + size, len(data) - 1), len(data))
         piece = data[at:at + rng.choice((1, 2, 4, 64))]
         new = rng.choice((bytes(len(piece)), b"\xff" * len(piece), rng.randbytes(len(piece)), b"\x00\x7c" * (len(piece) // 2)))
         file.write_bytes(data[:at] + new[:len(piece)].ljust(len(piece), b"\0") + data[at + len(piece):])
@@ -119,7 +119,11 @@ def mutate_safetensors(rng: random.Random, file: Path) -> Touched:
     if rng.random() < 0.2:
         file.write_bytes(mutate_bytes(rng, data))
         return file.name, ()
-    header, path = mutate_json(rng, json.loads(data[8:8 + size]))
+    try:
+        header, path = mutate_json(rng, json.loads(data[8:8 + size]))
+    except (ValueError, RecursionError):                     # damaged already, by a first change
+        file.write_bytes(mutate_bytes(rng, data))
+        return file.name, ()
     text = dumps(header)
     text = text.ljust(-(-len(text) // 8) * 8)
     length = len(text) if rng.random() < 0.9 else rng.choice((0, len(text) - 1, len(text) + 8, 2**40, 2**63))

@@ -183,3 +183,9 @@ def test_a_symlink_may_not_lead_out(folder):
 def test_the_bundle_itself_may_be_a_symlink(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert open_bundle(tmp_path / "link", verify=True).name == "fake"
+
+
+@pytest.mark.parametrize("key", ["chat_template", "golden"])
+def test_what_a_bundle_need_not_have_may_be_left_out(folder, key):
+    edit(folder, lambda m: m.pop(key) and None)
+    assert open_bundle(folder).manifest[key] is None
