@@ -138,6 +138,8 @@ READERS = {"gptq": read_gptq, "awq": read_awq, "compressed-tensors": read_compre
 
 def _tensor(module: str, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> QuantizedTensor:
     exact, scales = scales.float(), scales.half()
+    if not scales.ndim == codes.ndim == 2:
+        raise UserError(f"{module}: its codes are {list(codes.shape)} and its scales {list(scales.shape)}, which should be matrices")
     if scales.shape != zeros.shape or scales.shape[1] * group != codes.shape[1]:
         raise UserError(f"{module} has {codes.shape[1]} inputs and {list(scales.shape)} scales, which do not fit groups of {group}")
     if not torch.isfinite(scales).all():
