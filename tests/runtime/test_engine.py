@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -273,9 +274,13 @@ def test_verify_compares_hashes(tmp_path):
         Engine(folder, verify=True)
 
 
-def test_a_graph_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="fast.onnx: ONNX Runtime cannot load it"):
-        Engine(write_bundle(tmp_path / "bundle"), provider="cpu")
+@pytest.mark.parametrize("content", [b"\xff", b"not a graph "])
+def test_a_graph_that_is_none_is_refused(tiny_bundle, tmp_path, content):
+    folder = shutil.copytree(tiny_bundle()[1], tmp_path / "bundle")
+    size = (folder / "fast.onnx").stat().st_size
+    (folder / "fast.onnx").write_bytes((content * size)[:size])
+    with pytest.raises(UserError, match="fast.onnx"):
+        Engine(folder, provider="cpu")
 
 
 def test_closing(engine):
