@@ -16,6 +16,8 @@ from compress.divergence import divergence
 from models import acceptance, evaluate, what_got_worse
 from models.checkpoint import load_decoder
 from models.data import IGNORE
+from models.fidelity import cut_windows
+from runtime.text import Tokenizer
 
 TEXT = "\n".join(SENTENCES) * 3
 
@@ -52,11 +54,9 @@ def test_a_model_is_itself_however_padded(model, reference, folders, tmp_path):
 def test_divergence_is_over_the_tokens_both_have(model, folders, tmp_path):
     found = figures(evaluate.main, folders[model], "--reference", folders["other"], "--data", folders["text"], "--window", 64,
                     out=tmp_path / "e.json")
-    from models.fidelity import cut_windows
-    from tokenizers import Tokenizer
     decoders, kl, agree, nll = [load_decoder(folders[name]) for name in (model, "other")], [], [], []
     with torch.no_grad():
-        for window in cut_windows(Tokenizer.from_file(str(folders[384] / "tokenizer.json")), TEXT, 64, 32):
+        for window in cut_windows(Tokenizer(folders[384] / "tokenizer.json"), TEXT, 64, 32):
             both = [decoder(torch.from_numpy(window.ids)[None])[0, window.first - 1:-1].double() for decoder in decoders]
             nll += (-both[0].log_softmax(-1).gather(1, torch.from_numpy(window.ids[window.first:])[:, None])[:, 0]).tolist()
             log_q, log_p = (logits[:, :VOCAB_SIZE].log_softmax(-1) for logits in both)
