@@ -218,7 +218,7 @@ def test_input_of_no_use_is_refused(tiny_checkpoint, text, tmp_path, capsys):
     refused("leave out --student", "--student", str(tiny_checkpoint("smollm2")), "--preset", "60k")
     refused("--layers is 3", "--layers", "3")
     refused("no labels", "--on-policy", "0.5", "--label-share", "0.5")
-    refused("from 0 to 1", "--label-share", "1.5")
+    refused("at least 0 and at most 1", "--label-share", "1.5")
     refused("--temperature is 0", "--temperature", "0")
     refused("the teacher's context", "--context", "1000")
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
