@@ -21,6 +21,7 @@ own end (`_exit` of C, so what other C libraries would do at the end is left out
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import math
 import mmap
@@ -79,12 +80,18 @@ class OrtBackend:
             raise (UserError if damaged else Unavailable)(f"{bundle.path(graph['file'])}: ONNX Runtime cannot load it: {error}") from None
         if self._session.get_providers()[0] != _PROVIDERS[provider]:
             raise Unavailable(f"onnxruntime found no usable {provider.upper()} device (driver or libraries missing)")
-        inputs = {i.name: i for i in self._session.get_inputs()}
+        try:
+            inputs = {i.name: i for i in self._session.get_inputs()}
+            self._caches = [(name, name.replace("past_", "present_", 1), i.shape[1], i.shape[3], i.shape[2])
+                            for name, i in inputs.items() if name.startswith("past_")]
+            self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
+            self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
+            bad = [size for cache in self._caches for size in cache[2:4] if not isinstance(size, int) or size < 1]
+        except (IndexError, KeyError, StopIteration):
+            bad = True
+        if bad or self._vocab != bundle.model["config"]["vocab_size"]:
+            raise UserError(f"{bundle.path(graph['file'])}: its inputs and outputs are not those of this model; export the bundle again")
         self._token_inputs = [name for name in _Binding.TOKEN_INPUTS if name in inputs]
-        self._caches = [(name, name.replace("past_", "present_", 1), i.shape[1], i.shape[3], i.shape[2])
-                        for name, i in inputs.items() if name.startswith("past_")]
-        self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
-        self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
         self.max_chunk_rows = 1 if graph["role"] == "fast" else None
         self._forks = _forks
         _sessions.add(self._session)
@@ -140,14 +147,22 @@ class OrtBackend:
         return binding.logits
 
     def _run(self, session, io) -> None:
-        try:
+        with self.told():
             session.run_with_iobinding(io)
             if self._device != "cpu":
                 io.synchronize_outputs()
+
+    @contextlib.contextmanager
+    def told(self):
+        """ONNX Runtime's errors as ours: a graph that cannot run is damaged, and what fails on a device may run elsewhere."""
+        try:
+            yield
         except Exception as error:                # one class per ORT status, with no useful common one
+            reason = " ".join(str(error).split())
             if self._device == "cpu":
-                raise
-            raise DeviceError(f"ONNX Runtime failed on {self._device}: {error}") from None
+                raise UserError(f"{self.graph}: ONNX Runtime cannot run it: {reason}; export the bundle again, or ask for fewer or "
+                                "shorter sequences where memory is short") from None
+            raise DeviceError(f"ONNX Runtime failed on {self._device}: {reason}") from None
 
     def close(self) -> None:
         """Free the session with the last call that runs and the last cache that has run; no other call begins."""
@@ -248,17 +263,22 @@ class _Binding:
         self.logits_positions = np.zeros((rows, positions), np.int64)
         self.logits = np.empty((rows, positions, backend._vocab), np.float32)
         self.session = backend.session            # which `io` points into
-        self.io = self.session.io_binding()
         self._token_inputs = backend._token_inputs
+        self._buffers = list(buffers)             # the pointers' owners
+        with backend.told():
+            self._bind(backend, start)
+
+    def _bind(self, backend: OrtBackend, start: int) -> None:
+        rows = len(self.write_index)
+        self.io = self.session.io_binding()
         self.bind_tokens()
         self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
-        for (past, present, heads, size, _), buffer in zip(backend._caches, buffers):
+        for (past, present, heads, size, _), buffer in zip(backend._caches, self._buffers):
             capacity = _shape(buffer)[2]
             shape, dtype = (rows, heads, capacity, size), backend._dtype
             pointer = _pointer(buffer) + start * heads * capacity * size * np.dtype(dtype).itemsize
             self.io.bind_input(past, backend._device, 0, dtype, shape, pointer)
             self.io.bind_output(present, backend._device, 0, dtype, shape, pointer)
-        self._buffers = list(buffers)             # the pointers' owners
 
     def bind_tokens(self) -> None:
         for name in self._token_inputs:

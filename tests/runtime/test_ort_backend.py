@@ -11,7 +11,7 @@ from models.checkpoint import load_decoder
 from models.torch_backend import TorchBackend
 from runtime import decode
 from runtime.bundle import open_bundle
-from runtime.errors import UserError
+from runtime.errors import DeviceError, UserError
 from runtime.ort_backend import OrtBackend
 from runtime.sampling import Sampler, SamplingOptions
 
@@ -185,6 +185,30 @@ def test_a_graph_may_not_read_outside_the_bundle(tampered, tmp_path, location):
             tensor.external_data[0].value = location
     (tmp_path.parent / "outside.bin").write_bytes(bytes(1 << 20))
     with pytest.raises(UserError, match=f"reads the file '{location}', which the manifest does not list"):
+        OrtBackend(tampered(change))
+
+
+def test_a_graph_that_fails_while_it_runs_is_a_sentence(tampered, monkeypatch):
+    def change(graph):
+        for node in graph.graph.node:
+            node.input[:] = ["seven" if name == "input_ids" else name for name in node.input]
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 7]), "sizes"))
+        graph.graph.node.insert(0, onnx.helper.make_node("Reshape", ["input_ids", "sizes"], ["seven"]))
+    backend = OrtBackend(tampered(change))
+    with pytest.raises(UserError, match="fast.onnx: ONNX Runtime cannot run it: .*; export the bundle again") as caught:
+        decode.prefill(backend, backend.new_cache(1, 64), prompts_of(5))
+    assert not isinstance(caught.value, DeviceError)
+    monkeypatch.setattr(backend, "_device", "cuda")                # the same there may run elsewhere
+    with pytest.raises(DeviceError, match="ONNX Runtime failed on cuda"), backend.told():
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("field, value", [("dim_param", "heads"), ("dim_value", 0)])
+def test_a_graph_whose_cache_is_none(tampered, field, value):
+    def change(graph):
+        cache = next(i for i in graph.graph.input if i.name == "past_key.0")
+        setattr(cache.type.tensor_type.shape.dim[1], field, value)
+    with pytest.raises(UserError, match="fast.onnx: .* not those of this model"):
         OrtBackend(tampered(change))
 
 
