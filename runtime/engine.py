@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import threading
 import time
 from collections.abc import Iterator
@@ -61,8 +62,8 @@ class GenerationOptions(SamplingOptions):
         if not isinstance(stops, (list, tuple)) or any(not isinstance(stop, str) or not stop for stop in stops):
             raise UserError(f"stop strings are {shown(stops)}; each must be text of at least one character")
         self._check("max_new_tokens", lambda v: v is None or v >= 1, "a whole number of at least 1", (int, np.integer, type(None)))
-        self._check("stop_tokens", lambda v: all(_is_id(token) and token >= 0 for token in v), "token ids",
-                    (list, tuple, set, frozenset))
+        self._check("stop_tokens", lambda v: getattr(v, "ndim", 1) == 1 and all(_is_id(token) and token >= 0 for token in v), "token ids",
+                    (list, tuple, set, frozenset, np.ndarray))
         for name in ("ignore_model_stop", "control_tokens"):
             self._check(name, lambda v: True, "true or false", bool)
 
@@ -114,7 +115,7 @@ class Engine:
     def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
                  max_memory_mb: float | None = None, verify: bool = False, cache_dtype: str | None = None,
                  repack_cache: bool = False):
-        if max_memory_mb is not None and (not isinstance(max_memory_mb, (int, float)) or isinstance(max_memory_mb, bool)
+        if max_memory_mb is not None and (not isinstance(max_memory_mb, numbers.Real) or isinstance(max_memory_mb, bool)
                                           or not 0 < max_memory_mb <= 1e12):
             raise UserError(f"max_memory_mb is {shown(max_memory_mb)}; it must be a positive number, at most 1e12")
         for name, value in (("verify", verify), ("repack_cache", repack_cache)):

@@ -8,6 +8,7 @@ memory is unknown (None).
 from __future__ import annotations
 
 import ctypes
+import numbers
 import os
 import platform
 import sys
@@ -29,9 +30,9 @@ def cpu_threads(asked: int | None) -> int:
     cpus = available_cpus()
     if asked is None:
         return cpus
-    if not isinstance(asked, int) or isinstance(asked, bool) or not 1 <= asked <= cpus:
+    if not isinstance(asked, numbers.Integral) or isinstance(asked, bool) or not 1 <= asked <= cpus:
         raise UserError(f"threads is {shown(asked)}; this process may use {cpus} CPUs, so give a whole number from 1 to {cpus}")
-    return asked
+    return int(asked)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

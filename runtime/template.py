@@ -17,6 +17,8 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import UserError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as in `transformers`
@@ -50,13 +52,18 @@ class ChatTemplate:
 
     def _ask(self, request: dict) -> dict:
         try:
-            line = json.dumps(request, default=lambda value: f"<{type(value).__name__}>")    # as `transformers` shows images
+            line = json.dumps(request, default=_plain)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"these messages are not plain texts, numbers, lists and dicts ({error})") from None
         answer = _helper.ask(line)
         if "error" in answer:
             raise UserError(f"{self._name}: {answer['error']}")
         return answer
+
+
+def _plain(value):
+    """numpy's numbers and truths are Python's; anything else is shown by its kind, as `transformers` shows images."""
+    return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
 
 
 def _normal(message: dict) -> dict:

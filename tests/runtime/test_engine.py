@@ -10,7 +10,7 @@ from make_bundle import BOS, EOS, VOCAB, write_bundle
 from mock_backend import MockBackend, logits_after
 
 import runtime.engine
-from runtime import Engine
+from runtime import Engine, machine
 from runtime.bundle import open_bundle
 from runtime.errors import CheckFailed, UserError
 
@@ -303,7 +303,7 @@ HUGE = 10**5000                       # which Python will not print
     "seed": [HUGE, -1, -HUGE, 1.5, "7", True, math.nan, [1]], "logprobs": [-1, 1.5, "3", True, math.nan],
     "max_new_tokens": [0, -HUGE, HUGE, 1.5, "3", True, math.nan, [1]],
     "stop": [5, None, [5], ("a", None), b"a", {"a": 1}, "", ["a", ""], 1.5, True, HUGE],
-    "stop_tokens": [5, None, ["a"], [1.5], [-1], [True], [math.nan], "ab", {1: 2}],
+    "stop_tokens": [5, np.array(5), np.array([1.5]), None, ["a"], [1.5], [-1], [True], [math.nan], "ab", {1: 2}],
     "ignore_model_stop": [1, "no", None, [], math.nan], "control_tokens": [1, "no", None], "n": [0, -HUGE, HUGE, 1.5, "3", True, None, [2], 1 << 17]}.items())
 def test_options_of_the_wrong_type_end_in_a_sentence(engine, name, values):
     for value in values:
@@ -331,8 +331,12 @@ def test_numbers_of_numpy_are_numbers(engine):
     ids = [72, 101, 108]
     expected = engine.generate(ids, max_new_tokens=4, seed=3, temperature=0.5, n=2)[1].tokens
     for prompt in (np.array(ids, np.uint8), tuple(ids), [np.int32(i) for i in ids], np.array(ids)):
-        options = {"max_new_tokens": np.int64(4), "seed": np.int64(3), "temperature": np.float32(0.5), "n": np.int64(2)}
+        options = {"max_new_tokens": np.int64(4), "seed": np.int64(3), "temperature": np.float32(0.5), "n": np.int64(2),
+                   "stop_tokens": np.array([], np.int64)}
         assert engine.generate(prompt, **options)[1].tokens == expected
+    assert machine.cpu_threads(np.int64(1)) == 1
+    with Engine(engine.bundle.folder, threads=np.int64(1), max_memory_mb=np.float32(500)) as other:
+        assert other.generate(ids, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("options", [

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from runtime.errors import UserError
@@ -169,6 +170,11 @@ def test_a_variable_that_no_template_reads_is_refused():
     assert template.render(TALK, tools=None, documents=None, enable_thinking=True) == "True2"
     with pytest.raises(UserError, match="reads no 'temprature'; besides the messages it reads enable_thinking, tools"):
         template.render(TALK, temprature=0.5)
+
+
+def test_numbers_and_truths_of_numpy_are_pythons():
+    template = ChatTemplate("{{ messages[0].content + 1 }}{{ 'thinks' if enable_thinking }}", "t")
+    assert template.render([{"role": "user", "content": np.int64(4)}], enable_thinking=np.False_) == "5"
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": object()}], [{"role": "user", "content": ("a", {"b": b"c"})}]])
