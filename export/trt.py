@@ -24,7 +24,7 @@ from export.trt_child import in_a_child
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
-from runtime.files import lock
+from runtime.files import adding_to
 from runtime.machine import available_memory
 
 DEFAULT_SM, DEFAULT_CAPACITY = "86,89,120", 1024
@@ -116,7 +116,7 @@ def compile(options: Options) -> None:
     _refuse_faults(model, path, settings)
     _refuse_memory(model, path)
     for capacity in _capacities(options, model, bundle):
-        with lock(bundle.folder) if bundle else nullcontext():
+        with adding_to(bundle.folder) if bundle else nullcontext():
             bundle = open_bundle(bundle.folder) if bundle else None
             _one(options, settings, path, bundle, capacity)
 

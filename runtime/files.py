@@ -39,7 +39,7 @@ except ImportError:                       # Windows: no locks
     fcntl = None
 
 LARGEST = 32 << 20                        # bytes of a JSON file, unless a caller knows better
-LARGEST_TOKENIZER = 128 << 20             # of a tokenizer.json
+LARGEST_TOKENIZER = 64 << 20              # of a tokenizer.json; the largest in use have 33 MB
 DEEPEST = 100                             # levels of nesting
 DIGITS = 100                              # of a whole number
 _OTHERS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -68,7 +68,7 @@ def lock(out: Path | str, wait: bool = False) -> Iterator[None]:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(file, out, wait)
+        handle = _locked(file, out, wait) if fcntl is not None else None
     except OSError as error:
         raise _unwritable(out, error) from None
     _held[key] = 1
@@ -76,8 +76,9 @@ def lock(out: Path | str, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         del _held[key]
-        file.unlink(missing_ok=True)
-        os.close(handle)
+        if handle is not None:
+            file.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def sole_writer(option: str):
@@ -86,10 +87,15 @@ def sole_writer(option: str):
         @functools.wraps(stage)
         def alone(options):
             folder = Path(getattr(options, option))
-            with lock(folder) if folder.is_dir() else nullcontext():
+            with adding_to(folder) if folder.is_dir() else nullcontext():
                 return stage(options)
         return alone
     return decorate
+
+
+def adding_to(folder: Path):
+    """`lock` of a folder that is there; none where a lock has no place beside it, as beside a mounted volume."""
+    return lock(folder) if os.access(_target(folder).parent, os.W_OK) else nullcontext()
 
 
 @contextmanager
@@ -187,8 +193,7 @@ def _locked(file: Path, out: Path, wait: bool) -> int:
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 os.close(handle)
@@ -221,9 +226,11 @@ def _remove(path: Path) -> None:
 
 def _to_disk(path: Path | str) -> None:
     """What is written reaches the disk before the rename does: a file, or a folder's list of names."""
+    if fcntl is None:                                             # Windows writes out only what is open for writing
+        return
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:                                               # Windows opens no folders
+    except OSError:                                               # a link to nothing
         return
     try:
         os.fsync(handle)

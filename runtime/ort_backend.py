@@ -194,7 +194,8 @@ def _at_exit() -> None:
         time.sleep(0.001)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)
 
 

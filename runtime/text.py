@@ -28,10 +28,10 @@ import numpy as np
 import tokenizers
 
 from runtime.errors import UserError
+from runtime.files import LARGEST_TOKENIZER, read_bytes
 
 _REPLACEMENT = "\ufffd"           # what decoders write for bytes that are no character (yet)
-_MOST_BYTES = 64 << 20            # of a tokenizer.json; the largest in use have 33 MB
-_MOST_COMMAS = 8_000_000          # in it; every value costs memory while it is read. The same have 2 million
+_MOST_COMMAS = 8_000_000          # in a tokenizer.json; every value costs memory while it is read. The largest in use have 2 million
 _MOST_PARTS = 256                 # normalizers, splitters, processors and decoders
 _SPELLED_OUT = re.compile(rb"\\u00(?:[46][0-9a-fA-F]|[57][0-9aA]|5[fF])")      # letters, which could hide a key
 _MOST_GROWTH = 32                 # times as long as its input a text may become by replacements
@@ -40,7 +40,8 @@ _MOST_ADDED = 256                 # special tokens put around a text
 
 # Held by who is in the library, and over a fork: the child would wait for ever for what another thread held then.
 _library = threading.RLock()
-os.register_at_fork(before=_library.acquire, after_in_parent=_library.release, after_in_child=_library.release)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_library.acquire, after_in_parent=_library.release, after_in_child=_library.release)
 
 
 class Tokenizer:
@@ -49,12 +50,13 @@ class Tokenizer:
     def __init__(self, path: Path | str):
         self._path = Path(path)
         try:
-            data = self._path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if len(data) > _MOST_BYTES or data.count(b",") > _MOST_COMMAS:
-            raise UserError(f"{path}: {len(data) / 1e6:.0f} MB is more than any tokenizer has; get the file again")
-        if b'"merges"' in data and re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) or _SPELLED_OUT.search(data):
+            data = read_bytes(self._path, LARGEST_TOKENIZER)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if data.count(b",") > _MOST_COMMAS:
+            raise UserError(f"{path}: {data.count(b',')} values are more than any tokenizer has; get the file again")
+        spelled_out = _SPELLED_OUT.search(data) and _SPELLED_OUT.search(data.replace(rb"\\", b""))    # no token that has \\u0041 in it
+        if b'"merges"' in data and re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) or spelled_out:
             raise UserError(f"{path}: BPE with a prefix for continuing pieces, or letters written as numbers: `tokenizers` can end "
                             "the process over it; get the file again")
         with self._words("is no tokenizer that `tokenizers` {version} reads ({error})"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from runtime.errors import UserError
 
 WRITER = """import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from runtime import files
 with files.%s(Path(sys.argv[1])) as place:
     (place / "a" if place.is_dir() else place).write_text("new")
@@ -125,6 +127,15 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
         for attempt in (fill, files.write):
             with pytest.raises(UserError, match="could not be written"):
                 attempt(out, "text")
+
+
+def test_a_folder_beside_which_no_lock_fits_is_added_to(tmp_path, monkeypatch):
+    """A bundle that is mounted into a container, say, whose root is not the user's."""
+    (tmp_path / "out").mkdir()
+    stage = files.sole_writer("folder")(lambda options: os.listdir(tmp_path))
+    assert stage(SimpleNamespace(folder=tmp_path / "out")) == [".out.lock", "out"]
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert stage(SimpleNamespace(folder=tmp_path / "out")) == ["out"]
 
 
 BAD = {"deep": ("[" * 101 + "]" * 101, "nested"), "deeper": ("[" * 200_000, "nested"), "deep objects": ('{"a":[' * 60 + "]}" * 60, "nested"),

@@ -1,6 +1,7 @@
 """Tokens to text in pieces: whole characters, exactly the text of all tokens, and nothing past a stop string."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -228,10 +229,23 @@ def test_what_would_end_the_process_is_refused(tmp_path, key):
         Tokenizer(tmp_path / "t.json")
 
 
+def test_a_token_that_looks_like_a_letter_in_numbers(tmp_path):
+    count = len(json.loads(hostile())["model"]["vocab"])
+    token = {"id": count, "content": r"\u0041", "special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    (tmp_path / "t.json").write_text(hostile(added_tokens=[token]))
+    assert Tokenizer(tmp_path / "t.json").encode(r"\u0041").tolist() == [count]
+
+
+def test_a_fifo_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "t.json")
+    with pytest.raises(UserError, match="t.json: cannot be read .it is not a file"):
+        Tokenizer(tmp_path / "t.json")
+
+
 def test_a_file_larger_than_any_tokenizer_is_refused_unread(tmp_path):
     for text in (" " * (65 << 20), "[" + "1," * 9_000_000):
         (tmp_path / "t.json").write_text(text)
-        with pytest.raises(UserError, match="more than any tokenizer has"):
+        with pytest.raises(UserError, match="67108864 is the limit|more than any tokenizer has"):
             Tokenizer(tmp_path / "t.json")
 
 
