@@ -300,8 +300,6 @@ def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method:
 
 def _tensors(checkpoint: Checkpoint, module: str, form: TensorFormat, method: str) -> dict[str, torch.Tensor]:
     weight = checkpoint.weight(module)
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{checkpoint.path}: {module}.weight holds values that are not finite: the checkpoint is broken")
     found = hqq(weight, form) if method == "hqq" and module not in VOCABULARY else round_to_nearest(weight, form)
     return found.tensors(module)
 

@@ -81,9 +81,17 @@ class Checkpoint:
         return size * torch.Size(place.shape).numel()
 
     def read(self, name: str) -> torch.Tensor:
-        """The stored tensor in its stored dtype, mapped from the file: not to be written to."""
+        """The stored tensor in its stored dtype, mapped from the file: not to be written to.
+
+        Raises UserError where a number is not finite: attention may hide it, and the answer would look whole.
+        """
         place = self._places[name]
-        return place.part.cut(self._files[place.file].get_tensor(place.name))
+        tensor = place.part.cut(self._files[place.file].get_tensor(place.name))
+        if tensor.is_floating_point():
+            plain = tensor.half() if place.dtype == "F8_E4M3" else tensor
+            if not all(map(torch.isfinite, plain.aminmax())):             # keeps a NaN, and needs no copy of the tensor
+                raise UserError(f"{self.path}: {name} holds values that are not finite: the file is corrupt")
+        return tensor
 
     def modules(self) -> list[str]:
         """Modules with a matrix that can be quantized: the linears, the token embedding, the untied head."""
@@ -96,7 +104,7 @@ class Checkpoint:
         return self.read(f"{module}.weight").float().contiguous() if quantized is None else quantized.dequantize()
 
     def quantized(self, module: str) -> QuantizedTensor | None:
-        """A module's codes, or None where its weight is dense. Raises UserError where scales or zeros are corrupt."""
+        """A module's codes, or None where its weight is dense. Raises UserError where zeros are corrupt; see `read`."""
         form = self.quantization and self.quantization.tensors.get(module)
         if not form:
             return None
@@ -105,8 +113,6 @@ class Checkpoint:
             codes = unpack(codes, form.bits, self._shapes[f"{module}.weight"][1])
         scales = self.read(f"{module}.scales")
         zeros = None if form.symmetric else self.read(f"{module}.zeros")
-        if not torch.isfinite(scales).all():
-            raise UserError(f"{self.path}: {module}.scales holds values that are not finite: the file is corrupt")
         if zeros is not None and int(zeros.max()) >= 2**form.bits:
             raise UserError(f"{self.path}: {module}.zeros holds {int(zeros.max())}, which {form.bits} bits cannot")
         return QuantizedTensor(codes, scales, zeros, form.bits, form.group, form.symmetric, form.kind)
@@ -155,8 +161,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
     """The model, its weights in `dtype`; quantized weights hold exactly the values their codes stand for.
 
-    Weights stored in `dtype` are mapped from the file, not copied: they load as they are first used, and changing them
-    in memory leaves the file alone.
+    Weights stored in `dtype` are mapped from the file, not copied; changing them in memory leaves the file alone.
     """
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):

@@ -207,7 +207,7 @@ def test_bad_input(case, tiny_checkpoint, tmp_path, capsys):
         sentence = "exists and is not a bundle"
     elif case == "nan":
         broken(checkpoint, lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
-        sentence = "layers.1.down.weight has values that are not finite"
+        sentence = "layers.1.mlp.down_proj.weight holds values that are not finite"
     elif case == "too large":
         broken(checkpoint, lambda tensors: tensors[name].view(-1)[7].fill_(1e6))
         options, sentence = ["--dtype", "fp16"], "export with --dtype fp32"

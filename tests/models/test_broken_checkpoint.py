@@ -174,6 +174,15 @@ def test_corrupt_scales_and_zeros_are_refused(suffix, value, words, quantized):
         load_decoder(quantized)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value, folder):
+    """PyTorch's fused attention hides a NaN: with one in k_proj the logits were finite."""
+    name = "model.layers.0.self_attn.k_proj.weight"
+    edit_tensors(folder, lambda t: t[name].view(-1)[7:8].fill_(value))
+    with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+        load_decoder(folder)
+
+
 def test_shapes_are_checked_before_anything_is_allocated(folder, monkeypatch):
     """An absurd configuration costs no memory: nothing is read before the shapes agree."""
     edit_config(folder, hidden_size=2**20, intermediate_size=2**22, head_dim=16)
