@@ -11,20 +11,21 @@ from runtime.errors import UserError
 
 _HOW_FOUND = dict.fromkeys((
     "quant_method", "bits", "w_bit", "group_size", "q_group_size", "damp_percent", "damp_auto_increment", "static_groups",
-    "true_sequential", "sym", "desc_act", "dataset", "tokenizer", "meta", "model_name_or_path", "model_file_base_name", 
+    "true_sequential", "sym", "desc_act", "dataset", "tokenizer", "meta", "model_name_or_path", "model_file_base_name",
     "model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "batch_size",
-    "pad_token_id", "cache_block_size", "mse", "act_group_aware", "use_cuda_fp16", "use_exllama", "disable_exllama",
+    "pad_token_id", "cache_block_outputs", "mse", "act_group_aware", "use_cuda_fp16", "use_exllama", "disable_exllama",
     "exllama_config", "max_input_length", "modules_to_not_convert", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "lm_head",
     "inside_layer_modules", "autoround_version", "iters", "seqlen", "nsamples", "lr", "minmax_lr", "low_gpu_mem_usage", "amp",
     "enable_quanted_input", "enable_minmax_tuning", "quantizer", "offload_to_disk", "offload_to_disk_path",
     "auto_forward_data_parallel"), True)
 KEYS = {
-    "gptq": _HOW_FOUND | {"checkpoint_format": ("gptq", "gptq_v2"), "format": ("gptq", "gptq_v2"), "pack_dtype": ("int32",),
-                          "backend": True, "data_type": ("int",)},
-    "awq": _HOW_FOUND | {"version": ("gemm", "GEMM"), "zero_point": (True,), "backend": ("autoawq",)},
+    "gptq": _HOW_FOUND | {"checkpoint_format": ("gptq", "gptq_v2"), "format": ("gptq", "gptq_v2"), "method": ("gptq",),
+                          "pack_dtype": ("int32",), "backend": True, "data_type": ("int",)},
+    "awq": _HOW_FOUND | {"version": ("gemm", "GEMM"), "format": ("gemm",), "checkpoint_format": ("gemm",), "method": ("awq",),
+                         "pack_dtype": ("int32",), "zero_point": (True,), "backend": ("autoawq", "auto")},
     "compressed-tensors": {
         "quant_method": True, "format": ("pack-quantized",), "config_groups": True, "ignore": True, "version": True,
-        "quantization_status": ("compressed",), "global_compression_ratio": True},
+        "quantization_status": ("compressed", "frozen"), "global_compression_ratio": True},
 }
 NEEDED = {"awq": ("zero_point",), "gptq": (), "compressed-tensors": ("format", "config_groups")}
 _GROUP = {"targets": True, "weights": True, "format": ("pack-quantized",)}
@@ -52,9 +53,11 @@ def scheme(config: dict) -> tuple[str, int, int]:
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in KEYS:
         raise UserError(f"quantization method {method!r} is not known: known are {', '.join(KEYS)}")
-    dynamic = config.get("dynamic") if method == "gptq" else None
-    if isinstance(dynamic, dict) and all(pattern.startswith("-:") for pattern in dynamic):    # left dense: the file shows which
-        config = {key: value for key, value in config.items() if key != "dynamic"}
+    dynamic, sparsity = config.get("dynamic"), config.get("sparsity_config")
+    if method == "gptq" and isinstance(dynamic, dict) and all(pattern.startswith("-:") for pattern in dynamic):
+        config = config | {"dynamic": None}                                      # left dense: the file shows which
+    if method == "compressed-tensors" and isinstance(sparsity, dict) and sparsity.get("format") == "dense":
+        config = config | {"sparsity_config": None}                              # zeros, if any, are stored as others are
     check_keys(config, "quantization_config", KEYS[method], NEEDED[method])
     if method != "compressed-tensors":
         for one, other in (("bits", "w_bit"), ("group_size", "q_group_size"), ("checkpoint_format", "format")):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AwqConfig, GPTQConfig
 
 from compress.foreign import AWQ_ORDER, main
 from compress.rtn import minmax_grid
@@ -160,13 +161,13 @@ LEFT_OUT = object()
     ("gptq", {"rotation": "hadamard"}, "rotation 'hadamard'"), ("gptq", {"adapter": {"name": "eora"}}, "adapter"),
     ("gptq", {"future_key": 3}, "future_key 3"), ("gptq", {"bits": True}, "bits True"), ("gptq", {"group_size": -5}, "group_size -5"),
     ("gptq", {"checkpoint_format": "gptq_v2", "format": "gptq"}, "which mean the same"),
-    ("awq", {"version": "gemv"}, "version 'gemv'"), ("awq", {"version": "gemv_fast"}, "gemv_fast"), ("awq", {"backend": "llm-awq"}, "llm-awq"),
+    ("awq", {"version": "gemv"}, "version 'gemv'"), ("awq", {"version": "gemv_fast"}, "gemv_fast"), ("awq", {"backend": "llm-awq"}, "llm-awq"), ("awq", {"format": "gemv"}, "format 'gemv'"),
     ("awq", {"zero_point": False}, "zero_point False"), ("awq", {"zero_point": LEFT_OUT}, "lacks zero_point"),
     ("awq", {"desc": 1}, "desc 1"), ("compressed-tensors", {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
     ("compressed-tensors", {"format": "naive-quantized"}, "format 'naive-quantized'"), ("compressed-tensors", {"format": LEFT_OUT}, "lacks format"),
     ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-    ("compressed-tensors", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+    ("compressed-tensors", {"quantization_status": "calibration"}, "quantization_status 'calibration'"),
     ("compressed-tensors", {"config_groups": {}}, "config_groups"), ("compressed-tensors", {"group__input_activations": {"num_bits": 8}}, "input_activations"),
     ("compressed-tensors", {"group__output_activations": {"num_bits": 8}}, "output_activations"), ("compressed-tensors", {"group__format": "marlin-24"}, "marlin-24"),
     ("compressed-tensors", {"weights__symmetric": False}, "symmetric False"), ("compressed-tensors", {"weights__type": "float"}, "type 'float'"),
@@ -185,10 +186,13 @@ def test_keys_that_are_not_understood_are_refused_by_name(kind, changes, words, 
     ("gptq", {"desc_act": True, "sym": True, "true_sequential": True, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
               "meta": {"quantizer": ["gptqmodel:2.0"]}, "damp_percent": 0.1, "dynamic": {"-:.*head.*": {}}, "is_marlin_format": False}),
     ("awq", {"version": "GEMM", "modules_to_not_convert": ["lm_head"], "do_fuse": False, "backend": "autoawq"}),
+    ("gptq", GPTQConfig(bits=4, group_size=GROUP, dataset=["a"]).to_dict()), ("awq", AwqConfig(bits=4, group_size=GROUP).to_dict()),
+    ("gptq", {"method": "gptq", "format": "gptq"}), ("awq", {"method": "awq", "format": "gemm", "checkpoint_format": "gemm"}),
     ("compressed-tensors", {"ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed", "transform_config": {},
                             "sparsity_config": {}, "global_compression_ratio": 1.9, "version": "0.9", "group__targets": ["re:.*proj"],
                             "group__input_activations": None, "weights__actorder": "static", "weights__strategy": "group",
-                            "weights__symmetric": True, "weights__dynamic": False, "weights__observer_kwargs": {"a": 1}})])
+                            "weights__symmetric": True, "weights__dynamic": False, "weights__observer_kwargs": {"a": 1}}),
+    ("compressed-tensors", {"quantization_status": "frozen", "sparsity_config": {"format": "dense", "sparsity_structure": "unstructured"}})])
 def test_keys_as_others_write_them_are_read(kind, changes, tiny_checkpoint, tmp_path):
     dense = make(tiny_checkpoint("smollm2"), tmp_path / "theirs", kind, True)
     reconfigured(tmp_path / "theirs", **changes)
