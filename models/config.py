@@ -115,8 +115,10 @@ class ModelConfig:
                 raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
                                 f"would be ignored; remove it only if the model was trained without it")
         shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
-        vocab = _take(hf, "vocab_size", int)
-        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"), pad_token_id=hf.get("pad_token_id"),
+        vocab, pad = _take(hf, "vocab_size", int), hf.get("pad_token_id")
+        if type(pad) is int and pad == -1:                  # so the first Llamas say that there is none
+            pad = None
+        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"), pad_token_id=pad,
                    eos_token_ids=token_ids(hf.get("eos_token_id"), vocab, "eos_token_id"), **shape)
 
     def to_hf(self) -> dict:

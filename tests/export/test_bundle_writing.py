@@ -80,7 +80,7 @@ def test_manifest_tells_what_the_model_is(tiny_checkpoint, tmp_path):
     ({"eos_token_id": -1}, "eos_token_id is -1"), ({"eos_token_id": [384]}, "from 0 to 383"), ({"eos_token_id": 2.0}, "eos_token_id"),
     ({"eos_token_id": True}, "eos_token_id is True"), ({"eos_token_id": {"id": 2}}, "eos_token_id"), ({"eos_token_id": [None]}, "eos_token_id"),
     ({"bos_token_id": "1"}, "bos_token_id is '1'"), ({"bos_token_id": [1]}, "bos_token_id"), ({"pad_token_id": 10**90}, "pad_token_id"),
-    ({"pad_token_id": -1}, "pad_token_id is -1"), ({"bos_token_id": 1.5}, "bos_token_id is 1.5"), ({"pad_token_id": False}, "pad_token_id"),
+    ({"pad_token_id": -2}, "pad_token_id is -2"), ({"bos_token_id": 1.5}, "bos_token_id is 1.5"), ({"pad_token_id": False}, "pad_token_id"),
     ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"), ({"do_sample": True, "top_p": [0.9]}, "top_p"),
     ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"), ({"repetition_penalty": -1}, "repetition_penalty is -1"),
     ({"do_sample": 1}, "do_sample is 1"), ({"do_sample": True, "min_p": True}, "min_p is True")])
@@ -96,7 +96,7 @@ def test_a_generation_config_that_no_engine_opens_is_refused(tiny_checkpoint, tm
 def test_odd_ids_in_the_configuration_are_refused(tiny_checkpoint, tmp_path, capsys, key):
     checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
     config = json.loads((checkpoint / "config.json").read_text())
-    for value in (-1, 384, 10**90, 1.5, True, "2", [[2]], {}):
+    for value in (-2, 384, 10**90, 1.5, True, "2", [[2]], {}):
         (checkpoint / "config.json").write_text(json.dumps(config | {key: value}))
         assert export(checkpoint, tmp_path / "b") == 2 and not (tmp_path / "b").exists()
         error = capsys.readouterr().err.splitlines()[-1]

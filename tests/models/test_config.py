@@ -41,6 +41,10 @@ def test_rope_theta_in_either_spelling():
     assert written["rope_scaling"]["rope_type"] == "llama3"
 
 
+def test_a_pad_of_minus_one_is_none():
+    assert ModelConfig.from_hf(LLAMA | {"pad_token_id": -1}).pad_token_id is None
+
+
 ABSENT = object()
 
 
