@@ -72,7 +72,8 @@ def read_records(sources: Iterable[str], format: str | None = None, unit: str = 
                  wanted: Iterable[str | None] = ()) -> Iterator[Record]:
     """Stream the records of `sources` (from `find_sources`) in order.
 
-    `header` and `wanted` (columns that will be asked for) say whether a table's first row is data (models/tables.py). `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
+    `header` and `wanted` (columns that will be asked for) say whether a table's first row is data (models/tables.py).
+    `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
     Raises UserError for a file that is empty, binary, not UTF-8, malformed, or of uneven columns.
     """
     for source in sources:

@@ -1,8 +1,9 @@
 """LoRA (Hu et al. 2022) on the decoder, through `peft`: low-rank updates beside every linear of attention and MLP.
 
 The decoder's modules have Hugging Face's Llama names, so an adapter saved here opens with `peft` over the same model
-in `transformers`, and the other way round; a GPT-2's adapter is saved for its own fused modules. No dropout, so that training draws nothing random. Where products are made in
-bf16 anyway, the frozen weights are kept in it; the merge then goes by the checkpoint's own.
+in `transformers`, and the other way round; a GPT-2's adapter is saved for its own fused modules. No dropout, so that
+training draws nothing random. Where products are made in bf16 anyway, the frozen weights are kept in it; the merge then
+goes by the checkpoint's own.
 """
 
 from __future__ import annotations
