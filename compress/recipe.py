@@ -95,12 +95,18 @@ def check_stage(table: dict, place: str) -> Stage:
             settings[key] = _typed(value, hints[key])
         except TypeError as error:
             raise UserError(f"{place} ({name}): {key} is {value!r}, which should be {error}") from None
+    return checked(Stage(name, settings), place)
+
+
+def checked(stage: Stage, place: str) -> Stage:
+    """The stage, if its options go together. Raises UserError, beginning with `place`."""
+    fields = {field.name for field in dataclasses.fields(stage.options_class)}
     given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in fields and key != "resume"}
     try:
-        stage(**given | settings)
+        stage.options_class(**given | stage.settings)
     except UserError as error:
-        raise UserError(f"{place} ({name}): {error}") from None
-    return Stage(name, settings)
+        raise UserError(f"{place} ({stage.name}): {error}") from None
+    return stage
 
 
 def command_line(stage: Stage, filled: dict) -> list[str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from compress.held_out import split_text
 from compress.options import BACKENDS, TEACHER_CACHE
-from compress.recipe import Recipe, Stage, command_line, open_recipe, shipped
+from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, shipped
 from models import lineage
 from models.data import DataOptions
 from models.data_formats import find_sources, source_digest
@@ -116,7 +116,8 @@ def _run_stages(options: Options, recipe: Recipe) -> int:
 
 
 def overridden(recipe: Recipe, options: Options) -> Recipe:
-    """The recipe with --target-size and --backend in its quantize stages. Raises UserError where it has none."""
+    """The recipe with --target-size and --backend in its quantize stages. Raises UserError where it has none, or they do
+    not go with their other options."""
     given = {name: getattr(options, name) for name in ("target_size", "backend") if getattr(options, name) is not None}
     if given and not any(stage.name == "quantize" for stage in recipe.stages):
         raise UserError(f"--{next(iter(given)).replace('_', '-')}: the recipe {recipe.name} has no stage that quantizes")
@@ -125,7 +126,7 @@ def overridden(recipe: Recipe, options: Options) -> Recipe:
         settings = stage.settings | given
         if "target_size" in given:
             settings.pop("target_bpw", None)
-        return Stage(stage.name, settings)
+        return checked(Stage(stage.name, settings), recipe.name)
     return replace(recipe, stages=tuple(changed(stage) if stage.name == "quantize" else stage for stage in recipe.stages))
 
 
@@ -134,7 +135,8 @@ def _texts(options: Options) -> tuple[DataOptions, tuple[str, ...]]:
     reading = DataOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(DataOptions)})
     if options.valid:
         return reading, options.valid
-    key = _hash([[source_digest(source) for source in find_sources(options.data)], dataclasses.asdict(replace(reading, data=(), cache=None))])[:8]
+    digests = [source_digest(source) for source in find_sources(options.data)]
+    key = _hash([digests, dataclasses.asdict(replace(reading, data=(), cache=None))])[:8]
     folder = options.out / f"0-text-{key}"
     learn, judge = folder / "learn.jsonl", folder / "held-out.jsonl"
     if not judge.exists():

@@ -8,6 +8,7 @@ from compress import run
 from compress.held_out import split_text
 from compress.ladder import ladder
 from compress.mixed import bundle_extras
+from compress.recipe import Recipe, Stage
 from models import lineage
 from models.checkpoint import open_checkpoint
 from models.data import DataOptions
@@ -124,3 +125,11 @@ def test_the_ladder_says_what_was_not_measured():
                                   "decode_tokens_per_s": None}), ("1 prune", {"bytes": 9e6, "perplexity": 20.0})]).splitlines()
     assert lines[2].split() == ["original", "538.0", "19.18", "0.0000", "100.0%", "-"]
     assert lines[3].split() == ["1", "prune", "9.0", "20.00", "-", "-", "-"]
+
+
+def test_what_replaces_a_recipes_options_is_checked_with_the_others(tmp_path):
+    """Before the first stage: those before quantizing may take hours."""
+    recipe = Recipe("mine", "", (Stage("quantize", {"method": "autoround"}),))
+    options = run.Options(recipe="mine", model=tmp_path, data=("text.txt",), out=tmp_path, backend="tensorrt")
+    with pytest.raises(UserError, match=r"mine \(quantize\): --method autoround"):
+        run.overridden(recipe, options)
