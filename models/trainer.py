@@ -49,7 +49,7 @@ from models.trainer_options import TrainerOptions
 from models.training_state import (Stop, comparable, keep_metrics_until, load_state, load_tensors, noticed,
                                    save_state, training_tensors, whole)
 from runtime.errors import CheckFailed, UserError
-from runtime.files import lock, new_folder, restored
+from runtime.files import lock, new_folder, restored, tidy
 
 
 class Rows(Protocol):
@@ -144,6 +144,8 @@ class Trainer:
         options = self.options
         if self.accelerator.is_main_process:
             options.out.mkdir(parents=True, exist_ok=True)
+            for name in ("best", "last"):
+                tidy(options.out / name)
             keep_metrics_until(options.out / "metrics.jsonl", self.step if self.saved is not None else -1)
             self.board = SummaryWriter(options.out / "logs", purge_step=self.step)
         if self.step:

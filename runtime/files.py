@@ -159,9 +159,23 @@ def work_folder(out: Path, plan, suffix: str = "work") -> Path:
 
 
 def clear_work(out: Path) -> None:
-    """Remove the work folders of `out`, of other plans too: it is finished."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 12}.*"):
-        _remove(folder)
+    """Remove the work folders of `out`, of other plans too, and what they left: it is finished.
+
+    Each goes by one rename first, so that what a kill leaves of it is never taken for work to go on with.
+    """
+    gone = _beside(out, "partial")
+    for dots in (".", ".."):                                      # its own, and those of its work folders
+        for folder in out.parent.glob(f"{dots}{glob.escape(out.name)}.{'[0-9a-f]' * 12}.*"):
+            _remove(gone)
+            os.rename(folder, gone)
+    _remove(gone)
+
+
+def tidy(out: Path) -> None:
+    """Put right what a killed writer of `out` left, where the next one may have nothing to write."""
+    with lock(out):
+        _restore(out)
+        _remove(_beside(out, "partial"))
 
 
 def restored(folder: Path) -> Path:

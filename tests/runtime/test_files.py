@@ -174,3 +174,26 @@ def test_toml_out_of_bounds(text, tmp_path):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(UserError, match="a.toml cannot be read as TOML"):
         files.read_toml(tmp_path / "a.toml")
+
+
+def test_work_goes_whole_and_leftovers_with_the_next_writer(tmp_path, monkeypatch):
+    """What a kill leaves of a finished plan's work is no work to go on with; nor does a writer's half stay."""
+    out = tmp_path / "model"
+    work = files.work_folder(out, ["a plan"])
+    (work / "part").mkdir(parents=True)
+    files.work_folder(work, ["its own"]).mkdir()
+
+    def killed(folder, **_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.shutil, "rmtree", killed)
+        files.clear_work(out)
+    assert not work.exists()
+    files.clear_work(out)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.lock").touch()
+    (tmp_path / ".model.old").mkdir()
+    files.tidy(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
