@@ -157,7 +157,7 @@ def bundle_encoder(bundle: Bundle, tokenizer: Tokenizer) -> ChatEncoder | None:
     if tokens is None:                            # a bundle of before they were kept
         ids = {"bos_token": model["bos_token_id"], "eos_token": next(iter(model["eos_token_ids"]), None),
                "pad_token": model["pad_token_id"]}
-        tokens = {key: text for key, i in ids.items() if i is not None and i >= 0 and (text := tokenizer.token_text(i)) is not None}
+        tokens = {key: text for key, i in ids.items() if i is not None and (text := tokenizer.token_text(i)) is not None}
     try:
         source = bundle.path(name).read_text("utf-8")
     except (OSError, ValueError) as error:

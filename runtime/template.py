@@ -77,11 +77,13 @@ class _Helper:
     """The process that renders, one request at a time."""
 
     def __init__(self):
-        self._lock, self._process = threading.Lock(), None
+        self.lock, self._process = threading.RLock(), None
 
     def ask(self, line: str) -> dict:
         """The answer to one request. Raises UserError where there is no such process to be had."""
-        with self._lock:
+        with self.lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.stop()                          # killed from outside since the last request
             if self._process is None:
                 self._process = self._start()
             try:
@@ -135,7 +137,7 @@ class _Helper:
 
 
 def _forget() -> None:
-    """In a fork's child: the process there is the parent's."""
+    """In a fork's child, which comes between two requests: the process there is the parent's."""
     global _helper
     _helper = _Helper()
 
@@ -143,4 +145,4 @@ def _forget() -> None:
 _helper = _Helper()
 atexit.register(lambda: _helper.stop())
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=lambda: _helper.lock.acquire(), after_in_parent=lambda: _helper.lock.release(), after_in_child=_forget)

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+import runtime.template
 from runtime.errors import UserError
 from runtime.template import ChatTemplate
 
@@ -139,6 +140,14 @@ def test_templates_are_rendered_from_many_threads_and_in_forks():
     for thread in threads:
         thread.join()
     assert not wrong and os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_that_was_killed_meanwhile_is_started_again():
+    template = ChatTemplate("{{ messages[0].role }}", "t")
+    process = runtime.template._helper._process
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert template.render([{"role": "user"}]) == "user"
 
 
 def test_a_template_that_raises_says_what_it_said():
