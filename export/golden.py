@@ -6,8 +6,8 @@
 Row i of the last four holds PyTorch's float32 logits after prompt_ids + tokens[:i], the ones that choose tokens[i]: the
 20 largest (ids and values, descending), ln sum exp over the whole vocabulary, and the first minus the second. So ln p
 of those 20 is exact, and `runtime.verify` needs neither torch nor the checkpoint. Tokens are greedy and go on past an
-end-of-sequence token. prompt_ids are what the bundle's tokenizer gives for the text, control
-tokens that it spells included.
+end-of-sequence token. prompt_ids are what the bundle's tokenizer gives for the text, with the control tokens
+that it spells.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Memory counted against `max_memory_mb` is that of the weights as stored and of t
 the backend's own working memory (for SmolLM2-135M about 100 MB) comes on top. Without `max_memory_mb`, the cache must
 fit what the machine has free.
 
-Threads may share an engine; every reply is the one it is alone. `close` may come at any time and from anywhere: a call that is
-in the backend goes to its end, and whatever then goes on with a reply gets a UserError.
+Threads may share an engine; every reply is what it would be alone. `close` may come at any time and from anywhere: a call that is
+in the backend runs to its end, and whoever then goes on with a reply gets a UserError.
 """
 
 from __future__ import annotations
