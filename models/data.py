@@ -37,7 +37,7 @@ from models.tables import HEADERS
 from models.progress import progress
 from runtime.cli import Checked, arg
 from runtime.errors import UserError
-from runtime.files import lock, new_folder, read_json
+from runtime.files import lock, new_folder, read_json, restored
 from runtime.text import Tokenizer
 
 IGNORE = -100                    # a label without loss, as in torch.nn.functional.cross_entropy
@@ -121,7 +121,7 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
            "format": options.format, "documents": options.documents, "field": options.field, "header": options.header,
            "cleaning": asdict(options.cleaning())}
     folder = options.cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    if not folder.is_dir():
+    if not restored(folder).is_dir():
         with lock(folder, wait=True):
             if not folder.is_dir():          # another process may have finished it meanwhile
                 with new_folder(folder) as temporary:

@@ -179,12 +179,13 @@ def tidy(out: Path) -> None:
 
 
 def restored(folder: Path) -> Path:
-    """`folder`, after putting back what a writer that died between two renames left as `.NAME.old`."""
-    if not os.path.exists(folder) and os.path.exists(_beside(folder, "old")):
+    """`folder`, after putting right what a killed writer left: `.NAME.old` in its place, `.NAME.lock` beside it."""
+    stale = _beside(_target(folder), "lock")
+    mine = (str(stale), threading.get_ident()) in _held
+    if not mine and (os.path.exists(stale) or not os.path.exists(folder) and os.path.exists(_beside(folder, "old"))):
         try:
-            with lock(folder):
-                _restore(folder)
-        except UserError:                                         # a live writer will do it
+            tidy(folder)
+        except UserError:                                         # a live writer will do it, or nobody may
             pass
     return folder
 

@@ -197,3 +197,9 @@ def test_work_goes_whole_and_leftovers_with_the_next_writer(tmp_path, monkeypatc
     (tmp_path / ".model.old").mkdir()
     files.tidy(out)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / ".model.lock").touch()
+    with files.lock(out):
+        assert files.restored(out) == out and (tmp_path / ".model.lock").exists()          # its own
+    (tmp_path / ".model.lock").touch()
+    files.restored(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
