@@ -21,7 +21,7 @@ from runtime.errors import UserError
 from runtime.machine import release_free_memory
 from runtime.sampling import check_defaults
 from runtime.text import Tokenizer
-from runtime.token_ids import token_id
+from runtime.token_ids import pad_id, token_id
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
@@ -129,7 +129,7 @@ def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
     check_defaults(generation, str(file))
 
     def special(name: str) -> int | None:
-        value = token_id(generation.get(name), config.vocab_size, f"{file}: {name}")
+        value = (pad_id if name == "pad_token_id" else token_id)(generation.get(name), config.vocab_size, f"{file}: {name}")
         return value if getattr(config, name) is None else getattr(config, name)
 
     return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},

@@ -18,7 +18,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 from runtime.errors import UserError
-from runtime.token_ids import token_id, token_ids
+from runtime.token_ids import pad_id, token_id, token_ids
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -115,10 +115,9 @@ class ModelConfig:
                 raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
                                 f"would be ignored; remove it only if the model was trained without it")
         shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
-        vocab, pad = _take(hf, "vocab_size", int), hf.get("pad_token_id")
-        if type(pad) is int and pad == -1:                  # so the first Llamas say that there is none
-            pad = None
-        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"), pad_token_id=pad,
+        vocab = _take(hf, "vocab_size", int)
+        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"),
+                   pad_token_id=pad_id(hf.get("pad_token_id"), vocab, "pad_token_id"),
                    eos_token_ids=token_ids(hf.get("eos_token_id"), vocab, "eos_token_id"), **shape)
 
     def to_hf(self) -> dict:

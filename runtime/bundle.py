@@ -25,7 +25,7 @@ import numpy as np
 
 from runtime.errors import CheckFailed, UserError, shown
 from runtime.files import read_json, restored
-from runtime.token_ids import token_id, token_ids
+from runtime.token_ids import pad_id, token_id, token_ids
 
 FORMAT = "edgewright-bundle"
 VERSION = 1
@@ -168,8 +168,8 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     need(model, "model.", "generation", dict, type(None))
     for name in need(model, "model.", "special_tokens", dict, type(None)) or ():
         need(model["special_tokens"], "model.special_tokens.", name, str)
-    for key in ("bos_token_id", "pad_token_id"):              # which may be left out
-        model[key] = token_id(need(model, "model.", key, int, type(None)), config["vocab_size"], f"{path}: model.{key}")
+    for key, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):          # which may be left out
+        model[key] = check(need(model, "model.", key, int, type(None)), config["vocab_size"], f"{path}: model.{key}")
 
     weights = need(manifest, "", "weights", dict)
     listed(need(weights, "weights.", "file", str), "weights.file")

@@ -16,6 +16,11 @@ def token_id(value: object, vocab: int, what: str) -> int | None:
     return value
 
 
+def pad_id(value: object, vocab: int, what: str) -> int | None:
+    """`token_id`, where -1 is none too: so the first Llamas say that they do not pad."""
+    return token_id(None if type(value) is int and value == -1 else value, vocab, what)
+
+
 def token_ids(value: object, vocab: int, what: str) -> tuple[int, ...]:
     """None, an id, or a list of them, as a tuple without repetitions. Raises UserError, which begins with `what`."""
     listed = [] if value is None else value if isinstance(value, list) else [value]

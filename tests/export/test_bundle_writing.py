@@ -64,7 +64,7 @@ def test_dense_weights_and_rope_tables(tiny_checkpoint, tmp_path):
 
 def test_manifest_tells_what_the_model_is(tiny_checkpoint, tmp_path):
     checkpoint = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "c")
-    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "temperature": 0.7}))
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "pad_token_id": -1, "temperature": 0.7}))
     assert export(checkpoint, tmp_path / "b") == 0 and ort.main([str(tmp_path / "b")]) == 0
     manifest = open_bundle(tmp_path / "b", verify=True).manifest
     assert manifest["model"]["eos_token_ids"] == [0, 2] and manifest["model"]["generation"]["temperature"] == 0.7

@@ -122,6 +122,11 @@ def test_fields_that_contradict(folder, change, message):
         open_bundle(folder)
 
 
+def test_a_pad_of_minus_one_is_none(folder):
+    edit(folder, lambda m: m["model"].update(pad_token_id=-1))
+    assert open_bundle(folder).model["pad_token_id"] is None
+
+
 @pytest.mark.parametrize("name", ["weights.bin", "fast.onnx", "tokenizer.json", "chat_template.jinja"])
 def test_a_missing_or_shortened_file_is_named(folder, name):
     path = folder / name
