@@ -130,7 +130,7 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
 
 
 def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    dtype = np.uint16 if max(len(tokenizer) - 1, eos) < 1 << 16 else np.uint32
     counts, starts, length, text_bytes = Counter(), [], 0, 0
     documents = read_documents(options, sources, counts, f"tokenize {split.part if split else 'data'}")
     if split:

@@ -92,7 +92,7 @@ def is_cache(folder: Path) -> bool:
 
 def tokenizer_size(folder: Path) -> int:
     """Ids that the folder's tokenizer.json gives: one more than the largest."""
-    return max(Tokenizer(folder / "tokenizer.json").vocabulary().values()) + 1
+    return len(Tokenizer(folder / "tokenizer.json"))
 
 
 def shared_vocabulary(folder: Path, *tables: int) -> int | None:

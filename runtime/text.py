@@ -121,8 +121,8 @@ class Tokenizer:
         return self._tokenizer.get_vocab()
 
     def __len__(self) -> int:
-        """Tokens, added ones included."""
-        return self._tokenizer.get_vocab_size()
+        """One more than the largest id: more than there are tokens where the ids have gaps."""
+        return max(self.vocabulary().values(), default=-1) + 1
 
     @functools.cached_property
     def added_tokens(self) -> dict[int, tokenizers.AddedToken]:

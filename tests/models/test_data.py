@@ -1,5 +1,7 @@
 """Tokenized corpora: nothing lost, boundaries respected, cached by content, ordered by seed and step alone."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -42,6 +44,14 @@ def test_documents_come_back_whole(corpus_of, tokenizer_file):
     corpus = corpus_of(lines)
     assert decoded(corpus, tokenizer_file) == lines
     assert corpus.text_bytes == sum(len(line.encode()) for line in lines)
+
+
+def test_ids_above_the_number_of_tokens_are_kept(corpus_of, tokenizer_file):
+    """A vocabulary with gaps: few tokens, and an id that 16 bits cannot hold."""
+    data = json.loads(tokenizer_file.read_text())
+    data["model"]["vocab"]["z"] = 70_000
+    tokenizer_file.write_text(json.dumps(data))
+    assert corpus_of(["zaz"]).tokens.tolist()[::2] == [70_000, 70_000]
 
 
 def test_cache_is_reused_for_equal_content_and_never_for_other(corpus_of):
