@@ -8,7 +8,7 @@ are something else: numbers, a few values that come again and again and are neve
 a cell does not look like a name, or comes again below. What neither shows is refused, because a header taken for data
 becomes a record and its word a label. What was taken is told once, on stderr.
 
-A .csv without commas may be separated by semicolons, tabs or bars; a .tsv has quotes only where they are doubled inside.
+A .csv whose first line has no comma may be separated by semicolons, tabs or bars; a .tsv has quotes only where they are doubled inside.
 Rows without any text are passed over. Rows are not checked for their number of cells here.
 """
 
@@ -26,6 +26,7 @@ HEADERS = ("auto", "yes", "no")
 HEADER_NAMES = {"text", "sentence", "content", "label", "labels", "class", "source", "target", "question", "answer", "context",
                 "summary", "prompt", "completion", "instruction", "input", "output", "response"}
 SAMPLE = 1000
+_HEAD = 50                               # lines that show quotes and the separator
 _NAME = re.compile(r"[^\W\d][\w :/()#-]{0,39}")
 _DOUBLED = re.compile(r'(?:^|\t)"(?:[^"]|"")*""(?:[^"]|"")*"(?:\t|\r?\n?$)')
 _told: set[tuple] = set()
@@ -39,7 +40,7 @@ def open_table(source: str, lines: Iterable[str], delimiter: str, header: str = 
     of one name, and for broken quotes.
     """
     lines = iter(lines)
-    head = list(islice(lines, 50))
+    head = list(islice(lines, _HEAD))
     quoted = delimiter != "\t" or any(_DOUBLED.search(line[:4096]) for line in head)
     separator = _separator(head, delimiter)
     rows = _rows(source, chain(head, lines), separator, quoted)
@@ -78,12 +79,16 @@ def _rows(source: str, lines: Iterable[str], delimiter: str, quoted: bool) -> It
 
 
 def _separator(head: list[str], usual: str) -> str:
-    """The usual one; where that cuts nothing, another that cuts every line into as many parts."""
-    if any(usual in line for line in head):
+    """The usual one; where the first line has none of it, another that cuts every row into as many cells."""
+    if usual in next((line for line in head if line.strip()), ""):
         return usual
     for other in ",;\t|":
-        counts = {line.count(other) for line in head if line.strip()}
-        if len(counts) == 1 and counts != {0}:
+        try:
+            rows = [len(row) for row in csv.reader(head, delimiter=other) if any(cell.strip() for cell in row)]
+        except csv.Error:
+            continue
+        widths = set(rows[:-1] if len(head) == _HEAD else rows)            # the last may be cut short, within quotes
+        if len(widths) == 1 and widths != {1}:
             return other
     return usual
 

@@ -90,8 +90,8 @@ def test_a_column_that_was_asked_for_is_a_name(tmp_path):
 
 
 def test_tables_of_other_programs(tmp_path):
-    rows = [{"id": "0", "text": "say \"yes\"\tnow", "label": "a"}, {"id": "1", "text": "two\nlines", "label": "b"}]
-    for ending, delimiter in (("csv", ","), ("tsv", "\t")):
+    rows = [{"id": "0", "text": "say \"yes\"\tnow", "label": "a"}, {"id": "1", "text": "two, or\nthree; lines", "label": "b"}]
+    for ending, delimiter in (("csv", ","), ("tsv", "\t"), ("csv", ";")):
         path = tmp_path / f"p.{ending}"
         pandas.DataFrame(rows)[["text", "label"]].to_csv(path, sep=delimiter, lineterminator="\r\n", encoding="utf-8-sig")
         assert [as_labelled(r) for r in records(str(path))] == [(row["text"], row["label"]) for row in rows]
