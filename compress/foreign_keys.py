@@ -17,7 +17,8 @@ _HOW_FOUND = dict.fromkeys((
     "exllama_config", "max_input_length", "modules_to_not_convert", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "lm_head",
     "inside_layer_modules", "autoround_version", "iters", "seqlen", "nsamples", "lr", "minmax_lr", "low_gpu_mem_usage", "amp",
     "enable_quanted_input", "enable_minmax_tuning", "quantizer", "offload_to_disk", "offload_to_disk_path",
-    "auto_forward_data_parallel"), True)
+    "auto_forward_data_parallel", "gradient_accumulate_steps", "train_bs", "scale_dtype", "enable_norm_bias_tuning",
+    "to_quant_block_names", "quant_block_list"), True)
 KEYS = {
     "gptq": _HOW_FOUND | {"checkpoint_format": ("gptq", "gptq_v2"), "format": ("gptq", "gptq_v2"), "method": ("gptq",),
                           "pack_dtype": ("int32",), "backend": True, "data_type": ("int",)},
