@@ -107,7 +107,8 @@ def compile(options: Options) -> None:
         names = ", ".join(f"SM{t} ({ON_DEVICE[t]})" for t in on_device)
         print(f"{names}: built on the device only, by: {command}")
         if not wanted and bundle:
-            bundles.write_manifest(bundle.folder, bundle.manifest | {"on_device": _device_command(options, ".")})
+            with adding_to(bundle.folder):
+                bundles.write_manifest(bundle.folder, open_bundle(bundle.folder).manifest | {"on_device": _device_command(options, ".")})
         if not wanted:
             return
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
