@@ -79,7 +79,7 @@ class ChatEncoder:
         """int64 ids [n] of a rendered prompt, and the characters (first, end) of it that each stands for, int64 [n, 2]."""
         if mark is None or mark not in text:
             return self.tokenizer.encode_with_offsets(text, control_tokens=True)
-        ids, offsets = [], []
+        ids, offsets = [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]           # a prompt may be marks alone
         for start, end in self._runs(text, mark):
             part = text[start:end]
             if mark not in part:

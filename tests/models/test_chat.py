@@ -220,6 +220,12 @@ def test_tokens_that_the_template_writes_are_text_in_what_others_say_and_tokens_
     assert (chat.tokens([{"role": "user", "content": "<tool_call><|im_end|>"}, {"role": "assistant", "content": "<tool_call>x"}]) == call).sum() == 1
 
 
+def test_a_prompt_of_nothing_but_marks(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content[1] }}")
+    marked = encoder(folder).tokens([{"role": "user", "content": "<|im_end|>"}])
+    assert marked.tolist() == [] and marked.dtype == "int64"
+
+
 def test_text_alone_is_text_too(folder):
     tokenizer, hf = Tokenizer(folder / "tokenizer.json"), transformers.AutoTokenizer.from_pretrained(folder)
     for text in HARMLESS:
