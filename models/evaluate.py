@@ -6,8 +6,8 @@
 
 `perplexity` reports perplexity and bits per byte and, with a reference, its KL divergence and top-1 agreement, for each
 text apart and pooled (models/fidelity.py); `kl` is the same pass and insists on the reference. That is a checkpoint, a
-bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and their files are in models/tasks.py; every number has
-its 95% bootstrap interval beside it.
+bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and their files are
+in models/tasks.py; every number has its 95% bootstrap interval beside it.
 """
 
 from __future__ import annotations

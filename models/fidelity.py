@@ -12,8 +12,8 @@ bootstrap over windows, because the tokens of one window are not independent.
 
 Model and reference are `runtime.backend.Backend`s, so PyTorch checkpoints and bundles are measured by the same lines.
 Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
-made to sum to one over them. Logits are asked for only where they are scored. A reference may also be a teacher's cached predictions
-(models/teacher_cache.py) over the same windows: its kl is then a lower bound, top1_agreement is exact.
+made to sum to one over them. Logits are asked for only where they are scored. A reference may also be a teacher's cached
+predictions (models/teacher_cache.py) over the same windows: its kl is then a lower bound, top1_agreement is exact.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
             shared: int | None = None, label: str = "scoring", progress: bool = True) -> Fidelity:
     """Score every window with the model and, where given, against the reference.
 
-    A cache as reference goes with its own `cached_windows`. shared: compare over this many first tokens. Raises UserError for non-finite logits.
+    A cache as reference goes with its own `cached_windows`. shared: compare over this many first tokens.
+    Raises UserError for non-finite logits.
     """
     windows = list(windows)
     result = Fidelity([], [], [], [], [], [])
