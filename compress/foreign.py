@@ -75,6 +75,13 @@ class FolderTensors:
         self.left.discard(name)
         return self._files[self.places[name]].get_tensor(name)
 
+    def integers(self, name: str, dims: int = 2) -> Tensor:
+        """A tensor of int32 (shapes and orders: int64 too) with so many axes, or a UserError."""
+        tensor = self[name]
+        if tensor.ndim != dims or tensor.dtype != torch.int32 and (dims == 2 or tensor.dtype != torch.int64):
+            raise UserError(f"{name} is {list(tensor.shape)} of {tensor.dtype}, where {'a matrix' if dims == 2 else 'a list'} of int32 should be")
+        return tensor
+
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [..., n] -> uint8 [..., n * 32 / bits]: codes of a word from its lowest bits up."""
@@ -84,13 +91,13 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def read_gptq(tensors, module: str, bits: int, group: int, config: dict) -> QuantizedTensor:
-    codes = unpack_words(tensors[f"{module}.qweight"].T, bits)                         # [N, K]
+    codes = unpack_words(tensors.integers(f"{module}.qweight").T, bits)                         # [N, K]
     columns = codes.shape[1]
     group = columns if group in (-1, 0) else group
     if f"{module}.g_idx" not in tensors.places and config.get("desc_act"):
         raise UserError(f"{module} has no g_idx, which desc_act asks for")
     _check_order(tensors, f"{module}.g_idx", columns, group)
-    zeros = unpack_words(tensors[f"{module}.qzeros"], bits).T                          # [N, G]
+    zeros = unpack_words(tensors.integers(f"{module}.qzeros"), bits).T                          # [N, G]
     if (config.get("checkpoint_format") or config.get("format")) != "gptq_v2":
         zeros = (zeros + 1) & (2**bits - 1)                                            # as its kernels wrap
     return _tensor(module, codes, tensors[f"{module}.scales"].T, zeros, bits, group)
@@ -103,19 +110,20 @@ def read_awq(tensors, module: str, bits: int, group: int, config: dict) -> Quant
         return unpack_words(words, bits).unflatten(-1, (-1, 8))[..., order].flatten(-2).T
     if bits != 4:
         raise UserError(f"AWQ of {bits} bits is not known here: 4 is")
-    codes = rows(tensors[f"{module}.qweight"])
+    codes = rows(tensors.integers(f"{module}.qweight"))
     group = codes.shape[1] if group in (-1, 0) else group
-    return _tensor(module, codes, tensors[f"{module}.scales"].T, rows(tensors[f"{module}.qzeros"]), bits, group)
+    return _tensor(module, codes, tensors[f"{module}.scales"].T, rows(tensors.integers(f"{module}.qzeros")), bits, group)
 
 
 def read_compressed(tensors, module: str, bits: int, group: int, config: dict) -> QuantizedTensor:
     if f"{module}.weight_zero_point" in tensors.places:
         raise UserError(f"{module} has packed zero points: of compressed-tensors only symmetric weights are read")
     scales = tensors[f"{module}.weight_scale"]
-    rows, columns = tensors[f"{module}.weight_shape"].tolist()
-    packed = unpack_words(tensors[f"{module}.weight_packed"], bits)
+    shape = tensors.integers(f"{module}.weight_shape", 1).tolist()
+    packed = unpack_words(tensors.integers(f"{module}.weight_packed"), bits)
+    rows, columns = shape if len(shape) == 2 else (0, 0)
     if packed.shape[0] != rows or not 0 <= packed.shape[1] - columns < 32 // bits:
-        raise UserError(f"{module}.weight_shape says {rows} x {columns}, and weight_packed holds {list(packed.shape)} codes")
+        raise UserError(f"{module}.weight_shape says {shape}, and weight_packed holds {list(packed.shape)} codes")
     group = columns if group in (-1, 0) else group
     weights = next(iter(config["config_groups"].values()))["weights"]
     if weights.get("actorder") in ("group", "dynamic", True) and f"{module}.weight_g_idx" not in tensors.places:
@@ -127,7 +135,7 @@ def read_compressed(tensors, module: str, bits: int, group: int, config: dict) -
 def _check_order(tensors, name: str, columns: int, group: int) -> None:
     """Raises UserError unless input k belongs to group k // group; all -1 means the same."""
     if name in tensors.places:
-        found = tensors[name].long()
+        found = tensors.integers(name, 1).long()
         if not torch.equal(found, torch.arange(columns) // group) and not (len(found) == columns and bool((found == -1).all())):
             raise UserError(f"{name}: it was quantized in activation order with its groups out of place, which contiguous groups "
                             f"cannot hold: quantize it again without activation order (desc_act, actorder) or with static groups")

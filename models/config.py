@@ -267,9 +267,10 @@ def _rope(hf: dict) -> tuple[float, dict | None]:
 
 def _sliding_window(hf: dict, family: str, count: int) -> int | None:
     window, kinds = None, _take(hf, "layer_types", list, None)
+    told = None if family in ("llama", "gpt2") else _take(hf, "sliding_window", int, None)
     if family == "mistral" or (family != "llama" and _take(hf, "use_sliding_window", bool, False)):
         # null means none; a config without the key means the families' default
-        window = _take(hf, "sliding_window", int, None) if "sliding_window" in hf else 4096
+        window = told if "sliding_window" in hf else 4096
     if kinds is None:
         first = 0 if family == "mistral" or window is None else min(_take(hf, "max_window_layers", int, 28), count)
         kinds = ["full_attention"] * (count if window is None else first)

@@ -59,7 +59,7 @@ def build_tokenizer(metadata: dict, path: Path) -> Tokenizer:
         model = models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges],
                            ignore_merges=pre == "llama-bpe")   # Llama 3: a word in the vocabulary is one token
     except Exception as error:                                 # tokenizers raises bare Exception
-        raise UserError(f"{path}: its merges do not fit its vocabulary ({error})") from None
+        raise UserError(f"{path}: its merges do not fit its vocabulary ({str(error).splitlines()[0]:.200})") from None
     tokenizer = Tokenizer(model)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
