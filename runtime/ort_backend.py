@@ -87,7 +87,7 @@ class OrtBackend:
             self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
             self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
             bad = [size for cache in self._caches for size in cache[2:4] if not isinstance(size, int) or size < 1]
-        except (IndexError, KeyError, StopIteration):
+        except (IndexError, KeyError, StopIteration, UnicodeDecodeError):
             bad = True
         if bad or self._vocab != bundle.model["config"]["vocab_size"]:
             raise UserError(f"{bundle.path(graph['file'])}: its inputs and outputs are not those of this model; export the bundle again")
