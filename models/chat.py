@@ -16,7 +16,7 @@ from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
 from runtime.template import ChatTemplate
 from runtime.text import Tokenizer
-from runtime.token_ids import token_ids
+from runtime.token_ids import pad_id, token_id, token_ids
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_TEMPLATES = "additional_chat_templates"       # folder of those with other names
@@ -61,10 +61,14 @@ def _tokenizer_class(folder: Path, config: dict) -> str | None:
 
 
 def stop_ids(config: ModelConfig, folder: Path) -> tuple[int, ...]:
-    """Ids of the tokens that end a reply. Raises UserError where generation_config.json lists something else."""
+    """Ids of the tokens that end a reply. Raises UserError where generation_config.json gives something else for them, or
+    for its bos and pad."""
     file = folder / "generation_config.json"
-    listed = _optional(file).get("eos_token_id")
-    return config.eos_token_ids if listed is None else token_ids(listed, config.vocab_size, f"{file}: eos_token_id")
+    told = _optional(file)
+    for name, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):
+        check(told.get(name), config.vocab_size, f"{file}: {name}")
+    found = token_ids(told.get("eos_token_id"), config.vocab_size, f"{file}: eos_token_id")
+    return config.eos_token_ids if told.get("eos_token_id") is None else found
 
 
 def named_templates(folder: Path) -> dict[str, str]:

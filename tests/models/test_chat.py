@@ -148,9 +148,10 @@ def test_the_ids_that_end_a_reply(tmp_path, config, generation, ends):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert list(stop_ids(ModelConfig.from_hf(hf | {"eos_token_id": config}), tmp_path)) == ends
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(UserError, match="eos_token_id is"):
-        stop_ids(ModelConfig.from_hf(hf), tmp_path)
+    for name, wrong in (("eos_token_id", ["</s>"]), ("bos_token_id", 300), ("pad_token_id", "<pad>")):
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: wrong}))
+        with pytest.raises(UserError, match=f"{name} is"):
+            stop_ids(ModelConfig.from_hf(hf), tmp_path)
 
 
 TEMPLATES = {"chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
