@@ -47,7 +47,7 @@ from models.optimizer import adamw, learning_rate
 from models.progress import progress
 from models.trainer_options import TrainerOptions
 from models.training_state import (Stop, comparable, keep_metrics_until, load_state, load_tensors, noticed,
-                                   save_state, training_tensors, whole)
+                                   save_state, told_of_the_disk, training_tensors, whole)
 from runtime.errors import CheckFailed, UserError
 from runtime.files import lock, new_folder, restored, tidy
 
@@ -132,7 +132,8 @@ class Trainer:
         Raises CheckFailed at the first loss or gradient that is not finite, naming the step and the batch's rows, and
         UserError where another run writes the same folder.
         """
-        with lock(self.options.out) if self.accelerator.is_main_process else nullcontext(), noticed() as self.stop:
+        with lock(self.options.out) if self.accelerator.is_main_process else nullcontext(), noticed() as self.stop, \
+                told_of_the_disk(self.options.out):
             try:
                 return self._fit()
             except (KeyboardInterrupt, SystemExit):

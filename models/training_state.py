@@ -15,6 +15,7 @@ needs. Ctrl-C and SIGTERM let the step that runs come to its end, and the state 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import signal
 import threading
@@ -68,6 +69,28 @@ def noticed() -> Iterator[Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def told_of_the_disk(out: Path) -> Iterator[None]:
+    """Meanwhile a log or metric in `out` that cannot be written is a UserError. TensorBoard writes from a thread of its own, which
+    hands its error to the next call: what Python would print of that thread besides is left out."""
+    def hook(said):
+        if not isinstance(said.exc_value, OSError):
+            old(said)
+    old, threading.excepthook = threading.excepthook, hook
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        for thread in threading.enumerate():                 # it may be about to be told of
+            if type(thread).__module__.startswith("tensorboard."):
+                thread.join(1)
+        raise UserError(f"{error.filename or out / 'logs'} could not be written ({error.strerror}). Free some space and continue with "
+                        "--resume") from None
+    finally:
+        threading.excepthook = old
 
 
 def comparable(options) -> dict:

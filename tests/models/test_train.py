@@ -204,6 +204,16 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_checkpoint(files, tmp
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["logs", "metrics.jsonl"]
 
 
+def test_a_disk_that_is_full_at_the_first_line_of_the_log_is_one_sentence(files, tmp_path):
+    """TensorBoard's first write is of 88 bytes, from its own thread."""
+    code = ("import resource, sys; from models import train; from models.trainer import Trainer; fit = Trainer.fit\n"
+            "def full(self): resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); return fit(self)\n"
+            "Trainer.fit = full; sys.exit(train.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, *arguments(files, tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error", "Traceback", "Exception"))]
+    assert done.returncode == 2 and len(said) == 1 and "logs could not be written" in said[0], done.stderr[-2000:]
+
+
 def test_continue_a_checkpoint(tiny_checkpoint, files, tmp_path):
     source = tiny_checkpoint("smollm2")
     out = tmp_path / "more"

@@ -381,3 +381,16 @@ def test_a_manifests_ids_are_ids_of_the_vocabulary(tmp_path, key):
             open_bundle(folder)
     else:
         assert open_bundle(folder).model[key] is None
+
+
+@pytest.mark.parametrize("provider", ["native", "cpu"])
+def test_files_replaced_by_renaming_while_an_engine_is_open(tiny_bundle, tmp_path, provider):
+    """A bundle may be updated under an open engine, file by file: it goes on with what it opened."""
+    folder, other = (shutil.copytree(tiny_bundle(family)[1], tmp_path / family) for family in ("smollm2", "llama"))
+    with Engine(folder, provider=provider) as engine:
+        before = engine.generate("The sea is", max_new_tokens=12)[0].tokens
+        for file in other.iterdir():
+            file.replace(folder / file.name)
+        assert engine.generate("The sea is", max_new_tokens=12)[0].tokens == before
+    with Engine(folder, provider=provider) as engine:
+        assert engine.generate("The sea is", max_new_tokens=12)[0].tokens != before
