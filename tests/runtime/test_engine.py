@@ -368,7 +368,7 @@ def test_sampling_defaults_that_no_engine_opens(tmp_path, generation, field):
 def test_a_manifests_ids_are_ids_of_the_vocabulary(tmp_path, key):
     folder = write_bundle(tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text())
-    for value in (-1, VOCAB, 10**90, 1.5, True, "2", [[2]], {}, [VOCAB], [None]):
+    for value in (-2, VOCAB, 10**90, 1.5, True, "2", [[2]], {}, [VOCAB], [None]):
         manifest["model"][key] = value
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match=f"model.{key}") as error:
