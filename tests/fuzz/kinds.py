@@ -387,14 +387,17 @@ def judge_checkpoint(original, folder, touched, before, after) -> str:
 
 
 def _as_typed(original: Path, folder: Path) -> None:
-    """Write whole numbers as floats where the original has floats: transformers asks for the type, we for the number."""
+    """Write whole numbers as floats where the original has floats: transformers asks for the type, we for the number. And the
+    original's values of keys that nobody computes with, whose types it checks as well."""
+    from models.config import _HARMLESS
     def typed(ours, theirs):
         if isinstance(ours, dict) and isinstance(theirs, dict):
             return {key: typed(value, theirs.get(key)) for key, value in ours.items()}
         return float(ours) if type(ours) is int and isinstance(theirs, float) else ours
 
     ours, theirs = (json.loads((place / "config.json").read_text()) for place in (folder, original))
-    (folder / "config.json").write_text(json.dumps(typed(ours, theirs)))
+    kept = {key: value for key, value in theirs.items() if key in ours and _HARMLESS.search(key) and key != "use_sliding_window"}
+    (folder / "config.json").write_text(json.dumps(typed(ours, theirs) | kept))
 
 
 def _transformers(folder: Path):
