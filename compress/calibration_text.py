@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
-from models.data import DataOptions, build_corpus
+from models.formats.checkpoint import Checkpoint
+from models.data.corpus import DataOptions, build_corpus
 from runtime.errors import UserError
 
 

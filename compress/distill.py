@@ -3,8 +3,8 @@
     python -m compress.distill --teacher A --student B -o OUT --data FILES
 
 The student is any full-precision checkpoint with the teacher's tokenizer (a pruned teacher, usually), every k-th layer of
-one (--layers), or a new model (--preset). The loss is in compress/distiller.py; divergences in compress/divergence.py;
-hidden states and attention in compress/matching.py; --on-policy in compress/on_policy.py.
+one (--layers), or a new model (--preset). The loss, divergences, the matching of hidden states and attention, and
+--on-policy are in compress/distilling/.
 
 The teacher's top-k predictions are cached on disk first (compress/teacher.py), so that several runs, and several passes
 over the text, ask it once. A live teacher (--live) gives whole distributions, and is needed where the cache cannot say: a
@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from compress.options import TEACHER_CACHE
-from models import lineage
-from models.data import Blocks, DataOptions, build_corpus
-from models.presets import preset
-from models.trainer_options import TrainerOptions
+from models.formats import lineage
+from models.data.corpus import Blocks, DataOptions, build_corpus
+from models.training.presets import preset
+from models.training.options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 
@@ -99,14 +99,14 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.distiller import Distiller, Losses
-from compress.divergence import divergence
-from compress.on_policy import OnPolicy
+from compress.distilling.distiller import Distiller, Losses
+from compress.distilling.divergence import divergence
+from compress.distilling.on_policy import OnPolicy
 from compress.teacher import build_cache, frozen_decoder
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
-from models.decoder import Decoder
-from models.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
-from models.trainer import Trainer, mixed_precision
+from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.network.decoder import Decoder
+from models.formats.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
+from models.training.trainer import Trainer, mixed_precision
 
 MICRO_TOKENS = 2048              # of a micro-batch, by default
 

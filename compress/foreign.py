@@ -10,9 +10,10 @@ What config.json's `quantization_config` names decides how a linear [N, K] with 
     compressed-tensors  weight_packed int32 [N, K b/32] packed along K, symmetric, weight_scale [N, G]
 Codes and zero points are written as they are; scales become fp16. Zero points that are all 2^(b-1) become symmetric.
 
-Refused, in words: widths other than 2, 4 and 8 bits; groups out of place, as activation order may leave them (g_idx), which
-no contiguous groups can hold; asymmetric compressed-tensors; rotations and quantized activations; pickles; every key of
-the configuration that is not understood (compress/foreign_keys.py), and every tensor of the file that has no place.
+Refused, in words: widths other than 2, 4 and 8 bits; groups out of place, as activation order may leave them (g_idx),
+which no contiguous groups can hold; asymmetric compressed-tensors; rotations and quantized activations; pickles; every
+key of the configuration that is not understood (compress/quantizing/foreign_keys.py), and every tensor of the file that
+has no place.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import lineage
-from models.config import ModelConfig
+from models.formats import lineage
+from models.network.config import ModelConfig
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
@@ -51,10 +52,10 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 from torch import Tensor
 
-from compress.foreign_keys import scheme
-from models.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
-from models.decoder import tensor_shapes
-from models.quantized import Quantization, QuantizedTensor
+from compress.quantizing.foreign_keys import scheme
+from models.formats.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
+from models.network.decoder import tensor_shapes
+from models.network.quantized import Quantization, QuantizedTensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TABLE = "model.embed_tokens.weight"

@@ -12,8 +12,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from models.data import DataOptions, read_documents
-from models.data_formats import find_sources
+from models.data.corpus import DataOptions, read_documents
+from models.data.records import find_sources
 from runtime.errors import UserError
 from runtime.files import new_file
 

@@ -3,10 +3,10 @@
     figures = measure_quality(folder, original, texts, windows) | measure_speed(folder, work)
     print(ladder([("original", figures), ...]))
 
-Quality is measured in PyTorch, float32, on the second half of 512-token windows (models/fidelity.py); the reference is
-the model that the compression began with. A size is that of a bundle's weights file (compress/mixed.py). Speed is that of an
-exported bundle on this machine, by the commands a user would type (export.onnx, runtime.bench), each in a process of its
-own; it depends on what else the machine does.
+Quality is measured in PyTorch, float32, on the second half of 512-token windows (models/judging/fidelity.py); the
+reference is the model that the compression began with. A size is that of a bundle's weights file
+(compress/quantizing/mixed.py). Speed is that of an exported bundle on this machine, by the commands a user would type
+(export.onnx, runtime.bench), each in a process of its own; it depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compress.mixed import bundle_extras
-from models.checkpoint import load_decoder, open_checkpoint
-from models.data_formats import as_text, find_sources, read_records
-from models.fidelity import Window, cut_windows, measure
-from models.torch_backend import TorchBackend
+from compress.quantizing.mixed import bundle_extras
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.data.records import as_text, find_sources, read_records
+from models.judging.fidelity import Window, cut_windows, measure
+from models.network.torch_backend import TorchBackend
 from runtime.cli import table
 from runtime.files import read_json
 from runtime.text import Tokenizer

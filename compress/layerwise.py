@@ -23,8 +23,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import Checkpoint
-from models.decoder import Layer, inverse_frequencies, rotations
+from models.formats.checkpoint import Checkpoint
+from models.network.decoder import Layer, inverse_frequencies, rotations
 
 ROWS = 4                # windows computed at once
 Visit = Callable[[list[str], list[Tensor]], None]

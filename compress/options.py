@@ -10,7 +10,7 @@ TEACHER_CACHE = Path("~/.cache/edgewright/teacher")
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend runs of what a checkpoint may hold (models/quantized.py)."""
+    """What a backend runs of what a checkpoint may hold (models/network/quantized.py)."""
 
     bits: tuple[int, ...]
     zeros: bool = True                                # zero points

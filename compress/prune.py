@@ -2,9 +2,10 @@
 
     python -m compress.prune CKPT -o OUT --data FILES --what depth --keep 0.8
 
-Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads, hidden and vocabulary make a smaller model that
-exports and runs faster (depth.py, width.py, hidden.py, vocabulary.py); sparse keeps every shape (sparse.py). Prune one way, then
-another: stages compose. What was lost comes back in part by training afterwards (models.finetune, compress.distill).
+Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads, hidden and vocabulary make a smaller
+model that exports and runs faster (depth.py, width.py, hidden.py, vocabulary.py); sparse keeps every shape (sparse.py).
+Prune one way, then another: stages compose. What was lost comes back in part by training afterwards (models.finetune,
+compress.distill).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models import lineage
-from models.config import ModelConfig
-from models.data import DataOptions, build_corpus
+from models.formats import lineage
+from models.network.config import ModelConfig
+from models.data.corpus import DataOptions, build_corpus
 from runtime.cli import arg, parse_size, run, table
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
@@ -45,7 +46,7 @@ class Options(DataOptions):
     target_size: str | None = arg(None, help="the same as bytes of the checkpoint's tensors, such as 400MB",
                                   size=True, group="how much to keep")
     layers: int | None = arg(None, help="depth: layers to keep", least=1, group="how much to keep")
-    order: str = arg("kl", help="depth: which layers go first (depth.py)", choices=("influence", "kl", "greedy", "beam"),
+    order: str = arg("kl", help="depth: which layers go first", choices=("influence", "kl", "greedy", "beam"),
                      group="how to choose")
     neurons: int | None = arg(None, help="mlp: neurons a layer to keep, on average over the layers",
                               least=1, group="how much to keep")
@@ -56,9 +57,9 @@ class Options(DataOptions):
     tokens: int | None = arg(None, help="vocabulary: tokens to keep at most (default: all that the data uses)",
                              least=1, group="how much to keep")
     sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4", group="how much to keep")
-    score: str = arg("sparsegpt", help="sparse: which weights go (sparse.py)", choices=("magnitude", "wanda", "sparsegpt"),
+    score: str = arg("sparsegpt", help="sparse: which weights go", choices=("magnitude", "wanda", "sparsegpt"),
                      group="how to choose")
-    ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (sparsity_ratios.py)",
+    ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (pruning/ratios.py)",
                       choices=("even", "sensitivity"), group="how to choose")
     windows: int = arg(64, help="calibration windows, spread evenly over the data", least=1, group="how to choose")
     length: int = arg(512, help="tokens in a window", least=1, group="how to choose")
@@ -79,12 +80,12 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 from torch import Tensor
 
-from compress import depth, sparse, vocabulary, width
+from compress.pruning import depth, sparse, vocabulary, width
 from compress.calibration_text import corpus_windows
-from compress.hidden import principal_directions, sliced
-from compress.sparsity_ratios import sparsity_ratios
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.decoder import tensor_shapes
+from compress.pruning.hidden import principal_directions, sliced
+from compress.pruning.ratios import sparsity_ratios
+from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.network.decoder import tensor_shapes
 
 
 def prune(options: Options) -> None:

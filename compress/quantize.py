@@ -1,16 +1,18 @@
 """Quantize a checkpoint's weights: linears, embedding and head become integer codes with fp16 scales.
 
 Norms, biases and learned positions stay as they are; activations (--activations) and the KV cache (--kv-cache) are
-rounded where asked, when the model runs. The codes are decided here once, stored (models/quantized.py), and used as they
-are by PyTorch and by every export. The token embedding and the head have bits of their own, since both read or write the
-vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer bits take the linears' group.
+rounded where asked, when the model runs. The codes are decided here once, stored (models/network/quantized.py), and
+used as they are by PyTorch and by every export. The token embedding and the head have bits of their own, since both
+read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer bits take the linears'
+group.
 
-Methods: "rtn" rounds to nearest (compress/rtn.py) and needs no data, nor does "hqq", neural-compressor's
-(compress/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/clipping.py) and "gptq"
-(compress/gptq.py) are calibrated on text (--data), layer by layer (compress/calibrated.py), and resume where they were
-stopped; "autoround", neural-compressor's too, is calibrated and does not resume. With --target-size or --target-bpw every
-module gets its own format (compress/mixed.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other
-widths run in PyTorch and the native core.
+Methods: "rtn" rounds to nearest (compress/quantizing/rtn.py) and needs no data, nor does "hqq", neural-compressor's
+(compress/quantizing/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/quantizing/clipping.py)
+and "gptq" (compress/quantizing/gptq.py) are calibrated on text (--data), layer by layer
+(compress/quantizing/calibrated.py), and resume where they were stopped; "autoround", neural-compressor's too, is
+calibrated and does not resume. With --target-size or --target-bpw every module gets its own format
+(compress/quantizing/mixed.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other widths run
+in PyTorch and the native core.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from compress.options import BACKENDS, TEACHER_CACHE
-from models import lineage
-from models.data import DataOptions
-from models.data_formats import as_text, find_sources, read_records, source_digest
+from models.formats import lineage
+from models.data.corpus import DataOptions
+from models.data.records import as_text, find_sources, read_records, source_digest
 from models.progress import progress
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
@@ -127,22 +129,22 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.awq import awq
-from compress.calibrated import calibrated
+from compress.quantizing.awq import awq
+from compress.quantizing.calibrated import calibrated
 from compress.calibration_text import corpus_windows
-from compress.memory import calibration_bytes, gradient_bytes
-from compress.mixed import budget, candidates, check_backend, check_target, mixed_formats
-from compress.neural_compressor import autoround, hqq
+from compress.quantizing.memory import calibration_bytes, gradient_bytes
+from compress.quantizing.mixed import budget, candidates, check_backend, check_target, mixed_formats
+from compress.quantizing.neural_compressor import autoround, hqq
 from compress.recover import Options as RecoverOptions, recover
-from compress.rotation import rotate_values
-from compress.rtn import round_to_nearest
-from compress.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
-from compress.smoothquant import smooth
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.fidelity import Window, cut_windows, measure
-from models.memory import memory_line
-from models.quantized import Quantization, QuantizedTensor, TensorFormat
-from models.torch_backend import TorchBackend
+from compress.quantizing.rotation import rotate_values
+from compress.quantizing.rtn import round_to_nearest
+from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
+from compress.quantizing.smoothquant import smooth
+from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.judging.fidelity import Window, cut_windows, measure
+from models.training.memory import memory_line
+from models.network.quantized import Quantization, QuantizedTensor, TensorFormat
+from models.network.torch_backend import TorchBackend
 
 FOLDS = dict(zip(FOLD_NAMES, (awq, smooth, lambda layer, walk, formats: rotate_values(layer))))
 VOCABULARY = ("model.embed_tokens", "lm_head")

@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.options import TEACHER_CACHE
-from models import lineage
-from models.data import DataOptions
+from models.formats import lineage
+from models.data.corpus import DataOptions
 from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
@@ -72,17 +72,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.calibration_text import corpus_windows
-from compress.divergence import mass_beyond
-from compress.grid import fp16
+from compress.distilling.divergence import mass_beyond
+from compress.quantizing.grid import fp16
 from compress.layerwise import fast_forward, fast_matmul
 from compress.teacher import build_cache
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.decoder import Decoder
-from models.quantized import QuantizedTensor
-from models.optimizer import learning_rate
-from models.safetensors_file import save_tensors
-from models.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
-from models.training_state import noticed
+from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.network.decoder import Decoder
+from models.network.quantized import QuantizedTensor
+from models.training.optimizer import learning_rate
+from models.formats.safetensors_file import save_tensors
+from models.formats.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
+from models.training.state import noticed
 
 SAVED = 10                # steps from one saved state to the next
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from compress.held_out import split_text
 from compress.options import BACKENDS, TEACHER_CACHE
 from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, shipped
-from models import lineage
-from models.data import DataOptions
-from models.data_formats import find_sources, source_digest
-from models.trainer_options import TrainerOptions
+from models.formats import lineage
+from models.data.corpus import DataOptions
+from models.data.records import find_sources, source_digest
+from models.training.options import TrainerOptions
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json, restored, write
@@ -72,7 +72,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 from compress.ladder import ladder, measure_quality, measure_speed
-from models.checkpoint import open_checkpoint
+from models.formats.checkpoint import open_checkpoint
 
 
 def compress(options: Options) -> int:

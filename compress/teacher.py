@@ -2,8 +2,9 @@
 
     cache = build_cache(teacher_path, ids, folder, k=64)       # ids int64 [windows, tokens]
 
-models/teacher_cache.py has the format, and reads it. The folder's name is a hash of teacher, tokens, k and precision, so
-equal input is read from the cache and changed input never is. An interrupted run goes on after the last finished window.
+models/formats/teacher_cache.py has the format, and reads it. The folder's name is a hash of teacher, tokens, k and
+precision, so equal input is read from the cache and changed input never is. An interrupted run goes on after the last
+finished window.
 
 In "bf16", chosen unasked on a CPU with AMX, layers compute in mixed precision and the head's products lose bits that
 float32 keeps: half the time, and a KL divergence from the teacher in fp32 of 4e-4 nats a token (SmolLM2-135M), far below
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.data import DataOptions
+from models.data.corpus import DataOptions
 from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
@@ -66,11 +67,11 @@ import torch
 from torch import Tensor
 
 from compress.calibration_text import corpus_windows
-from compress.chunked_loss import chunks, top_events
+from compress.distilling.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
-from models.checkpoint import load_decoder, open_checkpoint
-from models.decoder import Decoder, KVCache
-from models.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, tokenizer_size, write_state
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.decoder import Decoder, KVCache
+from models.formats.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, tokenizer_size, write_state
 
 VERSION = 3                       # of the arrays and their state; part of the name
 ROWS = 64                         # tokens whose logits are in memory at once: memory that the allocator uses again

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from export.graph import StoredTensor
-from models.chat import template_source
-from models.checkpoint import Checkpoint
+from models.formats.chat import template_source
+from models.formats.checkpoint import Checkpoint
 from runtime import files
 from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
 from runtime.errors import UserError

@@ -6,7 +6,7 @@ logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacit
 
 A quantized linear is `DequantizeLinear` + `MatMul`: standard operators, which ONNX Runtime fuses into MatMulNBits while
 loading and TensorRT keeps as a weight-only quantized product. Where the checkpoint rounds the inputs of its linears to
-int8 (models/activations.py), the same numbers come from standard operators before the product: QuantizeLinear and
+int8 (models/network/activations.py), the same numbers come from standard operators before the product: QuantizeLinear and
 DequantizeLinear for stored scales; Abs, ReduceMax, Div, Round, Mul for a scale of each row, once for all linears that
 read the input.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from export.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 
 
 class DecoderGraph(GraphBuilder):
@@ -90,7 +90,7 @@ class DecoderGraph(GraphBuilder):
         return self.int8_rows and name.startswith("layers.") and self.has_weight(f"{name}.codes")
 
     def fake_int8_rows(self, x: str) -> str:
-        """x rounded to int8 row by row: models.activations.round_rows, step for step and in float32."""
+        """x rounded to int8 row by row: models.network.activations.round_rows, step for step and in float32."""
         if x not in self._rounded:
             wide, scale = self.row_scales(x)
             steps = self.op("Round", [self.op("Div", [wide, scale], f"{x}.scaled")], f"{x}.whole")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import lineage
+from models.formats import lineage
 from runtime.bundle import open_bundle
 from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
@@ -55,8 +55,8 @@ from export.encoder import export_encoder, is_encoder
 from export.graph import OPSET, check
 from export.portable import portable_graph
 from export.weights import GRAPH_BITS, write_weights
-from models.chat import special_tokens, stop_ids
-from models.checkpoint import Checkpoint, open_checkpoint
+from models.formats.chat import special_tokens, stop_ids
+from models.formats.checkpoint import Checkpoint, open_checkpoint
 
 GRAPH = "portable.onnx"
 

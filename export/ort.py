@@ -14,8 +14,8 @@
 
 GroupQueryAttention takes several new tokens on top of a filled cache only at batch 1; one new token, or prompts into
 empty rows, at any batch. It rotates heads of a multiple of 16 numbers, and attends without rotation to a multiple of 8;
-models with others are refused, and run the portable graph. Tables with zero points, of 8-bit floats, or of a width no block
-divides keep the portable form: right, but slow.
+models with others are refused, and run the portable graph. Tables with zero points, of 8-bit floats, or of a width no
+block divides keep the portable form: right, but slow.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models import lineage
-from models.config import ModelConfig
+from models.formats import lineage
+from models.network.config import ModelConfig
 from runtime.bundle import open_bundle
 from runtime.cli import arg, run
 from runtime.errors import UserError

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from export.decoder_graph import DecoderGraph
 from export.graph import StoredTensor
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 
 
 def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False) -> DecoderGraph:

@@ -19,8 +19,8 @@ without graphs, is the native core with float32 activations and cache. "native",
 graph, "portable fused", are what users run: int8 activations, mean KL below 0.01. A checkpoint that itself
 rounds activations to int8 turns the last bit of a float32 sum into a whole step, here and there, and every layer spreads
 it: PyTorch fed in other chunks is a KL of 0.01 from itself on SmolLM2-135M. All runners of its bundle may have 0.02; that
-each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget, and where no runner
-of the bundle can run, the exit code is 1 and the bundle stays as it was; else the golden outputs go into it.
+each product rounds as PyTorch does is tested on small models, where KL stays below 1e-6. Past a budget, and where no
+runner of the bundle can run, the exit code is 1 and the bundle stays as it was; else the golden outputs go into it.
 
 The report ends with every runner of the bundle: what ran here and with what result, what cannot run here and why, and what
 needs a GPU (`python -m runtime.verify`, on the device) and was "built, never run".
@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from export.golden import TOP, Golden, golden_outputs, to_json
-from models import lineage
+from models.formats import lineage
 from models.progress import progress
 from runtime.backend import Backend, Cache
 from runtime.bundle import Bundle, open_bundle
@@ -69,8 +69,8 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 
 from export import bundle as bundles
-from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
-from models.torch_backend import TorchBackend
+from models.formats.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from models.network.torch_backend import TorchBackend
 
 EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized
 FUSED_BUDGET = 0.01               # of what rounds activations on its own account

@@ -10,9 +10,9 @@ q, k and v (gate and up) are one linear where they are stored alike, else layers
 has only .up. Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
 asymmetric weights add zeros of the codes' type and the scales' shape. 8-bit floats are codes of type float8_e4m3fn, as
 they are. X.input_scale, float32 scalar, is the step to which the linear's inputs are rounded in int8;
-layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. Codes of other widths (2, 3, 5, 6 bits), which
-ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by row, scales [N, K/G].
-Everything else is float32 or float16, as the graph computes.
+layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. Codes of other widths (2,
+3, 5, 6 bits), which ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by
+row, scales [N, K/G]. Everything else is float32 or float16, as the graph computes.
 
 Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew now and then, which gives
 back the pages mapped so far.
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from export.bundle import WeightsWriter
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.decoder import inverse_frequencies, rotations
+from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.network.decoder import inverse_frequencies, rotations
 from models.progress import progress
-from models.quantized import QuantizedTensor, described, pack
+from models.network.quantized import QuantizedTensor, described, pack
 from runtime.errors import UserError
 
 GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.data_formats import as_messages, find_sources, read_records
-from models.metrics import bootstrap
+from models.data.records import as_messages, find_sources, read_records
+from models.judging.metrics import bootstrap
 from models.progress import progress
 from runtime import decode
 from runtime.backend import Backend
@@ -61,8 +61,8 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 
 from models.evaluate import write_json
-from models.fidelity import scored_logprobs
-from models.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
+from models.judging.fidelity import scored_logprobs
+from models.judging.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
 
 
 class _First:

@@ -5,9 +5,9 @@
     python -m models.evaluate BUNDLE --task qa --data xquad-en.json --limit 100 --examples answers.jsonl
 
 `perplexity` reports perplexity and bits per byte and, with a reference, its KL divergence and top-1 agreement, for each
-text apart and pooled (models/fidelity.py); `kl` is the same pass and insists on the reference. That is a checkpoint, a
-bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and their files are
-in models/tasks.py; every number has its 95% bootstrap interval beside it.
+text apart and pooled (models/judging/fidelity.py); `kl` is the same pass and insists on the reference. That is a
+checkpoint, a bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and
+their files are in models/judging/tasks.py; every number has its 95% bootstrap interval beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from models.progress import progress
-from models.tables import HEADERS
-from models import metrics, tasks
+from models.data.tables import HEADERS
+from models.judging import metrics, tasks
 from runtime.backends import PROVIDERS
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
@@ -57,7 +57,7 @@ class Options(Checked):
                              least=1, group="perplexity and kl")
     max_windows: int | None = arg(None, help="perplexity: windows a text, at most", least=1, group="perplexity and kl")
     shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)", least=0, group="labelled tasks")
-    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/tasks.py)", group="labelled tasks")
+    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/judging/tasks.py)", group="labelled tasks")
     show_prompt: bool = arg(False, help="print the first prompt and stop", group="labelled tasks")
     limit: int | None = arg(None, help="solve this many examples at most, drawn by seed", least=1, group="labelled tasks")
     header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
@@ -87,9 +87,9 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 
-from models import fidelity
-from models.language_model import LanguageModel, check_same_tokenizer, open_model
-from models.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
+from models.judging import fidelity
+from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.formats.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 
 
 def evaluate(options: Options) -> int:

@@ -18,13 +18,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from models import lineage
-from models.data import IGNORE, Split
-from models.data_formats import as_labelled, as_messages, find_sources, read_records, source_digest
-from models.examples import Examples, encode_chat, encode_labelled, fitting, join
+from models.formats import lineage
+from models.data.corpus import IGNORE, Split
+from models.data.records import as_labelled, as_messages, find_sources, read_records, source_digest
+from models.data.examples import Examples, encode_chat, encode_labelled, fitting, join
 from models.progress import progress
-from models.tables import HEADERS
-from models.trainer_options import TrainerOptions
+from models.data.tables import HEADERS
+from models.training.options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
@@ -79,11 +79,11 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 import torch.nn.functional as F
 
-from models.chat import chat_encoder
-from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
-from models.lora import add_lora, merged_tensors, save_adapter
-from models.memory import memory_line, training_bytes
-from models.trainer import Trainer, mixed_precision, process_state
+from models.formats.chat import chat_encoder
+from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.training.lora import add_lora, merged_tensors, save_adapter
+from models.training.memory import memory_line, training_bytes
+from models.training.trainer import Trainer, mixed_precision, process_state
 
 MICRO_TOKENS = 2048              # of a micro-batch, by default
 SCORED_TOGETHER = 16             # examples whose accuracy is measured at once

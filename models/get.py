@@ -5,9 +5,9 @@ hub id. The result has everything later stages and `transformers` read: config.j
 tokenizer.json, tokenizer_config.json, chat_template.jinja where the model has one, generation_config.json, lineage.json.
 Weights keep the type they are stored in; quantized GGUF weights become float32.
 
-`--off-grid` moves the weights off the grid of an earlier quantization (models/offgrid.py), without which figures for
-4 bits mean nothing on a model that came in 4 bits. From the hub only safetensors, JSON and chat templates are fetched;
-weights in pickles and tokenizers without a tokenizer.json are refused.
+`--off-grid` moves the weights off the grid of an earlier quantization (models/network/offgrid.py), without which
+figures for 4 bits mean nothing on a model that came in 4 bits. From the hub only safetensors, JSON and chat templates
+are fetched; weights in pickles and tokenizers without a tokenizer.json are refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import lineage
-from models.chat import MORE_TEMPLATES, named_templates
-from models.config import ModelConfig
-from models.gguf_tokenizer import write_tokenizer
+from models.formats import lineage
+from models.formats.chat import MORE_TEMPLATES, named_templates
+from models.network.config import ModelConfig
+from models.formats.gguf_tokenizer import write_tokenizer
 from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
@@ -55,10 +55,10 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from models.checkpoint import check_output, open_checkpoint, write_checkpoint
-from models.decoder import tensor_shapes
-from models.gguf_file import GGUFFile
-from models.offgrid import off_grid
+from models.formats.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.network.decoder import tensor_shapes
+from models.formats.gguf_file import GGUFFile
+from models.network.offgrid import off_grid
 
 SEED = 0                                                        # of --off-grid: one model, the same everywhere
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]

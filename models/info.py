@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.config import ModelConfig
+from models.network.config import ModelConfig
 from runtime.cli import arg, run, table
 
 EXAMPLES = """examples:
@@ -32,8 +32,8 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.decoder import tensor_shapes
+from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.network.decoder import tensor_shapes
 
 MIB = 2**20
 

@@ -43,7 +43,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from models.evaluate import write_json
-from models.language_model import LanguageModel, open_model
+from models.judging.language_model import LanguageModel, open_model
 
 MAX_NEW_TOKENS = 256          # where a task does not say, as in the harness
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models import lineage
-from models.data import Corpus, DataOptions, build_corpus
-from models.data_formats import source_digest
+from models.formats import lineage
+from models.data.corpus import Corpus, DataOptions, build_corpus
+from models.data.records import source_digest
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import new_folder
@@ -52,7 +52,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from models.baseline import read_baseline, write_baseline
+from models.formats.baseline import read_baseline, write_baseline
 from models.train import tokenizer_facts
 
 MODEL_TYPE = "edgewright_ngram"

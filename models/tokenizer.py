@@ -3,8 +3,8 @@
 Writes a folder with `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (ChatML), which `transformers`
 and every stage here open. Byte-level (GPT-2; Radford et al. 2019): any text goes through and comes back unchanged.
 Digits are split one by one, as in SmolLM2, and text is not normalized. Special tokens come first: <|endoftext|> (0:
-BOS, EOS and PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and cleaned as
-for `models.train`, and the merges depend on their contents alone.
+BOS, EOS and PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and
+cleaned as for `models.train`, and the merges depend on their contents alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from models import lineage
-from models.data import DataOptions, read_documents
-from models.data_formats import find_sources, source_digest
+from models.formats import lineage
+from models.data.corpus import DataOptions, read_documents
+from models.data.records import find_sources, source_digest
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import new_folder

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from models import lineage
-from models.chat import special_tokens
-from models.data import Blocks, Corpus, DataOptions, Split, build_corpus
-from models.data_formats import source_digest
-from models.presets import parameter_target, preset
-from models.trainer_options import TrainerOptions
+from models.formats import lineage
+from models.formats.chat import special_tokens
+from models.data.corpus import Blocks, Corpus, DataOptions, Split, build_corpus
+from models.data.records import source_digest
+from models.training.presets import parameter_target, preset
+from models.training.options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.text import Tokenizer
@@ -62,11 +62,11 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
-from models.decoder import Decoder
-from models.gru import gru_of_size, write_gru
-from models.memory import memory_line, training_bytes
-from models.trainer import Trainer, process_state
+from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.network.decoder import Decoder
+from models.network.gru import gru_of_size, write_gru
+from models.training.memory import memory_line, training_bytes
+from models.training.trainer import Trainer, process_state
 
 TOKENS_PER_PARAMETER = 20
 LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models.config import ModelConfig
-from models.presets import preset
-from models.trainer_options import TrainerOptions
+from models.network.config import ModelConfig
+from models.training.presets import preset
+from models.training.options import TrainerOptions
 from runtime.cli import arg, run, table
 
 
@@ -46,9 +46,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.decoder import Decoder, inverse_frequencies, rotations
-from models.optimizer import BETAS
-from models.trainer import Trainer
+from models.network.decoder import Decoder, inverse_frequencies, rotations
+from models.training.optimizer import BETAS
+from models.training.trainer import Trainer
 
 
 class PlainLayer(nn.Module):

@@ -3,11 +3,11 @@
     python -m models.what_got_worse build/smollm2-135m build/smollm2-135m-int4 --data wiki.txt speeches.txt zh.txt \\
         --prompts alpaca-en.json --labelled sst2-dev.tsv --html report.html
 
-- Domains: for each text, KL(before || after), top-1 agreement, and both perplexities (models/fidelity.py).
+- Domains: for each text, KL(before || after), top-1 agreement, and both perplexities (models/judging/fidelity.py).
 - Prompts: ln p of the file's own reply under each model; the prompts where the reply became least likely come first.
 - Answers: classification examples that were right and are wrong now, and the other way round.
 - Habits: refusals and repetition over greedy replies to the prompts, and valid JSON where JSON was asked for
-  (models/behaviour.py).
+  (models/judging/behaviour.py).
 
 Prints tables; `--html` writes one self-contained page with plots.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import behaviour, tasks
+from models.judging import behaviour, tasks
 from models.progress import progress
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
@@ -58,9 +58,9 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 
-from models import fidelity
+from models.judging import fidelity
 from models.evaluate import write_json
-from models.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
 
 
 def compare(options: Options) -> int:

@@ -50,8 +50,8 @@ class Bundle:
 
     @property
     def model(self) -> dict:
-        """config (of `models.config.ModelConfig`), max_context, bos_token_id, eos_token_ids, pad_token_id, special_tokens (by the
-        names that chat templates use), generation."""
+        """config (of `models.network.config.ModelConfig`), max_context, bos_token_id, eos_token_ids, pad_token_id,
+        special_tokens (by the names that chat templates use), generation."""
         return self.manifest["model"]
 
     @property

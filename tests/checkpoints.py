@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from tiny import tiny_tokenizer
 
-from compress.rtn import round_to_nearest
+from compress.quantizing.rtn import round_to_nearest
 from export import onnx as export_onnx
-from models import lineage
-from models.checkpoint import load_decoder, write_checkpoint
-from models.config import LayerConfig, ModelConfig
-from models.decoder import Decoder
-from models.quantized import Quantization, QuantizedTensor, TensorFormat
+from models.formats import lineage
+from models.formats.checkpoint import load_decoder, write_checkpoint
+from models.network.config import LayerConfig, ModelConfig
+from models.network.decoder import Decoder
+from models.network.quantized import Quantization, QuantizedTensor, TensorFormat
 from runtime.bundle import Bundle, open_bundle
 
 LENGTHS = (23, 9, 17)

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE = REPOSITORY / "build" / "test-cache"
-SMOLLM2_SOURCES = ("get", "gguf_file", "gguf_tokenizer", "offgrid")    # modules whose change may change the checkpoint
+SMOLLM2_SOURCES = ("get", "formats/gguf_file", "formats/gguf_tokenizer", "network/offgrid")    # modules whose change may change the checkpoint
 
 
 @pytest.fixture(scope="session")

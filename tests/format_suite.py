@@ -28,9 +28,9 @@ from scipy.special import log_softmax, rel_entr
 
 from export import onnx as export_onnx
 from export import ort
-from models.checkpoint import load_decoder
-from models.config import ModelConfig
-from models.quantized import TensorFormat
+from models.formats.checkpoint import load_decoder
+from models.network.config import ModelConfig
+from models.network.quantized import TensorFormat
 from runtime.bundle import open_bundle
 from runtime.errors import UserError
 from runtime.machine import available_cpus

@@ -1,7 +1,7 @@
 """Kill every command that writes, at random moments: `python -m tests.kill --kills 200 --seed 1`.
 
-A command runs on a tiny model in a process of its own, which dies by SIGKILL: after a random part of its time, or just before
-its n-th change to the file system. Half of the runs find an older result in place. Afterwards
+A command runs on a tiny model in a process of its own, which dies by SIGKILL: after a random part of its time, or just
+before its n-th change to the file system. Half of the runs find an older result in place. Afterwards
 
     half-written    the output is there, and neither the old one nor the new one whole
     not again       the same command (training: with --resume) does not run to its end, or gives another result than unkilled
@@ -68,7 +68,7 @@ class Command:
 
 
 def opens_checkpoint(out: Path) -> None:
-    from models.checkpoint import open_checkpoint
+    from models.formats.checkpoint import open_checkpoint
     if (out / "model").exists():
         checkpoint = open_checkpoint(out / "model")
         for name in checkpoint.names():
@@ -82,7 +82,7 @@ def opens_run(out: Path) -> None:
 
 
 def opens_checkpoint_at(folder: Path) -> None:
-    from models.checkpoint import open_checkpoint
+    from models.formats.checkpoint import open_checkpoint
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.names():
         checkpoint.read(name)

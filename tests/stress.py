@@ -1,10 +1,11 @@
 """Many threads, closes, forks and Ctrl-C on one engine: `python -m tests.stress` (also `make stress`), minutes, a table, exit 1 if any is wrong.
 
 Replies: threads that share an engine, on every backend, against the same replies made alone, to the token, text and log
-probability. Closes: an engine is closed, by another thread or by one in the middle of a reply, while two threads generate; the process
-must live, and every reply end whole or with a sentence. Forks: a child of a process whose other threads are in the core gives the
-reply it gives alone, or (ONNX Runtime) refuses in words. Interrupts: an exception of a signal handler, at a random moment of a reply,
-arrives as itself. A small tiny model is made; give a bundle to take another (the TensorRT double and PyTorch are then left out).
+probability. Closes: an engine is closed, by another thread or by one in the middle of a reply, while two threads
+generate; the process must live, and every reply end whole or with a sentence. Forks: a child of a process whose other
+threads are in the core gives the reply it gives alone, or (ONNX Runtime) refuses in words. Interrupts: an exception of
+a signal handler, at a random moment of a reply, arrives as itself. A small tiny model is made; give a bundle to take
+another (the TensorRT double and PyTorch are then left out).
 """
 
 from __future__ import annotations
@@ -198,8 +199,8 @@ def engines(bundle: Path, checkpoint: Path | None):
     yield "ONNX Runtime, portable graph", over(OrtBackend(Engine(bundle, provider="cpu", threads=1).bundle, role="portable", threads=cpus))
     if checkpoint is None:
         return
-    from models.checkpoint import load_decoder
-    from models.torch_backend import TorchBackend
+    from models.formats.checkpoint import load_decoder
+    from models.network.torch_backend import TorchBackend
     yield "PyTorch", over(TorchBackend(load_decoder(checkpoint)))
     try:
         import cuda.bindings.runtime  # noqa: F401

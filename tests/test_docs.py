@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.config import FAMILIES
+from models.network.config import FAMILIES
 from runtime import __version__
 
 ROOT = Path(__file__).parents[1]

@@ -14,11 +14,11 @@ from checkpoints import small_config, write_random
 from format_suite import FLOAT8, GRAPH, NATIVE, ROLES, SMALL, Tally, cases, mean_kl, report, try_case
 
 from compress import quantize
-from compress.mixed import check_target
+from compress.quantizing.mixed import check_target
 from export import onnx as export_onnx
 from export import ort
-from models.checkpoint import load_decoder, open_checkpoint
-from models.quantized import TensorFormat
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.quantized import TensorFormat
 from runtime import Engine
 from runtime.bundle import open_bundle
 from runtime.errors import UserError

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from compress.allocate import Choice, allocate, size_bytes
-from compress.rtn import round_to_nearest
-from models.quantized import TensorFormat
+from compress.quantizing.allocate import Choice, allocate, size_bytes
+from compress.quantizing.rtn import round_to_nearest
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 

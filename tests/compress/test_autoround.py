@@ -11,7 +11,7 @@ from tiny import SENTENCES
 from tokenizers import Tokenizer
 
 from compress.quantize import main
-from models.checkpoint import load_decoder, open_checkpoint
+from models.formats.checkpoint import load_decoder, open_checkpoint
 
 pytest.importorskip("auto_round")
 
@@ -46,7 +46,7 @@ def test_nearer_than_rounding_to_nearest(tiny_checkpoint, text, tmp_path):
 def test_nothing_is_left_where_the_command_runs(tmp_path):
     """In a fresh process: neural-compressor makes its workspace while it is imported."""
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", "from compress.neural_compressor import _load; _load('hqq')"], cwd=tmp_path,
+    subprocess.run([sys.executable, "-c", "from compress.quantizing.neural_compressor import _load; _load('hqq')"], cwd=tmp_path,
                    env=os.environ | {"PYTHONPATH": str(root)}, check=True, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compress.calibration_text import calibration_windows, corpus_windows, equal_shares
-from models.checkpoint import open_checkpoint
-from models.data import DataOptions
+from models.formats.checkpoint import open_checkpoint
+from models.data.corpus import DataOptions
 from runtime.errors import UserError
 from runtime.text import Tokenizer
 

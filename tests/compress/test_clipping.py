@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compress.clipping import clipped_grid
-from compress.grid import fp16, grid_of
-from models.quantized import TensorFormat
+from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.grid import fp16, grid_of
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 FORMS = [TensorFormat(bits, group, symmetric) for bits in range(2, 9) for group, symmetric in ((32, True), (0, False))]

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from compress.distill import every_kth_layer, main
-from compress.distiller import Distiller, Losses
-from compress.divergence import divergence
-from compress.matching import hidden_loss
-from compress.on_policy import OnPolicy, write
+from compress.distilling.distiller import Distiller, Losses
+from compress.distilling.divergence import divergence
+from compress.distilling.matching import hidden_loss
+from compress.distilling.on_policy import OnPolicy, write
 from compress.quantize import main as quantize
-from models.checkpoint import load_decoder, open_checkpoint
-from models.data import IGNORE
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.data.corpus import IGNORE
 from tiny import SENTENCES
 
 DRAW = torch.Generator().manual_seed(0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compress import chunked_loss as module
-from compress.chunked_loss import chunked_loss, top_events
-from compress.divergence import KINDS, divergence
+from compress.distilling import chunked_loss as module
+from compress.distilling.chunked_loss import chunked_loss, top_events
+from compress.distilling.divergence import KINDS, divergence
 from runtime.errors import UserError
 
 DRAW = torch.Generator().manual_seed(0)

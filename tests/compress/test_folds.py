@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from compress.awq import awq
-from compress.calibrated import choose_codes
+from compress.quantizing.awq import awq
+from compress.quantizing.calibrated import choose_codes
 from compress.layerwise import Walk, second_moment
-from compress.rotation import rotate_stream, rotate_values, rotation
-from compress.smoothquant import smooth
-from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
-from models.lineage import stage
-from models.quantized import TensorFormat
+from compress.quantizing.rotation import rotate_stream, rotate_values, rotation
+from compress.quantizing.smoothquant import smooth
+from models.formats.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.formats.lineage import stage
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2")

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AwqConfig, GPTQConfig
 
 from compress.foreign import AWQ_ORDER, main
-from compress.rtn import minmax_grid
-from models.checkpoint import load_decoder, open_checkpoint
-from models.quantized import TensorFormat
+from compress.quantizing.rtn import minmax_grid
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.quantized import TensorFormat
 
 BITS, GROUP = 4, 32
 

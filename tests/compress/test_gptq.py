@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from compress.clipping import clipped_grid
-from compress.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, loss, refit
-from compress.grid import Grid
-from compress.rtn import minmax_grid
-from models.quantized import TensorFormat
+from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, loss, refit
+from compress.quantizing.grid import Grid
+from compress.quantizing.rtn import minmax_grid
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 

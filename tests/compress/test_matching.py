@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.matching import attention_loss, hidden_loss, hidden_maps, hidden_modules, layer_pairs, watched
-from models.checkpoint import load_decoder, open_checkpoint
+from compress.distilling.matching import attention_loss, hidden_loss, hidden_maps, hidden_modules, layer_pairs, watched
+from models.formats.checkpoint import load_decoder, open_checkpoint
 
 DRAW = torch.Generator().manual_seed(0)
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from compress.memory import calibration_bytes, gradient_bytes
-from models.checkpoint import open_checkpoint
-from models.config import ModelConfig
+from compress.quantizing.memory import calibration_bytes, gradient_bytes
+from models.formats.checkpoint import open_checkpoint
+from models.network.config import ModelConfig
 
 LLAMA_7B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,

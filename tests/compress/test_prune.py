@@ -9,10 +9,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from compress import depth, prune, sparse, vocabulary, width
-from compress.gptq import DAMPING
-from compress.sparsity_ratios import cheapest_ratios
-from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from compress.pruning import depth, sparse, vocabulary, width
+
+from compress import prune
+from compress.quantizing.gptq import DAMPING
+from compress.pruning.ratios import cheapest_ratios
+from models.formats.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 
 TEXT = "The small engine reads a sentence and answers in another. " * 40
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, SENTENCES
 
 from compress.quantize import main
-from compress.rtn import round_to_nearest
-from models.checkpoint import load_decoder, open_checkpoint
-from models.quantized import TensorFormat
+from compress.quantizing.rtn import round_to_nearest
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.quantized import TensorFormat
 
 
 def quantize(checkpoint, out, *options) -> int:
@@ -96,7 +96,7 @@ def test_memory_holds_one_tensor_at_a_time(tiny_checkpoint, tmp_path, monkeypatc
     """No weight is alive when the next one is read."""
     import weakref
 
-    from models.checkpoint import Checkpoint
+    from models.formats.checkpoint import Checkpoint
     alive, read = [], Checkpoint.weight
 
     def watched(self, module):

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 import compress.recover
 from compress.quantize import main as quantize
 from compress.recover import CodedLinear, main, student_of
-from compress.rtn import round_to_nearest
-from models.checkpoint import load_decoder, open_checkpoint
-from models.quantized import TensorFormat
+from compress.quantizing.rtn import round_to_nearest
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.quantized import TensorFormat
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
 

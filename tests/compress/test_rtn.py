@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress.rtn import round_to_nearest
-from models.quantized import TensorFormat
+from compress.quantizing.rtn import round_to_nearest
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_hqq_keeps_neural_compressors_grid():
     pytest.importorskip("neural_compressor.torch.quantization")
     from neural_compressor.torch.quantization import HQQConfig, convert, prepare
 
-    from compress.neural_compressor import hqq
+    from compress.quantizing.neural_compressor import hqq
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
     tensor = hqq(weight, TensorFormat(4, 64, False))
     linear = torch.nn.Linear(128, 32, bias=False)

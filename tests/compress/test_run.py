@@ -7,16 +7,17 @@ import pytest
 from compress import run
 from compress.held_out import split_text
 from compress.ladder import ladder
-from compress.mixed import bundle_extras
+from compress.quantizing.mixed import bundle_extras
 from compress.recipe import Recipe, Stage
-from models import lineage
-from models.checkpoint import open_checkpoint
-from models.data import DataOptions
+from models.formats import lineage
+from models.formats.checkpoint import open_checkpoint
+from models.data.corpus import DataOptions
 from models.evaluate import main as evaluate
 from runtime.errors import UserError
 from tiny import SENTENCES
 
-RECIPE = """
+RECIPE =
+"""
 [[stages]]
 stage = "prune"
 what = "depth"

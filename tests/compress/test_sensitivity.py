@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from compress.clipping import clipped_grid
-from compress.gptq import DAMPING, activation_order, gptq, loss
-from compress.grid import Grid
-from compress.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
-from models.checkpoint import load_decoder, open_checkpoint
-from models.quantized import TensorFormat
+from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.gptq import DAMPING, activation_order, gptq, loss
+from compress.quantizing.grid import Grid
+from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 
 FORMATS = [TensorFormat(bits, group) for bits in (2, 4, 8) for group in (32, 128)]

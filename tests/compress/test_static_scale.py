@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.static_scale import SAMPLE, static_scale
-from models.activations import fake_int8
+from compress.quantizing.static_scale import SAMPLE, static_scale
+from models.network.activations import fake_int8
 
 
 def error(x, scale, importance):

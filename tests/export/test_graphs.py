@@ -12,9 +12,9 @@ from tiny import FAMILIES
 
 from export import onnx as export_onnx
 from export import ort
-from models.checkpoint import load_decoder
-from models.quantized import TensorFormat
-from models.torch_backend import TorchBackend
+from models.formats.checkpoint import load_decoder
+from models.network.quantized import TensorFormat
+from models.network.torch_backend import TorchBackend
 from runtime.bundle import open_bundle
 from runtime.ort_backend import OrtBackend
 

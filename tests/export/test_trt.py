@@ -18,7 +18,7 @@ tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not insta
 
 from export import onnx as export_onnx                              # noqa: E402
 from export import trt, trt_build                                   # noqa: E402
-from compress import quantize                                       # noqa: E402
+from compress import quantize  # noqa: E402
 from runtime.bundle import open_bundle                              # noqa: E402
 from runtime.errors import CheckFailed                              # noqa: E402
 from runtime.trt_device import Gpu                                  # noqa: E402

@@ -9,8 +9,8 @@ that would give it away are mended) and used as a user would (kinds.py), each in
     changed     another result, which the damage may give; an oracle that is not ours agrees where there is one
     wrong, traceback, hang, signal, memory     findings: each is kept in a folder with the line that reproduces it
 
-Exit code 1 where there is a finding. Under EDGEWRIGHT_NATIVE=build/asan/_core.so (make fuzz-asan) a report of AddressSanitizer
-or UBSan ends the process and is counted as a signal.
+Exit code 1 where there is a finding. Under EDGEWRIGHT_NATIVE=build/asan/_core.so (make fuzz-asan) a report of
+AddressSanitizer or UBSan ends the process and is counted as a signal.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def warm_up() -> None:
     import runtime, runtime.verify, runtime.chat_tokens, runtime.native.backend                               # noqa: E401, F401
     if SANITIZED:                                              # which not all of the rest can be imported under
         return
-    import compress.foreign, compress.recipe, models.checkpoint, models.get, models.gguf_tokenizer, models.data          # noqa: E401, F401
+    import compress.foreign, compress.recipe, models.formats.checkpoint, models.get, models.formats.gguf_tokenizer, models.data.corpus          # noqa: E401, F401
     import onnxruntime, torch, transformers                               # noqa: E401, F401
     from transformers import LlamaForCausalLM                               # noqa: F401
     onnxruntime.set_default_logger_severity(4)

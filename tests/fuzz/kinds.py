@@ -256,9 +256,9 @@ def run_golden(folder: Path) -> dict:
 
 def run_checkpoint(folder: Path) -> dict:
     import torch
-    from models import lineage
-    from models.chat import chat_encoder, stop_ids
-    from models.checkpoint import load_decoder, open_checkpoint
+    from models.formats import lineage
+    from models.formats.chat import chat_encoder, stop_ids
+    from models.formats.checkpoint import load_decoder, open_checkpoint
     from runtime.text import Tokenizer
     decoder = load_decoder(folder)
     with torch.no_grad():
@@ -270,8 +270,8 @@ def run_checkpoint(folder: Path) -> dict:
 
 
 def run_gguf(folder: Path) -> dict:
-    from models.gguf_file import GGUFFile
-    from models.gguf_tokenizer import write_tokenizer
+    from models.formats.gguf_file import GGUFFile
+    from models.formats.gguf_tokenizer import write_tokenizer
     path = folder / "model.gguf"
     file = GGUFFile(path)
     tensors = {name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest() for name, tensor in file.tensors()}
@@ -286,7 +286,7 @@ def run_foreign(folder: Path) -> dict:
     from compress.foreign import Options, adopt
     with quiet():
         adopt(Options(checkpoint=folder, out=folder / "out"))
-    from models.checkpoint import load_decoder
+    from models.formats.checkpoint import load_decoder
     state = load_decoder(folder / "out").state_dict()
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}
 
@@ -299,7 +299,7 @@ def run_tokenizer(folder: Path) -> dict:
 
 
 def run_template(folder: Path) -> dict:
-    from models.chat import template_source
+    from models.formats.chat import template_source
     from runtime.template import ChatTemplate
     template = ChatTemplate(template_source(folder), "chat_template.jinja", {"bos_token": "<s>", "eos_token": "</s>"})
     return {"text": template.render(CHAT)}
@@ -307,8 +307,9 @@ def run_template(folder: Path) -> dict:
 
 def run_data(folder: Path) -> dict:
     from compress.recipe import open_recipe
-    from models import data_formats, tasks
-    from models.data import DataOptions, read_documents
+    from models.data import records as data_formats
+    from models.judging import tasks
+    from models.data.corpus import DataOptions, read_documents
     file, = folder.iterdir()
     if file.suffix == ".toml":
         return {"recipe": repr(open_recipe(file))} if file.name == "g.toml" else {"prompt": repr(tasks.load_prompt("qa", file))}
@@ -388,9 +389,9 @@ def judge_checkpoint(original, folder, touched, before, after) -> str:
 
 
 def _as_typed(original: Path, folder: Path) -> None:
-    """Write whole numbers as floats where the original has floats: transformers asks for the type, we for the number. And the
-    original's values of keys that nobody computes with, whose types it checks as well."""
-    from models.config import _HARMLESS
+    """Write whole numbers as floats where the original has floats: transformers asks for the type, we for the number.
+    And the original's values of keys that nobody computes with, whose types it checks as well."""
+    from models.network.config import _HARMLESS
     def typed(ours, theirs):
         if isinstance(ours, dict) and isinstance(theirs, dict):
             return {key: typed(value, theirs.get(key)) for key, value in ours.items()}
@@ -444,7 +445,7 @@ def judge_gguf(original, folder, touched, before, after) -> str:
     if after == before:
         return "ran"
     import gguf
-    from models.gguf_file import GGUFFile
+    from models.formats.gguf_file import GGUFFile
     reader = gguf.GGUFReader(folder / "model.gguf")
     theirs = sorted(round(float(np.nansum(np.abs(gguf.dequantize(t.data, t.tensor_type).astype(np.float64)))), 4) for t in reader.tensors
                     if t.name != "rope_freqs.weight")

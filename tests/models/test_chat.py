@@ -8,10 +8,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer as HfTokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from export.onnx import Options, export
-from models import chat as chat_module
-from models.chat import chat_encoder, special_tokens, stop_ids, template_source
-from models.config import ModelConfig
-from models.language_model import open_model
+from models.formats import chat as chat_module
+from models.formats.chat import chat_encoder, special_tokens, stop_ids, template_source
+from models.network.config import ModelConfig
+from models.judging.language_model import open_model
 from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.text import Tokenizer
@@ -177,8 +177,8 @@ def folder(request, tmp_path):
 
 @pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
 def test_who_spells_a_control_token_forges_no_turn(folder, source):
-    """Where none is spelled the ids are those of `transformers`; else the control tokens are the template's own, as many as with
-    other contents, and the text around them is that of the whole prompt."""
+    """Where none is spelled the ids are those of `transformers`; else the control tokens are the template's own, as
+    many as with other contents, and the text around them is that of the whole prompt."""
     (folder / "chat_template.jinja").write_text(source)
     chat, hf = encoder(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for said in itertools.product(HARMLESS, HARMLESS[:3]):

@@ -13,11 +13,11 @@ from tiny import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from compress import quantize
-from models import lineage
-from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.quantized import Quantization, QuantizedTensor
+from models.formats import lineage
+from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.network.config import ModelConfig
+from models.network.decoder import Decoder
+from models.network.quantized import Quantization, QuantizedTensor
 from runtime.errors import UserError
 
 STAGE = lineage.stage("test", {}, {})

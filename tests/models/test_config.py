@@ -7,8 +7,8 @@ import torch
 from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import load_decoder
-from models.config import LayerConfig, ModelConfig
+from models.formats.checkpoint import load_decoder
+from models.network.config import LayerConfig, ModelConfig
 from runtime.errors import UserError
 
 LLAMA = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

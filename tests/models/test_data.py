@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from models.data import IGNORE, Blocks, DataOptions, Split, batch_indices, build_corpus
+from models.data.corpus import IGNORE, Blocks, DataOptions, Split, batch_indices, build_corpus
 from runtime.errors import UserError
 
 EOS = 256

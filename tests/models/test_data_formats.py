@@ -6,8 +6,8 @@ import json
 import pandas
 import pytest
 
-from models.data_cleaning import Cleaning, clean, language_of, normalize
-from models.data_formats import as_labelled, as_messages, as_text, find_sources, read_records, source_digest
+from models.data.cleaning import Cleaning, clean, language_of, normalize
+from models.data.records import as_labelled, as_messages, as_text, find_sources, read_records, source_digest
 from runtime.errors import UserError
 
 

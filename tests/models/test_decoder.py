@@ -6,9 +6,9 @@ from tiny import FAMILIES, SENTENCES, VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from models.checkpoint import load_decoder
-from models.config import LayerConfig, ModelConfig
-from models.decoder import Decoder, KVCache
+from models.formats.checkpoint import load_decoder
+from models.network.config import LayerConfig, ModelConfig
+from models.network.decoder import Decoder, KVCache
 
 TOLERANCE = 1e-4
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny import write_stranger
 
-from models import evaluate, tasks
-from models.language_model import open_model
+from models import evaluate
+
+from models.judging import tasks
+from models.judging.language_model import open_model
 from runtime.errors import UserError
 
 TEXT = "A small engine reads a sentence and answers in another. 然后 🙂\n" * 10
@@ -77,7 +79,7 @@ def test_label_likelihood_equals_scoring_the_whole_text(model):
     """A continuation's score is the sum of its tokens' log probabilities in prompt + continuation read at once."""
     import torch
 
-    from models.checkpoint import load_decoder
+    from models.formats.checkpoint import load_decoder
     opened = open_model(model, threads=1)
     prompt, tails = "Sentence: a sentence\nSentiment:", [" negative", " positive and more"]
     decoder = load_decoder(model)

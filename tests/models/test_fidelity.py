@@ -7,9 +7,9 @@ import pytest
 import torch
 from runtime.text import Tokenizer
 
-from models import fidelity
-from models.checkpoint import load_decoder
-from models.torch_backend import TorchBackend
+from models.judging import fidelity
+from models.formats.checkpoint import load_decoder
+from models.network.torch_backend import TorchBackend
 from runtime.errors import UserError
 
 TEXT = "The engine reads a sentence, 然后 it answers 🙂 in another.\n" * 12

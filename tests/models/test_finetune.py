@@ -14,15 +14,15 @@ import transformers
 from tiny import FAMILIES
 from tokenizers import Tokenizer
 
-from models.checkpoint import load_decoder, open_checkpoint
-from models.data import IGNORE
-from models.chat import chat_encoder
-from models.data_formats import Record
-from models.examples import Examples, encode_chat, encode_labelled
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.data.corpus import IGNORE
+from models.formats.chat import chat_encoder
+from models.data.records import Record
+from models.data.examples import Examples, encode_chat, encode_labelled
 from models.finetune import Chat, main
-from models.language_model import open_model
-from models.lora import add_lora, merged_tensors, save_adapter
-from models.memory import training_bytes
+from models.judging.language_model import open_model
+from models.training.lora import add_lora, merged_tensors, save_adapter
+from models.training.memory import training_bytes
 from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
 from runtime.template import ChatTemplate
@@ -209,14 +209,14 @@ def test_full_fine_tuning_resumes_exactly(parts, chats, tmp_path):
     """Two halves of the same run: the first stopped by an error in the data's place, the second resumed."""
     common = ("--task", "chat", "--data", chats, "--method", "full", "--learning-rate", "0.001")
     assert main(arguments(parts[0], tmp_path / "whole", *common)) == 0
-    import models.trainer
-    step, left = models.trainer.Trainer.train_step, iter(range(20))
+    import models.training.trainer
+    step, left = models.training.trainer.Trainer.train_step, iter(range(20))
     try:
-        models.trainer.Trainer.train_step = lambda self: (step(self), next(left))[0]
+        models.training.trainer.Trainer.train_step = lambda self: (step(self), next(left))[0]
         with pytest.raises(StopIteration):
             main(arguments(parts[0], tmp_path / "cut", *common))
     finally:
-        models.trainer.Trainer.train_step = step
+        models.training.trainer.Trainer.train_step = step
     assert main(arguments(parts[0], tmp_path / "cut", *common, "--resume")) == 0
     assert [r["loss"] for r in rows(tmp_path / "cut", "train")] == [r["loss"] for r in rows(tmp_path / "whole", "train")]
 

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from models import get, lineage
-from models.chat import template_source
-from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
-from models.quantized import Quantization, QuantizedTensor
+from models import get
+
+from models.formats import lineage
+from models.formats.chat import template_source
+from models.formats.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.network.quantized import Quantization, QuantizedTensor
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
 
@@ -252,7 +254,7 @@ def test_an_older_result_survives_a_failure(tiny_checkpoint, tmp_path, capsys, m
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.checkpoint.write_safetensors", full_disk)
+    monkeypatch.setattr("models.formats.checkpoint.write_safetensors", full_disk)
     assert run(tiny_checkpoint("qwen2"), "-o", out) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

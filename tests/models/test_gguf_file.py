@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from models.decoder import Decoder, tensor_shapes
-from models.gguf_file import PLAIN, QUANTIZED, GGUFFile
+from models.network.decoder import Decoder, tensor_shapes
+from models.formats.gguf_file import PLAIN, QUANTIZED, GGUFFile
 from runtime.errors import UserError
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import encode, write_gguf

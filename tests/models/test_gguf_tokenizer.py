@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from models.gguf_file import GGUFFile, read_header
-from models.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from models.formats.gguf_file import GGUFFile, read_header
+from models.formats.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
 from runtime.errors import UserError
 from tiny import SPECIAL, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf

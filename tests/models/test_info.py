@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from models import info, lineage
-from models.checkpoint import open_checkpoint, write_checkpoint
-from models.config import LayerConfig, ModelConfig
-from models.decoder import Decoder
-from models.quantized import Quantization, QuantizedTensor, TensorFormat
+from models import info
+
+from models.formats import lineage
+from models.formats.checkpoint import open_checkpoint, write_checkpoint
+from models.network.config import LayerConfig, ModelConfig
+from models.network.decoder import Decoder
+from models.network.quantized import Quantization, QuantizedTensor, TensorFormat
 from tiny import FAMILIES
 
 

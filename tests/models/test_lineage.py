@@ -4,7 +4,7 @@ import json
 
 from compress.quantize import main as quantize
 from export.onnx import main as export
-from models import lineage
+from models.formats import lineage
 
 
 def test_no_path_of_this_machine_is_shipped(tiny_checkpoint, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_equal_to_the_harness(tasks, tiny_checkpoint):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from models.language_model import open_model
+    from models.judging.language_model import open_model
     from models.lm_eval_adapter import EdgewrightLM
     folder = tiny_checkpoint("smollm2")
     manager = TaskManager(include_path=str(tasks))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from models import metrics
+from models.judging import metrics
 
 
 def test_squad_normal_form_and_f1():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.checkpoint import load_decoder, open_checkpoint
-from models.decoder import Decoder
-from models.gguf_file import GGUFFile
-from models.offgrid import off_grid
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.network.decoder import Decoder
+from models.formats.gguf_file import GGUFFile
+from models.network.offgrid import off_grid
 from runtime.errors import UserError
 from tiny import tiny_model
 from tiny_gguf import write_gguf
@@ -42,7 +42,7 @@ def test_logits_stay_and_weights_move(family, tiny_checkpoint):
 
 @torch.no_grad()
 def test_layers_of_different_shapes():
-    from models.config import LayerConfig, ModelConfig
+    from models.network.config import LayerConfig, ModelConfig
     config = ModelConfig(family="llama", vocab_size=384, hidden_size=64, head_dim=16, context_length=64, mlp_bias=True,
                          attention_bias=True, output_bias=True,
                          layers=(LayerConfig(6, 2, 96), LayerConfig(3, 3, 32), LayerConfig(4, 1, 128)))

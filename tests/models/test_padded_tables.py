@@ -11,12 +11,12 @@ import torch
 from tiny import SENTENCES, VOCAB_SIZE, write_padded, write_stranger
 
 from compress import distill, quantize, recover, teacher
-from compress.distiller import Distiller, Losses
-from compress.divergence import divergence
+from compress.distilling.distiller import Distiller, Losses
+from compress.distilling.divergence import divergence
 from models import acceptance, evaluate, what_got_worse
-from models.checkpoint import load_decoder
-from models.data import IGNORE
-from models.fidelity import cut_windows
+from models.formats.checkpoint import load_decoder
+from models.data.corpus import IGNORE
+from models.judging.fidelity import cut_windows
 from runtime.text import Tokenizer
 
 TEXT = "\n".join(SENTENCES) * 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.quantized import BITS, Quantization, QuantizedTensor, TensorFormat, pack, unpack
+from models.network.quantized import BITS, Quantization, QuantizedTensor, TensorFormat, pack, unpack
 from runtime.errors import UserError
 
 

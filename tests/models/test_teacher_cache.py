@@ -10,10 +10,11 @@ from tiny import write_stranger
 from tokenizers import Tokenizer
 
 from compress.teacher import build_cache
-from models import evaluate, fidelity
-from models.checkpoint import load_decoder
-from models.teacher_cache import open_cache
-from models.torch_backend import TorchBackend
+from models import evaluate
+from models.judging import fidelity
+from models.formats.checkpoint import load_decoder
+from models.formats.teacher_cache import open_cache
+from models.network.torch_backend import TorchBackend
 from runtime.errors import UserError
 
 IDS = torch.randint(3, 384, (6, 32), generator=torch.Generator().manual_seed(0))

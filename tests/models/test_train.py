@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from models.checkpoint import load_decoder
-from models.data import DataOptions, build_corpus
-from models.gru import load_gru
+from models.formats.checkpoint import load_decoder
+from models.data.corpus import DataOptions, build_corpus
+from models.network.gru import load_gru
 from models.tokenizer import main as tokenizer_main
 from models.train import main
 
@@ -71,7 +71,7 @@ def test_it_learns_and_its_checkpoints_open(finished, files):
 
 def test_best_is_the_checkpoint_of_the_lowest_validation_loss(finished, files):
     """Measured again by transformers' own loss, over the same rows."""
-    from models.data import Blocks
+    from models.data.corpus import Blocks
     options = DataOptions(data=(str(files / "valid.txt"),), documents="line", cache=files / "cache")
     blocks = Blocks(build_corpus(options, options.data, files / "tokenizer/tokenizer.json", 0), 16)
     input_ids, labels = map(torch.from_numpy, blocks.rows(range(16)))
@@ -206,7 +206,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_no_half_checkpoint(files, tmp
 
 def test_a_disk_that_is_full_at_the_first_line_of_the_log_is_one_sentence(files, tmp_path):
     """TensorBoard's first write is of 88 bytes, from its own thread."""
-    code = ("import resource, sys; from models import train; from models.trainer import Trainer; fit = Trainer.fit\n"
+    code = ("import resource, sys; from models import train; from models.training.trainer import Trainer; fit = Trainer.fit\n"
             "def full(self): resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); return fit(self)\n"
             "Trainer.fit = full; sys.exit(train.main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, *arguments(files, tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)

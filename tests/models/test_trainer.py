@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.config import LayerConfig, ModelConfig
-from models.data import IGNORE
-from models.decoder import Decoder
-from models.optimizer import adamw, learning_rate
-from models.presets import parameter_count, preset
-from models.trainer import Trainer, TrainerOptions, has_bf16, label_loss, mixed_precision, summed_loss
+from models.network.config import LayerConfig, ModelConfig
+from models.data.corpus import IGNORE
+from models.network.decoder import Decoder
+from models.training.optimizer import adamw, learning_rate
+from models.training.presets import parameter_count, preset
+from models.training.trainer import Trainer, TrainerOptions, has_bf16, label_loss, mixed_precision, summed_loss
 from runtime.errors import CheckFailed, UserError
 
 VOCAB, CONTEXT = 50, 12
@@ -89,7 +89,7 @@ def test_updates_equal_pytorchs_own_loop(tmp_path):
     optimizer = torch.optim.AdamW([{"params": [p for p in oracle.parameters() if p.dim() > 1], "weight_decay": 0.1},
                                    {"params": [p for p in oracle.parameters() if p.dim() == 1], "weight_decay": 0.0}],
                                   betas=(0.9, 0.95), foreach=False)
-    from models.data import batch_indices
+    from models.data.corpus import batch_indices
     for step in range(6):
         input_ids, labels = map(torch.from_numpy, run.train.rows(batch_indices(20, 4, 0, step)))
         loss = torch.nn.functional.cross_entropy(oracle(input_ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from models import behaviour, what_got_worse
-from models.language_model import open_model
+from models.judging import behaviour
+
+from models import what_got_worse
+from models.judging.language_model import open_model
 
 TEXT = "A small engine reads a sentence and answers in another. 然后 🙂\n" * 8
 

@@ -7,8 +7,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from models.checkpoint import load_decoder
-from models.torch_backend import TorchBackend
+from models.formats.checkpoint import load_decoder
+from models.network.torch_backend import TorchBackend
 from runtime import decode
 from runtime.bundle import open_bundle
 from runtime.errors import DeviceError, UserError

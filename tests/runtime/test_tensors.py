@@ -7,7 +7,7 @@ from checkpoints import small_config, write_bundle
 
 from export import onnx as export_onnx
 from export import ort
-from models.quantized import TensorFormat
+from models.network.quantized import TensorFormat
 from runtime.backends import open_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoints import everywhere, small_config, write_bundle
 
-from models import decoder as decoder_module
+from models.network import decoder as decoder_module
 from runtime import backends, decode, machine
 from runtime.bundle import Bundle
 from runtime.errors import UserError

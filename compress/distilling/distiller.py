@@ -1,0 +1,129 @@
+"""The student in training, and what it learns from: one module whose forward pass is the loss.
+
+    distiller = Distiller(student, teacher, losses)        # teacher: a Decoder, or None where a cache stands for it
+    total = distiller(input_ids, labels, index, log_probabilities, others)       # sum over the labelled tokens
+
+The loss of a token is (1 - label_share) D(teacher, student) + label_share * -ln q(label) + hidden_weight * hidden +
+attention_weight * attention, the divergence D over the whole vocabulary with a live teacher, and over the cached top-k
+and "any other" with a cache (divergence.py, chunked_loss.py, matching.py). A temperature T divides both sides' logits,
+and D is multiplied by T^2, so that its gradient keeps its size (Hinton et al. 2015).
+
+Where one's table is padded to another size than the other's, D is over the `shared` first tokens, and the probability that
+the student gives to those beyond is driven to 0 (divergence.py).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.distilling.chunked_loss import CHUNK, chunked_loss, chunks, top_events
+from compress.distilling.divergence import Divergence, kl, mass_beyond
+from compress.distilling.matching import attention_loss, attention_modules, hidden_loss, hidden_maps, hidden_modules, watched
+from models.data.corpus import IGNORE
+from models.network.decoder import Decoder, for_products
+
+
+@dataclass(frozen=True)
+class Losses:
+    divergence: Divergence
+    temperature: float = 1.0
+    label_share: float = 0.0
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
+
+
+class Distiller(nn.Module):
+    """Holds the student and the maps of hidden states; the teacher is no part of it: neither trained nor saved."""
+
+    def __init__(self, student: Decoder, teacher: Decoder | None, losses: Losses, shared: int | None = None):
+        super().__init__()
+        self.student, self.losses, self.shared = student, losses, shared
+        self._live = (teacher,)
+        self.maps = hidden_maps(student.config, teacher.config) if losses.hidden_weight else nn.ModuleList()
+
+    @property
+    def teacher(self) -> Decoder | None:
+        return self._live[0]
+
+    def forward(self, input_ids: Tensor, labels: Tensor, index: Tensor | None = None,
+                log_probabilities: Tensor | None = None, others: Tensor | None = None) -> Tensor:
+        """Sum of the loss over labelled tokens, nats. input_ids, labels int64 [b, s] (IGNORE: no loss).
+
+        With a cache: index int64 and log_probabilities [b, s, k], others [b, s], as in models/formats/teacher_cache.py.
+        """
+        learned = labels != IGNORE
+        with ExitStack() as open_hooks:
+            ours, theirs = self._watch(open_hooks)
+            hidden = self.student.model(input_ids)
+            taught = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = for_products(self.teacher.model(input_ids)[learned]), for_products(_head(self.teacher))
+        told = None if index is None else (index[learned], torch.cat((log_probabilities, others[..., None]), -1)[learned])
+        head = _head(self.student)
+        total = chunked_loss(hidden[learned], head, self._token_loss(labels[learned], told, taught))
+        losses = self.losses
+        layers = len(self.maps)
+        if losses.hidden_weight:
+            total = total + losses.hidden_weight * hidden_loss(ours[:layers], theirs[:layers], self.maps)[learned].sum()
+        if losses.attention_weight:
+            total = total + losses.attention_weight * attention_loss(ours[layers:], theirs[layers:])[learned].sum()
+        return total
+
+    def _watch(self, open_hooks: ExitStack) -> tuple[list[Tensor], list[Tensor]]:
+        """What the matching losses look at: layers' outputs, then queries, keys and values."""
+        ours, theirs = [], []
+        if self.losses.hidden_weight:
+            ours, theirs = hidden_modules(self.student, self.teacher)
+        if self.losses.attention_weight:
+            ours, theirs = ours + attention_modules(self.student), theirs + attention_modules(self.teacher)
+        return open_hooks.enter_context(watched(ours)), open_hooks.enter_context(watched(theirs))
+
+    def _token_loss(self, labels: Tensor, told: tuple[Tensor, Tensor] | None,
+                    taught: tuple[Tensor, Tensor] | None):
+        """The loss of a chunk of logits, as chunked_loss wants it."""
+        losses, share, shared = self.losses, self.losses.label_share, self.shared
+
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            total = torch.zeros((), device=logits.device)
+            if share > 0:
+                total = total + share * F.cross_entropy(logits.float(), labels[part], reduction="sum")
+            if share < 1:
+                heat = losses.temperature
+                if shared is not None and shared < logits.shape[-1]:
+                    total = total + (1 - share) * mass_beyond(logits, shared).sum()
+                    logits = logits[:, :shared]
+                if taught is not None:
+                    theirs, ours = F.linear(taught[0][part], taught[1][:shared]).float(), logits.float()
+                    if heat != 1:
+                        theirs, ours = theirs / heat, ours / heat
+                    log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
+                else:
+                    log_p, log_q = told[1][part], top_events(logits, told[0][part])
+                total = total + (1 - share) * heat**2 * losses.divergence(log_p, log_q).sum()
+            return total
+        return loss
+
+    @torch.no_grad()
+    def judge(self, input_ids: Tensor, labels: Tensor, index: Tensor, log_probabilities: Tensor, others: Tensor) -> dict:
+        """Sums over labelled tokens: "loss" KL(teacher || student), "nll" of the labels, "top1" agreement with the teacher."""
+        learned = labels != IGNORE
+        hidden, labels, index = self.student.model(input_ids)[learned], labels[learned], index[learned]
+        log_p = torch.cat((log_probabilities, others[..., None]), -1)[learned]
+        sums = {"loss": 0.0, "nll": 0.0, "top1": 0.0}
+        for part in chunks(len(hidden), CHUNK):
+            logits = self.student.head(hidden[part])
+            sums["nll"] += F.cross_entropy(logits, labels[part], reduction="sum")
+            logits = logits[:, :self.shared]
+            sums["loss"] += kl(log_p[part], top_events(logits, index[part])).sum()
+            sums["top1"] += (logits.argmax(-1) == index[part, 0]).sum()
+        return sums
+
+
+def _head(decoder: Decoder) -> Tensor:
+    return (decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight

@@ -1,0 +1,1 @@
+"""Fewer weights: layers, widths, tokens, zeros."""

@@ -1,0 +1,102 @@
+"""Sparse weights: set the least useful ones to zero, and keep every shape.
+
+`pattern` is a fraction of each output row's weights (0.5), or "2:4", two zeros in every four neighbouring inputs.
+Which weights go:
+- "magnitude": the smallest |w|.
+- "wanda": the smallest |w| |x_j|, with |x_j| the norm of input j over the text (Sun et al. 2024).
+- "sparsegpt": in blocks of columns the smallest w^2 / [U]_jj^2, and every column that loses weights passes its error on to
+  those behind it, as GPTQ does (Frantar and Alistarh 2023); U is the Cholesky factor of the inverse second moment.
+
+Zeros save nothing by themselves: neither ONNX Runtime nor the native core skips them, a file shrinks only under
+compression, and 2:4 gains speed on NVIDIA tensor cores alone (TensorRT, SM80 and later). Structured pruning
+(depth.py, width.py) is what makes a model faster everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compress.quantizing.gptq import factorize
+from compress.layerwise import Walk, second_moment
+from models.formats.checkpoint import Checkpoint
+from models.progress import progress
+from runtime.errors import UserError
+
+SCORES = ("magnitude", "wanda", "sparsegpt")
+BLOCK = 128                 # columns whose zeros SparseGPT chooses at once; 4 of them where the pattern is 2:4
+
+
+def parse_pattern(text: str) -> float | str:
+    """"2:4", or a fraction above 0 and below 1. Raises UserError for anything else."""
+    if text == "2:4":
+        return text
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction < 1:
+        raise UserError(f"the sparsity is {text!r}, which should be 2:4 or a fraction between 0 and 1")
+    return fraction
+
+
+def zeros(score: Tensor, pattern: float | str) -> Tensor:
+    """Which of score [N, K] are among the smallest: bool [N, K]. 2:4 counts within every four columns."""
+    if pattern == "2:4":
+        small = score.unflatten(1, (-1, 4)).argsort(-1).argsort(-1) < 2
+        return small.flatten(1)
+    drop = int(round(pattern * score.shape[1]))
+    return score.argsort(1).argsort(1) < drop
+
+
+def sparsegpt(weight: Tensor, moment: Tensor, pattern: float | str) -> Tensor:
+    """The weight [N, K] with zeros, what is left corrected for them; moment = E[x x^T] [K, K]."""
+    columns = weight.shape[1]
+    upper, _ = factorize(moment, torch.arange(columns))
+    left, block = weight.clone(), 4 if pattern == "2:4" else BLOCK
+    for start in range(0, columns, block):
+        part = slice(start, min(start + block, columns))
+        diagonal = upper.diagonal()[part]
+        gone = zeros((left[:, part] / diagonal).square(), pattern)
+        errors = torch.zeros_like(left[:, part])
+        for j in range(part.stop - start):
+            column = start + j
+            kept = torch.where(gone[:, j], 0.0, left[:, column])
+            errors[:, j] = (left[:, column] - kept) / upper[column, column]
+            left[:, column:part.stop] -= errors[:, j, None] * upper[column, column:part.stop]
+            left[:, column] = kept
+        left[:, part.stop:] -= errors @ upper[part, part.stop:]
+    return left
+
+
+def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float | str,
+               ratios: dict[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the whole model, the linears of every layer sparse. ids int64 [windows, tokens].
+
+    ratios: module -> pattern of its own (ratios.py).
+    """
+    layers = len(checkpoint.config.layers)
+    prefixes = tuple(f"model.layers.{n}." for n in range(layers))
+    for name in checkpoint.names():
+        if not name.startswith(prefixes):
+            yield name, checkpoint.read(name)
+    walk = Walk(checkpoint, ids)
+    for number in progress(range(layers), label=score, unit="layer"):
+        layer = walk.load(number)
+
+        def visit(names, inputs):
+            moment = second_moment(inputs)
+            for name in names:
+                linear = layer.get_submodule(name)
+                share = pattern if ratios is None else ratios[f"model.layers.{number}.{name}"]
+                if score == "sparsegpt":
+                    weight = sparsegpt(linear.weight, moment, share)
+                else:
+                    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(linear.in_features)
+                    weight = linear.weight.masked_fill(zeros(linear.weight.abs() * norms, share), 0)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        walk.step(layer, visit)
+        for name, tensor in layer.state_dict().items():
+            yield f"model.layers.{number}.{name}", tensor

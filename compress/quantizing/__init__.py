@@ -1,0 +1,1 @@
+"""Fewer bits: grids, methods of choosing codes, and formats by module."""

@@ -1,0 +1,169 @@
+"""Codes chosen on calibration text, layer by layer: the driver of clipping, GPTQ and the folds that come before them.
+
+    tensors = calibrated(checkpoint, ids, plan, method="gptq", folds=("awq",), work=folder)
+    write_checkpoint(out, config, tensors, ...)
+
+Every layer is loaded, folded (awq.py, rotation.py: rewritten so that its function stays and its
+weights are easier to round), quantized in the order data flows through it, and then the calibration windows pass through
+what its codes stand for (compress/layerwise.py). A finished layer is kept in the folder `work` until the checkpoint is
+written, so an interrupted run goes on where it stopped.
+
+Methods: "clip" rounds to nearest on the clipped grid, the Hessian's diagonal being the importance. "gptq" takes the
+pivots of the Hessian as importance, then GPTQ in activation order, coordinate descent, the refit of scales and a last
+descent. The embedding and the head are fitted to the Hessian that sensitivity.py gives for them.
+
+Static scales of activations (static_scale.py) and those of an int8 KV cache, max|x| / 127, are of the calibration
+text, as the layer meets it in the end (models/network/quantized.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
+from compress.layerwise import KeyValueRanges, Walk, second_moment
+from compress.quantizing.static_scale import static_scale
+from models.formats.checkpoint import Checkpoint
+from models.network.decoder import Layer
+from models.progress import progress
+from models.network.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
+from models.formats.safetensors_file import save_tensors
+from runtime.errors import UserError
+from runtime.files import new_file
+
+DESCENTS = 2
+PART = 1 << 23            # weights whose codes are chosen at once: what GPTQ holds in copies
+Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
+
+
+def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: str, negative: bool = True) -> QuantizedTensor:
+    """Codes of weight [N, K] for inputs of second moment hessian [K, K], by "clip" or "gptq".
+
+    negative: whether a scale may be negative (grid.py).
+    """
+    if not torch.isfinite(weight).all():
+        raise UserError("the weight holds values that are not finite: the checkpoint is broken")
+    if method == "clip":
+        grid = clipped_grid(weight, form, damped(hessian).diagonal(), negative)
+        return grid.tensor(grid.codes(weight))
+    order = activation_order(hessian)
+    factor, damping = factorize(hessian, order)
+    if damping > DAMPING:
+        tqdm.write(f"note: a Hessian was not positive definite, and was dampened by {damping:g}", file=sys.stderr)
+    price = torch.empty(len(order))
+    price[order] = factor.diagonal() ** -2                 # what is left of an error after compensation
+    steady, parts = damped(hessian, damping), []
+    for rows in weight.split(max(1, PART // weight.shape[1])):              # rows do not depend on each other
+        grid = clipped_grid(rows, form, price, negative)
+        codes = descend(rows, steady, grid, gptq(rows, hessian, grid, factor=factor), DESCENTS)
+        grid = refit(rows, steady, grid, codes)
+        parts.append(grid.tensor(descend(rows, steady, grid, codes)))
+    zeros = None if form.symmetric else torch.cat([part.zeros for part in parts])
+    return replace(parts[0], codes=torch.cat([part.codes for part in parts]), scales=torch.cat([part.scales for part in parts]),
+                   zeros=zeros)
+
+
+def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: str, work: Path,
+               folds: tuple[Fold, ...] = (), vocabulary: dict[str, Tensor] | None = None,
+               negative: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the quantized checkpoint, in a fixed order.
+
+    ids: int64 [windows, tokens]. plan: formats (modules left out stay as they are), activations and cache. work: folder
+    for finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden] to which the
+    embedding and the head are fitted (sensitivity.py); None clips them by their values alone. negative: whether
+    scales may be negative.
+    Raises UserError for a layer whose activations are zero or not finite.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    embedding, formats = None, plan.tensors
+    for module in ("model.embed_tokens", "lm_head"):
+        if module not in formats:
+            continue
+        known = vocabulary is not None
+        hessian = vocabulary[module] if known else torch.eye(checkpoint.config.hidden_size)
+        found = choose_codes(checkpoint.weight(module), hessian, formats[module], method if known else "clip", negative)
+        embedding = found.dequantize() if module == "model.embed_tokens" else embedding
+        yield from found.tensors(module).items()
+    walk = Walk(checkpoint, ids, embedding)
+    for number in progress(range(len(checkpoint.config.layers)), label="quantizing", unit="layer"):
+        file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
+        if not file.exists():
+            tensors = _layer(walk, number, plan, method, folds, negative)
+            with new_file(file) as partial:
+                save_tensors(partial, tensors)
+        else:
+            tensors = load_file(file)
+            walk.step(_restored(walk, number, tensors, formats))
+        yield from ((prefix + name, tensor) for name, tensor in tensors.items())
+    written = {f"{module}.weight" for module in formats}
+    for name in checkpoint.names():
+        if not name.startswith("model.layers.") and name not in written:
+            yield name, checkpoint.read(name)
+
+
+def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tuple[Fold, ...],
+           negative: bool) -> dict[str, Tensor]:
+    """Fold and quantize one layer, and take the windows through it. Returns its stored tensors."""
+    layer, prefix, formats = walk.load(number), f"model.layers.{number}.", plan.tensors
+    for fold in folds:
+        fold(layer, walk, {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)})
+    stored: dict[str, Tensor] = {}
+    rounded = plan.rounding_linears() if plan.activations.get("per") == "tensor" else []
+
+    def visit(names: list[str], inputs: list[Tensor]) -> None:
+        hessian = second_moment(inputs)
+        rounding = [name for name in names if prefix + name in rounded]
+        if rounding:                                            # one scale: an export may join these linears
+            importance = sum(layer.get_submodule(name).weight.square().sum(0) for name in rounding)
+            scale = static_scale(inputs, importance)
+            stored.update({f"{name}.input_scale": scale.clone() for name in rounding})
+        for name in names:
+            if prefix + name not in formats:
+                continue
+            weight = layer.get_submodule(name).weight
+            try:
+                found = choose_codes(weight.data, hessian, formats[prefix + name], method, negative)
+            except UserError as error:
+                raise UserError(f"{prefix}{name}: {error}") from None
+            weight.data = found.dequantize()
+            stored.update(found.tensors(name))
+
+    walk.cache = KeyValueRanges() if plan.kv_cache else None
+    walk.step(layer, visit)
+    for part, found in zip("kv", walk.cache.largest if walk.cache else ()):
+        found = found if plan.kv_cache["per"] == "channel" else found.amax(0, keepdim=True)
+        stored[f"self_attn.{part}_scale"] = _int8_scale(found)
+    kept = {name: tensor for name, tensor in layer.state_dict().items() if prefix + name.removesuffix(".weight") not in formats}
+    original = {name: walk.checkpoint.read(prefix + name) for name in kept}
+    return stored | {name: original[name] if torch.equal(original[name].float(), tensor) else tensor
+                     for name, tensor in kept.items()}
+
+
+def _int8_scale(largest: Tensor) -> Tensor:
+    """The scale that puts +-largest on +-127; 1 for what was always zero."""
+    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+
+
+def _restored(walk: Walk, number: int, tensors: dict[str, Tensor], formats: dict[str, TensorFormat]):
+    """The layer that stored tensors stand for."""
+    layer, state = walk.load(number), {}
+    for name in layer.state_dict():
+        module = name.removesuffix(".weight")
+        form = formats.get(f"model.layers.{number}.{module}")
+        if form is None:
+            state[name] = tensors[name].float()
+        else:
+            codes = unpack(tensors[f"{module}.codes"], form.bits, layer.get_parameter(name).shape[1])
+            state[name] = QuantizedTensor(codes, tensors[f"{module}.scales"], tensors.get(f"{module}.zeros"), form.bits,
+                                          form.group, form.symmetric).dequantize()
+    layer.load_state_dict(state, assign=True)
+    return layer

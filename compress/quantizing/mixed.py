@@ -1,0 +1,117 @@
+"""Mixed precision: a format for every module, so that a target size is spent where it saves most.
+
+    formats = mixed_formats(checkpoint, sensitivity, budget_bytes, "onnx")
+
+The candidates are the widths a backend can run, in groups of 32, 64 and 128 (8 bits also one scale a row); what each
+costs in KL comes from sensitivity.py, and allocate.py finds the best combination. A size counts every
+byte of a bundle's weights file: codes, scales, zero points, what is not quantized, RoPE's tables (for the context that
+export.onnx gives a bundle by default) and the gaps that align tensors.
+
+`check_backend` refuses what a backend cannot run (compress/options.py), before any work.
+"""
+
+from __future__ import annotations
+
+import math
+
+from compress.quantizing.allocate import Choice, allocate, size_bytes
+from compress.options import BACKENDS
+from compress.quantizing.sensitivity import Sensitivity
+from models.formats.checkpoint import Checkpoint
+from models.network.decoder import tensor_shapes
+from models.network.quantized import Quantization, TensorFormat
+from runtime.cli import parse_size
+from runtime.errors import UserError
+from runtime.tensors import LARGE, PAGE, VECTOR
+
+GROUPS = (32, 64, 128)
+BUNDLE_CONTEXT = 8192             # most positions of a bundle's RoPE tables, unless export.onnx is told otherwise
+
+
+def candidates(backend: str) -> list[TensorFormat]:
+    """The symmetric formats that mixed precision chooses from for a backend."""
+    forms = [TensorFormat(bits, group) for bits in BACKENDS[backend].bits for group in GROUPS]
+    return [*forms, *(TensorFormat(bits, 0) for bits in BACKENDS[backend].bits if bits >= 5)]
+
+
+def check_backend(plan: Quantization, backend: str) -> None:
+    """Raises UserError for the first thing in a plan that the backend cannot run."""
+    able = BACKENDS[backend]
+    for module, form in plan.tensors.items():
+        if form.bits not in able.bits:
+            raise UserError(f"{module} would have {form.bits} bits, and {backend} bundles run {_words(able.bits)} "
+                            f"bits: choose one of these, or --backend native")
+        if not form.symmetric and not able.zeros:
+            raise UserError(f"{module} would have zero points, and {backend} runs none: leave out --no-symmetric")
+        if form.kind == "e4m3" and not able.float8:
+            raise UserError(f"{module} would have 8-bit floats, which {backend} does not run: {_others('float8', True)}")
+    per = plan.activations.get("per")
+    if per and per not in able.activations:
+        raise UserError(f"int8 activations with a scale for each {per} do not run in {backend}: "
+                        f"{_others('activations', per)}")
+    if plan.kv_cache and not able.kv_cache:
+        raise UserError(f"an int8 KV cache with stored scales does not run in {backend}: {_others('kv_cache', True)}")
+
+
+def _others(what: str, wanted) -> str:
+    """Which --backend has something."""
+    found = [name for name, able in BACKENDS.items()
+             if getattr(able, what) == wanted or isinstance(getattr(able, what), tuple) and wanted in getattr(able, what)]
+    return "choose --backend " + " or ".join(found)
+
+
+def budget(checkpoint: Checkpoint, target_size: str | None, target_bpw: float | None) -> int:
+    """Bytes of tensors that a target allows. Raises UserError for a target that cannot be."""
+    if target_size is not None:
+        return parse_size(target_size)
+    return int(target_bpw * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) / 8)
+
+
+def check_target(checkpoint: Checkpoint, budget_bytes: int, backend: str, skip: tuple[str, ...] = ()) -> None:
+    """Raises UserError for a target below the smallest size, and names that."""
+    modules = [module for module in checkpoint.modules() if module not in skip]
+    rest = _unquantized(checkpoint, modules)
+    smallest = rest
+    for module in modules:
+        shape = checkpoint.shape(f"{module}.weight")
+        smallest += min((size_bytes(shape, form) for form in candidates(backend) if not form.group or shape[1] % form.group == 0),
+                        default=checkpoint.nbytes(f"{module}.weight"))
+    if smallest > budget_bytes:
+        raise UserError(f"the target of {budget_bytes / 1e6:.2f} MB is below what is possible: the smallest possible with the "
+                        f"formats of --backend {backend} is {math.ceil(smallest / 1e4) / 100:.2f} MB, of which "
+                        f"{rest / 1e6:.2f} MB are tables or stay as they are")
+
+
+def _unquantized(checkpoint: Checkpoint, modules: list[str]) -> int:
+    """Bytes of a bundle's weights file that are not weights of these modules."""
+    weights = {f"{module}.weight" for module in modules}
+    return sum(checkpoint.nbytes(name) for name in checkpoint.names() if name not in weights) + bundle_extras(checkpoint)
+
+
+def mixed_formats(checkpoint: Checkpoint, sensitivity: Sensitivity, budget_bytes: int, backend: str,
+                  skip: tuple[str, ...] = ()) -> tuple[dict[str, TensorFormat], float]:
+    """Module -> format of least predicted damage within the budget, and that damage (nats a token).
+
+    skip: modules to leave as they are. Raises UserError where the budget cannot be met (see `check_target`).
+    """
+    allowed, choices = set(candidates(backend)), {}
+    for module, row in sensitivity.damage.items():
+        if module not in skip:
+            shape = checkpoint.shape(f"{module}.weight")
+            choices[module] = [Choice(form, size_bytes(shape, form), value) for form, value in row.items() if form in allowed]
+    found = allocate(choices, budget_bytes - _unquantized(checkpoint, list(choices)))
+    return {module: choice.format for module, choice in found.items()}, sum(choice.damage for choice in found.values())
+
+
+def bundle_extras(checkpoint: Checkpoint) -> int:
+    """Bytes that a bundle's weights file has beyond the checkpoint's tensors: RoPE's tables, and at most this alignment."""
+    config = checkpoint.config
+    tables = 4 * min(config.context_length, BUNDLE_CONTEXT) * config.head_dim if config.positions == "rope" else 0
+    # gate and up, or q, k and v, may be stored as one
+    shapes = tensor_shapes(config)
+    large = sum(2 * math.prod(shapes[f"{module}.weight"]) >= LARGE for module in checkpoint.modules())
+    return tables + VECTOR * (16 * len(config.layers) + 4) + PAGE * large
+
+
+def _words(bits: tuple[int, ...]) -> str:
+    return ", ".join(map(str, bits[:-1])) + f" and {bits[-1]}"

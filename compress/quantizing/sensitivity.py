@@ -1,0 +1,190 @@
+"""What it costs to store each module in each format: an estimate in nats of KL divergence a token, measured once.
+
+    found = measure_sensitivity(checkpoint, ids, formats)
+    found.damage["model.layers.0.mlp.down_proj"][TensorFormat(4, 32)]          # nats a token
+
+The second-order estimate of the KL divergence that an error dW of one linear causes is
+    1/2 sum_o G[o] (dW H dW^T)[o, o],      G[o] = E[g_o^2],   H = E[x x^T],
+g being the gradient, at the linear's output, of the log-probability of a token drawn from the model's own prediction
+(so that G is the Fisher information and not the error of a text), and x its input. GPTQ's error is known before GPTQ
+runs: each rounding error e[o, k] is paid with the pivot d[k] of H (the rest is compensated), so the damage of a format is
+    1/2 sum_o G[o] sum_k d[k] e[o, k]^2,
+e from rounding to the nearest on the clipped grid. Rows that matter most are all rounded, the others sampled.
+
+A tied embedding is used twice. As head, row v's error costs 1/2 E[p_v (1 - p_v)] e H e^T over final hidden states; as
+table, 1/2 f_v e M e^T with f_v the token's frequency and M = E[g g^T] over gradients of its output.
+
+Two passes over the windows: one through the whole model, forward and backward, for G; one layer by layer for H.
+Sources: Hassibi and Stork 1993 (optimal brain surgeon); Frantar and Alistarh 2022 (pivots as the price of rounding);
+the factorization over inputs and outputs is Martens and Grosse's K-FAC, 2015. Correlations between modules and between
+tokens are left out, so sums over modules predict measured KL to within a factor and rank formats well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.gptq import activation_order, factorize
+from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
+from models.formats.checkpoint import Checkpoint, load_decoder
+from models.progress import progress
+from models.network.quantized import TensorFormat
+from models.formats.safetensors_file import save_tensors
+from runtime.errors import UserError
+from runtime.files import new_file, parse_json
+
+VERSION = 1
+TOP_ROWS, SAMPLED_ROWS = 48, 64
+HEAD_ROWS = 512                    # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """damage: module -> format -> nats a token. vocabulary: Hessian [hidden, hidden] of the embedding and of the head."""
+
+    damage: dict[str, dict[TensorFormat, float]]
+    vocabulary: dict[str, Tensor]
+    checkpoint: str                # sha256 of what was measured
+
+    def save(self, file: Path) -> None:
+        table = {module: [asdict(form) | {"damage": value} for form, value in row.items()] for module, row in self.damage.items()}
+        header = {"version": VERSION, "checkpoint": self.checkpoint, "damage": table}
+        with new_file(file) as partial:
+            save_tensors(partial, self.vocabulary, {"sensitivity": json.dumps(header)})
+
+    @classmethod
+    def load(cls, file: Path, checkpoint: str) -> Sensitivity:
+        """Raises UserError where the file is none, or was measured on another checkpoint."""
+        if not Path(file).is_file():                     # a FIFO would be waited for
+            raise UserError(f"{file} is not a sensitivity file: remove it to measure again")
+        try:
+            with safe_open(file, "pt") as opened:
+                header = parse_json((opened.metadata() or {})["sensitivity"])
+                vocabulary = {module: opened.get_tensor(module) for module in opened.keys()}
+            same = header["version"] == VERSION and header["checkpoint"] == checkpoint
+            damage = {module: {TensorFormat(row["bits"], row["group"], row["symmetric"]): float(row["damage"]) for row in rows}
+                      for module, rows in header["damage"].items()}
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{file} is not a sensitivity file ({error}): remove it to measure again") from None
+        if not same:
+            raise UserError(f"{file} was measured on another checkpoint or by another version: remove it to measure again")
+        return cls(damage, vocabulary, checkpoint)
+
+
+def measure_sensitivity(checkpoint: Checkpoint, ids: Tensor, formats: list[TensorFormat], seed: int = 0) -> Sensitivity:
+    """Damage of every format that fits, for every module. ids: int64 [windows, tokens]."""
+    gradients, vocabulary = output_gradients(checkpoint, ids, seed)
+    damage: dict[str, dict[TensorFormat, float]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    walk = Walk(checkpoint, ids)
+    for number in progress(range(len(checkpoint.config.layers)), label="sensitivity", unit="layer"):
+        layer = walk.load(number)
+
+        def visit(names: list[str], inputs: list[Tensor]) -> None:
+            price = pivots(second_moment(inputs))
+            for name in names:
+                module = f"model.layers.{number}.{name}"
+                damage[module] = _damage(layer.get_submodule(name).weight, gradients[module], price, formats, generator)
+        walk.step(layer, visit)
+    fitted = {}
+    for module, uses in vocabulary.items():
+        # A tied table has two uses, and one set of codes: their Hessians add up, weighted as the average row is.
+        fitted[module] = sum(weights.mean() * hessian for weights, hessian in uses)
+        rows = sum(weights / weights.mean() for weights, _ in uses) / len(uses)
+        damage[module] = _damage(checkpoint.weight(module), rows, pivots(fitted[module]), formats, generator)
+    return Sensitivity(damage, fitted, checkpoint.sha256())
+
+
+def pivots(hessian: Tensor) -> Tensor:
+    """What an error of one unit in each input costs once GPTQ has compensated it in the inputs that follow, [K]."""
+    order = activation_order(hessian)
+    factor, _ = factorize(hessian, order)
+    result = torch.empty(len(order))
+    result[order] = factor.diagonal() ** -2
+    return result
+
+
+def _damage(weight: Tensor, gradient: Tensor, price: Tensor, formats: list[TensorFormat], generator) -> dict[TensorFormat, float]:
+    """1/2 sum_o gradient[o] sum_k price[k] e[o, k]^2 for each format whose group divides the inputs."""
+    share = gradient * (weight.square() @ price)                       # proportional to the damage, roughly
+    top = share.topk(min(TOP_ROWS, len(share))).indices
+    rest = share.clone()
+    rest[top] = 0
+    rows, factors = top, torch.ones(len(top))
+    if rest.sum() > 0:
+        drawn = torch.multinomial(rest, SAMPLED_ROWS, replacement=True, generator=generator)
+        rows = torch.cat((top, drawn))
+        factors = torch.cat((factors, rest.sum() / (rest[drawn] * SAMPLED_ROWS)))
+    sample = weight[rows]
+    result = {}
+    for form in formats:
+        if form.group and weight.shape[1] % form.group:
+            continue
+        grid = clipped_grid(sample, form, price)
+        error = grid.values(grid.codes(sample)).sub_(sample)
+        result[form] = 0.5 * float((factors * gradient[rows] * (error.square() @ price)).sum())
+    return result
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes a parameter with which the whole model is held: 2 where it is stored in 16 bits, and then in bfloat16."""
+    return 4 if checkpoint.dtype("model.embed_tokens.weight") == "F32" else 2
+
+
+def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, list]]:
+    """G[o] of every linear, and for the embedding and the head pairs (weight of each row, Hessian of its inputs)."""
+    dtype = torch.float32 if stored_bytes(checkpoint) == 4 else torch.bfloat16
+    decoder = load_decoder(checkpoint.path, dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    head = (decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight.float()
+    vocabulary, hidden_size = head.shape
+    squares, spread = defaultdict(float), torch.zeros(vocabulary)
+    inputs, outputs = torch.zeros(hidden_size, hidden_size), torch.zeros(hidden_size, hidden_size)
+
+    def on_linear(name):
+        def keep(gradient):
+            squares[name] = squares[name] + gradient.flatten(0, -2).float().square().sum(0)
+
+        def hook(module, arguments, output):
+            output.register_hook(keep)
+        return hook
+
+    def on_table(module, arguments, output):
+        def keep(gradient):
+            outputs.addmm_(gradient[0].float().T, gradient[0].float())
+        output.requires_grad_().register_hook(keep)
+
+    for name, module in decoder.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(on_linear(f"model.layers.{name}"))
+    decoder.model.embed_tokens.register_forward_hook(on_table)
+    with fast_matmul():
+        for row in progress(ids, label="gradients", unit="window"):
+            with fast_forward():
+                hidden = decoder.model(row[None])[0].float()
+            gradient = torch.empty_like(hidden)
+            with torch.no_grad():
+                inputs += hidden.T @ hidden
+                for start in range(0, len(hidden), HEAD_ROWS):
+                    part = slice(start, start + HEAD_ROWS)
+                    probabilities = torch.softmax(hidden[part] @ head.T, -1)
+                    spread += probabilities.sum(0) - probabilities.square().sum(0)
+                    drawn = torch.multinomial(probabilities, 1, generator=generator)
+                    probabilities.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=torch.float32))
+                    gradient[part] = probabilities @ head
+            hidden.backward(gradient)
+    tokens = ids.numel()
+    counts = torch.bincount(ids.flatten(), minlength=vocabulary).float()
+    as_head = (spread / tokens, inputs / tokens)
+    as_table = (counts / tokens, outputs / tokens)
+    uses = {"model.embed_tokens": [as_table, as_head]} if decoder.lm_head is None else {
+        "model.embed_tokens": [as_table], "lm_head": [as_head]}
+    return {name: total / tokens for name, total in squares.items()}, uses

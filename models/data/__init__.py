@@ -1,0 +1,1 @@
+"""From data files to records, examples and blocks of token ids."""

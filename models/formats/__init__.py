@@ -1,0 +1,1 @@
+"""Checkpoints and the files beside them: read and written."""

@@ -1,0 +1,1 @@
+"""What judges a model: one opened model, its tasks, metrics and fidelity."""

@@ -1,0 +1,183 @@
+"""A checkpoint or a bundle, opened for measuring: one interface for both.
+
+A folder with a manifest.json is a bundle and runs through `runtime`; any other is a checkpoint and runs in PyTorch. Both
+end in a `runtime.backend.Backend`, so whatever is measured above it is measured by the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.formats.chat import chat_encoder, special_tokens, stop_ids
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.progress import progress as shown
+from models.formats.teacher_cache import shared_vocabulary
+from models.network.torch_backend import TorchBackend
+from runtime import decode
+from runtime.backend import Backend
+from runtime.backends import open_backend
+from runtime.bundle import open_bundle
+from runtime.chat_tokens import ChatEncoder, bundle_encoder
+from runtime.errors import UserError
+from runtime.machine import cpu_threads
+from runtime.sampling import Sampler, SamplingOptions
+from runtime.text import ReplyText, Tokenizer
+
+BATCH = 8                # prompts decoded together
+
+
+@dataclass
+class LanguageModel:
+    folder: Path
+    backend: Backend
+    tokenizer: Tokenizer
+    context: int                     # most tokens of prompt and reply
+    eos: frozenset[int]              # ids that end a reply
+    vocab_size: int                  # rows of its table: the tokenizer's tokens, and perhaps more
+    special_tokens: dict[str, str]   # as templates know them
+    open_chat: Callable[[], ChatEncoder | None]
+
+    def encode(self, prompt: str | np.ndarray) -> np.ndarray:
+        """int64 ids [n], n >= 1 (ids pass through). Raises UserError for an empty prompt or one as long as the context."""
+        ids = prompt if isinstance(prompt, np.ndarray) else self.tokenizer.encode(prompt)
+        if not 1 <= len(ids) < self.context:
+            raise UserError(f"a prompt has {len(ids)} tokens; {self.folder.name} takes 1 to {self.context - 1}: "
+                            "use fewer shots or shorter examples")
+        return ids
+
+    def chat_prompt(self, text: str) -> np.ndarray:
+        """int64 ids of one user message in the model's chat template, or of the text itself where it has none."""
+        if self.chat is None:
+            return self.tokenizer.encode(text + "\n")
+        return self.chat.tokens([{"role": "user", "content": text}])
+
+    @cached_property
+    def chat(self) -> ChatEncoder | None:
+        """The chat template with the tokenizer; None: there is none."""
+        return self.open_chat()
+
+    def special_id(self, name: str) -> int | None:
+        """The id of the tokenizer's "bos_token", "eos_token", ...; None where it has none."""
+        text = self.special_tokens.get(name)
+        return None if text is None else self.tokenizer.token_id(text)
+
+    def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
+                 progress: bool = True) -> list[str]:
+        """Greedy replies, cut at the first stop string. Similar lengths are decoded together."""
+        encoded = [self.encode(p) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        replies = [""] * len(prompts)
+        with shown(total=len(prompts), label=label, unit="prompt", quiet=not progress) as bar:
+            for start in range(0, len(order), BATCH):
+                batch = order[start:start + BATCH]
+                for i, text in zip(batch, self._decode([encoded[i] for i in batch], max_new_tokens, stop)):
+                    replies[i] = text
+                bar.update(len(batch))
+        return replies
+
+    def _decode(self, prompts: list[np.ndarray], max_new_tokens: int, stop: Items[str]) -> list[str]:
+        greedy = SamplingOptions()
+        sequences = [decode.Sequence(p, Sampler(greedy, p), min(max_new_tokens, self.context - len(p)), self.eos)
+                     for p in prompts]
+        cache = self.backend.new_cache(len(sequences), decode.first_capacity(sequences))
+        texts = {sequence: ReplyText(self.tokenizer, tuple(stop)) for sequence in sequences}
+        replies, read = dict.fromkeys(sequences, ""), dict.fromkeys(sequences, 0)
+        stopped = dict.fromkeys(sequences, False)
+        for sequence in decode.run(self.backend, cache, sequences):
+            while not stopped[sequence] and read[sequence] < len(sequence.tokens):
+                piece, stopped[sequence] = texts[sequence].push(sequence.tokens[read[sequence]])
+                replies[sequence] += piece
+                read[sequence] += 1
+            if stopped[sequence]:
+                sequence.finish_reason = "stop"
+        return [replies[s] if stopped[s] else replies[s] + texts[s].finish()[0] for s in sequences]
+
+    def continuation_logprobs(self, prompt: str, continuations: Items[str]) -> list[float]:
+        """ln p(continuation | prompt) of each, summed over its tokens; the prompt is read once.
+
+        Prompt and continuation are tokenized apart, so the same prompt tokens serve all of them.
+        """
+        return [score for score, _ in self.score_tails(
+            self.encode(prompt), [self.tokenizer.encode(c, special_tokens=False) for c in continuations])]
+
+    def score_tails(self, ids: np.ndarray, tails: Items[np.ndarray]) -> list[tuple[float, bool]]:
+        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it."""
+        longest = max(map(len, tails))
+        if min(map(len, tails)) == 0:
+            raise UserError("a continuation has no tokens")
+        cache = self.backend.new_cache(1, len(ids) + longest)
+        first = _log_softmax(self._run(ids, np.array([len(ids) - 1]), cache))[0]
+        scores = []
+        for tail in tails:
+            score, greedy = float(first[tail[0]]), bool(first.argmax() == tail[0])
+            if len(tail) > 1:
+                cache.lengths[0] = len(ids)
+                rest = _log_softmax(self._run(tail[:-1], np.arange(len(tail) - 1), cache))
+                score += float(rest[np.arange(len(tail) - 1), tail[1:]].sum())
+                greedy = greedy and bool((rest.argmax(-1) == tail[1:]).all())
+            scores.append((score, greedy))
+        return scores
+
+    def _run(self, ids: np.ndarray, wanted: np.ndarray, cache) -> np.ndarray:
+        """Append ids [s] to the one row of `cache`; logits [k, vocab] at `wanted` [k]."""
+        start = cache.lengths.copy()
+        logits = self.backend.forward(ids[None], start[:, None] + np.arange(len(ids)), start, wanted[None], cache)
+        cache.lengths += len(ids)
+        return logits[0].copy()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+
+
+def open_model(folder: Path | str, *, threads: int | None = None, graph: str | None = None, exact: bool = False,
+               provider: str | None = None) -> LanguageModel:
+    """Open a checkpoint or a bundle.
+
+    A bundle runs as an app would run it (runtime/backends.py; `provider` insists on one of its engines), or, where
+    `graph` or `exact` is given, in that graph on ONNX Runtime's CPU (runtime/ort_backend.py).
+    Raises UserError where the folder is neither, or its tokenizer is missing.
+    """
+    folder = Path(folder)
+    threads = cpu_threads(threads)
+    if (folder / "manifest.json").is_file():
+        bundle = open_bundle(folder)
+        if graph or exact:
+            if provider not in (None, "cpu"):
+                raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
+            from runtime.ort_backend import OrtBackend
+            backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
+        else:
+            backend, _ = open_backend(bundle, provider, threads)
+        tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
+        context, eos, named = bundle.max_context, bundle.model["eos_token_ids"], bundle.model.get("special_tokens") or {}
+        chat = partial(bundle_encoder, bundle, tokenizer)
+        vocab_size = bundle.model["config"]["vocab_size"]
+    else:
+        if graph or exact or provider:
+            raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
+        config = open_checkpoint(folder).config
+        torch.set_num_threads(threads)
+        backend = TorchBackend(load_decoder(folder))
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        context, eos, named = config.context_length, stop_ids(config, folder), special_tokens(folder)
+        chat = partial(chat_encoder, folder, tokenizer)
+        vocab_size = config.vocab_size
+    return LanguageModel(folder, backend, tokenizer, context, frozenset(eos), vocab_size, named, chat)
+
+
+def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> int | None:
+    """Raises UserError unless both give every token the same id: their distributions could not be compared.
+
+    Returns how many tokens they share where one's table is padded to another size (models/formats/teacher_cache.py),
+    else None.
+    """
+    if model.tokenizer.vocabulary() != reference.tokenizer.vocabulary():
+        raise UserError(f"{reference.folder}: has another tokenizer than {model.folder}; a reference must share the vocabulary")
+    return shared_vocabulary(model.folder, model.vocab_size, reference.vocab_size)

@@ -1,0 +1,201 @@
+"""Quantized weights: integer codes, scales and zero points, and how a checkpoint stores them.
+
+A quantized weight W [N, K] (out, in) is decided once, as unsigned codes of `bits` bits with one fp16 scale for each
+group of `group` inputs of a row (group 0: one for the whole row):
+
+    W[n, k] = (codes[n, k] - zero) * float32(scales[n, k // group])
+
+with zero = 2^(bits-1) where symmetric, else zeros[n, k // group]. Every consumer computes from these codes; nothing
+quantizes again.
+
+In a checkpoint, module M has `M.codes` uint8 [N, ceil(K*bits/8)], each row a little-endian bit stream (code i occupies
+bits i*bits .. (i+1)*bits-1), `M.scales` float16 [N, K/group] ([N, 1] for group 0) and, where asymmetric, `M.zeros`
+uint8 of the scales' shape, all in place of `M.weight`. config.json says which modules, and how:
+
+    "quantization_config": {"quant_method": "edgewright", "version": 1,
+                            "tensors": {"model.layers.0.self_attn.q_proj": {"bits": 4, "group": 32, "symmetric": true}},
+                            "activations": {"bits": 8, "per": "tensor"}, "kv_cache": {"bits": 8, "per": "channel"}}
+
+A tensor of kind "e4m3" has 8-bit floating-point codes instead (torch.float8_e4m3fn, value = code * scale). "activations"
+({} for none) says how the layers' linears round their inputs (activations.py): "per" row, or tensor with one
+stored scale `M.input_scale` float32 [1]; those whose last name "except" lists do not round. "kv_cache" (null for none):
+keys (after RoPE) and values are kept as round(x / scale) in int8, scales `model.layers.N.self_attn.k_scale` and `.v_scale`
+float32 [1], or [kv_heads * head_dim] per channel.
+
+This file does not decide codes: see compress/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from runtime.errors import UserError
+
+METHOD, VERSION = "edgewright", 1
+BITS = range(2, 9)
+KINDS = ("int", "e4m3")
+ACTIVATIONS = ({}, {"bits": 8, "per": "row"}, {"bits": 8, "per": "tensor"},
+               {"bits": 8, "per": "tensor", "except": ["down_proj"]})
+KV_CACHES = (None, {"bits": 8, "per": "tensor"}, {"bits": 8, "per": "channel"})
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """How one weight is stored. group 0 is one scale for each output row."""
+
+    bits: int
+    group: int
+    symmetric: bool = True
+    kind: str = "int"             # "e4m3": 8-bit floats
+
+    def __post_init__(self):
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise UserError(f"bits is {self.bits!r}, which should be from {BITS[0]} to {BITS[-1]}")
+        if type(self.group) is not int or self.group < 0:
+            raise UserError(f"group is {self.group!r}, which should be 0 (one scale a row) or a positive number")
+        if type(self.symmetric) is not bool:
+            raise UserError(f"symmetric is {self.symmetric!r}, which should be true or false")
+
+        if self.kind not in KINDS or (self.kind == "e4m3" and (self.bits != 8 or not self.symmetric)):
+            raise UserError(f"kind is {self.kind!r} with {self.bits} bits: supported are {' and '.join(KINDS)}, the latter "
+                            f"with 8 bits and without zero points")
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of `columns` inputs. Raises UserError where the group does not divide them."""
+        if self.group and columns % self.group:
+            raise UserError(f"the group of {self.group} does not divide the {columns} inputs")
+        return columns // self.group if self.group else 1
+
+    def stored_shapes(self, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+        """Suffix -> dtype and shape of the tensors that store a weight [rows, columns]."""
+        scales = (rows, self.groups(columns))
+        codes = torch.uint8 if self.kind == "int" else torch.float8_e4m3fn
+        shapes = {"codes": (codes, (rows, -(-columns * self.bits // 8))), "scales": (torch.float16, scales)}
+        return shapes if self.symmetric else shapes | {"zeros": (torch.uint8, scales)}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The `quantization_config` of a checkpoint: which modules are quantized, and how."""
+
+    tensors: dict[str, TensorFormat]
+    activations: dict = field(default_factory=dict)
+    kv_cache: dict | None = None
+
+    def to_dict(self) -> dict:
+        return {"quant_method": METHOD, "version": VERSION, "activations": self.activations, "kv_cache": self.kv_cache,
+                "tensors": {name: described(form) for name, form in self.tensors.items()}}
+
+    def extra_shapes(self, kv_channels: list[int]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the float32 scales of activations and caches; kv_channels: kv_heads * head_dim of each layer."""
+        shapes = {}
+        if self.activations.get("per") == "tensor":
+            shapes |= {f"{name}.input_scale": (1,) for name in self.rounding_linears()}
+        if self.kv_cache:
+            for layer, channels in enumerate(kv_channels):
+                shape = (channels if self.kv_cache["per"] == "channel" else 1,)
+                shapes |= {f"model.layers.{layer}.self_attn.{part}_scale": shape for part in "kv"}
+        return shapes
+
+    def rounding_linears(self) -> list[str]:
+        """The linears that round their inputs where activations are quantized: those of the layers, not the head."""
+        if not self.activations:
+            return []
+        excepted = self.activations.get("except", ())
+        return [name for name in self.tensors
+                if name.startswith("model.layers.") and name.rsplit(".", 1)[1] not in excepted]
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Quantization:
+        """Raises UserError for another method, another version, or fields that cannot be."""
+        if not isinstance(data, dict) or data.get("quant_method") != METHOD:
+            method = data.get("quant_method") if isinstance(data, dict) else data
+            raise UserError(f"quantization method {method!r} is not supported: supported is {METHOD!r}")
+        if data.get("version") != VERSION:
+            raise UserError(f"quantization version {data.get('version')!r} is not supported: this program reads "
+                            f"version {VERSION}, so quantize the original checkpoint again")
+        tensors, activations, kv_cache = data.get("tensors"), data.get("activations", {}), data.get("kv_cache")
+        for name, value, kinds in (("tensors", tensors, dict), ("activations", activations, dict),
+                                   ("kv_cache", kv_cache, (dict, type(None)))):
+            if not isinstance(value, kinds):
+                raise UserError(f"quantization_config has {name} {value!r}, which should be an object")
+        for name, value, known in (("activations", activations, ACTIVATIONS), ("kv_cache", kv_cache, KV_CACHES)):
+            if value not in known:
+                raise UserError(f"quantization_config has {name} {value!r}: supported are {', '.join(map(str, known))}")
+        formats = {}
+        for name, value in tensors.items():
+            try:
+                formats[name] = TensorFormat(**value)
+            except (TypeError, UserError) as error:
+                raise UserError(f"quantization_config of {name} cannot be used: {error}") from None
+        return cls(formats, activations, kv_cache)
+
+
+def described(form: TensorFormat) -> dict:
+    """A format in config.json; the kind only where it is not the usual one."""
+    return {name: value for name, value in asdict(form).items() if (name, value) != ("kind", "int")}
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One quantized weight [N, K] in memory: codes unpacked, one to a byte."""
+
+    codes: torch.Tensor                 # uint8 [N, K], unsigned; float8_e4m3fn for that kind
+    scales: torch.Tensor                # float16 [N, K/group], [N, 1] for group 0
+    zeros: torch.Tensor | None          # uint8, the scales' shape; None where symmetric
+    bits: int
+    group: int
+    symmetric: bool
+    kind: str = "int"
+
+    @property
+    def format(self) -> TensorFormat:
+        return TensorFormat(self.bits, self.group, self.symmetric, self.kind)
+
+    def dequantize(self) -> torch.Tensor:
+        """The values the codes stand for, float32 [N, K]."""
+        rows, columns = self.codes.shape
+        zeros = self.zeros.float()[:, :, None] if self.zeros is not None else 2 ** (self.bits - 1) if self.kind == "int" else 0
+        values = self.codes.view(rows, self.scales.shape[1], -1).float()
+        return values.sub_(zeros).mul_(self.scales.float()[:, :, None]).view(rows, columns)
+
+    def signed(self) -> torch.Tensor:
+        """Codes less 2^(bits-1), int8 [N, K]: two's complement of `bits` bits, as ONNX stores them."""
+        return (self.codes - 2 ** (self.bits - 1)).view(torch.int8)      # uint8 wraps around
+
+    def tensors(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors that store this weight, by their names in a checkpoint."""
+        codes = pack(self.codes, self.bits) if self.kind == "int" else self.codes
+        stored = {f"{module}.codes": codes, f"{module}.scales": self.scales}
+        return stored if self.zeros is None else stored | {f"{module}.zeros": self.zeros}
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [N, K] below 2^bits as a little-endian bit stream a row: uint8 [N, ceil(K*bits/8)]."""
+    if bits == 8:
+        return codes
+    rows, columns = codes.shape
+    eights = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -1, 8)    # 8 codes are `bits` bytes
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64)
+    for i in range(8):
+        words |= eights[:, :, i].long() << (i * bits)
+    stream = words[:, :, None].view(torch.uint8)[:, :, :bits]
+    return stream.reshape(rows, -1)[:, :-(-columns * bits // 8)].contiguous()
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Undo `pack`: uint8 [N, ceil(columns*bits/8)] to codes uint8 [N, columns]."""
+    if bits == 8:
+        return packed
+    rows = packed.shape[0]
+    if 8 % bits == 0:               # codes do not straddle bytes: ten times faster than what follows
+        parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.stack(parts, 2).view(rows, -1)[:, :columns].contiguous()
+    stream = torch.nn.functional.pad(packed, (0, -(-columns // 8) * bits - packed.shape[1])).view(rows, -1, bits)
+    words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64)         # [N, columns/8, 1]
+    codes = torch.empty(rows, words.shape[1], 8, dtype=torch.uint8)
+    for i in range(8):
+        codes[:, :, i] = (words[:, :, 0] >> (i * bits)) & (2**bits - 1)
+    return codes.view(rows, -1)[:, :columns].contiguous()

@@ -1,0 +1,42 @@
+"""How many bytes a training step needs, told before the first one runs.
+
+Weights in fp32; for what is trained also a gradient and AdamW's two moments (12 bytes a parameter); activations kept
+for the backward pass; the logits with their softmax and gradient. Activations are counted per token and layer from the
+decoder's shape (attention's scores are never stored: PyTorch computes them in blocks), half as much again where rows
+differ in length, for the holes that leaves in the heap; the checkpoint, mapped again where adapters are merged into it;
+what the process takes by itself. A prediction in fp32: mixed precision needs less for activations.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from models.network.config import ModelConfig
+from runtime.machine import available_memory
+
+PROCESS_BYTES = 500_000_000
+
+
+def training_bytes(module: torch.nn.Module, config: ModelConfig, rows: int, context: int, labels: int,
+                   checkpointing: bool, *, ragged: bool = False, merged: int = 0) -> dict[str, int]:
+    """Predicted bytes by kind, for micro-batches of `rows` x `context` tokens, `labels` of a row's with a loss.
+
+    ragged: rows differ in length. merged: bytes of the checkpoint that adapters are merged into when saved.
+    """
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    per_layer = [6 * config.hidden_size + config.head_dim * (5 * layer.heads + 6 * layer.kv_heads) + 4 * layer.mlp_size
+                 for layer in config.layers]
+    kept = max(per_layer) + config.hidden_size * len(per_layer) if checkpointing else sum(per_layer)
+    activations = 4 * rows * context * kept
+    return {"weights": weights, "gradients and optimizer": 12 * trained,
+            "activations": activations * 3 // 2 if ragged else activations,
+            "logits": 12 * rows * labels * config.vocab_size, "merging": merged, "process": PROCESS_BYTES}
+
+
+def memory_line(parts: dict[str, int]) -> str:
+    """One sentence for the terminal."""
+    free = available_memory()
+    detail = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    beside = f" of {free / 1e9:.1f} GB free" if free is not None else ""
+    return f"memory: about {sum(parts.values()) / 1e9:.2f} GB{beside} ({detail})"
