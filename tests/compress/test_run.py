@@ -16,8 +16,7 @@ from models.evaluate import main as evaluate
 from runtime.errors import UserError
 from tiny import SENTENCES
 
-RECIPE =
-"""
+RECIPE = """
 [[stages]]
 stage = "prune"
 what = "depth"
