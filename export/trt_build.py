@@ -31,11 +31,11 @@ from export.trt_model import inferred, inputs, shape_of, tensors
 from export.trt_sample import Sample
 from export.trt_words import sentence
 from models.progress import progress
-from runtime.errors import CheckFailed, UserError
+from runtime.errors import CheckFailed, UserError, pip_line
 from runtime.files import write
 
-MODULES = {"rtx": ("tensorrt_rtx", "pip install 'edgewright[rtx]'"),
-           "trt": ("tensorrt", "pip install 'edgewright[gpu]' on the machine that has the GPU")}
+MODULES = {"rtx": ("tensorrt_rtx", pip_line("rtx")),
+           "trt": ("tensorrt", f"{pip_line('gpu')}, on the machine that has the GPU")}
 NATIVE_LAYERS = {"RotaryEmbedding": "ROTARY_EMBEDDING", "TensorScatter": "KV_CACHE_UPDATE",
                  "Attention": "ATTENTION_INPUT"}
 DTYPES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "INT8": "INT8", "INT32": "INT32", "INT64": "INT64",

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from runtime.errors import CheckFailed, UserError
+from .errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine, GenerationOptions, Reply, Stream, Timings
-    from runtime.sampling import TokenLogprobs
+    from .engine import Engine, GenerationOptions, Reply, Stream, Timings
+    from .sampling import TokenLogprobs
 
 __version__ = "0.1.0"               # of all of Edgewright; pyproject.toml reads it here
 __all__ = ["CheckFailed", "Engine", "GenerationOptions", "Reply", "Stream", "Timings", "TokenLogprobs", "UserError"]
@@ -15,9 +15,9 @@ __all__ = ["CheckFailed", "Engine", "GenerationOptions", "Reply", "Stream", "Tim
 def __getattr__(name: str):
     """What needs numpy and the tokenizer, imported on first use, so that `import runtime` and its command lines stay light."""
     if name in __all__:
-        from runtime import engine
+        from . import engine
         return getattr(engine, name)
-    raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

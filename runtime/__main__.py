@@ -1,9 +1,9 @@
 """`python -m runtime` lists what can be done here."""
 
-from runtime.cli import list_commands
+from .cli import list_commands
 
 COMMANDS = {"run a bundle": ("generate", "chat"),
             "check and measure it on this machine": ("verify", "bench", "native.profile")}
 
 if __name__ == "__main__":
-    raise SystemExit(list_commands("runtime", COMMANDS))
+    raise SystemExit(list_commands(__package__, COMMANDS))

@@ -13,11 +13,11 @@ import ctypes
 import logging
 from collections.abc import Callable
 
-from runtime.backend import Backend
-from runtime.bundle import Bundle
-from runtime.errors import Unavailable, UserError
-from runtime.machine import cpu_threads
-from runtime.native.backend import NativeBackend, check_cache_dtype
+from .backend import Backend
+from .bundle import Bundle
+from .errors import Unavailable, UserError
+from .machine import cpu_threads
+from .native.backend import NativeBackend, check_cache_dtype
 
 PROVIDERS = ("tensorrt", "cuda", "native", "cpu")           # best first
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def step_down(provider: str, error: Unavailable) -> str:
 
 
 def _open_tensorrt(bundle: Bundle, threads: int) -> Backend:
-    from runtime.trt_backend import TrtBackend
+    from .trt_backend import TrtBackend
     return TrtBackend(bundle)
 
 
@@ -77,7 +77,7 @@ def _open_cuda(bundle: Bundle, threads: int) -> Backend:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         raise Unavailable("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
-    from runtime.ort_backend import OrtBackend
+    from .ort_backend import OrtBackend
     return OrtBackend(bundle, provider="cuda", threads=threads)
 
 
@@ -86,7 +86,7 @@ def _open_native(bundle: Bundle, threads: int, **options) -> Backend:
 
 
 def _open_cpu(bundle: Bundle, threads: int) -> Backend:
-    from runtime.ort_backend import OrtBackend
+    from .ort_backend import OrtBackend
     return OrtBackend(bundle, provider="cpu", threads=threads)
 
 

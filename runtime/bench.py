@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.cli import arg, run, table
-from runtime.engine import Engine, Timings
-from runtime.errors import UserError
-from runtime.files import write
-from runtime.generate import EngineOptions
-from runtime.machine import available_cpus, cpu_name, peak_rss_mb
+from .cli import arg, run, table
+from .engine import Engine, Timings
+from .errors import UserError
+from .files import write
+from .generate import EngineOptions
+from .machine import available_cpus, cpu_name, peak_rss_mb
 
 EXAMPLES = """examples:
-  python -m runtime.bench build/smollm2-135m-int4
-  python -m runtime.bench build/smollm2-135m-int4 --prompt-tokens 512 --threads 1 --json bench.json
+  %(prog)s build/smollm2-135m-int4
+  %(prog)s build/smollm2-135m-int4 --prompt-tokens 512 --threads 1 --json bench.json
 """
 PACKAGES = ("numpy", "tokenizers", "onnxruntime", "tensorrt", "tensorrt_rtx")     # named where they are in use
 

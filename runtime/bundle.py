@@ -23,9 +23,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from runtime.errors import CheckFailed, UserError, shown
-from runtime.files import read_json, restored
-from runtime.token_ids import pad_id, token_id, token_ids
+from .errors import CheckFailed, UserError, shown
+from .files import read_json, restored
+from .token_ids import pad_id, token_id, token_ids
 
 FORMAT = "edgewright-bundle"
 VERSION = 1

@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from runtime.cli import arg, run
-from runtime.engine import Engine, GenerationOptions
-from runtime.errors import UserError
-from runtime.generate import ReplyOptions, generation, show, summary
+from .cli import arg, run
+from .engine import Engine, GenerationOptions
+from .errors import UserError
+from .generate import ReplyOptions, generation, show, summary
 
 EXAMPLES = """examples:
-  python -m runtime.chat build/smollm2-135m-int4
-  python -m runtime.chat build/smollm2-135m-int4 --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
+  %(prog)s build/smollm2-135m-int4
+  %(prog)s build/smollm2-135m-int4 --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
 """
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a reply"
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.bundle import Bundle
-from runtime.errors import UserError
-from runtime.template import ChatTemplate
-from runtime.text import Tokenizer
+from .bundle import Bundle
+from .errors import UserError
+from .template import ChatTemplate
+from .text import Tokenizer
 
 _MARKS = range(0xF0000, 0xFFFFE)          # characters for private use
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")

@@ -38,10 +38,10 @@ import typing
 from difflib import get_close_matches
 from pathlib import Path
 
-from runtime.errors import CheckFailed, UserError
+from .errors import CheckFailed, UserError, pip_line
 
 SIZE_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-EXTRAS = {"models": "train", "compress": "quant", "export": "export", "runtime": "cpu", "lm_eval": "eval", "sacrebleu": "eval",
+EXTRAS = {"models": "train", "compress": "quant", "export": "export", __package__: "cpu", "lm_eval": "eval", "sacrebleu": "eval",
           "rouge_score": "eval", "nltk": "eval", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu"}
 
 
@@ -102,7 +102,11 @@ def did_you_mean(name, known) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+# What the machine refuses, and the mend; any other OSError is a bug.
+_OF_THE_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "make room, or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or choose another place"),
+    **dict.fromkeys((errno.EROFS, errno.EIO, errno.ENAMETOOLONG), "choose another place")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,15 +202,15 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         room, missing = module_name(options_class).split(".")[0], (error.name or "").split(".")[0]
-        if missing in ("models", "compress", "export", "runtime", ""):
+        if missing in ("models", "compress", "export", __package__, ""):
             raise
-        print(f"error: this command needs {missing}, which is not installed: pip install "
-              f"'.[{EXTRAS.get(missing, EXTRAS.get(room, 'dev'))}]' in Edgewright's folder", file=sys.stderr)
+        print(f"error: this command needs {missing}, which is not installed: "
+              f"{pip_line(EXTRAS.get(missing) or EXTRAS.get(room, 'dev'))}", file=sys.stderr)
         return 2
-    except OSError as error:                      # the machine's: a full disk, a folder that cannot be written
+    except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room, or choose another place", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {_OF_THE_DISK[error.errno]}", file=sys.stderr)
         return 2
     except CheckFailed as error:
         print(f"failed: {error}", file=sys.stderr)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.backend import Backend, Cache
-from runtime.sampling import Sampler, TokenLogprobs, token_logprobs
+from .backend import Backend, Cache
+from .sampling import Sampler, TokenLogprobs, token_logprobs
 
 PREFILL_TOKENS = 512              # padded tokens of one call
 CAPACITY_STEP = 64                # capacities are multiples of this

@@ -30,15 +30,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import decode
-from runtime.backend import Backend
-from runtime.backends import PROVIDERS, open_backend, provider_of, step_down
-from runtime.bundle import MANIFEST, Bundle, open_bundle
-from runtime.cli import arg, did_you_mean
-from runtime.errors import DeviceError, UserError, shown
-from runtime.machine import available_memory, cpu_threads, release_free_memory
-from runtime.sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
-from runtime.text import ReplyText, Tokenizer
+from . import decode
+from .backend import Backend
+from .backends import PROVIDERS, open_backend, provider_of, step_down
+from .bundle import MANIFEST, Bundle, open_bundle
+from .cli import arg, did_you_mean
+from .errors import DeviceError, UserError, shown
+from .machine import available_memory, cpu_threads, release_free_memory
+from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
+from .text import ReplyText, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
@@ -180,7 +180,7 @@ class Engine:
         """Token ids (int64) of the prompt that the bundle's chat template makes of `messages` and variables (tools, documents,
         enable_thinking, whatever it reads). Control tokens that they spell are text, unless control_tokens. Raises UserError."""
         if self._chat is None:
-            from runtime.chat_tokens import bundle_encoder
+            from .chat_tokens import bundle_encoder
             self._chat = bundle_encoder(self.bundle, self.tokenizer)
         if self._chat is None:
             raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "

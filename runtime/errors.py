@@ -27,5 +27,10 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def pip_line(extra: str) -> str:
+    """What installs optional parts, a heading of pyproject.toml: from the wheel's name, or in a checkout."""
+    return f"pip install 'edgewright[{extra}]'" if __package__ == "edgewright" else f"pip install '.[{extra}]' in Edgewright's folder"
+
+
 class CheckFailed(Exception):
     """The command ran, and what it checked does not hold (a wrong hash, a fidelity budget exceeded)."""

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from runtime.errors import UserError
+from .errors import UserError
 
 try:
     import fcntl

@@ -6,12 +6,12 @@ import sys
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
-from runtime.cli import Checked, arg, run
-from runtime.engine import PROVIDERS, Engine, GenerationOptions, Reply
+from .cli import Checked, arg, run
+from .engine import PROVIDERS, Engine, GenerationOptions, Reply
 
 EXAMPLES = """examples:
-  python -m runtime.generate build/smollm2-135m-int4 -p "What is the capital of France?" --chat
-  python -m runtime.generate build/smollm2-135m-int4 -p "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+  %(prog)s build/smollm2-135m-int4 -p "What is the capital of France?" --chat
+  %(prog)s build/smollm2-135m-int4 -p "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
 """
 
 

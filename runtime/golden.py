@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.bundle import Bundle
-from runtime.errors import UserError, shown
-from runtime.files import read_json
+from .bundle import Bundle
+from .errors import UserError, shown
+from .files import read_json
 
 VERSION = 1
 RUNNERS = ("portable", "portable_fused", "fast", "native_exact", "native")      # that can have a budget

@@ -14,7 +14,7 @@ import platform
 import sys
 from pathlib import Path
 
-from runtime.errors import UserError, shown
+from .errors import UserError, shown
 
 
 def available_cpus(root: Path = Path("/")) -> int:

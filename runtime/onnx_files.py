@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from runtime.bundle import Bundle
-from runtime.errors import UserError
+from .bundle import Bundle
+from .errors import UserError
 
 # Message -> field number -> the message there. "entry" is a StringStringEntryProto of a tensor's external_data.
 _WAYS = {"model": {7: "graph", 20: "training", 25: "function"}, "training": {1: "graph", 2: "graph"},

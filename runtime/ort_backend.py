@@ -32,11 +32,11 @@ import weakref
 
 import numpy as np
 
-from runtime.bundle import Bundle
-from runtime.errors import DeviceError, Unavailable, UserError
-from runtime.machine import cpu_threads, has_vnni
-from runtime.onnx_files import check_external_data
-from runtime.tensors import check_tensors
+from .bundle import Bundle
+from .errors import DeviceError, Unavailable, UserError, pip_line
+from .machine import cpu_threads, has_vnni
+from .onnx_files import check_external_data
+from .tensors import check_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -310,7 +310,7 @@ def _import_onnxruntime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise Unavailable(f"onnxruntime cannot be imported ({error}); install edgewright[cpu] or edgewright[gpu]") from None
+        raise Unavailable(f"onnxruntime cannot be imported ({error}); {pip_line('cpu')}, or [gpu] for an NVIDIA GPU") from None
     return onnxruntime
 
 

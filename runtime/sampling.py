@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.cli import arg
-from runtime.errors import UserError, shown
+from .cli import arg
+from .errors import UserError, shown
 
 _BLOCK = 64                       # logits of a strided block, whose maxima are taken first
 _SUMMED = 768                     # neighbouring weights summed first
@@ -227,7 +227,7 @@ class Sampler:
 def _finite(peak: np.float32) -> float:
     if not math.isfinite(peak):
         raise UserError(f"the model's largest logit is {peak}: its weights are damaged or its number format "
-                        "overflows; run `python -m runtime.verify` on the bundle")
+                        f"overflows; run `python -m {__package__}.verify` on the bundle")
     return float(peak)
 
 

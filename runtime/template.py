@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import UserError
+from .errors import UserError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as in `transformers`
 _OUT_OF_MEMORY = 77                                              # sandbox.py's exit code

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runtime.bundle import DTYPE_BITS, MANIFEST, Bundle
-from runtime.errors import UserError
+from .bundle import DTYPE_BITS, MANIFEST, Bundle
+from .errors import UserError
 
 FLOATS = ("float32", "float16", "bfloat16")
 VECTOR, PAGE, LARGE = 64, 4096, 1 << 20                    # bytes that a tensor is aligned to: any, and one over LARGE

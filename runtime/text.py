@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from runtime.errors import UserError
-from runtime.files import LARGEST_TOKENIZER, read_bytes
+from .errors import UserError
+from .files import LARGEST_TOKENIZER, read_bytes
 
 _REPLACEMENT = "\ufffd"           # what decoders write for bytes that are no character (yet)
 _MOST_COMMAS = 8_000_000          # in a tokenizer.json; every value costs memory while it is read. The largest in use have 2 million

@@ -6,7 +6,7 @@ the file is read, because it fails (or is never met, so that a reply does not en
 
 from __future__ import annotations
 
-from runtime.errors import UserError, shown
+from .errors import UserError, shown
 
 
 def token_id(value: object, vocab: int, what: str) -> int | None:

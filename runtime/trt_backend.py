@@ -21,11 +21,11 @@ import math
 
 import numpy as np
 
-from runtime.bundle import Bundle
-from runtime.errors import DeviceError, Unavailable
-from runtime.tensors import check_tensors
-from runtime.trt_device import Device
-from runtime.trt_engine import fitting_engines, load_plan, read_plan
+from .bundle import Bundle
+from .errors import DeviceError, Unavailable
+from .tensors import check_tensors
+from .trt_device import Device
+from .trt_engine import fitting_engines, load_plan, read_plan
 
 TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import DeviceError
+from .errors import DeviceError
 
 
 @dataclass(frozen=True)

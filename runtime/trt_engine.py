@@ -10,9 +10,9 @@ import importlib
 import zlib
 from pathlib import Path
 
-from runtime.bundle import Bundle
-from runtime.errors import DeviceError, Unavailable, UserError
-from runtime.trt_device import Gpu
+from .bundle import Bundle
+from .errors import DeviceError, Unavailable, UserError
+from .trt_device import Gpu
 
 MOST_PACKED = 64                  # times that a compressed engine grows at most; weights do not shrink, text does
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}

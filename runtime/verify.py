@@ -18,18 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backend import Backend
-from runtime.backends import open_backend
-from runtime.bundle import Bundle, changed_files, open_bundle
-from runtime.cli import arg, run, table
-from runtime.errors import CheckFailed, Unavailable, UserError
-from runtime.golden import read_golden
-from runtime.machine import cpu_threads
-from runtime.text import Tokenizer
+from .backend import Backend
+from .backends import open_backend
+from .bundle import Bundle, changed_files, open_bundle
+from .cli import arg, run, table
+from .errors import CheckFailed, Unavailable, UserError
+from .golden import read_golden
+from .machine import cpu_threads
+from .text import Tokenizer
 
 EXAMPLES = """examples:
-  python -m runtime.verify build/smollm2-135m-int4
-  python -m runtime.verify build/smollm2-135m-int4 --exact
+  %(prog)s build/smollm2-135m-int4
+  %(prog)s build/smollm2-135m-int4 --exact
 """
 
 
@@ -82,11 +82,11 @@ def runners(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Ba
         return lambda threads: open_backend(bundle, name, threads)[0]
 
     def native_exact(threads: int) -> Backend:
-        from runtime.native.backend import NativeBackend
+        from .native.backend import NativeBackend
         return NativeBackend(bundle, threads=threads, exact=True)
 
     def portable(threads: int) -> Backend:
-        from runtime.ort_backend import OrtBackend
+        from .ort_backend import OrtBackend
         return OrtBackend(bundle, threads=threads, role="portable", exact=True)
 
     found = {name: provider(name) for name in ("tensorrt", "cuda", "native")}

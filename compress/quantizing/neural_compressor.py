@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from compress.foreign import FolderTensors, read_gptq
 from compress.quantizing.grid import Grid, fp16
 from models.network.quantized import QuantizedTensor, TensorFormat
-from runtime.errors import UserError
+from runtime.errors import UserError, pip_line
 
 
 def hqq(weight: Tensor, form: TensorFormat) -> QuantizedTensor:
@@ -92,7 +92,7 @@ def _load(method: str):
                 import auto_round                                        # noqa: F401
     except ImportError as error:
         raise UserError(f"--method {method} needs neural-compressor and auto-round ({error}): "
-                        f"pip install 'edgewright[quant]'") from None
+                        f"{pip_line('quant')}") from None
     for name in ("neural_compressor", "autoround"):                      # which set their own levels when imported
         logging.getLogger(name).setLevel(logging.ERROR)
     return quantization

@@ -22,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from runtime.bundle import Bundle
-from runtime.errors import DeviceError, Unavailable, UserError
-from runtime.machine import cpu_threads
-from runtime.native import library
-from runtime.sampling import Sampler
-from runtime.tensors import check_tensors
+from ..bundle import Bundle
+from ..errors import DeviceError, Unavailable, UserError
+from ..machine import cpu_threads
+from . import library
+from ..sampling import Sampler
+from ..tensors import check_tensors
 
 CACHE_DTYPES = ("float16", "float32", "int8")
 

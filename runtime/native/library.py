@@ -12,7 +12,7 @@ import warnings
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from runtime.errors import Unavailable, UserError
+from ..errors import Unavailable, UserError
 
 PASS = 128                        # EW_PASS: tokens of one ew_forward
 MAX_THREADS = 64

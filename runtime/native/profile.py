@@ -20,15 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bundle import Bundle, open_bundle
-from runtime.cli import Checked, arg, run, table
-from runtime.machine import available_cpus, cpu_name
-from runtime.native.backend import CACHE_DTYPES, NativeBackend
+from ..bundle import Bundle, open_bundle
+from ..cli import Checked, arg, run, table
+from ..machine import available_cpus, cpu_name
+from .backend import CACHE_DTYPES, NativeBackend
 
 EXAMPLES = """examples:
-  python -m runtime.native.profile build/smollm2-135m-int4
-  python -m runtime.native.profile build/smollm2-135m-int4 --threads 1 --context 4000
-  python -m runtime.native.profile build/smollm2-135m-int4 --beside 1"""
+  %(prog)s build/smollm2-135m-int4
+  %(prog)s build/smollm2-135m-int4 --threads 1 --context 4000
+  %(prog)s build/smollm2-135m-int4 --beside 1"""
 _PART_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "qkv": "qkv", "o": "output", "gate": "gate_up", "up": "gate_up",
             "gate_up": "gate_up", "down": "down"}
 
