@@ -7,7 +7,7 @@
 # make fuzz   damaged bundles, checkpoints, GGUFs, templates and data, used as a user would (MINUTES=30 SEED=1)
 # make fuzz-asan  the same for bundles in the native core, under AddressSanitizer and UBSan
 # make kill   every command that writes, killed at random moments and run again (KILLS=200 SEED=1)
-# make wheel  wheels with the native core, for x86-64 and (with the cross compiler) aarch64, in dist/
+# make wheel  the runtime alone, as the package `edgewright` with its native core, in dist/ (make_wheel.py)
 # Both create .venv when it is missing.
 
 PYTHON ?= python3
@@ -103,11 +103,8 @@ test-tsan:
 	$(CC) $(CFLAGS_NATIVE) -o build/check_pool tests/runtime/native/check_pool.c -lpthread
 	build/check_pool 400 40
 
-# The core needs nothing newer than glibc 2.34 (pthread_create).
 wheel: .venv/.installed
-	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist . -C--build-option=--plat-name=manylinux_2_34_x86_64
-	if command -v aarch64-linux-gnu-gcc >/dev/null; then rm -rf build/lib* build/temp*; CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" \
-		_PYTHON_HOST_PLATFORM=linux-aarch64 $(PY) setup.py -q bdist_wheel --plat-name manylinux_2_34_aarch64; fi
+	$(PY) make_wheel.py
 
 clean:
 	rm -rf build

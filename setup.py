@@ -1,4 +1,4 @@
-"""Builds the native core (runtime/native/*.c), if there is a C compiler: everything else is in pyproject.toml.
+"""Builds the native core (native/*.c of the runtime), if there is a C compiler: everything else is in pyproject.toml.
 
 The core is a shared library that Python opens with ctypes, so it is not bound to one version of Python, and a wheel is
 tagged py3-none-PLATFORM. Each isa_*.c names its own instruction set in a pragma; the flags below are for all.
@@ -10,7 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("runtime/native")
+PACKAGE = "edgewright" if Path("edgewright").is_dir() else "runtime"       # the copy that make_wheel.py makes, or the repository's
+NATIVE = Path(PACKAGE, "native")
 
 
 class AnyPython(bdist_wheel):
@@ -26,7 +27,7 @@ class PlainName(build_ext):
 setup(
     cmdclass={"bdist_wheel": AnyPython, "build_ext": PlainName},
     ext_modules=[Extension(
-        "runtime.native._core", sorted(str(path) for path in NATIVE.glob("*.c")),
-        depends=[str(path) for path in NATIVE.glob("*.h")], optional=True, libraries=["m", "pthread"],
+        f"{PACKAGE}.native._core", sorted(str(path) for path in NATIVE.glob("*.c")),
+        depends=["setup.py", *(str(path) for path in NATIVE.glob("*.h"))], optional=True, libraries=["m", "pthread"],
         extra_compile_args=["-std=gnu11", "-O2", "-g0", "-fno-math-errno", "-fvisibility=default"])],
 )
