@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from compress.options import BACKENDS, TEACHER_CACHE
+from compress.options import TEACHER_CACHE
 from models.formats import lineage
 from models.data.corpus import DataOptions
 from models.data.records import as_text, find_sources, read_records, source_digest
 from models.progress import progress
+from runtime.capabilities import BACKENDS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import clear_work, lock, work_folder

@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.held_out import split_text
-from compress.options import BACKENDS, TEACHER_CACHE
+from compress.options import TEACHER_CACHE
 from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, shipped
 from models.formats import lineage
 from models.data.corpus import DataOptions
 from models.data.records import find_sources, source_digest
 from models.training.options import TrainerOptions
+from runtime.capabilities import BACKENDS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json, restored, write

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from models.formats import lineage
 from runtime.bundle import open_bundle
+from runtime.capabilities import BACKENDS, lacks
 from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
 from runtime.machine import release_free_memory
 from runtime.sampling import check_defaults
 from runtime.text import Tokenizer
-from runtime.token_ids import pad_id, token_id
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULT_CONTEXT = 8192
@@ -54,9 +54,10 @@ from export import bundle as bundles
 from export.encoder import export_encoder, is_encoder
 from export.graph import OPSET, check
 from export.portable import portable_graph
-from export.weights import GRAPH_BITS, write_weights
-from models.formats.chat import special_tokens, stop_ids
+from export.weights import write_weights
+from models.formats.chat import special_ids, special_tokens
 from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.network.quantized import Quantization
 
 GRAPH = "portable.onnx"
 
@@ -74,10 +75,11 @@ def export(options: Options) -> None:
     if not (checkpoint.path / bundles.TOKENIZER).is_file():
         raise UserError(f"{checkpoint.path} has no {bundles.TOKENIZER}, which a bundle needs: save the tokenizer there "
                         f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
-    check_formats(checkpoint)
+    plan = (checkpoint.quantization or Quantization({})).to_dict()
+    check_formats(checkpoint, plan)
     Tokenizer(checkpoint.path / bundles.TOKENIZER)          # one that cannot be read is refused before the long work
     release_free_memory()
-    facts = model_facts(checkpoint, max_context)
+    facts = model_facts(checkpoint, plan, max_context)
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
@@ -87,8 +89,8 @@ def export(options: Options) -> None:
         manifest = bundles.manifest(options.out.resolve().name, facts, weights, weights.close(),
                                     [*lineage.read(checkpoint.path), stage])
         bundles.copy_companions(checkpoint, folder, manifest)
-        widths = sorted({form.bits for form in checkpoint.quantization.tensors.values()} if checkpoint.quantization else ())
-        if set(widths) <= set(GRAPH_BITS):
+        graphless = sorted({lack.what for lack in lacks("onnx", plan)})
+        if not graphless:
             graph = portable_graph(config, bundles.stored_tensors(manifest), DTYPES[options.dtype],
                                    bundles.int8_rows(manifest["model"]))
             (folder / GRAPH).write_bytes(graph.serialize(manifest["name"]))
@@ -99,44 +101,33 @@ def export(options: Options) -> None:
         bundles.write_manifest(folder, manifest)
         open_bundle(folder)                                 # what the runtime would refuse is not left behind
     print(summary(options.out, manifest))
-    if not manifest["graphs"]:
-        print(f"no graph: ONNX has no weights of {', '.join(str(b) for b in widths if b not in GRAPH_BITS)} bits; the "
-              "native core runs this bundle")
-    elif any(name.endswith(".zeros") for name in bundles.stored_tensors(manifest)):
-        print("note: asymmetric weights run on ONNX Runtime; TensorRT takes only symmetric ones")
+    if graphless:
+        print(f"no graph: ONNX has no weights of {', '.join(graphless)}; the native core runs this bundle")
+    elif unbuilt := sorted({lack.what for lack in lacks("tensorrt", plan)}):
+        print(f"note: {' and '.join(unbuilt)} run on ONNX Runtime, not on TensorRT")
 
 
-def check_formats(checkpoint: Checkpoint) -> None:
-    """Raises UserError for a mixture that no backend runs: widths that ONNX lacks beside what the native core lacks."""
-    plan = checkpoint.quantization
-    odd = [form.bits for form in plan.tensors.values() if form.bits not in GRAPH_BITS] if plan else []
-    lacks = {"8-bit floats": lambda module, form: form.kind == "e4m3",
-             "groups that 32 does not divide": lambda module, form: form.group % 32 and checkpoint.shape(f"{module}.scales")[1] > 1,
-             "stored scales of activations": lambda module, form: plan.activations.get("per") == "tensor"}
-    for what, found in lacks.items() if odd else ():
-        if any(found(module, form) for module, form in plan.tensors.items()):
-            raise UserError(f"{checkpoint.path}: no backend runs it: ONNX has no weights of {odd[0]} bits, and the native core, which "
-                            f"has, has no {what}; quantize the original again with 4 and 8 bits (--backend onnx), or without these")
+def check_formats(checkpoint: Checkpoint, plan: dict) -> None:
+    """Raises UserError for a mixture that no backend of a bundle runs."""
+    onnx, native = (next(lacks(backend, plan), None) for backend in ("onnx", "native"))
+    step = BACKENDS["native"].group_multiple
+    groups = any(form["group"] % step and checkpoint.shape(f"{name}.scales")[1] > 1 for name, form in plan["tensors"].items())
+    missing = native.what if native else f"groups that {step} does not divide" if groups else None
+    if onnx and missing:
+        raise UserError(f"{checkpoint.path}: no backend runs it: ONNX has no weights of {onnx.what}, and the native core, which "
+                        f"has, has no {missing}; quantize the original again with 4 and 8 bits (--backend onnx), or without these")
 
 
-def model_facts(checkpoint: Checkpoint, max_context: int) -> dict:
-    """The manifest's "model": the configuration, how activations are rounded, and what generation_config.json adds.
+def model_facts(checkpoint: Checkpoint, plan: dict, max_context: int) -> dict:
+    """The manifest's "model": the configuration, what of `plan` is no weight, and what generation_config.json adds.
 
     Raises UserError where that file holds what no engine would open.
     """
     config, file = checkpoint.config, checkpoint.path / "generation_config.json"
     generation = bundles.read_json(file)
     check_defaults(generation, str(file))
-
-    def special(name: str) -> int | None:
-        value = (pad_id if name == "pad_token_id" else token_id)(generation.get(name), config.vocab_size, f"{file}: {name}")
-        return value if getattr(config, name) is None else getattr(config, name)
-
-    return {"config": config.to_dict(), "activations": checkpoint.quantization.activations if checkpoint.quantization else {},
-            "kv_cache": checkpoint.quantization.kv_cache if checkpoint.quantization else None,
-            "max_context": max_context, "bos_token_id": special("bos_token_id"),
-            "eos_token_ids": list(stop_ids(config, checkpoint.path)), "pad_token_id": special("pad_token_id"),
-            "special_tokens": special_tokens(checkpoint.path), "generation": generation}
+    return {"config": config.to_dict(), "activations": plan["activations"], "kv_cache": plan["kv_cache"], "max_context": max_context,
+            **special_ids(config, checkpoint.path), "special_tokens": special_tokens(checkpoint.path), "generation": generation}
 
 
 def graph_entry(role: str, file: str, size: int, dtype: str, max_context: int, source: str) -> dict:

@@ -29,6 +29,7 @@ import numpy as np
 from models.formats import lineage
 from models.network.config import ModelConfig
 from runtime.bundle import open_bundle
+from runtime.capabilities import BACKENDS, FUSED_HEADS
 from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.tensors import check_tensors
@@ -70,10 +71,11 @@ def add_fast_graph(options: Options) -> None:
     portable = opened.graph("portable")
     if portable is None:
         raise UserError(f"{options.bundle} has no portable graph to lower: its weights have widths that ONNX lacks")
-    if portable["dtype"] == "bf16":
-        raise UserError(f"{options.bundle} computes in bf16, which ONNX Runtime's CPU does not; export with --dtype fp32 or fp16")
+    if portable["dtype"] not in (able := BACKENDS["onnx"].dtypes):
+        raise UserError(f"{options.bundle} computes in {portable['dtype']}, which ONNX Runtime's CPU does not; export with --dtype "
+                        + " or ".join(able))
     config = ModelConfig.from_dict(opened.model["config"])
-    step = 16 if config.positions == "rope" else 8
+    step = FUSED_HEADS[config.positions]
     if config.head_dim % step:
         raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
                         f"divides, and this model's is {config.head_dim}; the bundle runs its portable graph instead, as it is")

@@ -20,13 +20,11 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from export.trt_model import graphs, inferred, skeleton
+from runtime.capabilities import FIRST_SM
 
 NEWEST_OPSET, OLDEST_OPSET = 24, 9
 INT32 = np.iinfo(np.int32)
-# Dtypes that not every target computes with, and the first compute capability that does.
-FIRST_TARGET = {
-    "BFLOAT16": 80, "INT4": 80, "FLOAT8E4M3FN": 89, "FLOAT4E2M1": 120,
-}
+ONNX_NAMES = {"bf16": "BFLOAT16", "int4": "INT4", "fp8": "FLOAT8E4M3FN", "fp4": "FLOAT4E2M1"}     # of FIRST_SM's types
 REFUSED_DTYPES = ("UINT4", "UINT16", "UINT32", "UINT64", "INT16", "STRING", "COMPLEX64", "COMPLEX128",
                   "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0", "FLOAT6E2M3FN", "FLOAT6E3M2FN", "UINT2",
                   "INT2")
@@ -184,7 +182,7 @@ class _Linter:
             if dtype in REFUSED_DTYPES:
                 yield Finding(name, f"{dtype} tensors are not supported", DTYPE_MENDS.get(dtype, "export with another dtype"))
         seen = {dtype: name for name, dtype in sorted(self.types.items(), reverse=True)}
-        for dtype, first in FIRST_TARGET.items():
+        for dtype, first in ((ONNX_NAMES[name], sm) for name, sm in FIRST_SM.items()):
             lacking = [str(t) for t in self.targets if t < first]
             if dtype in seen and lacking:
                 yield Finding(seen[dtype], f"{dtype} needs compute capability {first} or later",
@@ -219,5 +217,4 @@ def _attribute(node, name, default):
 def dtypes_of(target: int) -> list[str]:
     """Names of the dtypes that can be computed with, or stored as weights, on a compute capability."""
     floats = [] if target == 75 else ["fp32"]
-    named = {"BFLOAT16": "bf16", "INT4": "int4", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
-    return [*floats, "fp16", "int8"] + [name for dtype, name in named.items() if target >= FIRST_TARGET[dtype]]
+    return [*floats, "fp16", "int8", *(name for name, first in FIRST_SM.items() if target >= first)]

@@ -31,9 +31,9 @@ from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.network.decoder import inverse_frequencies, rotations
 from models.progress import progress
 from models.network.quantized import QuantizedTensor, described, pack
+from runtime.capabilities import BACKENDS
 from runtime.errors import UserError
 
-GRAPH_BITS = (4, 8)               # widths that ONNX graphs hold
 _PIECE = 1 << 20                  # elements converted at a time
 _REOPEN = 32 << 20                # bytes written between two openings of the checkpoint
 
@@ -145,7 +145,7 @@ class _Writer:
         self.out.formats[name] = described(parts[0].format)
         rows, columns = sum(len(part.codes) for part in parts), parts[0].codes.shape[1]
         scales, zeros = [part.scales for part in parts], [part.zeros for part in parts]
-        if bits not in GRAPH_BITS:
+        if bits not in BACKENDS["onnx"].bits:
             self.out.add(f"{name}.codes", f"uint{bits}", (rows, columns), (pack(part.codes, bits).numpy() for part in parts))
             self.out.add(f"{name}.scales", "float16", (rows, scales[0].shape[1]), (part.numpy() for part in scales))
             if not parts[0].symmetric:

@@ -33,6 +33,7 @@ import weakref
 import numpy as np
 
 from .bundle import Bundle
+from .capabilities import BACKENDS, check_runs
 from .errors import DeviceError, Unavailable, UserError, pip_line
 from .machine import cpu_threads, has_vnni
 from .onnx_files import check_external_data
@@ -52,12 +53,14 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = 1, exact: bool = False,
                  role: str | None = None):
         threads = cpu_threads(threads)
-        check_tensors(bundle)
+        check_runs("onnx", check_tensors(bundle), bundle.folder)
         onnxruntime = _import_onnxruntime()
         if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
                             "install onnxruntime-gpu in place of onnxruntime")
         graph = _choose_graph(bundle, exact, role)
+        if provider == "cpu" and graph.get("dtype", "fp32") not in BACKENDS["onnx"].dtypes:
+            raise Unavailable(f"ONNX Runtime's CPU lacks most operators of {graph['dtype']}")
         check_external_data(bundle, graph["file"])
         self.name = f"onnxruntime-{provider}"
         self.graph = graph["file"]

@@ -1,6 +1,6 @@
 """The tensors that a bundle's weights file has to hold, and the check that it holds them.
 
-    check_tensors(bundle)            # every backend does it first
+    plan = check_tensors(bundle)     # every backend does it first
 
 A bundle's manifest says three times what its weights are: the model's configuration, the formats of its quantized matrices
 and the table of tensors with their places. From the first two follows the third, entry by entry: names, types, shapes, in
@@ -20,8 +20,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 VECTOR, PAGE, LARGE = 64, 4096, 1 << 20                    # bytes that a tensor is aligned to: any, and one over LARGE
 
 
-def check_tensors(bundle: Bundle) -> None:
-    """Raises UserError where the table of tensors is not the one that the configuration and the formats describe."""
+def check_tensors(bundle: Bundle) -> dict:
+    """What is quantized, and how (a plan: `capabilities.py`). Raises UserError where the table of tensors is not the one that the
+    configuration and the formats describe."""
     where, weights = bundle.folder / MANIFEST, bundle.manifest["weights"]
     table = {tensor["name"]: tensor for tensor in weights["tensors"]}
     try:
@@ -50,6 +51,7 @@ def check_tensors(bundle: Bundle) -> None:
         end += tensor["bytes"]
     if end != weights["bytes"]:
         raise UserError(f"{where}: the tensors end at {end}, but the weights file at {weights['bytes']}; export the bundle again")
+    return {"tensors": formats, "activations": bundle.model.get("activations") or {}, "kv_cache": cache}
 
 
 def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:

@@ -99,9 +99,6 @@ def runners(bundle: Bundle, exact: bool = False) -> dict[str, Callable[[int], Ba
 
 def open_runner(bundle: Bundle, runner: str, open_with: Callable[[int], Backend], threads: int) -> Backend | str:
     """The backend of a runner, or the reason why this machine cannot have it."""
-    graph = {"fast": "fast", "portable": "portable", "portable_fused": "portable"}.get(runner)
-    if graph and bundle.graph(graph)["dtype"] == "bf16":
-        return "ONNX Runtime's CPU lacks most operators of bf16"
     try:
         return open_with(threads)
     except Unavailable as error:

@@ -64,9 +64,9 @@ def refusal(backend: str, formats: set[TensorFormat]) -> str | None:
     """What a backend has to say when it refuses a bundle with these formats; None: it has to run it."""
     if backend.startswith("native"):
         if any(form.kind == "e4m3" for form in formats):
-            return "is float8_e4m3fn, which the native core does not have"
+            return "8-bit floats, which the native core does not run"
         return "groups of 16; the native core has multiples of 32" if any(form.group == 16 for form in formats) else None
-    return "graph for ONNX Runtime in this bundle" if any(form.bits not in (4, 8) for form in formats) else None
+    return "bits, which ONNX Runtime does not run" if any(form.bits not in (4, 8) for form in formats) else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ costs in KL comes from sensitivity.py, and allocate.py finds the best combinatio
 byte of a bundle's weights file: codes, scales, zero points, what is not quantized, RoPE's tables (for the context that
 export.onnx gives a bundle by default) and the gaps that align tensors.
 
-`check_backend` refuses what a backend cannot run (compress/options.py), before any work.
+`check_backend` refuses what a backend cannot run (runtime/capabilities.py), before any work.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 
 from compress.quantizing.allocate import Choice, allocate, size_bytes
-from compress.options import BACKENDS
 from compress.quantizing.sensitivity import Sensitivity
 from models.formats.checkpoint import Checkpoint
 from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, TensorFormat
+from runtime.capabilities import BACKENDS, lacks
 from runtime.cli import parse_size
 from runtime.errors import UserError
 from runtime.tensors import LARGE, PAGE, VECTOR
@@ -36,28 +36,12 @@ def candidates(backend: str) -> list[TensorFormat]:
 
 def check_backend(plan: Quantization, backend: str) -> None:
     """Raises UserError for the first thing in a plan that the backend cannot run."""
-    able = BACKENDS[backend]
-    for module, form in plan.tensors.items():
-        if form.bits not in able.bits:
-            raise UserError(f"{module} would have {form.bits} bits, and {backend} bundles run {_words(able.bits)} "
-                            f"bits: choose one of these, or --backend native")
-        if not form.symmetric and not able.zeros:
-            raise UserError(f"{module} would have zero points, and {backend} runs none: leave out --no-symmetric")
-        if form.kind == "e4m3" and not able.float8:
-            raise UserError(f"{module} would have 8-bit floats, which {backend} does not run: {_others('float8', True)}")
-    per = plan.activations.get("per")
-    if per and per not in able.activations:
-        raise UserError(f"int8 activations with a scale for each {per} do not run in {backend}: "
-                        f"{_others('activations', per)}")
-    if plan.kv_cache and not able.kv_cache:
-        raise UserError(f"an int8 KV cache with stored scales does not run in {backend}: {_others('kv_cache', True)}")
-
-
-def _others(what: str, wanted) -> str:
-    """Which --backend has something."""
-    found = [name for name, able in BACKENDS.items()
-             if getattr(able, what) == wanted or isinstance(getattr(able, what), tuple) and wanted in getattr(able, what)]
-    return "choose --backend " + " or ".join(found)
+    for lack in lacks(backend, plan.to_dict()):
+        others = [name for name in BACKENDS if not any(lacks(name, plan.to_dict()))]
+        mends = {"bits": f"choose {' or '.join(map(str, BACKENDS[backend].bits))} bits", "zeros": "leave out --no-symmetric"}
+        ways = [mends[lack.field]] if lack.field in mends else []
+        ways += [f"choose --backend {' or '.join(others)}"] if others else []
+        raise UserError(f"{lack.where}: {lack.what} do not run in {backend}: {', or '.join(ways) or 'no backend runs all of it'}")
 
 
 def budget(checkpoint: Checkpoint, target_size: str | None, target_bpw: float | None) -> int:
@@ -111,7 +95,3 @@ def bundle_extras(checkpoint: Checkpoint) -> int:
     shapes = tensor_shapes(config)
     large = sum(2 * math.prod(shapes[f"{module}.weight"]) >= LARGE for module in checkpoint.modules())
     return tables + VECTOR * (16 * len(config.layers) + 4) + PAGE * large
-
-
-def _words(bits: tuple[int, ...]) -> str:
-    return ", ".join(map(str, bits[:-1])) + f" and {bits[-1]}"

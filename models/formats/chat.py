@@ -60,15 +60,19 @@ def _tokenizer_class(folder: Path, config: dict) -> str | None:
     return name
 
 
-def stop_ids(config: ModelConfig, folder: Path) -> tuple[int, ...]:
-    """Ids of the tokens that end a reply. Raises UserError where generation_config.json gives something else for them, or
-    for its bos and pad."""
+def special_ids(config: ModelConfig, folder: Path) -> dict:
+    """bos_token_id and pad_token_id, config.json's first, and eos_token_ids, the tokens that end a reply,
+    generation_config.json's first: as a manifest has them. Raises UserError where that file gives something else for one."""
     file = folder / "generation_config.json"
     told = _optional(file)
-    for name, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):
-        check(told.get(name), config.vocab_size, f"{file}: {name}")
-    found = token_ids(told.get("eos_token_id"), config.vocab_size, f"{file}: eos_token_id")
-    return config.eos_token_ids if told.get("eos_token_id") is None else found
+
+    def said(name: str, check):
+        return check(told.get(name), config.vocab_size, f"{file}: {name}")
+
+    bos, pad, ends = said("bos_token_id", token_id), said("pad_token_id", pad_id), said("eos_token_id", token_ids)
+    return {"bos_token_id": bos if config.bos_token_id is None else config.bos_token_id,
+            "eos_token_ids": list(config.eos_token_ids if told.get("eos_token_id") is None else ends),
+            "pad_token_id": pad if config.pad_token_id is None else config.pad_token_id}
 
 
 def named_templates(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.formats.chat import chat_encoder, special_tokens, stop_ids
+from models.formats.chat import chat_encoder, special_ids, special_tokens
 from models.formats.checkpoint import load_decoder, open_checkpoint
 from models.progress import progress as shown
 from models.formats.teacher_cache import shared_vocabulary
@@ -166,7 +166,7 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         torch.set_num_threads(threads)
         backend = TorchBackend(load_decoder(folder))
         tokenizer = Tokenizer(folder / "tokenizer.json")
-        context, eos, named = config.context_length, stop_ids(config, folder), special_tokens(folder)
+        context, eos, named = config.context_length, special_ids(config, folder)["eos_token_ids"], special_tokens(folder)
         chat = partial(chat_encoder, folder, tokenizer)
         vocab_size = config.vocab_size
     return LanguageModel(folder, backend, tokenizer, context, frozenset(eos), vocab_size, named, chat)

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ..bundle import Bundle
+from ..capabilities import check_runs
 from ..errors import DeviceError, Unavailable, UserError
 from ..machine import cpu_threads
 from . import library
@@ -50,7 +51,7 @@ class NativeBackend:
     def __init__(self, bundle: Bundle, *, threads: int | None = None, exact: bool = False, isa: str | None = None,
                  cache_dtype: str | None = None, repack_cache: bool = False, meanwhile: Callable[[], object] | None = None):
         check_cache_dtype(cache_dtype)
-        check_tensors(bundle)
+        check_runs("native", check_tensors(bundle), bundle.folder)
         self.threads = min(cpu_threads(threads), library.MAX_THREADS)
         self._core = library.load()
         quantized_cache = any(t["name"].endswith(".k_scale") for t in bundle.manifest["weights"]["tensors"])
@@ -273,14 +274,7 @@ def _tiles_key(bundle: Bundle) -> str:
 
 
 def _tensors(bundle: Bundle) -> ctypes.Array:
-    """The manifest's table of tensors as the core takes it. Raises Unavailable where the core would compute something else
-    than the bundle was proven with."""
-    for t in bundle.manifest["weights"]["tensors"]:
-        if t["name"].endswith(".input_scale"):
-            raise Unavailable(f"{bundle.folder}: its linears round their inputs by stored scales (--activation-scales static), "
-                            "and the native core by its own: the replies would not be those the bundle was proven with")
-        if t["dtype"] not in library.DTYPES:
-            raise Unavailable(f"{bundle.folder}: {t['name']} is {t['dtype']}, which the native core does not have")
+    """The manifest's table of tensors as the core takes it."""
     rows = [t for t in bundle.manifest["weights"]["tensors"] if 1 <= len(t["shape"]) <= 2]
     table = (library.Tensor * len(rows))()
     for entry, t in zip(table, rows):

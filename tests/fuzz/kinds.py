@@ -257,14 +257,14 @@ def run_golden(folder: Path) -> dict:
 def run_checkpoint(folder: Path) -> dict:
     import torch
     from models.formats import lineage
-    from models.formats.chat import chat_encoder, stop_ids
+    from models.formats.chat import chat_encoder, special_ids
     from models.formats.checkpoint import load_decoder, open_checkpoint
     from runtime.text import Tokenizer
     decoder = load_decoder(folder)
     with torch.no_grad():
         logits = decoder(torch.tensor(IDS[:1]))[0]
     lineage.read(folder)
-    stop_ids(open_checkpoint(folder).config, folder)
+    special_ids(open_checkpoint(folder).config, folder)
     chat = chat_encoder(folder, Tokenizer(folder / "tokenizer.json"))
     return {"logits": logits.tolist(), "chat": chat and chat.template.render(CHAT)}
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer as HfTokenizer, decoders, models, n
 
 from export.onnx import Options, export
 from models.formats import chat as chat_module
-from models.formats.chat import chat_encoder, special_tokens, stop_ids, template_source
+from models.formats.chat import chat_encoder, special_ids, special_tokens, template_source
 from models.network.config import ModelConfig
 from models.judging.language_model import open_model
 from runtime.engine import Engine
@@ -147,11 +147,11 @@ def test_the_ids_that_end_a_reply(tmp_path, config, generation, ends):
     hf = transformers.LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1).to_dict()
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert list(stop_ids(ModelConfig.from_hf(hf | {"eos_token_id": config}), tmp_path)) == ends
+    assert special_ids(ModelConfig.from_hf(hf | {"eos_token_id": config}), tmp_path)["eos_token_ids"] == ends
     for name, wrong in (("eos_token_id", ["</s>"]), ("bos_token_id", 300), ("pad_token_id", "<pad>")):
         (tmp_path / "generation_config.json").write_text(json.dumps({name: wrong}))
         with pytest.raises(UserError, match=f"{name} is"):
-            stop_ids(ModelConfig.from_hf(hf), tmp_path)
+            special_ids(ModelConfig.from_hf(hf), tmp_path)
 
 
 TEMPLATES = {"chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",

@@ -124,8 +124,8 @@ def test_a_cache_quantized_with_stored_scales_is_int8_in_the_core_and_loses_less
 
 
 @pytest.mark.parametrize("options, words", [
-    (("--activations", "8", "--activation-scales", "static"), "round their inputs by stored scales"),
-    (("--kind", "e4m3"), "is float8_e4m3fn, which the native core does not have")])
+    (("--activations", "8", "--activation-scales", "static"), "int8 activations with stored scales, which the native core does not run, but by"),
+    (("--kind", "e4m3"), "8-bit floats, which the native core does not run")])
 def test_what_the_core_would_compute_otherwise_goes_to_onnx_runtime(quantized, caplog, options, words):
     checkpoint, bundle = quantized(*options)
     with pytest.raises(UserError, match=words):
