@@ -43,6 +43,8 @@ from .errors import CheckFailed, UserError, pip_line
 SIZE_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 EXTRAS = {"models": "train", "compress": "quant", "export": "export", __package__: "cpu", "lm_eval": "eval", "sacrebleu": "eval",
           "rouge_score": "eval", "nltk": "eval", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu"}
+# What transformers and peft load wherever it is installed and none of a package's commands uses: seconds, and lines of its own.
+_KEPT_OUT = {"models": ("torchao", "neural_compressor"), "compress": ("torchao",), "export": ("torchao",)}
 
 
 def arg(default=dataclasses.MISSING, *, help: str, positional: bool = False, choices=None, short: str | None = None,
@@ -194,6 +196,9 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
     """
     try:
         options = parse(options_class, argv, epilog=epilog)
+        if options_class.__module__ == "__main__":          # the process is this command's alone
+            for name in _KEPT_OUT.get(module_name(options_class).split(".")[0], ()):
+                sys.modules.setdefault(name, None)          # which an import takes for a package that is not there
         if isinstance(stage, str):
             stage = getattr(importlib.import_module(module_name(options_class)), stage)
         return stage(options) or 0
