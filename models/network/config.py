@@ -31,7 +31,7 @@ _ARITHMETIC = re.compile("""soft_?cap|multiplier|scal(e|ing)|clip|alibi|parallel
     |norm_strategy|normali[sz]e|(pre|post)_norm|rope|rotary|nope|expert|moe|window|chunk|sink|logn|ntk|temperature_tuning|mup
     |hidden_act|activation|layer_types?$|causal|bidirectional|residual|attention_type|pre_attn_scalar|embedding_type
     |dim_model_base|sparsity|^scale$|cross_attention""", re.VERBOSE)
-_HARMLESS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max_window_layers|^use_sliding_window$")
+INERT_KEYS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max_window_layers|^use_sliding_window$")
 _ROPE_READ = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "layer_types"}
 _READ = {"llama": _ROPE_READ, "mistral": _ROPE_READ | {"sliding_window"},
          "qwen2": _ROPE_READ | {"sliding_window"}, "qwen3": _ROPE_READ | {"sliding_window"},
@@ -111,7 +111,7 @@ class ModelConfig:
             raise UserError(f"model_type {family!r} is not supported: supported are {', '.join(FAMILIES)} "
                             f"(SmolLM2 is llama)")
         for key, value in hf.items():
-            if _ARITHMETIC.search(key) and key not in _READ[family] and not _HARMLESS.search(key) and not _off(key, value):
+            if _ARITHMETIC.search(key) and key not in _READ[family] and not INERT_KEYS.search(key) and not _off(key, value):
                 raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
                                 f"would be ignored; remove it only if the model was trained without it")
         shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)

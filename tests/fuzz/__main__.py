@@ -1,7 +1,7 @@
 """Fuzz what this project opens: `python -m tests.fuzz --minutes 30 --seed 1`.
 
 Small bundles, checkpoints, GGUF files, tokenizers, templates and data files are damaged by seed (mutate.py; the hashes
-that would give it away are mended) and used as a user would (kinds.py), each in a process of its own with 10 s of CPU and
+that would give it away are mended) and used as a user would (trials.py), each in a process of its own with 10 s of CPU and
 1 GB. What came of it is counted:
 
     refused     a UserError: what should come of damage
@@ -41,7 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "compress")
 
 from runtime.cli import arg, run, table          # noqa: E402
 from runtime.errors import CheckFailed, UserError          # noqa: E402
-from tests.fuzz.kinds import KINDS, SANITIZED          # noqa: E402
+from tests.fuzz.kinds import KINDS          # noqa: E402
+from tests.fuzz.trials import SANITIZED          # noqa: E402
 
 CPU_S, WALL_S, ORACLE_S, MEMORY_MB = 10, 60, 60, 1024
 FINDINGS = ("wrong", "traceback", "hang", "signal", "memory")
