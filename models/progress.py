@@ -17,7 +17,7 @@ def progress(items=None, *, label: str, unit: str, total: int | None = None, qui
     bar = tqdm(items, desc=label, unit=unit, total=total, disable=quiet or not terminal, file=sys.stderr, mininterval=1.0, **how)
     if quiet or terminal:
         return bar
-    line = label if total is None or how.get("unit_scale") else f"{label}: {total} {unit}{'s' if total != 1 else ''}"
+    line = label if total is None or how.get("unit_scale") else f"{label}: {total} {unit}{('es' if unit.endswith('ch') else 's') * (total != 1)}"
     if items is None:
         print(line, file=sys.stderr, flush=True)
         return bar

@@ -31,6 +31,7 @@ import errno
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 import types
@@ -199,6 +200,8 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
         if options_class.__module__ == "__main__":          # the process is this command's alone
             for name in _KEPT_OUT.get(module_name(options_class).split(".")[0], ()):
                 sys.modules.setdefault(name, None)          # which an import takes for a package that is not there
+            if not sys.stderr.isatty():
+                os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of others; models.progress says a line a stage
         if isinstance(stage, str):
             stage = getattr(importlib.import_module(module_name(options_class)), stage)
         return stage(options) or 0

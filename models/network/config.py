@@ -15,31 +15,69 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from runtime.errors import UserError
 from runtime.token_ids import pad_id, token_id, token_ids
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                  "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-                "gelu_pytorch_tanh": "gelu_tanh"}
-# Names of keys that change arithmetic, in any family of transformers. A family's own are in `_READ`; of what is left only
-# values that switch something off are taken.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# Names of keys that change arithmetic, in any family of transformers. Those a family reads are in its table; of what is left
+# only values that switch something off are taken.
 _ARITHMETIC = re.compile("""soft_?cap|multiplier|scal(e|ing)|clip|alibi|parallel_(attn|residual)|qk_?(layer_?)?norm|norm_type
     |norm_strategy|normali[sz]e|(pre|post)_norm|rope|rotary|nope|expert|moe|window|chunk|sink|logn|ntk|temperature_tuning|mup
     |hidden_act|activation|layer_types?$|causal|bidirectional|residual|attention_type|pre_attn_scalar|embedding_type
     |dim_model_base|sparsity|^scale$|cross_attention""", re.VERBOSE)
+# Keys that nobody computes with when a model runs, whatever their names say.
 INERT_KEYS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max_window_layers|^use_sliding_window$")
-_ROPE_READ = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "hidden_act", "layer_types"}
-_READ = {"llama": _ROPE_READ, "mistral": _ROPE_READ | {"sliding_window"},
-         "qwen2": _ROPE_READ | {"sliding_window"}, "qwen3": _ROPE_READ | {"sliding_window"},
-         "gpt2": {"activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"}}
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}      # transformers' number where config.json is silent
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"}
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LARGEST = 2**31 - 1        # no published size comes near; a corrupt number is refused before anything is allocated
 _MOST_LAYERS = 1000
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's config.json says a model's shape, and what is alike in all its models.
+
+    keys: what they say in our words -> (its key, type, what a missing key means to transformers; none: it must be there).
+    """
+
+    architecture: str
+    keys: dict[str, tuple]
+    fixed: dict = field(default_factory=dict)           # fields of ModelConfig that no key changes
+    biases: tuple[str, ...] = ()                        # keys that switch biases on; the attention's is the output's too
+    kv_heads: int | None = None                         # where that key is missing; None: as many as heads
+    head_dim: int | None = None                         # where that key is missing; None: hidden size / heads
+    window: str = ""                                    # a sliding window "always", or where use_sliding_window says so
+    tied: bool = False                                  # where tie_word_embeddings is missing
+    only: dict[str, bool] = field(default_factory=dict)             # keys with one value that is supported
+    aliases: dict[str, str] = field(default_factory=dict)           # another name of a key -> the key
+
+    @property
+    def read(self) -> set[str]:
+        """Its keys that change arithmetic."""
+        rope = set() if self.fixed.get("positions") == "learned" else _ROPE_KEYS
+        return rope | {self.keys["activation"][0], *self.only} | ({"sliding_window"} if self.window else set())
+
+
+_LLAMA = {"hidden_size": ("hidden_size", int), "mlp_size": ("intermediate_size", int), "layers": ("num_hidden_layers", int),
+          "heads": ("num_attention_heads", int), "kv_heads": ("num_key_value_heads", int, None), "head_dim": ("head_dim", int, None),
+          "activation": ("hidden_act", str, "silu"), "context_length": ("max_position_embeddings", int),
+          "norm_eps": ("rms_norm_eps", float, 1e-6)}
+_GPT2 = {"hidden_size": ("n_embd", int, 768), "layers": ("n_layer", int, 12), "heads": ("n_head", int, 12),
+         "mlp_size": ("n_inner", int, None), "head_dim": ("head_dim", int, None), "context_length": ("n_positions", int, 1024),
+         "norm_eps": ("layer_norm_epsilon", float, 1e-5), "activation": ("activation_function", str, "gelu_new")}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _LLAMA, biases=("attention_bias", "mlp_bias")),
+    "mistral": Family("MistralForCausalLM", _LLAMA, kv_heads=8, window="always"),
+    "qwen2": Family("Qwen2ForCausalLM", _LLAMA, {"attention_bias": True}, kv_heads=32, window="asked"),
+    "qwen3": Family("Qwen3ForCausalLM", _LLAMA, {"qk_norm": True}, ("attention_bias",), kv_heads=32, head_dim=128, window="asked"),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2,
+                   {"norm": "layer", "positions": "learned", "gated_mlp": False, "attention_bias": True, "output_bias": True,
+                    "mlp_bias": True}, tied=True,
+                   only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+                   aliases={"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+                            "max_position_embeddings": "n_positions"})}
 
 
 @dataclass(frozen=True)
@@ -106,17 +144,44 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> ModelConfig:
         """Read the contents of a config.json. Raises UserError naming the key and value that cannot be used."""
-        family = hf.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"model_type {family!r} is not supported: supported are {', '.join(FAMILIES)} "
-                            f"(SmolLM2 is llama)")
+        name = hf.get("model_type")
+        if name not in list(FAMILIES):                   # it may be anything, a list too
+            raise UserError(f"model_type {name!r} is not supported: supported are {', '.join(FAMILIES)} (SmolLM2 is llama)")
+        family, hf = FAMILIES[name], dict(hf)
         for key, value in hf.items():
-            if _ARITHMETIC.search(key) and key not in _READ[family] and not INERT_KEYS.search(key) and not _off(key, value):
-                raise UserError(f"{key} {value!r} is not supported for {family}: it changes what the model computes, and "
+            if _ARITHMETIC.search(key) and key not in family.read and not INERT_KEYS.search(key) and not _off(key, value):
+                raise UserError(f"{key} {value!r} is not supported for {name}: it changes what the model computes, and "
                                 f"would be ignored; remove it only if the model was trained without it")
-        shape = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf, family)
+        for key, only in family.only.items():
+            if _take(hf, key, bool, only) != only:
+                raise UserError(f"{key} {hf[key]} is not supported: only {only} is")
+        for alias, key in family.aliases.items():
+            if alias in hf and hf.setdefault(key, hf[alias]) != hf[alias]:
+                raise UserError(f"{key} is {hf[key]} and {alias}, which means the same, {hf[alias]}")
+        told = {what: _take(hf, *entry) for what, entry in family.keys.items()}
+        hidden, heads, activation = (told[what] for what in ("hidden_size", "heads", "activation"))
+        if heads < 1:
+            raise UserError(f"{family.keys['heads'][0]} is {heads}, which should be at least 1")
+        if name == "gpt2" and hidden % heads:
+            raise UserError(f"n_embd is {hidden}, which its n_head {heads} does not divide")
+        if activation not in _ACTIVATIONS:
+            raise UserError(f"{family.keys['activation'][0]} {activation!r} is not supported: supported are "
+                            f"{', '.join(_ACTIVATIONS)}")
+        silent = heads if "num_key_value_heads" in hf else family.kv_heads or heads
+        every = LayerConfig(heads, _given(told.get("kv_heads"), silent), _given(told["mlp_size"], 4 * hidden))
+        shape = {"hidden_size": hidden, "layers": _layers(hf, told["layers"], every),
+                 "head_dim": _given(told["head_dim"], family.head_dim or hidden // heads),
+                 "context_length": told["context_length"], "norm_eps": told["norm_eps"], "activation": _ACTIVATIONS[activation],
+                 "tied_embeddings": _take(hf, "tie_word_embeddings", bool, family.tied)} | family.fixed
+        for key in family.biases:
+            shape[key] = _take(hf, key, bool, False)
+        if "attention_bias" in family.biases:
+            shape["output_bias"] = shape["attention_bias"]
+        if name != "gpt2":
+            shape["rope_theta"], shape["rope_scaling"] = _rope(hf)
+            shape["sliding_window"] = _sliding_window(hf, family, told["layers"])
         vocab = _take(hf, "vocab_size", int)
-        return cls(family=family, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"),
+        return cls(family=name, vocab_size=vocab, bos_token_id=hf.get("bos_token_id"),
                    pad_token_id=pad_id(hf.get("pad_token_id"), vocab, "pad_token_id"),
                    eos_token_ids=token_ids(hf.get("eos_token_id"), vocab, "eos_token_id"), **shape)
 
@@ -125,13 +190,31 @@ class ModelConfig:
 
         Raises ValueError for a combination that the family's keys do not express, such as gpt2 with RoPE.
         """
-        if not self.layers or self.family not in FAMILIES:
-            raise ValueError(f"{self.family!r} is none of {FAMILIES}")
-        hf = _to_gpt2(self) if self.family == "gpt2" else _to_llama(self)
+        if not self.layers or self.family not in list(FAMILIES):
+            raise ValueError(f"{self.family!r} is none of {', '.join(FAMILIES)}")
+        family, gpt2 = FAMILIES[self.family], self.family == "gpt2"
+        said = {name: max(getattr(layer, name) for layer in self.layers) for name in ("heads", "kv_heads", "mlp_size")}
+        said |= {"hidden_size": self.hidden_size, "layers": len(self.layers), "context_length": self.context_length,
+                 "norm_eps": self.norm_eps,
+                 "activation": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == self.activation)}
+        if not gpt2:
+            said["head_dim"] = self.head_dim
+        elif not self.publishable:
+            said["heads"] = 1                                # edgewright_layers says the rest
+        hf = {"architectures": [family.architecture], "model_type": self.family, "vocab_size": self.vocab_size}
+        hf |= {key: said[what] for what, (key, *_) in family.keys.items() if what in said}
+        if not gpt2:
+            # both spellings: transformers 5 reads rope_parameters, 4 the other two (and would fall back to theta 10000)
+            hf |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling and dict(self.rope_scaling),
+                   "rope_parameters": {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}}
+        hf |= {key: getattr(self, key) for key in family.biases}
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        window = {"use_sliding_window": self.sliding_window is not None, "sliding_window": self.sliding_window,
+                  "max_window_layers": 0, "layer_types": [kind] * len(self.layers)}
+        hf |= {"asked": window, "always": {"sliding_window": self.sliding_window}}.get(family.window, {})
         eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None
-        hf = {"architectures": [_ARCHITECTURES[self.family]], "model_type": self.family, "vocab_size": self.vocab_size,
-              **hf, "tie_word_embeddings": self.tied_embeddings, "bos_token_id": self.bos_token_id,
-              "eos_token_id": eos, "pad_token_id": self.pad_token_id}
+        hf |= {"tie_word_embeddings": self.tied_embeddings, "bos_token_id": self.bos_token_id, "eos_token_id": eos,
+               "pad_token_id": self.pad_token_id}
         if not self.publishable:
             hf["edgewright_layers"] = [[layer.heads, layer.kv_heads, layer.mlp_size] for layer in self.layers]
             hf["head_dim"] = self.head_dim
@@ -188,6 +271,10 @@ def _take(hf: dict, key: str, kind: type, default=_REQUIRED):
     return value
 
 
+def _given(value, default):
+    return default if value is None else value
+
+
 def _layers(hf: dict, count: int, every: LayerConfig) -> tuple[LayerConfig, ...]:
     """One LayerConfig a layer: `edgewright_layers` where the model has it, else all alike."""
     if not 1 <= count <= _MOST_LAYERS:
@@ -203,41 +290,14 @@ def _layers(hf: dict, count: int, every: LayerConfig) -> tuple[LayerConfig, ...]
     return tuple(LayerConfig(*item) for item in listed)
 
 
-def _activation(hf: dict, key: str, default: str) -> str:
-    name = _take(hf, key, str, default)
-    if name not in _ACTIVATIONS:
-        raise UserError(f"{key} {name!r} is not supported: supported are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
-
-
-def _llama_fields(hf: dict, family: str) -> dict:
-    hidden, heads = _take(hf, "hidden_size", int), _take(hf, "num_attention_heads", int)
-    if heads < 1:
-        raise UserError(f"num_attention_heads is {heads}, which should be at least 1")
-    silent = heads if "num_key_value_heads" in hf else _KV_HEADS.get(family, heads)
-    every = LayerConfig(heads, _take(hf, "num_key_value_heads", int, silent), _take(hf, "intermediate_size", int))
-    count = _take(hf, "num_hidden_layers", int)
-    bias = _take(hf, "attention_bias", bool, False) if family in ("llama", "qwen3") else False
-    theta, scaling = _rope(hf)
-    return dict(hidden_size=hidden, layers=_layers(hf, count, every),
-                head_dim=_take(hf, "head_dim", int, 128 if family == "qwen3" else hidden // heads),
-                context_length=_take(hf, "max_position_embeddings", int),
-                norm="rms", norm_eps=_take(hf, "rms_norm_eps", float, 1e-6), positions="rope", rope_theta=theta,
-                rope_scaling=scaling, sliding_window=_sliding_window(hf, family, count),
-                activation=_activation(hf, "hidden_act", "silu"), gated_mlp=True,
-                attention_bias=bias or family == "qwen2", output_bias=bias,
-                mlp_bias=_take(hf, "mlp_bias", bool, False) if family == "llama" else False,
-                qk_norm=family == "qwen3", tied_embeddings=_take(hf, "tie_word_embeddings", bool, False))
-
-
 def _rope(hf: dict) -> tuple[float, dict | None]:
     """theta and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
     rope, outer = {}, _take(hf, "rope_theta", float, None)
     for key in ("rope_parameters", "rope_scaling"):
         part = dict(_take(hf, key, dict, None) or {})
         if part:
-            part["rope_type"] = part.pop("type", None) if part.get("rope_type") is None else part["rope_type"]
-            part.pop("type", None)
+            old = part.pop("type", None)
+            part["rope_type"] = old if part.get("rope_type") is None else part["rope_type"]
         for name, value in part.items():
             if rope.setdefault(name, value) != value:
                 raise UserError(f"rope_parameters and rope_scaling disagree in {name}: {rope[name]!r} and {value!r}")
@@ -265,78 +325,21 @@ def _rope(hf: dict) -> tuple[float, dict | None]:
     return theta, {"rope_type": "llama3"} | scaling
 
 
-def _sliding_window(hf: dict, family: str, count: int) -> int | None:
+def _sliding_window(hf: dict, family: Family, count: int) -> int | None:
     window, kinds = None, _take(hf, "layer_types", list, None)
-    told = None if family in ("llama", "gpt2") else _take(hf, "sliding_window", int, None)
-    if family == "mistral" or (family != "llama" and _take(hf, "use_sliding_window", bool, False)):
-        # null means none; a config without the key means the families' default
-        window = told if "sliding_window" in hf else 4096
+    told = _take(hf, "sliding_window", int, None) if family.window else None
+    if family.window == "always" or family.window and _take(hf, "use_sliding_window", bool, False):
+        window = told if "sliding_window" in hf else 4096       # null means none; a missing key the families' default
     if kinds is None:
-        first = 0 if family == "mistral" or window is None else min(_take(hf, "max_window_layers", int, 28), count)
-        kinds = ["full_attention"] * (count if window is None else first)
-        kinds += ["sliding_attention"] * (count - len(kinds))
+        first = count if window is None else 0
+        if first == 0 and family.window == "asked":
+            first = max(0, min(_take(hf, "max_window_layers", int, 28), count))
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (count - first)
     found = sorted(set(map(str, kinds)))
     if len(kinds) != count or len(found) != 1 or found[0] not in ("full_attention", "sliding_attention"):
         raise UserError(f"layer_types has {found} for {len(kinds)} of {count} layers: only one kind for all layers is "
                         f"supported, full_attention or sliding_attention")
-    if (found[0] == "sliding_attention" and window is None) or (found[0] == "full_attention" and window and family == "mistral"):
+    slides = found[0] == "sliding_attention"
+    if slides and window is None or not slides and window and family.window == "always":
         raise UserError(f"layer_types says {found[0]}, and the sliding window is {window}: one of them is wrong")
-    return window if found[0] == "sliding_attention" else None
-
-
-def _to_llama(config: ModelConfig) -> dict:
-    widest = LayerConfig(*(max(sizes) for sizes in zip(*(asdict(layer).values() for layer in config.layers))))
-    rope = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
-    hf = {"hidden_size": config.hidden_size, "intermediate_size": widest.mlp_size,
-          "num_hidden_layers": len(config.layers), "num_attention_heads": widest.heads,
-          "num_key_value_heads": widest.kv_heads, "head_dim": config.head_dim,
-          "hidden_act": _published_activation(config), "max_position_embeddings": config.context_length,
-          "rms_norm_eps": config.norm_eps,
-          # both spellings: transformers 5 reads rope_parameters, 4 the other two (and would fall back to theta 10000)
-          "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling and dict(config.rope_scaling),
-          "rope_parameters": rope}
-    if config.family in ("llama", "qwen3"):
-        hf["attention_bias"] = config.attention_bias
-    if config.family == "llama":
-        hf["mlp_bias"] = config.mlp_bias
-    if config.family == "mistral":
-        hf["sliding_window"] = config.sliding_window
-    if config.family in ("qwen2", "qwen3"):
-        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-        hf |= {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window,
-               "max_window_layers": 0, "layer_types": [kind] * len(config.layers)}
-    return hf
-
-
-def _published_activation(config: ModelConfig) -> str:
-    return {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation]
-
-
-def _gpt2_fields(hf: dict) -> dict:
-    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                       ("add_cross_attention", False)):
-        if _take(hf, key, bool, usual) != usual:
-            raise UserError(f"{key} {hf[key]} is not supported: only {usual} is")
-    hf = dict(hf)
-    for name, alias in (("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"),
-                        ("n_positions", "max_position_embeddings")):
-        if alias in hf and hf.setdefault(name, hf[alias]) != hf[alias]:
-            raise UserError(f"{name} is {hf[name]} and {alias}, which means the same, {hf[alias]}")
-    hidden, heads = _take(hf, "n_embd", int, 768), _take(hf, "n_head", int, 12)
-    if heads < 1 or hidden % heads:
-        raise UserError(f"n_embd is {hidden}, which its n_head {heads} does not divide")
-    every = LayerConfig(heads, heads, _take(hf, "n_inner", int, 4 * hidden))
-    return dict(hidden_size=hidden, layers=_layers(hf, _take(hf, "n_layer", int, 12), every),
-                head_dim=_take(hf, "head_dim", int, hidden // heads),
-                context_length=_take(hf, "n_positions", int, 1024), norm="layer",
-                norm_eps=_take(hf, "layer_norm_epsilon", float, 1e-5), positions="learned",
-                activation=_activation(hf, "activation_function", "gelu_new"), gated_mlp=False, attention_bias=True,
-                output_bias=True, mlp_bias=True, tied_embeddings=_take(hf, "tie_word_embeddings", bool, True))
-
-
-def _to_gpt2(config: ModelConfig) -> dict:
-    widest = max(layer.mlp_size for layer in config.layers)
-    heads = config.layers[0].heads if config.publishable else 1      # edgewright_layers says the rest
-    return {"n_embd": config.hidden_size, "n_layer": len(config.layers), "n_head": heads, "n_inner": widest,
-            "n_positions": config.context_length, "layer_norm_epsilon": config.norm_eps,
-            "activation_function": _published_activation(config)}
+    return window if slides else None
