@@ -1,0 +1,166 @@
+"""The whole road on one random model of every family, and the README's tables of what works, made from what happened.
+
+    python -m tests.families             # walk the roads and print the tables
+    python -m tests.families --write     # and put them into README.md, where tests/test_families.py holds them
+
+A step is done by the command that a user would type, in this process. What a command refuses (exit code 2) is "no" in the
+table; a number that is off, or any other failure, is an AssertionError that names the step.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress.quantize
+import export.onnx
+import export.ort
+import export.trt
+import export.verify
+import models.finetune
+import models.get
+from models.formats.checkpoint import load_decoder
+from runtime.bundle import open_bundle
+from runtime.errors import Unavailable, UserError
+from runtime.golden import read_golden
+from runtime.native.backend import NativeBackend
+from runtime.ort_backend import OrtBackend
+from runtime.trt_backend import TrtBackend
+
+sys.path.append(str(Path(__file__).parent))
+from tiny import FAMILIES, SENTENCES, tiny_model, tiny_tokenizer, write_tiny     # noqa: E402
+from tiny_gguf import write_gguf                                                  # noqa: E402
+
+README = Path(__file__).parents[1] / "README.md"
+MARKS = {"families": ("<!-- families: python -m tests.families --write -->", "<!-- end of families -->"),
+         "hardware": ("<!-- hardware: python -m tests.families -->", "<!-- end of hardware -->")}
+IDS = torch.arange(3, 103)[None]
+PLAIN = {"mistral": {"sliding_window": None}, "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}}
+# GGUF has no sliding window, and llama's scaling is a tensor there: tests/models/test_gguf_file.py has both
+
+
+def command(main: Callable, *argv) -> str:
+    """"yes" where a command did its work; where it refused, its sentence."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = main([str(word) for word in argv])
+    assert code in (0, 2), f"{main.__module__} {argv} ended with {code}: {output.getvalue()[-2000:]}"
+    return "yes" if code == 0 else output.getvalue().strip().splitlines()[-1]
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    out = model(IDS)
+    return getattr(out, "logits", out)
+
+
+def same(folder: Path, theirs) -> str:
+    difference = (logits(load_decoder(folder)) - logits(theirs)).abs().max().item()
+    assert difference < 1e-4, f"{folder}: logits are {difference} from those of transformers"
+    return "yes"
+
+
+def walk(family: str, work: Path) -> dict[str, str]:
+    """Step of the road -> "yes", or the sentence that refused it."""
+    checkpoint, coded, bundle = work / "checkpoint", work / "coded", work / "bundle"
+    write_tiny(checkpoint, family, 0)
+    done = {"same logits as transformers": same(checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint))}
+
+    model, pre = tiny_model(family, **PLAIN.get(family, {})), "qwen2" if family == "qwen2" else "smollm"
+    gguf = write_gguf(work / "model.gguf", model, tiny_tokenizer(pre), pre=pre)
+    done["from GGUF"] = command(models.get.main, gguf, "-o", work / "got")
+    if done["from GGUF"] == "yes":
+        same(work / "got", model)
+
+    chats, text, tuned = work / "chats.jsonl", work / "text.txt", work / "tuned"
+    chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "Say it."}, {
+        "role": "assistant", "content": sentence}]}) + "\n" for sentence in SENTENCES), "utf-8")
+    text.write_text("\n".join(SENTENCES) * 8, "utf-8")
+    done["LoRA"] = command(models.finetune.main, checkpoint, "-o", tuned, "--task", "chat", "--data", chats, "--steps", 1,
+                           "--batch", 2, "--context", 128, "--precision", "fp32", "--learning-rate", 0.01)
+    if done["LoRA"] == "yes":
+        assert not torch.equal(logits(load_decoder(tuned / "last")), logits(load_decoder(checkpoint)))
+
+    done["GPTQ"] = command(compress.quantize.main, checkpoint, "-o", coded, "--method", "gptq", "--data", text, "--windows", 4,
+                           "--length", 32)
+    done["portable graph"] = command(export.onnx.main, coded, "-o", bundle)
+    done["fast graph"] = command(export.ort.main, bundle)
+    proof = command(export.verify.main, coded, bundle, "--threads", 1)
+    ran = json.loads((bundle / "golden.json").read_text())["budgets"]         # each was run, and kept its budget
+    for step, runner in {"portable graph": "portable", "fast graph": "fast", "native core": "native"}.items():
+        if done.setdefault(step, "yes") == "yes" and runner not in ran:
+            done[step] = f"did not run: {proof}"
+    done["TensorRT builds"] = command(export.trt.main, bundle, "--sm", 89, "--capacity", 64, "--chunk", 32, "--one-profile")
+    return done
+
+
+def table(roads: dict[str, dict[str, str]]) -> str:
+    """Markdown: a row a family."""
+    steps = list(next(iter(roads.values())))
+    rows = [f"| {family} | " + " | ".join("yes" if road[step] == "yes" else "no" for step in steps) + " |" for family, road in roads.items()]
+    return "\n".join(["| family | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|", *rows])
+
+
+# What runs a bundle, and with which kernels of the native core. "yes": a bundle ran on it and kept its budget of KL.
+HARDWARE = {"native core, AMX": "avx512-amx", "native core, AVX-512 VNNI": "avx512-vnni", "native core, AVX-VNNI": "avx-vnni",
+            "native core, AVX2": "avx2", "native core, ARM i8mm": "neon-i8mm", "native core, ARM dotprod": "neon-dotprod",
+            "native core, any CPU": "plain"}
+
+
+def hardware(bundle: Path) -> dict[str, str]:
+    """Engine -> "yes" where it answers a verified bundle's first golden prompt as PyTorch does, or why it did not run here."""
+    opened = open_bundle(bundle)
+    golden = read_golden(opened)["prompts"][0]
+    ids = np.array([golden["prompt_ids"] + golden["tokens"][:-1]], np.int64)
+    wanted = np.arange(len(golden["prompt_ids"]) - 1, ids.shape[1])[None]
+    ways = {name: partial(NativeBackend, opened, threads=1, isa=isa) for name, isa in HARDWARE.items()}
+    ways |= {"ONNX Runtime, CPU": partial(OrtBackend, opened, threads=1), "ONNX Runtime, CUDA": partial(OrtBackend, opened, provider="cuda"),
+             "TensorRT engines": partial(TrtBackend, opened)}
+    found = {}
+    for name, way in ways.items():
+        try:
+            backend = way()
+        except (UserError, Unavailable) as error:
+            found[name] = str(error)
+            continue
+        with contextlib.closing(backend):
+            logits = backend.forward(ids, np.arange(ids.shape[1])[None], np.zeros(1, np.int64), wanted, backend.new_cache(1, ids.shape[1]))[0]
+        log_q = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+        log_p = np.array(golden["top_logits"]) - np.array(golden["logsumexp"])[:, None]
+        kl = (np.exp(log_p) * (log_p - np.take_along_axis(log_q, np.array(golden["top_ids"]), 1))).sum(1).mean()
+        assert abs(kl) < 0.02, f"{name}: a KL of {kl} over PyTorch's likeliest tokens"
+        found[name] = "yes"
+    return found
+
+
+def shown(block: str) -> str:
+    """A table as the README has it."""
+    begin, end = MARKS[block]
+    return README.read_text("utf-8").split(begin)[1].split(end)[0].strip()
+
+
+def write(block: str, made: str) -> None:
+    begin, end = MARKS[block]
+    before, rest = README.read_text("utf-8").split(begin)
+    README.write_text(f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}", "utf-8")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        made = table({family: walk(family, Path(work, family)) for family in FAMILIES})
+        machine = hardware(Path(work, "smollm2/bundle"))
+    print(made, *(f"{name}: {result}" for name, result in machine.items()), sep="\n")
+    if "--write" in sys.argv:
+        write("families", made)
+
+
+if __name__ == "__main__":
+    main()
