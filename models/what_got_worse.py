@@ -9,12 +9,11 @@
 - Habits: refusals and repetition over greedy replies to the prompts, and valid JSON where JSON was asked for
   (models/judging/behaviour.py).
 
-Prints tables; `--html` writes one self-contained page with plots.
+Prints tables; `--html` writes one self-contained page with plots (models/judging/page.py).
 """
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from models.judging import behaviour, tasks
 from models.progress import progress
-from runtime.cli import Checked, arg, run, table
+from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
 from runtime.files import write
 
@@ -61,6 +60,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 from models.judging import fidelity
 from models.evaluate import write_json
 from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.judging.page import page, report
 
 
 def compare(options: Options) -> int:
@@ -149,88 +149,3 @@ def answers(examples: list[tasks.Example], before: LanguageModel, after: Languag
             flips.append({"example": example.fields["sentence"], "right": example.answers[0], "before": old, "after": new})
     return {"examples": len(rest), "accuracy_before": right[0] / len(rest), "accuracy_after": right[1] / len(rest),
             "flipped": len(flips), "flips": flips}
-
-
-def _sections(result: dict, worst: int) -> list[tuple[str, list[dict]]]:
-    """(title, rows of a table) of everything that was measured."""
-    sections = []
-    if "domains" in result:
-        sections.append(("Domains", [{
-            "domain": d["domain"], "tokens": d["tokens"], "KL (nats)": f"{d['kl']:.4f}", "same top-1": f"{d['top1_agreement']:.1%}",
-            "perplexity before": f"{d['perplexity_before']:.2f}", "after": f"{d['perplexity_after']:.2f}",
-            "largest KL, after": f"{d['worst_kl']:.2f} {_short(d['worst_after'][-40:], 40)}"} for d in result["domains"]]))
-    if "prompts" in result:
-        sections.append((f"Prompts whose replies lost most, of {len(result['prompts'])} (mean ln p a token)", [{
-            "loss": f"{p['loss']:+.3f}", "before": f"{p['before']:.3f}", "after": f"{p['after']:.3f}",
-            "prompt": _short(p["prompt"], 70)} for p in result["prompts"][:worst]]))
-    if "habits" in result:
-        sections.append(("Habits", [{"habit": h["habit"], "prompts": h["prompts"], "before": f"{h['before']:.1%}",
-                                     "after": f"{h['after']:.1%}", "changed": h["changed"]} for h in result["habits"]]))
-    if "answers" in result:
-        a = result["answers"]
-        title = (f"Answers: {a['accuracy_before']:.1%} right before, {a['accuracy_after']:.1%} after, "
-                 f"{a['flipped']} of {a['examples']} flipped")
-        sections.append((title, [{"right": f["right"], "before": f["before"], "after": f["after"],
-                                  "example": _short(f["example"], 80)} for f in a["flips"]]))
-    return sections
-
-
-def _short(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[:length - 1] + "…"
-
-
-def report(result: dict, worst: int) -> str:
-    head = f"{result['before']} -> {result['after']}"
-    return "\n\n".join([head] + [table(rows, title=title) for title, rows in _sections(result, worst)])
-
-
-def page(result: dict, worst: int) -> str:
-    """One HTML page with nothing outside it: bars for domains, a slope for every prompt, and the tables."""
-    escape = html.escape
-    parts = []
-    if "domains" in result:
-        parts.append("<h2>KL divergence by domain</h2>" + _bars(
-            [(d["domain"], d["kl"], d["kl_interval"]) for d in result["domains"]]))
-    if result.get("prompts"):
-        parts.append("<h2>How much less likely each reply became</h2>" + _histogram([p["loss"] for p in result["prompts"]]))
-    for title, rows in _sections(result, worst):
-        head = "".join(f"<th>{escape(k)}</th>" for k in (rows[0] if rows else {}))
-        body = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
-        parts.append(f"<h2>{escape(title)}</h2>" + (f"<table><tr>{head}</tr>{body}</table>" if rows else "<p>None.</p>"))
-    title = f"{escape(result['before'])} → {escape(result['after'])}"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222; }}
-h1 {{ font-size: 1.4em; }} h2 {{ font-size: 1.1em; margin-top: 2em; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: left; }}
-svg text {{ font: 13px system-ui, sans-serif; }}
-</style><h1>What got worse: {title}</h1>{"".join(parts)}</html>
-"""
-
-
-def _bars(rows: list[tuple[str, float, list[float]]]) -> str:
-    """Horizontal bars with their intervals as whiskers."""
-    # An interval of one window is unknown (nan): the bar then stands alone.
-    ends = [interval if np.isfinite(interval).all() else (value, value) for _, value, interval in rows]
-    scale = 420 / max([high for _, high in ends] + [1e-9])
-    lines = []
-    for i, ((name, value, _), (low, high)) in enumerate(zip(rows, ends)):
-        y = 30 * i + 6
-        lines.append(f'<text x="0" y="{y + 14}">{html.escape(_short(name, 26))}</text>'
-                     f'<rect x="190" y="{y}" width="{value * scale:.1f}" height="18" fill="#3b7dd8"/>'
-                     f'<line x1="{190 + low * scale:.1f}" x2="{190 + high * scale:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#222"/>'
-                     f'<text x="{200 + high * scale:.1f}" y="{y + 14}">{value:.4f}</text>')
-    return f'<svg width="700" height="{30 * len(rows) + 6}" role="img">{"".join(lines)}</svg>'
-
-
-def _histogram(values: list[float]) -> str:
-    """Counts of prompts by loss; to the right of the line the reply became less likely."""
-    counts, edges = np.histogram(values, bins=min(24, max(4, len(values) // 2)))
-    low, span = edges[0], max(edges[-1] - edges[0], 1e-9)
-    x = lambda v: 20 + (v - low) / span * 640        # noqa: E731
-    height = 120 / max(counts.max(), 1)
-    bars = "".join(f'<rect x="{x(a):.1f}" y="{130 - c * height:.1f}" width="{max(x(b) - x(a) - 1, 1):.1f}" '
-                   f'height="{c * height:.1f}" fill="#3b7dd8"/>' for c, a, b in zip(counts, edges, edges[1:]))
-    zero = f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="130" stroke="#222"/>' if low <= 0 <= edges[-1] else ""
-    labels = f'<text x="20" y="148">{edges[0]:+.2f}</text><text x="620" y="148">{edges[-1]:+.2f} nats a token</text>'
-    return f'<svg width="720" height="155" role="img">{bars}{zero}{labels}</svg>'

@@ -45,7 +45,8 @@ def test_everything_is_measured_and_shown(files, tiny_checkpoint, capsys):
     assert result["answers"]["flipped"] == len(result["answers"]["flips"])
     page = (files / "out.html").read_text("utf-8")
     assert "two &lt;b&gt;.txt" in page and "<b>" not in page and "<i>" not in page          # text of files stays text
-    assert not re.search(r"(src|href)=|@import|url\(", page) and page.count("<svg") == 2     # nothing outside the page
+    assert not re.search(r"(src|href)=|@import|url\(", page)                                  # nothing outside the page
+    assert page.count('class="bar"') == 2 and page.count('class="columns"') == 1
     assert "Habits" in capsys.readouterr().out
 
 
