@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
 from runtime.backend import Backend
+from runtime.compare import TOP
 from runtime.decode import prefill, step
-from runtime.golden import VERSION
+from runtime.golden import VERSION, Golden
 from runtime.text import Tokenizer
 
-TOP = 20
 NEW_TOKENS = 32
 LONG = 500                        # tokens of the longest prompt
 
@@ -65,35 +65,26 @@ gained is""",
 }
 
 
-@dataclass(frozen=True)
-class Golden:
-    """One prompt, PyTorch's greedy continuation, and the logits [new tokens, vocab] that chose it."""
-
-    name: str
-    text: str
-    prompt: np.ndarray            # int64 [n]
-    tokens: np.ndarray            # int64 [new tokens]
-    logits: np.ndarray            # float32 [new tokens, vocab]
-
-    @property
-    def fed(self) -> np.ndarray:
-        """The tokens that a model is given, so that it answers with all of `logits`: int64 [n + new tokens - 1]."""
-        return np.concatenate([self.prompt, self.tokens[:-1]])
-
-
 def golden_outputs(backend: Backend, tokenizer: Tokenizer, max_context: int) -> list[Golden]:
     """Run the eight prompts, shortened where the context asks for it, through PyTorch's backend, all in one batch."""
     new_tokens = min(NEW_TOKENS, max(1, max_context // 2))
     longest = min(LONG, max_context + 1 - new_tokens)
     texts = [shorten(tokenizer, text, longest) for text in PROMPTS.values()]
     prompts = [tokenizer.encode(text, control_tokens=True) for text in texts]
-    cache = backend.new_cache(len(prompts), max(map(len, prompts)) + new_tokens)
-    steps = [prefill(backend, cache, prompts).copy()]                       # each float32 [prompts, vocab]
-    while len(steps) < new_tokens:
-        steps.append(step(backend, cache, steps[-1].argmax(axis=1)).copy())
-    logits = np.stack(steps, axis=1)
+    logits = batched(backend, prompts, new_tokens, lambda number, found: found.argmax(axis=1))
     return [Golden(name, text, prompt, rows.argmax(axis=1), rows)
             for name, text, prompt, rows in zip(PROMPTS, texts, prompts, logits)]
+
+
+def batched(backend: Backend, prompts: list[np.ndarray], count: int,
+            choose: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Logits [prompts, count, vocab] of `count` steps as the runtime's decode loop makes them: prompts padded together, then
+    a token a step for all rows, which `choose` gives by the number of the step and the logits [prompts, vocab] before it."""
+    cache = backend.new_cache(len(prompts), max(map(len, prompts)) + count)
+    steps = [prefill(backend, cache, prompts).copy()]
+    while len(steps) < count:
+        steps.append(step(backend, cache, choose(len(steps) - 1, steps[-1])).copy())
+    return np.stack(steps, axis=1)
 
 
 def shorten(tokenizer: Tokenizer, text: str, longest: int) -> str:
@@ -111,10 +102,10 @@ def to_json(outputs: list[Golden], source_checkpoint: str, budgets: dict[str, fl
 
 
 def _prompt(output: Golden) -> dict:
-    count = min(TOP, output.logits.shape[1])
-    top_ids = np.argsort(-output.logits, axis=1, kind="stable")[:, :count]
-    top = np.take_along_axis(output.logits, top_ids, axis=1).astype(np.float64)
-    logsumexp = np.logaddexp.reduce(output.logits.astype(np.float64), axis=1)
+    logits = output.reference
+    top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+    top = np.take_along_axis(logits, top_ids, axis=1).astype(np.float64)
+    logsumexp = np.logaddexp.reduce(logits.astype(np.float64), axis=1)
 
     def rounded(values: np.ndarray) -> list:
         return np.round(values, 6).tolist()        # finer than float32 at the size of logits

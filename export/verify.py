@@ -28,24 +28,26 @@ needs a GPU (`python -m runtime.verify`, on the device) and was "built, never ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from export.golden import TOP, Golden, golden_outputs, to_json
+from export.golden import batched, golden_outputs, to_json
 from models.formats import lineage
 from models.progress import progress
-from runtime.backend import Backend, Cache
+from runtime.backend import Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
-from runtime.decode import prefill, step
+from runtime.compare import Comparison, compare
+from runtime.decode import logits
 from runtime.errors import CheckFailed, UserError
 from runtime.files import sole_writer
-from runtime.machine import cpu_threads
+from runtime.golden import Golden
 from runtime.text import Tokenizer
-from runtime.verify import open_runner, runners
+from runtime.verify import opened, runners
 
 EXAMPLES = """example:
   python -m export.verify build/smollm2-135m-int4-checkpoint build/smollm2-135m-int4
@@ -83,15 +85,6 @@ SINGLY = 16                       # tokens at the end of a prompt that go one by
 SHORTEST_CONTEXT = 16
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How logits differ from PyTorch's at each golden token; every field is an array [tokens]."""
-
-    kl: np.ndarray
-    differs: np.ndarray           # the likeliest token is another
-    near_tie: np.ndarray          # it is, and PyTorch's first two were closer than the noise
-
-
 @sole_writer("bundle")
 def verify(options: Options) -> None:
     """Run the stage. Raises UserError for input that does not belong together, CheckFailed past a budget."""
@@ -105,16 +98,13 @@ def verify(options: Options) -> None:
                              EXACT_BUDGETS["float32"])
     reference.close()
     absent = {}
-    for runner, open_with in runners(bundle, exact=True).items():
-        if runner not in budgets:
-            continue
-        backend = open_runner(bundle, runner, open_with, cpu_threads(options.threads))
+    ways = {runner: how for runner, how in runners(bundle, exact=True).items() if runner in budgets}
+    for runner, backend in opened(bundle, ways, options.threads):
         if isinstance(backend, str):
             absent[runner] = backend
             continue
         more, failed = measure(runner, backend, golden, budgets[runner])
         rows, failures = rows + more, failures + failed
-        backend.close()
     print(table(rows, title=f"{bundle.name}: {len(golden)} prompts, {len(golden[0].tokens)} tokens each, against PyTorch"))
     print(table(ladder(bundle, budgets, rows, absent), title="\nRunners"))
     if len(absent) == len(budgets):
@@ -178,84 +168,34 @@ def measure(runner: str, backend: Backend, golden: list[Golden], budget: float) 
     """Every way through one backend: rows of the report, and sentences on budgets that were not kept."""
     rows, failures = [], []
     for name, way in progress(WAYS.items(), label=TITLES[runner], unit="way"):
-        comparisons = [compare(output.logits, logits) for output, logits in zip(golden, way(backend, golden))]
-        rows.append(row := report_row(TITLES[runner], name, golden, comparisons))
-        mean = float(np.concatenate([comparison.kl for comparison in comparisons]).mean())
-        if not mean <= budget:                    # a NaN fails too
-            failures.append(f"{row['graph']}, {name}: a mean KL of {mean:.2e} against a budget of {budget:g}")
+        found = [compare(output.reference, said) for output, said in zip(golden, way(backend, golden))]
+        whole = Comparison.joined(found)
+        first = next((f"{output.name}, token {one.first}" for output, one in zip(golden, found) if one.first is not None), "")
+        rows.append({"graph": TITLES[runner], "way": name, **whole.row(), "first to differ": first})
+        if not whole.keeps(budget):
+            failures.append(f"{TITLES[runner]}, {name}: a mean KL of {whole.kl.mean():.2e} against a budget of {budget:g}")
     return rows, failures
 
 
-def compare(reference: np.ndarray, logits: np.ndarray) -> Comparison:
-    """Compare float32 logits [tokens, vocab] with the reference's."""
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in
-                    (reference.astype(np.float64), logits.astype(np.float64)))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    top = np.argsort(-reference, axis=1)[:, :TOP]
-    before, after = np.take_along_axis(reference, top, axis=1), np.take_along_axis(logits, top, axis=1)
-    shift = (after - before).mean(axis=1, keepdims=True)
-    noise = 2 * np.abs(after - before - shift).max(axis=1)
-    differs = logits.argmax(axis=1) != top[:, 0]
-    return Comparison(kl, differs, differs & (before[:, 0] - before[:, 1] < noise))
-
-
-def report_row(graph: str, way: str, golden: list[Golden], comparisons: list[Comparison]) -> dict:
-    """One line of the table, over all prompts."""
-    kl, differs, near_tie = (np.concatenate([getattr(c, field) for c in comparisons])
-                             for field in ("kl", "differs", "near_tie"))
-    first = next((f"{output.name}, token {np.flatnonzero(c.differs)[0]}" for output, c in zip(golden, comparisons)
-                  if c.differs.any()), "")
-    return {"graph": graph, "way": way, "mean KL": f"{kl.mean():.1e}", "max KL": f"{kl.max():.1e}",
-            "same top-1": f"{1 - differs.mean():.1%}", "near ties": int(near_tie.sum()),
-            "differ": int((differs & ~near_tie).sum()), "first to differ": first}
-
-
-def _each(feed: Callable[[Backend, Cache, Golden], np.ndarray]):
-    """A way that takes the prompts one at a time, each into a cache of its own."""
+def _one_by_one(ends: Callable[[Golden], Iterable[int]]):
+    """A way that takes the prompts one at a time, each into a cache of its own, in consecutive pieces that end at `ends`."""
     def way(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
-        return [feed(backend, backend.new_cache(1, len(output.fed)), output) for output in golden]
+        return [np.concatenate(list(_pieces(backend, output, [0, *ends(output)]))) for output in golden]
     return way
 
 
-def _feed(backend: Backend, cache: Cache, tokens: np.ndarray, first: int) -> np.ndarray:
-    """Append tokens (int64 [n]) to a cache of one row; logits [n - first, vocab] of those from `first` on."""
-    start = int(cache.lengths[0])
-    positions, wanted = np.arange(start, start + len(tokens)), np.arange(first, len(tokens))
-    logits = backend.forward(tokens[None], positions[None], cache.lengths.copy(), wanted[None], cache)[0].copy()
-    cache.lengths += len(tokens)
-    return logits
-
-
-def _in_pieces(backend: Backend, cache: Cache, output: Golden, ends: list[int]) -> np.ndarray:
-    """Feed the tokens in consecutive pieces that end at `ends`."""
-    first, parts, start = len(output.prompt) - 1, [], 0
-    for end in ends:
-        parts.append(_feed(backend, cache, output.fed[start:end], min(max(first - start, 0), end - start)))
-        start = end
-    return np.concatenate(parts)
-
-
-def _one_prefill(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
-    return _in_pieces(backend, cache, output, [len(output.fed)])
-
-
-def _chunked_prefill(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
-    total = len(output.fed)
-    return _in_pieces(backend, cache, output, [*range(CHUNK, total, CHUNK), total])
-
-
-def _token_by_token(backend: Backend, cache: Cache, output: Golden) -> np.ndarray:
-    return _in_pieces(backend, cache, output, list(range(max(1, len(output.prompt) - SINGLY), len(output.fed) + 1)))
+def _pieces(backend: Backend, output: Golden, cuts: list[int]) -> Iterator[np.ndarray]:
+    cache, wanted = backend.new_cache(1, len(output.fed)), len(output.prompt) - 1
+    for start, end in pairwise(cuts):
+        yield logits(backend, output.fed[start:end], min(max(wanted - start, 0), end - start), cache).copy()
 
 
 def _ragged_batch(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
-    """As the runtime's decode loop does it: prompts padded together, then steps of one token for all rows."""
-    cache = backend.new_cache(len(golden), max(len(output.fed) for output in golden))
-    steps = [prefill(backend, cache, [output.prompt for output in golden]).copy()]
-    for i in range(len(golden[0].tokens) - 1):
-        steps.append(step(backend, cache, np.array([output.tokens[i] for output in golden])).copy())
-    return list(np.stack(steps, axis=1))
+    tokens = np.stack([output.tokens for output in golden], axis=1)
+    return list(batched(backend, [output.prompt for output in golden], len(tokens), lambda number, _: tokens[number]))
 
 
-WAYS = {"one prefill": _each(_one_prefill), "chunked prefill": _each(_chunked_prefill),
-        "token by token": _each(_token_by_token), "ragged batch": _ragged_batch}
+WAYS = {"one prefill": _one_by_one(lambda output: [len(output.fed)]),
+        "chunked prefill": _one_by_one(lambda output: [*range(CHUNK, len(output.fed), CHUNK), len(output.fed)]),
+        "token by token": _one_by_one(lambda output: range(max(1, len(output.prompt) - SINGLY), len(output.fed) + 1)),
+        "ragged batch": _ragged_batch}

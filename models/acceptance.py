@@ -26,11 +26,9 @@ import numpy as np
 from models.data.records import as_messages, find_sources, read_records
 from models.judging.metrics import bootstrap
 from models.progress import progress
-from runtime import decode
 from runtime.backend import Backend
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
-from runtime.sampling import Sampler, SamplingOptions
 
 EXAMPLES = """examples:
   python -m models.acceptance build/smollm2-135m build/draft/last --data ../shared/data/chat/alpaca-en.json
@@ -58,21 +56,19 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-import torch
-
 from models.evaluate import write_json
-from models.judging.fidelity import scored_logprobs
-from models.judging.language_model import BATCH, LanguageModel, check_same_tokenizer, open_model
+from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from runtime.compare import log_softmax
+from runtime.decode import logits
+from runtime.sampling import SamplingOptions
 
 
 class _First:
     """A backend that knows only the first `vocabulary` tokens."""
 
     def __init__(self, backend: Backend, vocabulary: int):
+        self.max_chunk_rows, self.new_cache = backend.max_chunk_rows, backend.new_cache
         self._backend, self._vocabulary = backend, vocabulary
-
-    def __getattr__(self, name: str):
-        return getattr(self._backend, name)
 
     def forward(self, *arguments) -> np.ndarray:
         return np.ascontiguousarray(self._backend.forward(*arguments)[..., :self._vocabulary])
@@ -88,29 +84,32 @@ def accepted(proposals: np.ndarray, reply: np.ndarray, ahead: int) -> list[int]:
     return rounds
 
 
-def overlap(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def overlap(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """sum min(p, q) over the vocabulary [n]: the chance that a token drawn from q is accepted where the target says p."""
-    return torch.minimum(log_p, log_q).exp().sum(-1)
+    return np.exp(np.minimum(log_p, log_q)).sum(axis=-1)
 
 
 def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarray], ahead: int, tokens: int, seed: int) -> dict:
     """The figures over prompts (int64 ids). Raises UserError where no reply has room for a round."""
     if shared := check_same_tokenizer(target, draft):
         target, draft = (replace(model, backend=_First(model.backend, shared)) for model in (target, draft))
-    greedy = _replies(target, prompts, tokens, SamplingOptions(), "greedy replies")
-    sampled = _replies(target, prompts, tokens, SamplingOptions(temperature=1.0, seed=seed), "sampled replies")
+    greedy = target.generate(prompts, tokens, label="greedy replies")
+    sampled = target.generate(prompts, tokens, sampling=SamplingOptions(temperature=1.0, seed=seed), label="sampled replies")
+
+    def said(model: LanguageModel, prompt: np.ndarray, reply: list[int]) -> np.ndarray:
+        """Its logits [n, vocab] in the place of each token of the reply."""
+        return logits(model.backend, np.concatenate((prompt, np.array(reply[:-1], np.int64))), len(prompt) - 1)
     rounds, rates = [], []
-    for prompt, reply, drawn in zip(progress(prompts, label="draft", unit="prompt"), greedy, sampled):
-        if len(reply) >= ahead:
-            log_q = scored_logprobs(draft.backend, np.concatenate((prompt, reply)), len(prompt))
-            rounds.append(accepted(log_q.argmax(-1).numpy(), reply, ahead))
-        if len(drawn):
-            ids = np.concatenate((prompt, drawn))
-            rates.append(overlap(*(scored_logprobs(model.backend, ids, len(prompt)) for model in (target, draft))).tolist())
+    for prompt, likeliest, drawn in zip(progress(prompts, label="draft", unit="prompt"), greedy, sampled):
+        if len(likeliest.tokens) >= ahead:
+            proposals = said(draft, prompt, likeliest.tokens).argmax(axis=-1)
+            rounds.append(accepted(proposals, np.array(likeliest.tokens), ahead))
+        if drawn.tokens:
+            rates.append(overlap(*(log_softmax(said(model, prompt, drawn.tokens)) for model in (target, draft))))
     if not rounds or not rates:
         raise UserError(f"no reply has {ahead} tokens: raise --tokens, or give other prompts")
 
-    def pooled(parts: list[list[float]]) -> float:
+    def pooled(parts: list) -> float:
         return float(np.mean(np.concatenate(parts)))
     counts, rate = np.concatenate(rounds), pooled(rates)
     return {"prompts": len(prompts), "rounds": len(counts), "accepted": pooled(rounds),
@@ -118,19 +117,6 @@ def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarra
             "accepted_at": [float((counts >= place).mean()) for place in range(1, ahead + 1)],
             "sampled_rate": rate, "sampled_rate_interval": list(bootstrap(rates, pooled)),
             "sampled_accepted": sum(rate**place for place in range(1, ahead + 1))}
-
-
-def _replies(model: LanguageModel, prompts: list[np.ndarray], tokens: int, sampling: SamplingOptions, label: str) -> list[np.ndarray]:
-    """int64 tokens of each reply, without what ends it."""
-    replies = []
-    for start in progress(range(0, len(prompts), BATCH), label=label, unit="batch"):
-        sequences = [decode.Sequence(prompt, Sampler(sampling, prompt, start + number), tokens, model.eos)
-                     for number, prompt in enumerate(prompts[start:start + BATCH])]
-        cache = model.backend.new_cache(len(sequences), decode.first_capacity(sequences))
-        for _ in decode.run(model.backend, cache, sequences):
-            pass
-        replies += [np.array(sequence.tokens, np.int64) for sequence in sequences]
-    return replies
 
 
 def acceptance(options: Options) -> None:
@@ -145,11 +131,11 @@ def acceptance(options: Options) -> None:
                         f"context of {min(target.context, draft.context)}: give others, or lower --skip or --tokens")
     figures = measure(target, draft, prompts, options.ahead, options.tokens, options.seed)
     print(f"{figures['prompts']} prompts, {figures['rounds']} rounds of {options.ahead} tokens")
-    rows = [{"": f"accepted of {options.ahead}, greedy", "value": figures["accepted"], "interval": figures["accepted_interval"]}]
-    rows += [{"": f"token {place} accepted, greedy", "value": share} for place, share in enumerate(figures["accepted_at"], 1)]
-    rows += [{"": "accepted a token, sampled", "value": figures["sampled_rate"], "interval": figures["sampled_rate_interval"]},
-             {"": f"accepted of {options.ahead}, sampled", "value": figures["sampled_accepted"]}]
-    print(table([{"": row[""], "value": f"{row['value']:.3f}", "95% interval": "{:.3f} to {:.3f}".format(*row["interval"])
-                  if "interval" in row else ""} for row in rows]))
+    rows = [(f"accepted of {options.ahead}, greedy", figures["accepted"], figures["accepted_interval"]),
+            *((f"token {place} accepted, greedy", share, None) for place, share in enumerate(figures["accepted_at"], 1)),
+            ("accepted a token, sampled", figures["sampled_rate"], figures["sampled_rate_interval"]),
+            (f"accepted of {options.ahead}, sampled", figures["sampled_accepted"], None)]
+    print(table([{"": title, "value": f"{value:.3f}", "95% interval": interval and "{:.3f} to {:.3f}".format(*interval)}
+                 for title, value, interval in rows]))
     if options.json:
         write_json(options.json, figures)

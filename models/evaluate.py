@@ -124,14 +124,13 @@ def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, s
         shared = check_same_tokenizer(model, reference)
     window = min(options.window or 512, model.context)
     stride = window // 2 if options.stride is None else options.stride
-    pooled, per_text = fidelity.Fidelity([], [], [], [], [], []), {}
+    parts = []
     for file, text in texts:
         windows = fidelity.cut_windows(model.tokenizer, text, window, stride, options.max_windows)
         part = fidelity.measure(model.backend, windows, reference and reference.backend, shared=shared, label=file.name)
-        per_text[file.name] = part.metrics()
-        for name in vars(pooled):
-            getattr(pooled, name).extend(getattr(part, name))
-    return {**pooled.metrics(), "texts": per_text}
+        parts.append((file.name, part))
+    pooled = fidelity.Fidelity([window for _, part in parts for window in part.windows])
+    return {**pooled.metrics(), "texts": {name: part.metrics() for name, part in parts}}
 
 
 def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dict:
@@ -172,7 +171,7 @@ def labelled(options: Options, model: LanguageModel) -> dict:
         for text in progress(prompts, label="classify", unit="example"):
             answers.append(labels[int(np.argmax(model.continuation_logprobs(text, words)))])
     else:
-        answers = [a.strip() for a in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
+        answers = [reply.text.strip() for reply in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
     result, rows = score(options.task, answers, examples)
     if options.examples:
         write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -105,10 +105,10 @@ class EdgewrightLM(TemplateLM):
             groups.setdefault((until, options.get("max_gen_toks", MAX_NEW_TOKENS)), []).append(number)
         replies = [""] * len(requests)
         for (until, limit), numbers in groups.items():
-            texts = self.model.generate([requests[n].args[0] for n in numbers], limit, until,
+            found = self.model.generate([requests[n].args[0] for n in numbers], limit, until,
                                         progress=self.progress and not disable_tqdm)
-            for number, text in zip(numbers, texts):
-                replies[number] = text
+            for number, reply in zip(numbers, found):
+                replies[number] = reply.text
         return replies
 
 

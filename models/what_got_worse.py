@@ -94,7 +94,7 @@ def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, li
     old = fidelity.measure(before.backend, windows, label=f"{name}, before").metrics()
     moved = fidelity.measure(after.backend, windows, before.backend, shared=shared, label=f"{name}, after")
     new = moved.metrics()
-    worst_kl, ids = max(moved.worst, key=lambda w: w[0])
+    worst_kl, ids = max((window.worst for window in moved.windows), key=lambda worst: worst[0])
     return {"domain": name, "tokens": new["tokens"], "kl": new["kl"], "kl_interval": new["kl_interval"],
             "top1_agreement": new["top1_agreement"], "perplexity_before": old["perplexity"],
             "perplexity_after": new["perplexity"], "worst_kl": worst_kl, "worst_after": after.tokenizer.decode(ids)}
@@ -120,7 +120,7 @@ def prompts(examples: list[tasks.Example], before: LanguageModel, after: Languag
 def habits(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel, new_tokens: int) -> list[dict]:
     """Rates of refusing, repeating and valid JSON, before and after, over the same prompts."""
     def replies(model, asked, label):
-        return model.generate([model.chat_prompt(a) for a in asked], new_tokens, label=label)
+        return [reply.text for reply in model.generate([model.chat_prompt(a) for a in asked], new_tokens, label=label)]
     asked = [_asked(e) for e in examples]
     asked = [a for a in asked if len(before.chat_prompt(a)) + new_tokens < min(before.context, after.context)]
     rows = []

@@ -23,18 +23,19 @@ PROVIDERS = ("tensorrt", "cuda", "native", "cpu")           # best first
 _log = logging.getLogger(__name__)
 
 
-def open_backend(bundle: Bundle, provider: str | None, threads: int | None,
-                 below: str | None = None, native: dict | None = None) -> tuple[Backend, list[str]]:
+def open_backend(bundle: Bundle, provider: str | None, threads: int | None, below: str | None = None,
+                 native: dict | None = None, cpu: dict | None = None) -> tuple[Backend, list[str]]:
     """The best backend that can be had, and the lines that explain it.
 
     provider: one of PROVIDERS to insist on, or None. threads: of the CPU; None: all that are available. below: consider only what
-    comes after this provider, which has failed while running. native: more options of NativeBackend.
+    comes after this provider, which has failed while running. native, cpu: more options of
+    NativeBackend, of OrtBackend there.
     Raises UserError for a mistake, whichever backend finds it or would have run: an unknown provider, a number of threads or an option
     that is none, a damaged bundle. Raises Unavailable where `provider`, or every one of them, cannot be had.
     """
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider is {provider!r}; known: {', '.join(PROVIDERS)}")
-    threads, native = cpu_threads(threads), native or {}
+    threads, native, cpu = cpu_threads(threads), native or {}, cpu or {}
     check_cache_dtype(native.get("cache_dtype"))
     given = " and ".join(name for name, value in native.items() if value and name != "meanwhile")
     if given and provider not in (None, "native"):
@@ -42,7 +43,7 @@ def open_backend(bundle: Bundle, provider: str | None, threads: int | None,
     explanation = []
     for name in [provider] if provider else PROVIDERS[PROVIDERS.index(below) + 1 if below else 0:]:
         try:
-            backend = _OPEN[name](bundle, threads, **native if name == "native" else {})
+            backend = _OPEN[name](bundle, threads, **{"native": native, "cpu": cpu}.get(name, {}))
         except Unavailable as error:
             if provider:
                 raise
@@ -85,9 +86,9 @@ def _open_native(bundle: Bundle, threads: int, **options) -> Backend:
     return NativeBackend(bundle, threads=threads, **options)
 
 
-def _open_cpu(bundle: Bundle, threads: int) -> Backend:
+def _open_cpu(bundle: Bundle, threads: int, **options) -> Backend:
     from .ort_backend import OrtBackend
-    return OrtBackend(bundle, provider="cpu", threads=threads)
+    return OrtBackend(bundle, provider="cpu", threads=threads, **options)
 
 
 _OPEN: dict[str, Callable[..., Backend]] = {

@@ -2,6 +2,7 @@
 
 Deals in token ids, above the backend interface alone; it knows nothing of text and nothing of engines. A server that
 lets sequences come and go can be written from the same parts: `prefill` rows, `step` a view, `Sequence.accept` each row.
+What is measured goes through `logits`: tokens of one sequence in, what the model says after each of them out.
 
 Prompts are right-padded and run together as long as the padded tokens of a call stay within `PREFILL_TOKENS`, which
 bounds the activations' memory; a longer one goes through in chunks, on its row's own view. Several samples of one
@@ -88,16 +89,16 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
     sequences[i % P].
     """
     prompts = len(sequences) // samples
-    logits = prefill(backend, cache.view(0, prompts), [s.context for s in sequences[:prompts]])
+    found = prefill(backend, cache.view(0, prompts), [s.context for s in sequences[:prompts]])
     for row in range(prompts, len(sequences)):
         cache.fork(row % prompts, row)
     if samples > 1:
-        logits = logits[np.arange(len(sequences)) % prompts]
+        found = found[np.arange(len(sequences)) % prompts]
     live, rows = list(sequences), cache
     while True:
         for row, sequence in enumerate(live):
-            if logits is not None:
-                sequence.accept(logits[row])
+            if found is not None:
+                sequence.accept(found[row])
             yield sequence
         if any(sequence.finish_reason for sequence in live):
             _close_gaps(cache, live)
@@ -108,9 +109,9 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
         if len(live) == 1 and live[0].sampler.candidates and hasattr(backend, "decode"):
-            logits = _burst(backend, rows, live[0])
+            found = _burst(backend, rows, live[0])
         else:
-            logits = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
+            found = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
 
 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
@@ -132,10 +133,22 @@ def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.nda
 
 def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
     """Append one token (int64 [rows]) to every row; float32 logits [rows, vocab], valid until the next call with `cache`."""
-    lengths = cache.lengths
-    logits = backend.forward(tokens[:, None], lengths[:, None], lengths, np.zeros((len(tokens), 1), np.int64), cache)
-    lengths += 1
-    return logits[:, 0]
+    return _append(backend, cache, tokens[:, None], 1, np.zeros((len(tokens), 1), np.int64))[:, 0]
+
+
+def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:
+    """Append tokens (int64 [n]) in one call to the one row of `cache` (None: a new one); float32 logits [n - first, vocab]
+    after each token from index `first` on, valid until the next call with `cache`."""
+    cache = backend.new_cache(1, len(tokens)) if cache is None else cache
+    return _append(backend, cache, tokens[None], len(tokens), np.arange(first, len(tokens))[None])[0]
+
+
+def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int, wanted: np.ndarray) -> np.ndarray:
+    """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at indices `wanted` [rows, k]."""
+    positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
+    found = backend.forward(tokens, positions, cache.lengths, wanted, cache)
+    cache.lengths += counts
+    return found
 
 
 def _burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
@@ -165,10 +178,8 @@ def _feed(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarr
         tokens = np.zeros((len(chunks), counts.max()), np.int64)
         for row, chunk in enumerate(chunks):
             tokens[row, :len(chunk)] = chunk
-        positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
-        logits = backend.forward(tokens, positions, cache.lengths, counts[:, None] - 1, cache)
-        cache.lengths += counts
-    return logits[:, 0]
+        found = _append(backend, cache, tokens, counts, counts[:, None] - 1)
+    return found[:, 0]
 
 
 def _close_gaps(cache: Cache, live: list[Sequence]) -> None:

@@ -23,20 +23,20 @@ import contextlib
 import functools
 import numbers
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from . import decode
+from . import decode, reply
 from .backend import Backend
 from .backends import PROVIDERS, open_backend, provider_of, step_down
 from .bundle import MANIFEST, Bundle, open_bundle
 from .cli import arg, did_you_mean
 from .errors import DeviceError, UserError, shown
 from .machine import available_memory, cpu_threads, release_free_memory
+from .reply import Draft, Reply, Timings
 from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
 from .text import ReplyText, Tokenizer
 
@@ -69,36 +69,6 @@ class GenerationOptions(SamplingOptions):
 
 
 _OPTIONS = {field.name for field in fields(GenerationOptions)}
-
-
-@dataclass(frozen=True)
-class Timings:
-    """When each token of a reply was there, in milliseconds of wall clock since the request's tokens went to the model
-    (so prefill is in it, tokenizing and templates are not). In a batch, steps are shared with the neighbours."""
-
-    prompt_tokens: int
-    token_ms: list[float]
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """Time to first token; None where there is none."""
-        return self.token_ms[0] if self.token_ms else None
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first, per second; None where there are none."""
-        if len(self.token_ms) < 2:
-            return None
-        return (len(self.token_ms) - 1) / (self.token_ms[-1] - self.token_ms[0]) * 1e3
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    tokens: list[int]                         # of the reply; a stop token is not among them, a stop string's are
-    finish_reason: str | None                 # "stop", "length"; None: still going, or given up
-    logprobs: list[TokenLogprobs]             # one for each token where `logprobs` was asked for, else empty
-    timings: Timings
 
 
 class Engine:
@@ -151,7 +121,7 @@ class Engine:
         drafts = self._drafts(_as_list(prompts), n, self._options(options))
         for _ in self._run(drafts, n):
             pass
-        return [drafts[sample * (len(drafts) // n) + prompt].reply()
+        return [drafts[sample * (len(drafts) // n) + prompt].reply
                 for prompt in range(len(drafts) // n) for sample in range(n)]
 
     def stream(self, prompt, **options) -> Stream:
@@ -208,7 +178,7 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[_Draft]:
+    def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
         self._check_open()
         if not _is_id(n) or n < 1:
@@ -226,7 +196,7 @@ class Engine:
             for ids in encoded:
                 limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
                 sequence = decode.Sequence(ids, Sampler(options, ids, sample), limit, stop_tokens)
-                drafts.append(_Draft(sequence, ReplyText(self.tokenizer, stop)))
+                drafts.append(Draft(sequence, ReplyText(self.tokenizer, stop)))
         self._check_memory([draft.sequence for draft in drafts])
         return drafts
 
@@ -288,26 +258,19 @@ class Engine:
                 self.backend.close()
                 self._check_open()
 
-    def _run(self, drafts: list[_Draft], samples: int) -> Iterator[tuple[_Draft, str]]:
+    def _run(self, drafts: list[Draft], samples: int) -> Iterator[tuple[Draft, str]]:
         """Decode; yields each draft with the text it gained. Where a device fails, the next backend goes on: it reads the
         prompt and the tokens so far, and what was said is not said again."""
-        by_sequence = {draft.sequence: draft for draft in drafts}
-        sequences, start = list(by_sequence), time.perf_counter()
-        while sequences:
+        while drafts:
             self._check_open()
             backend = self.backend
             try:
-                cache = backend.new_cache(len(sequences), decode.first_capacity(sequences))
-                for sequence in decode.run(backend, cache, sequences, samples):
-                    draft = by_sequence[sequence]
-                    yield draft, draft.advance(start)
+                yield from reply.run(backend, drafts, samples)
+                return
             except DeviceError as error:
                 failure = error.with_traceback(None)        # whose frames hold the cache's memory
-            else:
-                return
-            cache = None
             self._step_down(backend, failure)
-            sequences, samples = [s for s in sequences if s.finish_reason is None], 1
+            drafts, samples = [draft for draft in drafts if draft.sequence.finish_reason is None], 1
 
 
 class Stream:
@@ -317,7 +280,7 @@ class Stream:
     memory is free once the stream is closed, by `close`, at the end of a `with`, or with the last reference to it.
     """
 
-    def __init__(self, engine: Engine, drafts: list[_Draft]):
+    def __init__(self, engine: Engine, drafts: list[Draft]):
         (self._draft,), self._closed = drafts, False
         self._pieces = (piece for _, piece in engine._run(drafts, 1) if piece)
 
@@ -345,41 +308,7 @@ class Stream:
 
     @property
     def reply(self) -> Reply:
-        return self._draft.reply()
-
-
-class _Draft:
-    """A reply in the making: a sequence of tokens, and the text it has become."""
-
-    def __init__(self, sequence: decode.Sequence, text: ReplyText):
-        self.sequence, self._text = sequence, text
-        self._pieces: list[str] = []
-        self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
-
-    def advance(self, start: float) -> str:
-        """Text that may be shown since the last call, of a request that began at `start`; ends the sequence at a stop
-        string, and drops what was decoded beyond it."""
-        sequence, text, stopped = self.sequence, "", False
-        while not stopped and (n := len(self._token_ms)) < len(sequence.tokens):
-            self._token_ms.append((sequence.times[n] - start) * 1e3)
-            piece, stopped = self._text.push(sequence.tokens[n])
-            text += piece
-        del sequence.tokens[len(self._token_ms):]
-        if not stopped and sequence.finish_reason:
-            tail, stopped = self._text.finish()
-            text += tail
-        if stopped:
-            sequence.finish_reason = "stop"
-        self._pieces.append(text)
-        return text
-
-    def reply(self) -> Reply:
-        """The reply so far; without tokens that were made when an exception came, before their text was."""
-        sequence, count, alone = self.sequence, len(self._token_ms), self._text.tokenizer.alone
-        logprobs = [entry._replace(text=alone(entry.token), top_texts=[alone(token) for token, _ in entry.top])
-                    for entry in sequence.logprobs[:count]]
-        return Reply("".join(self._pieces), sequence.tokens[:count], sequence.finish_reason, logprobs,
-                     Timings(len(sequence.prompt), self._token_ms))
+        return self._draft.reply
 
 
 def _is_id(value) -> bool:

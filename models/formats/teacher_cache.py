@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.compare import Top
 from runtime.errors import UserError
 from runtime.files import read_json, write
 from runtime.text import Tokenizer
@@ -41,22 +42,32 @@ class TeacherCache:
     log_probabilities: np.ndarray
     others: np.ndarray
 
-    def divergence(self, window: int, logits: Tensor, tokens: slice = slice(None)) -> Tensor:
-        """KL(teacher || student) in nats of each token, [t], for a student's logits [t, vocab] at window[tokens].
+    def divergence(self, window: int, logits: Tensor) -> Tensor:
+        """KL(teacher || student) in nats of each token, [t], for a student's logits [t, vocab] of a window.
 
-        Over the tokens that the cache was made over: rows beyond them, as of a padded table, do not count.
+        Over the tokens that the cache was made over (see `within`). This one has gradients; `runtime.compare` measures.
         """
+        logits = self.within(logits)
+        index = torch.from_numpy(self.indices[window].astype(np.int64))
+        teacher = torch.from_numpy(self.log_probabilities[window].astype(np.float32))
+        rest = torch.from_numpy(self.others[window].astype(np.float32))
+        student = torch.log_softmax(logits.float(), -1).gather(-1, index)
+        student_rest = torch.log1p(-student.exp().sum(-1).clamp(max=1 - 1e-6))
+        return (teacher.exp() * (teacher - student)).sum(-1) + rest.exp() * (rest - student_rest)
+
+    def within(self, logits):
+        """Logits [..., vocab] of the tokens that the cache was made over: rows beyond, as of a padded table, do not count.
+        Raises UserError where there are fewer."""
         vocabulary = self.state["vocabulary"]
         if vocabulary > logits.shape[-1]:
             raise UserError(f"{self.folder}: was made over a vocabulary of {vocabulary} tokens, and the model has {logits.shape[-1]}: "
                             f"make it again with python -m compress.teacher, over the tokenizer's own")
-        logits = logits[..., :vocabulary]
-        index = torch.from_numpy(self.indices[window, tokens].astype(np.int64))
-        teacher = torch.from_numpy(self.log_probabilities[window, tokens].astype(np.float32))
-        rest = torch.from_numpy(self.others[window, tokens].astype(np.float32))
-        student = torch.log_softmax(logits.float(), -1).gather(-1, index)
-        student_rest = torch.log1p(-student.exp().sum(-1).clamp(max=1 - 1e-6))
-        return (teacher.exp() * (teacher - student)).sum(-1) + rest.exp() * (rest - student_rest)
+        return logits[..., :vocabulary]
+
+    def top(self, window: int, tokens: slice) -> Top:
+        """What the teacher said at window[tokens]."""
+        return Top(self.indices[window, tokens].astype(np.int64), self.log_probabilities[window, tokens].astype(np.float64),
+                   self.others[window, tokens].astype(np.float64))
 
 
 def array_types(windows: int, tokens: int, k: int, vocabulary: int) -> dict[str, tuple[type, tuple[int, ...]]]:

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
+from models.formats.teacher_cache import TeacherCache
 from models.judging.metrics import bootstrap
 from models.progress import progress as shown
-from models.formats.teacher_cache import TeacherCache
 from runtime.backend import Backend
+from runtime.compare import compare
+from runtime.decode import logits
 from runtime.errors import UserError
+from runtime.sampling import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -71,45 +73,37 @@ def cached_windows(cache: TeacherCache, tokenizer, stride: int, limit: int | Non
     return windows
 
 
-def scored_logprobs(backend: Backend, ids: np.ndarray, first: int) -> torch.Tensor:
-    """Log probabilities [s - first, vocab] of the tokens first..s-1 of `ids` [s], each given those before it."""
-    cache = backend.new_cache(1, len(ids))
-    positions = np.arange(len(ids), dtype=np.int64)[None]
-    wanted = np.arange(first - 1, len(ids) - 1, dtype=np.int64)[None]
-    logits = backend.forward(np.ascontiguousarray(ids[None]), positions, np.zeros(1, np.int64), wanted, cache)
-    return torch.log_softmax(torch.from_numpy(np.asarray(logits[0], np.float32)), dim=-1)
+@dataclass(frozen=True)
+class Scored:
+    """Sums over the scored tokens of a window; without a reference, kl, agree and worst are None."""
+    tokens: int
+    n_bytes: int
+    nll: float
+    kl: float | None = None
+    agree: int | None = None
+    worst: tuple[float, np.ndarray] | None = None        # largest KL of a token, and the ids just before it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fidelity:
-    """Sums over the scored tokens of each window; rows are windows."""
-    tokens: list[int]
-    n_bytes: list[int]
-    nll: list[float]
-    kl: list[float]                  # empty without a reference
-    agree: list[int]
-    worst: list[tuple[float, np.ndarray]]   # largest KL of a token in a window, and the ids just before it
+    windows: list[Scored]
 
     def metrics(self) -> dict:
         """Metric names to values, each with NAME_interval beside it."""
-        columns = {"tokens": self.tokens, "bytes": self.n_bytes, "nll": self.nll, "kl": self.kl, "agree": self.agree}
-        data = np.array([columns[c] for c in columns if columns[c]], np.float64).T
-        names = [c for c in columns if columns[c]]
-        at = {c: i for i, c in enumerate(names)}
+        result = {"tokens": sum(w.tokens for w in self.windows)}
 
-        def ratio(top: str, bottom: str, transform=lambda x: x):
+        def ratio(name: str, top: str, bottom: str, transform=float) -> None:
             def statistic(rows):
-                total = np.sum(rows, axis=0)
-                return float(transform(total[at[top]] / max(total[at[bottom]], 1)))
-            return statistic(data), bootstrap(list(data), statistic)
+                above, below = np.sum(rows, axis=0)
+                return float(transform(above / max(below, 1)))
+            rows = [np.array([getattr(w, top), getattr(w, bottom)], np.float64) for w in self.windows]
+            result[name], result[f"{name}_interval"] = statistic(rows), list(bootstrap(rows, statistic))
 
-        result = {"tokens": int(sum(self.tokens))}
-        wanted = {"perplexity": ratio("nll", "tokens", np.exp),
-                  "bits_per_byte": ratio("nll", "bytes", lambda x: x / math.log(2))}
-        if self.kl:
-            wanted |= {"kl": ratio("kl", "tokens"), "top1_agreement": ratio("agree", "tokens")}
-        for name, (value, interval) in wanted.items():
-            result[name], result[f"{name}_interval"] = value, list(interval)
+        ratio("perplexity", "nll", "tokens", np.exp)
+        ratio("bits_per_byte", "nll", "n_bytes", lambda x: x / math.log(2))
+        if all(w.kl is not None for w in self.windows):
+            ratio("kl", "kl", "tokens")
+            ratio("top1_agreement", "agree", "tokens")
         return result
 
 
@@ -120,35 +114,21 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
     A cache as reference goes with its own `cached_windows`. shared: compare over this many first tokens.
     Raises UserError for non-finite logits.
     """
-    windows = list(windows)
-    result = Fidelity([], [], [], [], [], [])
-    for number, window in enumerate(shown(windows, label=label, unit="window", quiet=not progress)):
-        log_q = scored_logprobs(backend, window.ids, window.first)
-        targets = torch.from_numpy(window.ids[window.first:])
-        nll = -log_q.gather(1, targets[:, None])[:, 0].double()
-        if not torch.isfinite(nll).all():
+    result = []
+    for number, window in enumerate(shown(list(windows), label=label, unit="window", quiet=not progress)):
+        ids, first = window.ids, window.first
+        ours, targets = logits(backend, ids[:-1], first - 1), ids[first:]
+        nll = -np.array([token_logprobs(row, target, 0).logprob for row, target in zip(ours, targets)])
+        if not np.isfinite(nll).all():
             raise UserError(f"window {number} gives logits that are not finite: the model is broken there")
-        result.tokens.append(len(targets))
-        result.n_bytes.append(window.n_bytes)
-        result.nll.append(float(nll.sum()))
+        scored = Scored(len(targets), window.n_bytes, float(nll.sum()))
         if reference is not None:
-            kl, agree = _against(reference, number, window, log_q, shared)
-            result.kl.append(float(kl.sum()))
-            result.agree.append(int(agree.sum()))
-            at = int(kl.argmax())
-            result.worst.append((float(kl[at]), window.ids[max(0, window.first + at - 24):window.first + at]))
-    return result
-
-
-def _against(reference: Backend | TeacherCache, number: int, window: Window,
-             log_q: torch.Tensor, shared: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(KL from the reference in nats, whether both find the same token likeliest), float64 and bool [scored tokens]."""
-    if isinstance(reference, TeacherCache):
-        scored = slice(window.first - 1, len(window.ids) - 1)
-        likeliest = torch.from_numpy(reference.indices[number, scored, 0].astype(np.int64))
-        ours = log_q[:, :reference.state["vocabulary"]].argmax(-1)
-        return reference.divergence(number, log_q, scored).double(), likeliest == ours
-    log_p = scored_logprobs(reference, window.ids, window.first)
-    if shared is not None:
-        log_p, log_q = (torch.log_softmax(x[:, :shared], -1) for x in (log_p, log_q))
-    return (log_p.exp() * (log_p - log_q)).sum(-1).double(), log_p.argmax(-1) == log_q.argmax(-1)
+            if isinstance(reference, TeacherCache):
+                found = compare(reference.top(number, slice(first - 1, len(ids) - 1)), reference.within(ours))
+            else:
+                found = compare(logits(reference, ids[:-1], first - 1)[:, :shared], ours[:, :shared])
+            at = int(found.kl.argmax())
+            worst = float(found.kl[at]), ids[max(0, first + at - 24):first + at]
+            scored = replace(scored, kl=float(found.kl.sum()), agree=int((~found.differs).sum()), worst=worst)
+        result.append(scored)
+    return Fidelity(result)

@@ -16,14 +16,15 @@ import torch
 
 from models.formats.chat import chat_encoder, special_ids, special_tokens
 from models.formats.checkpoint import load_decoder, open_checkpoint
-from models.progress import progress as shown
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.torch_backend import TorchBackend
-from runtime import decode
+from models.progress import progress as shown
+from runtime import decode, reply
 from runtime.backend import Backend
 from runtime.backends import open_backend
-from runtime.bundle import open_bundle
+from runtime.bundle import MANIFEST, open_bundle
 from runtime.chat_tokens import ChatEncoder, bundle_encoder
+from runtime.compare import log_softmax
 from runtime.errors import UserError
 from runtime.machine import cpu_threads
 from runtime.sampling import Sampler, SamplingOptions
@@ -67,73 +68,40 @@ class LanguageModel:
         text = self.special_tokens.get(name)
         return None if text is None else self.tokenizer.token_id(text)
 
-    def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *, label: str = "generating",
-                 progress: bool = True) -> list[str]:
-        """Greedy replies, cut at the first stop string. Similar lengths are decoded together."""
-        encoded = [self.encode(p) for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        replies = [""] * len(prompts)
-        with shown(total=len(prompts), label=label, unit="prompt", quiet=not progress) as bar:
+    def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *,
+                 sampling: SamplingOptions = SamplingOptions(), label: str = "generating", progress: bool = True) -> list[reply.Reply]:
+        """Replies, cut at the first stop string and at the context's end. Similar lengths are decoded together."""
+        drafts = []
+        for number, prompt in enumerate(prompts):
+            ids = self.encode(prompt)
+            sequence = decode.Sequence(ids, Sampler(sampling, ids, number), min(max_new_tokens, self.context - len(ids)), self.eos)
+            drafts.append(reply.Draft(sequence, ReplyText(self.tokenizer, tuple(stop))))
+        order = sorted(drafts, key=lambda draft: len(draft.sequence.prompt))
+        with shown(total=len(drafts), label=label, unit="prompt", quiet=not progress) as bar:
             for start in range(0, len(order), BATCH):
-                batch = order[start:start + BATCH]
-                for i, text in zip(batch, self._decode([encoded[i] for i in batch], max_new_tokens, stop)):
-                    replies[i] = text
-                bar.update(len(batch))
-        return replies
-
-    def _decode(self, prompts: list[np.ndarray], max_new_tokens: int, stop: Items[str]) -> list[str]:
-        greedy = SamplingOptions()
-        sequences = [decode.Sequence(p, Sampler(greedy, p), min(max_new_tokens, self.context - len(p)), self.eos)
-                     for p in prompts]
-        cache = self.backend.new_cache(len(sequences), decode.first_capacity(sequences))
-        texts = {sequence: ReplyText(self.tokenizer, tuple(stop)) for sequence in sequences}
-        replies, read = dict.fromkeys(sequences, ""), dict.fromkeys(sequences, 0)
-        stopped = dict.fromkeys(sequences, False)
-        for sequence in decode.run(self.backend, cache, sequences):
-            while not stopped[sequence] and read[sequence] < len(sequence.tokens):
-                piece, stopped[sequence] = texts[sequence].push(sequence.tokens[read[sequence]])
-                replies[sequence] += piece
-                read[sequence] += 1
-            if stopped[sequence]:
-                sequence.finish_reason = "stop"
-        return [replies[s] if stopped[s] else replies[s] + texts[s].finish()[0] for s in sequences]
+                for draft, _ in reply.run(self.backend, order[start:start + BATCH]):
+                    bar.update(draft.sequence.finish_reason is not None)
+        return [draft.reply for draft in drafts]
 
     def continuation_logprobs(self, prompt: str, continuations: Items[str]) -> list[float]:
-        """ln p(continuation | prompt) of each, summed over its tokens; the prompt is read once.
-
-        Prompt and continuation are tokenized apart, so the same prompt tokens serve all of them.
-        """
-        return [score for score, _ in self.score_tails(
-            self.encode(prompt), [self.tokenizer.encode(c, special_tokens=False) for c in continuations])]
+        """ln p(continuation | prompt) of each, summed over its tokens. Prompt and continuation are tokenized apart, so the
+        same prompt tokens serve all of them."""
+        tails = [self.tokenizer.encode(text, special_tokens=False) for text in continuations]
+        return [score for score, _ in self.score_tails(self.encode(prompt), tails)]
 
     def score_tails(self, ids: np.ndarray, tails: Items[np.ndarray]) -> list[tuple[float, bool]]:
-        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it."""
-        longest = max(map(len, tails))
+        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it. `ids` are read once."""
         if min(map(len, tails)) == 0:
             raise UserError("a continuation has no tokens")
-        cache = self.backend.new_cache(1, len(ids) + longest)
-        first = _log_softmax(self._run(ids, np.array([len(ids) - 1]), cache))[0]
-        scores = []
+        cache = self.backend.new_cache(1, len(ids) + max(map(len, tails)))
+        first, scores = log_softmax(decode.logits(self.backend, ids, len(ids) - 1, cache)), []
         for tail in tails:
-            score, greedy = float(first[tail[0]]), bool(first.argmax() == tail[0])
+            log_p = first
             if len(tail) > 1:
-                cache.lengths[0] = len(ids)
-                rest = _log_softmax(self._run(tail[:-1], np.arange(len(tail) - 1), cache))
-                score += float(rest[np.arange(len(tail) - 1), tail[1:]].sum())
-                greedy = greedy and bool((rest.argmax(-1) == tail[1:]).all())
-            scores.append((score, greedy))
+                cache.truncate(0, len(ids))
+                log_p = np.concatenate((first, log_softmax(decode.logits(self.backend, tail[:-1], cache=cache))))
+            scores.append((float(log_p[np.arange(len(tail)), tail].sum()), bool((log_p.argmax(axis=1) == tail).all())))
         return scores
-
-    def _run(self, ids: np.ndarray, wanted: np.ndarray, cache) -> np.ndarray:
-        """Append ids [s] to the one row of `cache`; logits [k, vocab] at `wanted` [k]."""
-        start = cache.lengths.copy()
-        logits = self.backend.forward(ids[None], start[:, None] + np.arange(len(ids)), start, wanted[None], cache)
-        cache.lengths += len(ids)
-        return logits[0].copy()
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
 
 
 def open_model(folder: Path | str, *, threads: int | None = None, graph: str | None = None, exact: bool = False,
@@ -146,15 +114,11 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
     """
     folder = Path(folder)
     threads = cpu_threads(threads)
-    if (folder / "manifest.json").is_file():
+    if (folder / MANIFEST).is_file():
         bundle = open_bundle(folder)
-        if graph or exact:
-            if provider not in (None, "cpu"):
-                raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
-            from runtime.ort_backend import OrtBackend
-            backend = OrtBackend(bundle, threads=threads, exact=exact, role=graph)
-        else:
-            backend, _ = open_backend(bundle, provider, threads)
+        if (graph or exact) and provider not in (None, "cpu"):
+            raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
+        backend, _ = open_backend(bundle, "cpu" if graph or exact else provider, threads, cpu={"exact": exact, "role": graph})
         tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
         context, eos, named = bundle.max_context, bundle.model["eos_token_ids"], bundle.model.get("special_tokens") or {}
         chat = partial(bundle_encoder, bundle, tokenizer)

@@ -19,6 +19,7 @@ from export import ort, verify
 from export.golden import PROMPTS, shorten
 from runtime import verify as runtime_verify
 from runtime.bundle import open_bundle
+from runtime.compare import compare
 from runtime.text import Tokenizer
 
 
@@ -77,16 +78,16 @@ def test_comparison():
         logits[row, 4], logits[row, 5] = first, second
     logits[1, 5] += 0.01          # the order of two nearly equal logits turns round
     logits[2] += 5.0              # a constant is no difference
-    result = verify.compare(reference, logits)
+    result = compare(reference, logits)
     p, q = (log_softmax(x.astype(np.float64), 1) for x in (reference, logits))
     assert np.allclose(result.kl, rel_entr(np.exp(p), np.exp(q)).sum(1), rtol=1e-9)
     assert result.differs.tolist() == [False, True, False] and result.near_tie.tolist() == [False, True, False]
     logits[0, [4, 5]] = 8.0, 9.0      # now the largest difference among the 20 is 1, and so is the margin: a near tie
     logits[1, [4, 5]] = 9.0, 9.001
-    assert verify.compare(reference, logits).near_tie.tolist() == [True, True, False]
+    assert compare(reference, logits).near_tie.tolist() == [True, True, False]
     other = reference.copy()
     other[0, 30] = 40.0               # far from any tie, and not among the 20 likeliest
-    wrong = verify.compare(reference, other)
+    wrong = compare(reference, other)
     assert wrong.differs[0] and not wrong.near_tie[0] and wrong.kl[0] > 10
 
 

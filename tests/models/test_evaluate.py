@@ -93,10 +93,10 @@ def test_label_likelihood_equals_scoring_the_whole_text(model):
 def test_generation_stops_and_does_not_depend_on_its_batch(model):
     opened = open_model(model, threads=1)
     prompts = ["A small", "The engine reads a sentence and", "x"]
-    together = opened.generate(prompts, 12, progress=False)
-    assert together == [opened.generate([p], 12, progress=False)[0] for p in prompts]
+    together = [reply.text for reply in opened.generate(prompts, 12, progress=False)]
+    assert together == [opened.generate([p], 12, progress=False)[0].text for p in prompts]
     stop = together[0][3:5]
-    assert opened.generate(prompts[:1], 12, [stop], progress=False)[0] == together[0].split(stop)[0]
+    assert opened.generate(prompts[:1], 12, [stop], progress=False)[0].text == together[0].split(stop)[0]
 
 
 def test_prompt_can_be_seen_and_changed(model, tmp_path, capsys):

@@ -13,6 +13,7 @@ from runtime import verify as runtime_verify
 from runtime.backends import open_backend
 from runtime.bundle import open_bundle
 from runtime.errors import DeviceError, UserError
+from runtime.golden import read_golden
 from runtime.ort_backend import OrtBackend
 from runtime.trt_backend import TrtBackend
 from runtime.trt_device import present_gpu
@@ -87,10 +88,9 @@ def tokens(rows, count, seed=0):
 
 
 def test_golden_outputs(bundle, backend, capsys):
-    golden = json.loads(bundle.path("golden.json").read_text())["prompts"]
-    short = [p for p in golden if len(p["prompt_ids"]) + len(p["tokens"]) <= CAPACITY]
+    short = [p for p in read_golden(bundle)[1] if len(p.fed) < CAPACITY]
     assert len(short) >= 3
-    comparisons = [runtime_verify.compare(runtime_verify.golden_logits(backend, p), p) for p in short]
+    comparisons = [runtime_verify.replay(backend, p) for p in short]
     assert np.concatenate([c.kl for c in comparisons]).mean() < 1e-3
     assert not any((c.differs & ~c.near_tie).any() for c in comparisons)
 
