@@ -8,10 +8,7 @@ again, teacher-forced, to PyTorch and to every graph of the bundle, on each of t
     token by token     one token a call (the first tokens of a long prompt at once)
     ragged batch       all prompts together, right-padded, then batched steps at rows of different lengths
 
-and the logits are compared over the whole vocabulary: KL(PyTorch || graph) in nats, mean and maximum; how often the
-likeliest token is the same; and the first token that differs. A token that differs where PyTorch's first two logits are
-closer than the noise (twice the largest difference among the 20 likeliest, a constant over all logits taken off) is
-a near tie, not an error.
+and the logits are compared over the whole vocabulary (runtime/compare.py).
 
 Runners. "portable exact": the portable graph as it is, with ONNX Runtime kept from fusing quantized weights into its int8
 kernels; from equal codes its mean KL is below 1e-6 (1e-3 where the graph computes in float16). "native exact", in a bundle

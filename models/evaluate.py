@@ -13,7 +13,6 @@ their files are in models/judging/tasks.py; every number has its 95% bootstrap i
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +91,7 @@ from models.judging.language_model import LanguageModel, check_same_tokenizer, o
 from models.formats.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 
 
-def evaluate(options: Options) -> int:
+def evaluate(options: Options) -> None:
     likelihood, cached = options.task in LIKELIHOOD, bool(options.reference) and is_cache(options.reference)
     if cached and options.data:
         raise UserError(f"{options.reference}: is a teacher's cache, which brings its own text; leave --data out")
@@ -100,8 +99,8 @@ def evaluate(options: Options) -> int:
         raise UserError("give the files to measure on with --data")
     texts = [(file, tasks.read_text(file)) for file in options.data] if likelihood else []
     if options.show_prompt and not likelihood:
-        print(_prompts(options)[1][0])
-        return 0
+        print(_prompts(options)[2][0])
+        return
     cache = open_cache(options.reference) if cached else None
     model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact,
                        provider=options.provider)
@@ -113,7 +112,6 @@ def evaluate(options: Options) -> int:
     print(report(result))
     if options.json:
         write_json(options.json, result)
-    return 0
 
 
 def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, str]]) -> dict:
@@ -148,30 +146,27 @@ def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dic
     return fidelity.measure(model.backend, windows, cache, label=cache.folder.name).metrics()
 
 
-def _prompts(options: Options) -> tuple[list[tasks.Example], list[str], tasks.Prompt]:
+def _prompts(options: Options) -> tuple[tasks.Prompt, list[tasks.Example], list[str], list[str]]:
+    """How to ask, the examples to solve, the text of each, and every answer that the files have, sorted."""
     prompt = tasks.load_prompt(options.task, options.prompt)
     shots = prompt.shots if options.shots is None else options.shots
     examples = [e for file in options.data for e in tasks.read_examples(options.task, file, options.header)]
     solved, rest = tasks.split_shots(examples, shots, options.limit, options.seed)
-    return rest, [tasks.render(prompt, solved, e) for e in rest], prompt
+    return prompt, rest, [tasks.render(prompt, solved, e) for e in rest], sorted({e.answers[0] for e in examples})
 
 
 def labelled(options: Options, model: LanguageModel) -> dict:
     """Metrics of a task with right answers."""
-    examples, prompts, prompt = _prompts(options)
+    prompt, examples, texts, labels = _prompts(options)
     if options.task == "classify":
-        known = Counter(e.answers[0] for file in options.data for e in tasks.read_examples("classify", file, options.header))
-        labels = sorted(known)
         unnamed = [x for x in labels if prompt.labels and x not in prompt.labels]
         if unnamed:
             raise UserError(f"label {unnamed[0]!r} has no words in the prompt; it names {', '.join(prompt.labels)}: "
                             "give its labels with --prompt")
-        words = [" " + tasks.answer_text(prompt, label) for label in labels]
-        answers = []
-        for text in progress(prompts, label="classify", unit="example"):
-            answers.append(labels[int(np.argmax(model.continuation_logprobs(text, words)))])
+        answers = [model.classify(text, labels, prompt.labels) for text in progress(texts, label="classify", unit="example")]
     else:
-        answers = [reply.text.strip() for reply in model.generate(prompts, prompt.max_new_tokens, prompt.stop, label=options.task)]
+        replies = model.generate(texts, prompt.max_new_tokens, prompt.stop, label=options.task)
+        answers = [reply.text.strip() for reply in replies]
     result, rows = score(options.task, answers, examples)
     if options.examples:
         write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -181,31 +176,26 @@ def labelled(options: Options, model: LanguageModel) -> dict:
 def score(task: str, answers: list[str], examples: list[tasks.Example]) -> tuple[dict, list[dict]]:
     """A task's metrics with intervals, and a row an example."""
     rights = [list(e.answers) for e in examples]
+    pairs = [(answer, right[0]) for answer, right in zip(answers, rights)]
     rows = [{"fields": e.fields, "references": r, "answer": a} for e, r, a in zip(examples, rights, answers)]
     result = {"examples": len(rows)}
 
-    def mean(name, values):
+    def mean(name: str, values: list[float]) -> None:
         result[name], result[f"{name}_interval"] = float(np.mean(values)), list(metrics.bootstrap(values))
         for row, value in zip(rows, values):
             row[name] = value
 
-    def corpus(name, function):
-        pairs = list(zip(answers, (r[0] for r in rights)))
-        statistic = lambda some: function([a for a, _ in some], [b for _, b in some])    # noqa: E731
-        result[name] = statistic(pairs)
-        result[f"{name}_interval"] = list(metrics.bootstrap(pairs, statistic, resamples=200))
+    def corpus(name: str, function, resamples: int = 200) -> None:
+        statistic = lambda some: function(*zip(*some))    # noqa: E731
+        result[name], result[f"{name}_interval"] = statistic(pairs), list(metrics.bootstrap(pairs, statistic, resamples=resamples))
 
     if task == "qa":
         mean("exact_match", [metrics.exact_match(a, r) for a, r in zip(answers, rights)])
         mean("f1", [metrics.token_f1(a, r) for a, r in zip(answers, rights)])
     if task == "classify":
-        actual = [r[0] for r in rights]
-        whole = metrics.classification(answers, actual)
         for name in ("accuracy", "precision", "recall", "f1"):
-            result[name] = whole[name]
-            result[f"{name}_interval"] = list(metrics.bootstrap(
-                list(zip(answers, actual)), lambda some, n=name: metrics.classification(*zip(*some))[n]))
-        result |= {"labels": whole["labels"], "confusion": whole["confusion"]}
+            corpus(name, lambda a, r, n=name: metrics.classification(a, r)[n], resamples=1000)
+        result |= {name: metrics.classification(*zip(*pairs))[name] for name in ("labels", "confusion")}
     if task in ("qa", "summarize", "generate"):
         scores = [metrics.rouge(a, r) for a, r in zip(answers, rights)]
         for kind in ("rougeL",) if task == "qa" else ("rouge1", "rouge2", "rougeL"):
@@ -216,27 +206,23 @@ def score(task: str, answers: list[str], examples: list[tasks.Example]) -> tuple
     if task == "translate":
         corpus("chrf", metrics.chrf)
     if task == "generate":
-        mean("meteor", [metrics.meteor(a, r[0]) for a, r in zip(answers, rights)])
+        mean("meteor", [metrics.meteor(*pair) for pair in pairs])
     return result, rows
 
 
 def report(result: dict) -> str:
     """The metrics as a table, a row a text where there are several."""
-    def shown(part):
-        for name, value in part.items():
-            if f"{name}_interval" in part:
-                low, high = part[f"{name}_interval"]
-                yield name, f"{value:.4f} [{low:.4f}, {high:.4f}]"
-    texts = result.get("texts", {})
-    lines = []
-    if len(texts) > 1:
-        lines.append(table([{"text": name, "tokens": part["tokens"], **dict(shown(part))} for name, part in texts.items()]))
-    title = f"{result['model']} on {result['backend']}: {result['task']}, " + (f"{result['tokens']} tokens" if "tokens" in result else f"{result['examples']} examples")
-    lines.append(table([{"metric": name, "value [95% interval]": text} for name, text in shown(result)], title=title))
+    def shown(part: dict) -> dict[str, str]:
+        return {name: "{:.4f} [{:.4f}, {:.4f}]".format(value, *part[f"{name}_interval"])
+                for name, value in part.items() if f"{name}_interval" in part}
+    texts, of = result.get("texts", {}), "tokens" if "tokens" in result else "examples"
+    parts = [table([{"text": name, "tokens": part["tokens"], **shown(part)} for name, part in texts.items()])] if len(texts) > 1 else []
+    parts.append(table([{"metric": name, "value [95% interval]": text} for name, text in shown(result).items()],
+                       title=f"{result['model']} on {result['backend']}: {result['task']}, {result[of]} {of}"))
     if "confusion" in result:
-        lines.append(table([{"actual \\ predicted": label, **dict(zip(result["labels"], row))}
+        parts.append(table([{"actual \\ predicted": label, **dict(zip(result["labels"], row))}
                             for label, row in zip(result["labels"], result["confusion"])]))
-    return "\n\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def write_json(file: Path, result: dict) -> None:

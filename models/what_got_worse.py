@@ -139,11 +139,10 @@ def answers(examples: list[tasks.Example], before: LanguageModel, after: Languag
     prompt = tasks.load_prompt("classify", None)
     solved, rest = tasks.split_shots(examples, prompt.shots, options.limit, options.seed)
     labels = sorted({e.answers[0] for e in examples})
-    words = [" " + tasks.answer_text(prompt, label) for label in labels]
     flips, right = [], np.zeros(2)
     for example in progress(rest, label="answers", unit="example"):
         text = tasks.render(prompt, solved, example)
-        old, new = (labels[int(np.argmax(m.continuation_logprobs(text, words)))] for m in (before, after))
+        old, new = (m.classify(text, labels, prompt.labels) for m in (before, after))
         right += [old == example.answers[0], new == example.answers[0]]
         if old != new:
             flips.append({"example": example.fields["sentence"], "right": example.answers[0], "before": old, "after": new})

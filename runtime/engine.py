@@ -121,8 +121,8 @@ class Engine:
         drafts = self._drafts(_as_list(prompts), n, self._options(options))
         for _ in self._run(drafts, n):
             pass
-        return [drafts[sample * (len(drafts) // n) + prompt].reply
-                for prompt in range(len(drafts) // n) for sample in range(n)]
+        count = len(drafts) // n
+        return [draft.reply for first in range(count) for draft in drafts[first::count]]
 
     def stream(self, prompt, **options) -> Stream:
         """The reply to one prompt (a text, or token ids) as it is made: iterate over its pieces of text."""
@@ -317,8 +317,6 @@ def _is_id(value) -> bool:
 
 
 def _as_list(prompts) -> list:
-    """A single prompt, a text or token ids, as a batch of one. Raises UserError for what is neither a prompt nor a list."""
-    if not isinstance(prompts, (str, np.ndarray, list, tuple)):
-        raise UserError(f"a prompt must be a text or a list of token ids, not {shown(prompts)}")
-    single = isinstance(prompts, (str, np.ndarray)) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
-    return [prompts] if single else list(prompts)
+    """A single prompt, a text or token ids, as a batch of one."""
+    several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], (int, np.integer)))
+    return list(prompts) if several else [prompts]

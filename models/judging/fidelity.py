@@ -1,19 +1,15 @@
 """Perplexity of a model, and how far it has moved from a reference: KL divergence and top-1 agreement, in one pass.
 
 A text is cut into windows of `window` tokens that start `stride` tokens apart. A window scores its tokens after the
-first `window - stride` (those have been scored by the window before, or, in the first window, serve as context), so
-every scored token has at least `window - stride` tokens before it. With stride = window / 2 that is "the second half of
-each window".
+first `window - stride`, which the window before has scored; so every scored token has at least so many before it.
 
-For a scored token t at which the reference gives p and the model q over the vocabulary:
-    nll = -ln q(t)      kl = sum p ln(p / q)   (nats)      agreement = [argmax p = argmax q]
-perplexity = exp(mean nll); bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text. Intervals are a 95%
-bootstrap over windows, because the tokens of one window are not independent.
+For a scored token t at which the model gives q over the vocabulary, nll = -ln q(t); perplexity = exp(mean nll);
+bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text; kl and agreement are those of runtime/compare.py. Intervals
+are a 95% bootstrap over windows, because the tokens of one window are not independent.
 
-Model and reference are `runtime.backend.Backend`s, so PyTorch checkpoints and bundles are measured by the same lines.
 Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
-made to sum to one over them. Logits are asked for only where they are scored. A reference may also be a teacher's cached
-predictions (models/formats/teacher_cache.py) over the same windows: its kl is then a lower bound, top1_agreement is exact.
+made to sum to one over them. A reference may also be a teacher's cached predictions (models/formats/teacher_cache.py) over the
+same windows: its kl is then a lower bound, top1_agreement is exact.
 """
 
 from __future__ import annotations

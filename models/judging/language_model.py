@@ -89,6 +89,10 @@ class LanguageModel:
         tails = [self.tokenizer.encode(text, special_tokens=False) for text in continuations]
         return [score for score, _ in self.score_tails(self.encode(prompt), tails)]
 
+    def classify(self, prompt: str, labels: Items[str], words: dict[str, str]) -> str:
+        """The label that is the likeliest continuation, after a space, as `words` spell it."""
+        return labels[int(np.argmax(self.continuation_logprobs(prompt, [" " + words.get(label, label) for label in labels])))]
+
     def score_tails(self, ids: np.ndarray, tails: Items[np.ndarray]) -> list[tuple[float, bool]]:
         """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it. `ids` are read once."""
         if min(map(len, tails)) == 0:

@@ -22,22 +22,17 @@ import numpy as np
 WORDNET = Path("/usr/share/wordnet")    # where Debian's package wordnet-base puts the dictionary METEOR looks synonyms up in
 
 
-def bootstrap(items: Sequence, statistic: Callable[[Sequence], float] | None = None, *, resamples: int = 1000,
+def bootstrap(items: Sequence, statistic: Callable[[Sequence], float] = np.mean, *, resamples: int = 1000,
               confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of `statistic` (default: the mean) over examples drawn with replacement.
+    """Percentile bootstrap interval of `statistic`, called on lists of examples drawn from `items` with replacement.
 
-    items: one entry an example. With a statistic, it is called on a list of drawn entries. One example or none gives
-    an interval of (nan, nan): nothing is known of its spread.
+    One example or none gives an interval of (nan, nan): nothing is known of its spread.
     """
     n = len(items)
     if n < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
-    if statistic is None:
-        values = np.asarray(items, np.float64)
-        draws = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
-    else:
-        draws = np.array([statistic([items[i] for i in rng.integers(n, size=n)]) for _ in range(resamples)])
+    draws = [statistic([items[i] for i in rng.integers(n, size=n)]) for _ in range(resamples)]
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -20,7 +20,7 @@ import io
 import random
 import sys
 from dataclasses import dataclass
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from models.data.records import LABEL_NAMES, Record, as_labelled, read_records
@@ -98,8 +98,7 @@ def read_text(file: Path) -> str:
 def read_examples(task: str, file: Path, header: str = "auto") -> list[Example]:
     """Every example of a task's file, in the file's order. header: whether a table's first row is names (models/data/tables.py)."""
     try:
-        examples = {"qa": _squad, "summarize": _summaries, "translate": partial(_pairs, header=header),
-                    "generate": _instructions, "classify": partial(_labelled, header=header)}[task](file)
+        examples = _READERS[task](file, header)
     except (KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file}: is not in the format of task {task} ({what}); see python -m models.evaluate --help") from None
@@ -112,16 +111,16 @@ def _fields(file, format):
     return [record.fields for record in read_records([str(file)], format)]
 
 
-def _squad(file):
+def _squad(file, _):
     return [Example({"context": r["context"], "question": r["question"]}, tuple(dict.fromkeys(r["answers"])))
             for r in _fields(file, "json") if r["answers"]]
 
 
-def _summaries(file):
+def _summaries(file, _):
     return [Example({"text": r["text"]}, (r["summary"],)) for r in _fields(file, "jsonl")]
 
 
-def _instructions(file):
+def _instructions(file, _):
     return [Example({"instruction": r["instruction"], "input": r.get("input", "")}, (r["output"],))
             for r in _fields(file, "json" if Path(file).suffix.lower() == ".json" else "jsonl")]
 
@@ -155,27 +154,22 @@ def _labelled(file, header):
     return [Example({"sentence": a}, (b,)) for a, b in map(pair, _columns(file, header))]
 
 
+_READERS = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions, "classify": _labelled}
+
+
 def split_shots(examples: list[Example], shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:
     """Draw `shots` solved examples and up to `limit` others to solve, by seed. Labels take turns among the shots."""
     if len(examples) <= shots:
         raise UserError(f"{len(examples)} examples are too few for {shots} shots and one to solve")
     order = list(examples)
     random.Random(seed).shuffle(order)
-    by_answer: dict[str, list[Example]] = {}
-    for example in order:
-        by_answer.setdefault(example.answers[0], []).append(example)
-    if len(by_answer) <= max(shots, 1):                         # labels: one of each in turn
-        groups = list(by_answer.values())
-        solved = [groups[i % len(groups)][i // len(groups)] for i in range(shots) if i // len(groups) < len(groups[i % len(groups)])]
-    else:
-        solved = order[:shots]
-    rest = [e for e in order if not any(e is s for s in solved)]
-    return solved, rest[:limit]
-
-
-def answer_text(prompt: Prompt, answer: str) -> str:
-    """An answer as the prompt spells it."""
-    return prompt.labels.get(answer, answer)
+    solved, groups = order[:shots], {e.answers[0]: [] for e in order}
+    if len(groups) <= max(shots, 1):                            # labels: one of each in turn
+        for example in order:
+            groups[example.answers[0]].append(example)
+        turns = [example for turn in zip_longest(*groups.values()) for example in turn]
+        solved = [example for example in turns[:shots] if example is not None]
+    return solved, [e for e in order if not any(e is s for s in solved)][:limit]
 
 
 def render(prompt: Prompt, solved: list[Example], example: Example) -> str:
@@ -185,5 +179,5 @@ def render(prompt: Prompt, solved: list[Example], example: Example) -> str:
             return prompt.example.format(**e.fields)
         except (KeyError, IndexError, ValueError) as error:
             raise UserError(f"the prompt's example asks for {error}; this task has {', '.join(e.fields)}") from None
-    shown = [f"{fill(e)} {answer_text(prompt, e.answers[0])}\n\n" for e in solved]
+    shown = [f"{fill(e)} {prompt.labels.get(e.answers[0], e.answers[0])}\n\n" for e in solved]
     return prompt.instruction + "".join(shown) + fill(example)
