@@ -78,8 +78,8 @@ def golden_outputs(backend: Backend, tokenizer: Tokenizer, max_context: int) -> 
 
 def batched(backend: Backend, prompts: list[np.ndarray], count: int,
             choose: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Logits [prompts, count, vocab] of `count` steps as the runtime's decode loop makes them: prompts padded together, then
-    a token a step for all rows, which `choose` gives by the number of the step and the logits [prompts, vocab] before it."""
+    """Logits [prompts, count, vocab] of steps as the runtime's decode loop makes them: prompts padded together, then a token
+    a step for all rows, which `choose` gives by the number of the step and the logits [prompts, vocab] before it."""
     cache = backend.new_cache(len(prompts), max(map(len, prompts)) + count)
     steps = [prefill(backend, cache, prompts).copy()]
     while len(steps) < count:

@@ -167,15 +167,16 @@ def measure(runner: str, backend: Backend, golden: list[Golden], budget: float) 
     for name, way in progress(WAYS.items(), label=TITLES[runner], unit="way"):
         found = [compare(output.reference, said) for output, said in zip(golden, way(backend, golden))]
         whole = Comparison.joined(found)
-        first = next((f"{output.name}, token {one.first}" for output, one in zip(golden, found) if one.first is not None), "")
-        rows.append({"graph": TITLES[runner], "way": name, **whole.row(), "first to differ": first})
+        first = [f"{output.name}, token {one.first}" for output, one in zip(golden, found) if one.first is not None]
+        rows.append({"graph": TITLES[runner], "way": name, **whole.row(), "first to differ": first[0] if first else ""})
         if not whole.keeps(budget):
-            failures.append(f"{TITLES[runner]}, {name}: a mean KL of {whole.kl.mean():.2e} against a budget of {budget:g}")
+            mean = f"a mean KL of {whole.kl.mean():.2e} against a budget of {budget:g}"
+            failures.append(f"{TITLES[runner]}, {name}: {mean}")
     return rows, failures
 
 
 def _one_by_one(ends: Callable[[Golden], Iterable[int]]):
-    """A way that takes the prompts one at a time, each into a cache of its own, in consecutive pieces that end at `ends`."""
+    """A way that takes each prompt into a cache of its own, in consecutive pieces that end at `ends`."""
     def way(backend: Backend, golden: list[Golden]) -> list[np.ndarray]:
         return [np.concatenate(list(_pieces(backend, output, [0, *ends(output)]))) for output in golden]
     return way

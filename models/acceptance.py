@@ -17,7 +17,8 @@ both have. Checkpoints and bundles alike; no time is measured here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,6 @@ import numpy as np
 from models.data.records import as_messages, find_sources, read_records
 from models.judging.metrics import bootstrap
 from models.progress import progress
-from runtime.backend import Backend
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
 
@@ -63,17 +63,6 @@ from runtime.decode import logits
 from runtime.sampling import SamplingOptions
 
 
-class _First:
-    """A backend that knows only the first `vocabulary` tokens."""
-
-    def __init__(self, backend: Backend, vocabulary: int):
-        self.max_chunk_rows, self.new_cache = backend.max_chunk_rows, backend.new_cache
-        self._backend, self._vocabulary = backend, vocabulary
-
-    def forward(self, *arguments) -> np.ndarray:
-        return np.ascontiguousarray(self._backend.forward(*arguments)[..., :self._vocabulary])
-
-
 def accepted(proposals: np.ndarray, reply: np.ndarray, ahead: int) -> list[int]:
     """Tokens accepted in each greedy round: proposals [n] are the draft's greedy choices in the place of reply [n]."""
     rounds, start = [], 0
@@ -91,14 +80,16 @@ def overlap(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 
 def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarray], ahead: int, tokens: int, seed: int) -> dict:
     """The figures over prompts (int64 ids). Raises UserError where no reply has room for a round."""
-    if shared := check_same_tokenizer(target, draft):
-        target, draft = (replace(model, backend=_First(model.backend, shared)) for model in (target, draft))
-    greedy = target.generate(prompts, tokens, label="greedy replies")
-    sampled = target.generate(prompts, tokens, sampling=SamplingOptions(temperature=1.0, seed=seed), label="sampled replies")
+    shared = check_same_tokenizer(target, draft)
+    unshared = dict.fromkeys(range(shared or target.vocab_size, target.vocab_size), -math.inf)
+    drawing = SamplingOptions(logit_bias=unshared, temperature=1.0, seed=seed)
+    greedy = target.generate(prompts, tokens, sampling=SamplingOptions(logit_bias=unshared), label="greedy replies")
+    sampled = target.generate(prompts, tokens, sampling=drawing, label="sampled replies")
 
     def said(model: LanguageModel, prompt: np.ndarray, reply: list[int]) -> np.ndarray:
-        """Its logits [n, vocab] in the place of each token of the reply."""
-        return logits(model.backend, np.concatenate((prompt, np.array(reply[:-1], np.int64))), len(prompt) - 1)
+        """Its logits [n, shared vocabulary] in the place of each token of the reply."""
+        return logits(model.backend, np.array([*prompt, *reply[:-1]], np.int64), len(prompt) - 1)[:, :shared]
+
     rounds, rates = [], []
     for prompt, likeliest, drawn in zip(progress(prompts, label="draft", unit="prompt"), greedy, sampled):
         if len(likeliest.tokens) >= ahead:
@@ -132,7 +123,7 @@ def acceptance(options: Options) -> None:
     figures = measure(target, draft, prompts, options.ahead, options.tokens, options.seed)
     print(f"{figures['prompts']} prompts, {figures['rounds']} rounds of {options.ahead} tokens")
     rows = [(f"accepted of {options.ahead}, greedy", figures["accepted"], figures["accepted_interval"]),
-            *((f"token {place} accepted, greedy", share, None) for place, share in enumerate(figures["accepted_at"], 1)),
+            *((f"token {n} accepted, greedy", share, None) for n, share in enumerate(figures["accepted_at"], 1)),
             ("accepted a token, sampled", figures["sampled_rate"], figures["sampled_rate_interval"]),
             (f"accepted of {options.ahead}, sampled", figures["sampled_accepted"], None)]
     print(table([{"": title, "value": f"{value:.3f}", "95% interval": interval and "{:.3f} to {:.3f}".format(*interval)}

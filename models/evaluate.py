@@ -163,7 +163,8 @@ def labelled(options: Options, model: LanguageModel) -> dict:
         if unnamed:
             raise UserError(f"label {unnamed[0]!r} has no words in the prompt; it names {', '.join(prompt.labels)}: "
                             "give its labels with --prompt")
-        answers = [model.classify(text, labels, prompt.labels) for text in progress(texts, label="classify", unit="example")]
+        texts = progress(texts, label="classify", unit="example")
+        answers = [model.classify(text, labels, prompt.labels) for text in texts]
     else:
         replies = model.generate(texts, prompt.max_new_tokens, prompt.stop, label=options.task)
         answers = [reply.text.strip() for reply in replies]
@@ -187,7 +188,8 @@ def score(task: str, answers: list[str], examples: list[tasks.Example]) -> tuple
 
     def corpus(name: str, function, resamples: int = 200) -> None:
         statistic = lambda some: function(*zip(*some))    # noqa: E731
-        result[name], result[f"{name}_interval"] = statistic(pairs), list(metrics.bootstrap(pairs, statistic, resamples=resamples))
+        result[name] = statistic(pairs)
+        result[f"{name}_interval"] = list(metrics.bootstrap(pairs, statistic, resamples=resamples))
 
     if task == "qa":
         mean("exact_match", [metrics.exact_match(a, r) for a, r in zip(answers, rights)])
@@ -215,8 +217,9 @@ def report(result: dict) -> str:
     def shown(part: dict) -> dict[str, str]:
         return {name: "{:.4f} [{:.4f}, {:.4f}]".format(value, *part[f"{name}_interval"])
                 for name, value in part.items() if f"{name}_interval" in part}
-    texts, of = result.get("texts", {}), "tokens" if "tokens" in result else "examples"
-    parts = [table([{"text": name, "tokens": part["tokens"], **shown(part)} for name, part in texts.items()])] if len(texts) > 1 else []
+    texts, of, parts = result.get("texts", {}), "tokens" if "tokens" in result else "examples", []
+    if len(texts) > 1:
+        parts.append(table([{"text": name, "tokens": part["tokens"], **shown(part)} for name, part in texts.items()]))
     parts.append(table([{"metric": name, "value [95% interval]": text} for name, text in shown(result).items()],
                        title=f"{result['model']} on {result['backend']}: {result['task']}, {result[of]} {of}"))
     if "confusion" in result:

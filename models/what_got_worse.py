@@ -119,16 +119,15 @@ def prompts(examples: list[tasks.Example], before: LanguageModel, after: Languag
 
 def habits(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel, new_tokens: int) -> list[dict]:
     """Rates of refusing, repeating and valid JSON, before and after, over the same prompts."""
-    def replies(model, asked, label):
-        return [reply.text for reply in model.generate([model.chat_prompt(a) for a in asked], new_tokens, label=label)]
     asked = [_asked(e) for e in examples]
     asked = [a for a in asked if len(before.chat_prompt(a)) + new_tokens < min(before.context, after.context)]
     rows = []
     for prompts_, kinds in ((asked, {"refuses": behaviour.refuses, "repeats itself": behaviour.repeats}),
                             (list(behaviour.JSON_PROMPTS), {"valid JSON when asked": behaviour.valid_json})):
-        old, new = replies(before, prompts_, "before"), replies(after, prompts_, "after")
+        old, new = (model.generate([model.chat_prompt(a) for a in prompts_], new_tokens, label=label)
+                    for model, label in ((before, "before"), (after, "after")))
         for name, judge in kinds.items():
-            was, now = [judge(r) for r in old], [judge(r) for r in new]
+            was, now = ([judge(reply.text) for reply in replies] for replies in (old, new))
             rows.append({"habit": name, "prompts": len(was), "before": float(np.mean(was)), "after": float(np.mean(now)),
                          "changed": int(np.sum(np.array(was) != np.array(now)))})
     return rows

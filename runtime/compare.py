@@ -1,9 +1,9 @@
 """How far a model's logits are from a reference's, token by token: KL divergence, the likeliest token, near ties.
 
-Where the reference gives p over the vocabulary and the model q, KL(p || q) = sum p ln(p / q), in nats. Of a reference of
-which only the likeliest tokens are known (`Top`), all others count as one event, which makes it a lower bound of the whole.
-A token that differs where the reference's first two logits were closer than the noise is a near tie, not an error; the noise
-is twice the largest difference of a logit among the 20 likeliest, a constant over all of them taken off, as that changes no
+Where the reference gives p over the vocabulary and the model q, KL(p || q) = sum p ln(p / q), in nats. Where of the
+reference only the likeliest tokens are known (`Top`), all others count as one event: a lower bound of the whole. A token
+that differs where the reference's first two logits were closer than the noise is a near tie, not an error; the noise is
+twice the largest difference of a logit among the 20 likeliest, a constant over all of them taken off, as that changes no
 probability. Computed in float64, a token at a time: a vocabulary of doubles stays in the CPU's cache.
 """
 
@@ -18,12 +18,11 @@ TOP = 20                          # likeliest tokens that noise is taken over, a
 
 @dataclass(frozen=True)
 class Top:
-    """What a model said of the k likeliest tokens at each of t: ids int64 [t, k], likeliest first; their log_p float64 [t, k];
-    log_rest float64 [t], that of all others together."""
+    """What a model said of the k likeliest tokens at each of t."""
 
-    ids: np.ndarray
-    log_p: np.ndarray
-    log_rest: np.ndarray
+    ids: np.ndarray               # int64 [t, k], likeliest first
+    log_p: np.ndarray             # float64 [t, k]
+    log_rest: np.ndarray          # float64 [t], of all others together
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ class Comparison:
 
     def row(self) -> dict:
         """Figures for a table."""
-        return {"mean KL": f"{self.kl.mean():.1e}", "max KL": f"{self.kl.max():.1e}", "same top-1": f"{1 - self.differs.mean():.1%}",
-                "near ties": int(self.near_tie.sum()), "differ": int((self.differs & ~self.near_tie).sum())}
+        return {"mean KL": f"{self.kl.mean():.1e}", "max KL": f"{self.kl.max():.1e}",
+                "same top-1": f"{1 - self.differs.mean():.1%}", "near ties": int(self.near_tie.sum()),
+                "differ": int((self.differs & ~self.near_tie).sum())}
 
 
 def compare(reference: np.ndarray | Top, logits: np.ndarray) -> Comparison:

@@ -137,14 +137,15 @@ def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
 
 
 def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:
-    """Append tokens (int64 [n]) in one call to the one row of `cache` (None: a new one); float32 logits [n - first, vocab]
-    after each token from index `first` on, valid until the next call with `cache`."""
+    """Append tokens (int64 [n]) in one call to the one row of `cache` (None: a new one); float32 logits
+    [n - first, vocab] after each token from index `first` on, valid until the next call with `cache`."""
     cache = backend.new_cache(1, len(tokens)) if cache is None else cache
     return _append(backend, cache, tokens[None], len(tokens), np.arange(first, len(tokens))[None])[0]
 
 
-def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int, wanted: np.ndarray) -> np.ndarray:
-    """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at indices `wanted` [rows, k]."""
+def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int,
+            wanted: np.ndarray) -> np.ndarray:
+    """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at `wanted` [rows, k]."""
     positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
     found = backend.forward(tokens, positions, cache.lengths, wanted, cache)
     cache.lengths += counts

@@ -1,7 +1,7 @@
 """Read golden.json, which `export.golden` writes (the format is told there), and believe nothing in it.
 
-Its sha256 is in the manifest; but a file that was written wrongly must not end in a traceback, nor pass for want of anything
-to compare. Every field is there, of its type, within its range and as long as the others say.
+Its sha256 is in the manifest; but a file that was written wrongly must not end in a traceback, nor pass for want of
+anything to compare. Every field is there, of its type, within its range and as long as the others say.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A reply in the making, over any opened backend: a sequence of tokens becomes text, until a stop token, a stop string or its length.
+"""Replies over any opened backend: sequences of tokens become text, each until a stop token, a stop string or its length.
 
-    drafts = [Draft(decode.Sequence(ids, Sampler(options, ids), 64, stop_tokens), ReplyText(tokenizer, stop_strings)) for ids in prompts]
-    for draft, text in run(backend, drafts): ...       # the text that each gained
-    drafts[0].reply                                    # .text .tokens .finish_reason .logprobs .timings
+    draft = Draft(decode.Sequence(ids, Sampler(options, ids), 64, stop_tokens), ReplyText(tokenizer, stop_strings))
+    for draft, text in run(backend, [draft, ...]): ...   # the text that each gained
+    draft.reply                                          # .text .tokens .finish_reason .logprobs .timings
 
 `Engine` answers through it, and so does whoever measures a model, in PyTorch too.
 """
@@ -59,7 +59,8 @@ class Draft:
         self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
 
     def advance(self) -> str:
-        """Text that may be shown since the last call; ends the sequence at a stop string, and drops what was decoded beyond it."""
+        """Text that may be shown since the last call; ends the sequence at a stop string, and drops what was decoded
+        beyond it."""
         sequence, text, stopped = self.sequence, "", False
         while not stopped and (n := len(self._token_ms)) < len(sequence.tokens):
             self._token_ms.append((sequence.times[n] - self.start) * 1e3)

@@ -2,8 +2,8 @@
 
 First the sha256 of every file; a changed one is named and the exit code is 1. Then the golden outputs: for each prompt
 that `export.verify` stored, PyTorch's tokens are fed again through TensorRT, CUDA, the native core and ONNX Runtime's CPU,
-those of them that this machine can have (the first is what an `Engine` runs), and the logits compared with the 20 largest
-of PyTorch's (compare.py). The mean KL of a runner must keep the budget that was stored with the golden outputs; past it
+those of them that this machine can have (the first is what an `Engine` runs), and the logits compared with the 20
+largest of PyTorch's (compare.py). The mean KL of a runner must keep the budget that was stored with the golden outputs; past it
 the exit code is 1, as it is where no runner ran at all. Kernels differ from machine to machine, which is why this is a
 command for the device and not a certificate.
 """
@@ -40,8 +40,8 @@ class Options:
 
 
 def runners(bundle: Bundle, exact: bool = False) -> dict[str, dict]:
-    """Ways to run a bundle, best first: name -> options of `open_backend`. With `exact` also the one that rounds nothing but
-    the weights: the portable graph, and in a bundle without graphs the native core."""
+    """Ways to run a bundle, best first: name -> options of `open_backend`. With `exact` also the one that rounds nothing
+    but the weights: the portable graph, and in a bundle without graphs the native core."""
     found: dict[str, dict] = {name: {"provider": name} for name in ("tensorrt", "cuda", "native")}
     if bundle.graph("fast") or bundle.graph("portable"):
         found["fast" if bundle.graph("fast") else "portable_fused"] = {"provider": "cpu"}

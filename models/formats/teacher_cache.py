@@ -56,7 +56,7 @@ class TeacherCache:
         return (teacher.exp() * (teacher - student)).sum(-1) + rest.exp() * (rest - student_rest)
 
     def within(self, logits):
-        """Logits [..., vocab] of the tokens that the cache was made over: rows beyond, as of a padded table, do not count.
+        """Logits [..., vocab] of the tokens that the cache was made over: those beyond, of a padded table, do not count.
         Raises UserError where there are fewer."""
         vocabulary = self.state["vocabulary"]
         if vocabulary > logits.shape[-1]:
@@ -66,8 +66,8 @@ class TeacherCache:
 
     def top(self, window: int, tokens: slice) -> Top:
         """What the teacher said at window[tokens]."""
-        return Top(self.indices[window, tokens].astype(np.int64), self.log_probabilities[window, tokens].astype(np.float64),
-                   self.others[window, tokens].astype(np.float64))
+        log_p, log_rest = (part[window, tokens].astype(np.float64) for part in (self.log_probabilities, self.others))
+        return Top(self.indices[window, tokens].astype(np.int64), log_p, log_rest)
 
 
 def array_types(windows: int, tokens: int, k: int, vocabulary: int) -> dict[str, tuple[type, tuple[int, ...]]]:

@@ -4,12 +4,12 @@ A text is cut into windows of `window` tokens that start `stride` tokens apart. 
 first `window - stride`, which the window before has scored; so every scored token has at least so many before it.
 
 For a scored token t at which the model gives q over the vocabulary, nll = -ln q(t); perplexity = exp(mean nll);
-bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text; kl and agreement are those of runtime/compare.py. Intervals
-are a 95% bootstrap over windows, because the tokens of one window are not independent.
+bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text; kl and top1_agreement are those of runtime/compare.py.
+Intervals are a 95% bootstrap over windows, because the tokens of one window are not independent.
 
 Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
-made to sum to one over them. A reference may also be a teacher's cached predictions (models/formats/teacher_cache.py) over the
-same windows: its kl is then a lower bound, top1_agreement is exact.
+made to sum to one over them. A reference may also be a teacher's cached predictions over the same windows
+(models/formats/teacher_cache.py): its kl is then a lower bound, top1_agreement is exact.
 """
 
 from __future__ import annotations

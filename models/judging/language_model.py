@@ -69,12 +69,13 @@ class LanguageModel:
         return None if text is None else self.tokenizer.token_id(text)
 
     def generate(self, prompts: Items[str | np.ndarray], max_new_tokens: int, stop: Items[str] = (), *,
-                 sampling: SamplingOptions = SamplingOptions(), label: str = "generating", progress: bool = True) -> list[reply.Reply]:
+                 sampling: SamplingOptions = SamplingOptions(), label: str = "generating",
+                 progress: bool = True) -> list[reply.Reply]:
         """Replies, cut at the first stop string and at the context's end. Similar lengths are decoded together."""
         drafts = []
-        for number, prompt in enumerate(prompts):
-            ids = self.encode(prompt)
-            sequence = decode.Sequence(ids, Sampler(sampling, ids, number), min(max_new_tokens, self.context - len(ids)), self.eos)
+        for number, ids in enumerate(map(self.encode, prompts)):
+            limit = min(max_new_tokens, self.context - len(ids))
+            sequence = decode.Sequence(ids, Sampler(sampling, ids, number), limit, self.eos)
             drafts.append(reply.Draft(sequence, ReplyText(self.tokenizer, tuple(stop))))
         order = sorted(drafts, key=lambda draft: len(draft.sequence.prompt))
         with shown(total=len(drafts), label=label, unit="prompt", quiet=not progress) as bar:
@@ -84,17 +85,18 @@ class LanguageModel:
         return [draft.reply for draft in drafts]
 
     def continuation_logprobs(self, prompt: str, continuations: Items[str]) -> list[float]:
-        """ln p(continuation | prompt) of each, summed over its tokens. Prompt and continuation are tokenized apart, so the
-        same prompt tokens serve all of them."""
+        """ln p(continuation | prompt) of each, summed over its tokens. Prompt and continuation are tokenized apart, so
+        the same prompt tokens serve all of them."""
         tails = [self.tokenizer.encode(text, special_tokens=False) for text in continuations]
         return [score for score, _ in self.score_tails(self.encode(prompt), tails)]
 
     def classify(self, prompt: str, labels: Items[str], words: dict[str, str]) -> str:
         """The label that is the likeliest continuation, after a space, as `words` spell it."""
-        return labels[int(np.argmax(self.continuation_logprobs(prompt, [" " + words.get(label, label) for label in labels])))]
+        scores = self.continuation_logprobs(prompt, [" " + words.get(label, label) for label in labels])
+        return labels[int(np.argmax(scores))]
 
     def score_tails(self, ids: np.ndarray, tails: Items[np.ndarray]) -> list[tuple[float, bool]]:
-        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it. `ids` are read once."""
+        """ln p(tail | ids) of each tail (int64 [n], n >= 1), and whether greedy decoding would write it."""
         if min(map(len, tails)) == 0:
             raise UserError("a continuation has no tokens")
         cache = self.backend.new_cache(1, len(ids) + max(map(len, tails)))
@@ -122,7 +124,8 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
         bundle = open_bundle(folder)
         if (graph or exact) and provider not in (None, "cpu"):
             raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
-        backend, _ = open_backend(bundle, "cpu" if graph or exact else provider, threads, cpu={"exact": exact, "role": graph})
+        provider = "cpu" if graph or exact else provider
+        backend, _ = open_backend(bundle, provider, threads, cpu={"exact": exact, "role": graph})
         tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
         context, eos, named = bundle.max_context, bundle.model["eos_token_ids"], bundle.model.get("special_tokens") or {}
         chat = partial(bundle_encoder, bundle, tokenizer)

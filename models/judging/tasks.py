@@ -154,7 +154,8 @@ def _labelled(file, header):
     return [Example({"sentence": a}, (b,)) for a, b in map(pair, _columns(file, header))]
 
 
-_READERS = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions, "classify": _labelled}
+_READERS = {"qa": _squad, "summarize": _summaries, "translate": _pairs, "generate": _instructions,
+            "classify": _labelled}
 
 
 def split_shots(examples: list[Example], shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:
