@@ -39,7 +39,9 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from models.evaluate import write_json
@@ -100,7 +102,7 @@ class EdgewrightLM(TemplateLM):
             options = request.args[1]
             if options.get("do_sample") and options.get("temperature", 1):
                 raise UserError("the task samples; this adapter generates greedily (set do_sample: false)")
-            until = options.get("until") or []
+            until = options.get("until") or ()
             until = (until,) if isinstance(until, str) else tuple(until)
             groups.setdefault((until, options.get("max_gen_toks", MAX_NEW_TOKENS)), []).append(number)
         replies = [""] * len(requests)
@@ -112,9 +114,7 @@ class EdgewrightLM(TemplateLM):
         return replies
 
 
-def evaluate(options: Options) -> int:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def evaluate(options: Options) -> None:
     if options.include_path and not options.include_path.is_dir():
         raise UserError(f"{options.include_path}: is not a folder of task files")
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
@@ -132,4 +132,3 @@ def evaluate(options: Options) -> int:
     if options.json:
         write_json(options.json, {task: {k: v for k, v in scores.items() if isinstance(v, (int, float, str))}
                                   for task, scores in results.items()})
-    return 0

@@ -63,7 +63,7 @@ from models.judging.language_model import LanguageModel, check_same_tokenizer, o
 from models.judging.page import page, report
 
 
-def compare(options: Options) -> int:
+def compare(options: Options) -> None:
     texts = [(file.name, tasks.read_text(file)) for file in options.data]
     instructions = tasks.read_examples("generate", options.prompts) if options.prompts else []
     labelled = tasks.read_examples("classify", options.labelled) if options.labelled else []
@@ -85,7 +85,6 @@ def compare(options: Options) -> int:
     if options.html:
         write(options.html, page(result, options.worst))
         print(f"\n{options.html}: open it in a browser")
-    return 0
 
 
 def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, limit: int, shared: int | None) -> dict:

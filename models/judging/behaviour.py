@@ -7,6 +7,7 @@ what changed. Heuristics, and meant as such: they are compared with themselves, 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from runtime.files import parse_json
 
@@ -32,11 +33,8 @@ def refuses(reply: str) -> bool:
 def repeats(reply: str, *, words: int = 4, times: int = 4) -> bool:
     """Whether some run of `words` words (Han characters count as words) stands `times` times or more in the reply."""
     tokens = re.findall(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+", reply.lower())
-    runs = [tuple(tokens[i:i + words]) for i in range(len(tokens) - words + 1)]
-    counts: dict[tuple, int] = {}
-    for run in runs:
-        counts[run] = counts.get(run, 0) + 1
-    return any(count >= times for count in counts.values())
+    runs = Counter(tuple(tokens[i:i + words]) for i in range(len(tokens) - words + 1))
+    return any(count >= times for count in runs.values())
 
 
 def valid_json(reply: str) -> bool:

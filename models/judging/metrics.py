@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -68,16 +69,11 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 
-class _Words:
-    """rouge-score's default tokenizer drops everything but a-z and 0-9; this one keeps other scripts."""
-    def tokenize(self, text: str) -> list[str]:
-        return answer_tokens(text)
-
-
 def rouge(answer: str, references: Sequence[str], kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL")) -> dict[str, float]:
     """F-measures of ROUGE against the best reference, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
-    scores = RougeScorer(list(kinds), tokenizer=_Words()).score_multi(list(references), answer)
+    words = SimpleNamespace(tokenize=answer_tokens)           # its own tokenizer drops everything but a-z and 0-9
+    scores = RougeScorer(list(kinds), tokenizer=words).score_multi(list(references), answer)
     return {kind: scores[kind].fmeasure for kind in kinds}
 
 
@@ -93,17 +89,12 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     return CHRF().corpus_score(list(answers), [list(references)]).score
 
 
-class _NoSynonyms:
-    """Stands in for WordNet where it is not installed: METEOR then matches exact words and stems only."""
-    def synsets(self, word):
-        return []
-
-
 @cache
 def wordnet():
-    """WordNet as METEOR wants it, from Debian's wordnet-base, or a stand-in that knows no synonyms."""
+    """WordNet as METEOR wants it, from Debian's wordnet-base, or a stand-in that knows no synonyms: METEOR then matches
+    exact words and stems only."""
     if not (WORDNET / "data.noun").is_file():
-        return _NoSynonyms()
+        return SimpleNamespace(synsets=lambda word: [])
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
     return WordNetCorpusReader(str(WORDNET), None)
 
@@ -118,11 +109,8 @@ def meteor(answer: str, reference: str) -> float:
 
 def classification(predicted: Sequence[str], actual: Sequence[str]) -> dict:
     """Accuracy, macro-averaged precision, recall and F1, and the confusion matrix (rows: actual, columns: predicted)."""
-    labels = sorted(set(actual) | set(predicted))
-    index = {label: i for i, label in enumerate(labels)}
-    matrix = np.zeros((len(labels), len(labels)), np.int64)
-    for a, p in zip(actual, predicted, strict=True):
-        matrix[index[a], index[p]] += 1
+    labels, pairs = sorted({*actual, *predicted}), Counter(zip(actual, predicted, strict=True))
+    matrix = np.array([[pairs[a, p] for p in labels] for a in labels])
     hits = np.diag(matrix).astype(np.float64)
     precision = hits / np.maximum(matrix.sum(0), 1)
     recall = hits / np.maximum(matrix.sum(1), 1)

@@ -65,11 +65,9 @@ def load_prompt(task: str, file: Path | None) -> Prompt:
     prompt = PROMPTS[task]
     if file is None:
         return prompt
-    changes = read_toml(file)
-    known = {f.name for f in dataclasses.fields(Prompt)}
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        raise UserError(f"{file}: unknown entry {unknown[0]!r}; a prompt has {', '.join(sorted(known))}")
+    changes, known = read_toml(file), sorted(f.name for f in dataclasses.fields(Prompt))
+    if unknown := sorted(set(changes) - set(known)):
+        raise UserError(f"{file}: unknown entry {unknown[0]!r}; a prompt has {', '.join(known)}")
     for name in ("instruction", "example"):
         if not isinstance(changes.get(name, ""), str):
             raise UserError(f"{file}: {name} must be text")
