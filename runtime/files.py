@@ -47,7 +47,7 @@ _SQUARE = bytes.maketrans(b"{}", b"[]")
 _AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _EXCHANGE, _HERE = 2, -100                # RENAME_EXCHANGE and AT_FDCWD of Linux
 
-_held: dict[tuple[str, int], int] = {}    # (lock file, thread) -> how many `with` blocks deep
+_held: set[tuple[str, int]] = set()       # (lock file, thread)
 
 
 @contextmanager
@@ -60,22 +60,18 @@ def lock(out: Path | str, wait: bool = False) -> Iterator[None]:
     file = _beside(out, "lock")
     key = str(file), threading.get_ident()
     if key in _held:
-        _held[key] += 1
-        try:
-            yield
-        finally:
-            _held[key] -= 1
+        yield
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(file, out, wait) if fcntl is not None else None
     except OSError as error:
         raise _unwritable(out, error) from None
-    _held[key] = 1
+    _held.add(key)
     try:
         yield
     finally:
-        del _held[key]
+        _held.remove(key)
         if handle is not None:
             file.unlink(missing_ok=True)
             os.close(handle)
@@ -86,8 +82,7 @@ def sole_writer(option: str):
     def decorate(stage):
         @functools.wraps(stage)
         def alone(options):
-            folder = Path(getattr(options, option))
-            with adding_to(folder) if folder.is_dir() else nullcontext():
+            with adding_to(Path(getattr(options, option))):
                 return stage(options)
         return alone
     return decorate
@@ -95,7 +90,7 @@ def sole_writer(option: str):
 
 def adding_to(folder: Path):
     """`lock` of a folder that is there; none where a lock has no place beside it, as beside a mounted volume."""
-    return lock(folder) if os.access(_target(folder).parent, os.W_OK) else nullcontext()
+    return lock(folder) if folder.is_dir() and os.access(_target(folder).parent, os.W_OK) else nullcontext()
 
 
 @contextmanager
@@ -106,23 +101,15 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     the block's counts as one of these); then nothing at `out` has changed.
     """
     out = _target(out)
-    partial = _beside(out, "partial")
-    try:
-        with lock(out):
-            _restore(out)
-            _remove(partial)                                      # left by a killed run
-            try:
-                partial.mkdir()
-                yield partial
-                for folder, _, names in os.walk(partial):
-                    for path in (*(os.path.join(folder, name) for name in names), folder):
-                        _to_disk(path)
-                _swap(partial, out)
-                _to_disk(out.parent)
-            finally:
-                _remove(partial)
-    except OSError as error:
-        raise _unwritable(out, error) from None
+    with _partial(out, wait=False) as partial:
+        _restore(out)
+        partial.mkdir()
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for path in (*(os.path.join(folder, name) for name in names), folder):
+                _to_disk(path)
+        _swap(partial, out)
+        _to_disk(out.parent)
 
 
 @contextmanager
@@ -132,15 +119,23 @@ def new_file(out: Path | str) -> Iterator[Path]:
     Two writers take turns. Raises UserError as `new_folder` does.
     """
     out = _target(out)
+    with _partial(out, wait=True) as partial:
+        yield partial
+        _to_disk(partial)
+        os.replace(partial, out)
+
+
+@contextmanager
+def _partial(out: Path, wait: bool) -> Iterator[Path]:
+    """The path at which `out` is written, under its lock: free before and after."""
     partial = _beside(out, "partial")
     try:
-        with lock(out, wait=True):
+        with lock(out, wait):
+            _remove(partial)                                      # left by a killed run
             try:
                 yield partial
-                _to_disk(partial)
-                os.replace(partial, out)
             finally:
-                partial.unlink(missing_ok=True)
+                _remove(partial)
     except OSError as error:
         raise _unwritable(out, error) from None
 
