@@ -5,13 +5,10 @@
     bundle.path("weights.bin")                           # absolute path of a file the manifest lists
     bundle.tensor("final_norm.weight")                   # its bytes in weights.bin, mapped, not read
 
-Opening costs a `stat` per file. `verify=True`, or `changed_files`, reads every byte and compares sha256, which finds
-what sizes cannot: a changed byte. Nothing in a bundle is executed and nothing is a pickle. A manifest is untrusted: a
-path that leaves the folder, by "..", by an absolute path or through a symlink, is refused, and a tensor that lies
-outside its file is refused before anything maps it. The manifest itself has no hash; whoever can replace it can
-replace the bundle.
-
-Format: README, "Formats". Version 1 is the only one so far; others are refused by number.
+Opening costs a `stat` per file; `verify=True`, or `changed_files`, reads every byte and compares sha256. A manifest is
+untrusted: a path that leaves the folder, by "..", by an absolute path or through a symlink, is refused, and a tensor that
+lies outside its file is refused before anything maps it. The manifest itself has no hash; whoever can replace it can
+replace the bundle. Format: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -35,6 +32,17 @@ DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 
               "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6, "float8_e4m3fn": 8}
 _PACKED_BY_ROW = ("uint2", "uint3", "uint5", "uint6")       # each row ends on a byte; int4 and uint4 do as ONNX does
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}      # others are given as raw bytes
+# What a manifest must hold: (form, None) may be null or missing, [form] is a list of such, {str: form} an object of any names.
+_FORM = {
+    "name": str, "files": {str: {"bytes": int, "sha256": str}},
+    "tokenizer": str, "chat_template": (str, None), "golden": (str, None),
+    "model": {"config": {"vocab_size": int, "hidden_size": int, "head_dim": int}, "max_context": int, "bos_token_id": (int, None),
+              "eos_token_ids": [int], "pad_token_id": (int, None), "special_tokens": ({str: str}, None), "generation": (dict, None)},
+    "weights": {"file": str, "bytes": int,
+                "tensors": [{"name": str, "dtype": str, "shape": [int], "offset": int, "bytes": int}]},
+    "graphs": [{"role": str, "file": str}],
+    "engines": [{"file": str, "backend": str, "version": str, "capacity": int, "bytes": (int, None),
+                 "compute_capabilities": [str], "profiles": [dict]}]}
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,8 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
     bundle = Bundle(folder, manifest)
-    if verify:
-        changed = changed_files(bundle)
-        if changed:
-            raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
+    if verify and (changed := changed_files(bundle)):
+        raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
     return bundle
 
 
@@ -134,79 +140,53 @@ def _read_manifest(folder: Path) -> dict:
 
 def _check_manifest(path: Path, manifest: dict) -> None:
     """Every field the runtime uses is there and of the right type, so that no later code has to doubt it."""
-    def need(owner: dict, where: str, key: str, *types) -> object:
-        value = owner.get(key)
-        if not isinstance(value, types) or isinstance(value, bool):
-            expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise UserError(f"{path}: {where}{key} should be {expected}, not {shown(value)}; export the bundle again")
-        return value
-
-    def need_all(owner: dict, where: str, key: str, item_type: type) -> list:
-        items = need(owner, where, key, list)
-        for i, item in enumerate(items):
-            need({f"{key}[{i}]": item}, where, f"{key}[{i}]", item_type)
-        return items
-
-    need(manifest, "", "name", str)
-    files = need(manifest, "", "files", dict)
-    for name in files:
-        entry = need(files, "files.", name, dict)
-        need(entry, f"files.{name}.", "bytes", int)
-        need(entry, f"files.{name}.", "sha256", str)
-
-    def listed(name: object, where: str) -> None:
+    _check(path, "", manifest, _FORM)
+    model, weights, files = manifest["model"], manifest["weights"], manifest["files"]
+    vocab = model["config"]["vocab_size"]
+    if model["max_context"] < 1:
+        raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
+    token_ids(model["eos_token_ids"], vocab, f"{path}: model.eos_token_ids")
+    for key, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):          # which may be left out
+        model[key] = check(model.get(key), vocab, f"{path}: model.{key}")
+    named = {"weights.file": weights["file"], "tokenizer": manifest["tokenizer"]}
+    named |= {f"{key}[{i}].file": entry["file"] for key in ("graphs", "engines") for i, entry in enumerate(manifest[key])}
+    for key in ("chat_template", "golden"):
+        if manifest.setdefault(key, None) is not None:
+            named[key] = manifest[key]
+    for where, name in named.items():
         if name not in files:
             raise UserError(f"{path}: {where} is {name!r}, which is not among its files; export the bundle again")
-
-    model = need(manifest, "", "model", dict)
-    config = need(model, "model.", "config", dict)
-    for key in ("vocab_size", "hidden_size", "head_dim"):
-        need(config, "model.config.", key, int)
-    if need(model, "model.", "max_context", int) < 1:
-        raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
-    token_ids(need_all(model, "model.", "eos_token_ids", int), config["vocab_size"], f"{path}: model.eos_token_ids")
-    need(model, "model.", "generation", dict, type(None))
-    for name in need(model, "model.", "special_tokens", dict, type(None)) or ():
-        need(model["special_tokens"], "model.special_tokens.", name, str)
-    for key, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):          # which may be left out
-        model[key] = check(need(model, "model.", key, int, type(None)), config["vocab_size"], f"{path}: model.{key}")
-
-    weights = need(manifest, "", "weights", dict)
-    listed(need(weights, "weights.", "file", str), "weights.file")
-    if need(weights, "weights.", "bytes", int) != files[weights["file"]]["bytes"]:
+    for i, graph in enumerate(manifest["graphs"]):
+        if graph["role"] not in ROLES:
+            raise UserError(f"{path}: graphs[{i}].role is {graph['role']!r}; known: {', '.join(ROLES)}")
+    if weights["bytes"] != files[weights["file"]]["bytes"]:
         raise UserError(f"{path}: weights.bytes and the size of {weights['file']} among its files differ; export again")
-    for tensor in need_all(weights, "weights.", "tensors", dict):
-        where = f"weights.tensors: {tensor.get('name')!r}: "
-        need(tensor, where, "name", str), need(tensor, where, "dtype", str)
-        shape = need_all(tensor, where, "shape", int)
-        offset, size = need(tensor, where, "offset", int), need(tensor, where, "bytes", int)
-        if tensor["dtype"] not in DTYPE_BITS:
-            raise UserError(f"{path}: {where}unknown dtype {tensor['dtype']!r}; known: {', '.join(DTYPE_BITS)}")
-        rows, row = (math.prod(shape[:-1]), shape[-1]) if tensor["dtype"] in _PACKED_BY_ROW and shape else (1, math.prod(shape))
-        expected = rows * -(-row * DTYPE_BITS[tensor["dtype"]] // 8)
+    for tensor in weights["tensors"]:
+        where, dtype, shape = f"{path}: weights.tensors[{tensor['name']!r}]", tensor["dtype"], tensor["shape"]
+        if dtype not in DTYPE_BITS:
+            raise UserError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+        rows, row = (math.prod(shape[:-1]), shape[-1]) if dtype in _PACKED_BY_ROW and shape else (1, math.prod(shape))
+        expected, offset, size = rows * -(-row * DTYPE_BITS[dtype] // 8), tensor["offset"], tensor["bytes"]
         if min(shape, default=1) < 0 or offset < 0 or size != expected or offset + size > weights["bytes"]:
-            raise UserError(f"{path}: {where}{tensor['dtype']} {shape} at {offset}, {size} bytes, does not fit "
-                            f"{weights['file']} ({weights['bytes']} bytes); export the bundle again")
+            raise UserError(f"{where}: {dtype} {shape} at {offset}, {size} bytes, does not fit {weights['file']} "
+                            f"({weights['bytes']} bytes); export the bundle again")
 
-    for i, graph in enumerate(need_all(manifest, "", "graphs", dict)):
-        where = f"graphs[{i}]."
-        if need(graph, where, "role", str) not in ROLES:
-            raise UserError(f"{path}: {where}role is {graph['role']!r}; known: {', '.join(ROLES)}")
-        listed(need(graph, where, "file", str), where + "file")
-    for i, engine in enumerate(need_all(manifest, "", "engines", dict)):
-        where = f"engines[{i}]."
-        listed(need(engine, where, "file", str), where + "file")
-        for key in ("backend", "version"):
-            need(engine, where, key, str)
-        need(engine, where, "capacity", int)
-        need(engine, where, "bytes", int, type(None))
-        for key, kind in (("compute_capabilities", str), ("profiles", dict)):
-            need_all(engine, where, key, kind)
-    listed(need(manifest, "", "tokenizer", str), "tokenizer")
-    for key in ("chat_template", "golden"):
-        manifest.setdefault(key, None)
-        if need(manifest, "", key, str, type(None)) is not None:
-            listed(manifest[key], key)
+
+def _check(path: Path, where: str, value: object, form) -> None:
+    """Raises UserError where `value` is not of this form: see _FORM."""
+    form, null = form if isinstance(form, tuple) else (form, False)
+    if null is None and value is None:
+        return
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{path}: {where} should be {kind.__name__}{' or null' if null is None else ''}, not {shown(value)}; "
+                        "export the bundle again")
+    if isinstance(form, list):
+        for i, item in enumerate(value):
+            _check(path, f"{where}[{shown(item.get('name', i)) if isinstance(item, dict) else i}]", item, form[0])
+    elif isinstance(form, dict):
+        for key, inner in (dict.fromkeys(value, form[str]) if str in form else form).items():
+            _check(path, f"{where}.{key}" if where else key, value.get(key), inner)
 
 
 def _check_file(folder: Path, name: str, entry: dict) -> None:

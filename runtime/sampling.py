@@ -77,20 +77,18 @@ class SamplingOptions:
             raise UserError(f"{name} is {value if isinstance(value, float) else shown(value)}; it must be {rule}")
 
 
-def model_defaults(generation: dict) -> dict:
-    """The sampling that a Hugging Face generation_config.json asks for, as keyword arguments of SamplingOptions: the
-    repetition penalty, and with "do_sample" the temperature (1 where it says none), top-k, top-p and min-p."""
-    if not isinstance(generation.get("do_sample"), bool | None):
-        raise UserError(f"do_sample is {shown(generation['do_sample'])}; it must be true or false")
-    samples = {"temperature": 1.0} if generation.get("do_sample") else {}
-    names = ["repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
-    return samples | {name: generation[name] for name in names if generation.get(name) is not None}
-
-
 def check_defaults(generation: dict, where: str) -> dict:
-    """`model_defaults`, refused where no reply could be sampled so. Raises UserError, which begins with `where`."""
+    """The sampling that a Hugging Face generation_config.json asks for, as keyword arguments of SamplingOptions: the
+    repetition penalty, and with "do_sample" the temperature (1 where it says none), top-k, top-p and min-p. Raises
+    UserError, which begins with `where`, where no reply could be sampled so."""
+    samples = generation.get("do_sample")
+    names = ["repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
+    defaults = {name: generation[name] for name in names if generation.get(name) is not None}
     try:
-        defaults = model_defaults(generation)
+        if not isinstance(samples, bool | None):
+            raise UserError(f"do_sample is {shown(samples)}; it must be true or false")
+        if samples:
+            defaults.setdefault("temperature", 1.0)
         SamplingOptions(**defaults)
     except UserError as error:
         raise UserError(f"{where}: {error}; mend it, or remove it there") from None
@@ -119,8 +117,7 @@ class Sampler:
         self._prompt = prompt
         self._counts: np.ndarray | None = None                    # times each token is in the reply so far
         self._seen: np.ndarray | None = None                      # whether it is in prompt or reply
-        self._penalized = (options.repetition_penalty != 1 or options.frequency_penalty != 0
-                           or options.presence_penalty != 0)
+        self._penalized = options.repetition_penalty != 1 or options.frequency_penalty != 0 or options.presence_penalty != 0
         self._adjusts = self._penalized or bool(options.logit_bias)
         self._greedy = options.temperature < _GREEDY_BELOW
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
@@ -157,8 +154,7 @@ class Sampler:
         if not self._penalized:
             return None
         if self._counts is None:
-            self._counts = np.zeros(vocab, np.int32)
-            self._seen = np.zeros(vocab, bool)
+            self._counts, self._seen = np.zeros(vocab, np.int32), np.zeros(vocab, bool)
             self._seen[self._prompt] = True
         return self.options, self._counts, self._seen
 

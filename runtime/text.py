@@ -16,12 +16,13 @@ a reply cut off inside a character keeps the complete ones before it, which `dec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +185,17 @@ class Tokenizer:
         line, alone, after = (self._encode(text, False, False).ids for text in ("\n", "x", "\nx"))
         return line if after[:len(line)] == line and after[len(line):] != alone else []
 
-    def _words(self, what: str):
-        return _Words(lambda error: f"{self._path}: " + what.format(version=tokenizers.__version__, error=error))
+    @contextlib.contextmanager
+    def _words(self, what: str) -> Iterator[None]:
+        """The errors of `tokenizers`, and the panics of its Rust (which are no `Exception`), as a UserError."""
+        try:
+            yield
+        except BaseException as error:
+            kind = type(error).__name__
+            if isinstance(error, UserError) or not (isinstance(error, Exception) or kind == "PanicException"):
+                raise
+            reason = str(error).strip()[:300] or kind
+            raise UserError(f"{self._path}: {what.format(version=tokenizers.__version__, error=reason)}") from None
 
     def _check_growth(self) -> None:
         """A small file can make a long text, or long work, of a short one: of that it may do only so much."""
@@ -218,20 +228,6 @@ def _count(value) -> int:
     if isinstance(value, dict):
         return ("type" in value) + sum(map(_count, value.values()))
     return sum(map(_count, value)) if isinstance(value, list) else 0
-
-
-class _Words:
-    """Around a call of `tokenizers`: its errors, and the panics of its Rust (which are no `Exception`), as a UserError."""
-
-    def __init__(self, sentence: Callable[[str], str]):
-        self._sentence = sentence
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, _) -> None:
-        if error is not None and (isinstance(error, Exception) or kind.__name__ == "PanicException") and not isinstance(error, UserError):
-            raise UserError(self._sentence(str(error).strip()[:300] or kind.__name__)) from None
 
 
 class Detokenizer:
