@@ -10,6 +10,7 @@ engine does not climb again. A named provider is insisted on instead: its reason
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 from collections.abc import Callable
 
@@ -73,23 +74,16 @@ def _open_tensorrt(bundle: Bundle, threads: int) -> Backend:
     return TrtBackend(bundle)
 
 
-def _open_cuda(bundle: Bundle, threads: int) -> Backend:
-    try:                              # before onnxruntime, whose import takes 20 MB
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise Unavailable("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
+def _open_onnxruntime(bundle: Bundle, threads: int, provider: str = "cpu", **options) -> Backend:
+    if provider == "cuda":
+        try:                          # before onnxruntime, whose import takes 20 MB
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise Unavailable("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
     from .ort_backend import OrtBackend
-    return OrtBackend(bundle, provider="cuda", threads=threads)
-
-
-def _open_native(bundle: Bundle, threads: int, **options) -> Backend:
-    return NativeBackend(bundle, threads=threads, **options)
-
-
-def _open_cpu(bundle: Bundle, threads: int, **options) -> Backend:
-    from .ort_backend import OrtBackend
-    return OrtBackend(bundle, provider="cpu", threads=threads, **options)
+    return OrtBackend(bundle, provider=provider, threads=threads, **options)
 
 
 _OPEN: dict[str, Callable[..., Backend]] = {
-    "tensorrt": _open_tensorrt, "cuda": _open_cuda, "native": _open_native, "cpu": _open_cpu}
+    "tensorrt": _open_tensorrt, "cuda": functools.partial(_open_onnxruntime, provider="cuda"),
+    "native": lambda bundle, threads, **options: NativeBackend(bundle, threads=threads, **options), "cpu": _open_onnxruntime}

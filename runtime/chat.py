@@ -27,39 +27,27 @@ class Options(ReplyOptions):
     system: str | None = arg(None, help="instructions that begin the conversation")
 
 
-class Conversation:
-    """The messages so far, and how to go on."""
-
-    def __init__(self, engine: Engine, options: Options):
-        self._engine, self._options = engine, options
-        self.messages: list[dict] = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = [{"role": "system", "content": self._options.system}] if self._options.system else []
-
-    def say(self, text: str) -> None:
-        """Print the reply to `text`. A message that cannot be answered, or a reply not begun, leaves no trace."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        stream = self._engine.stream_chat(messages, **generation(self._options))
-        try:
-            print(summary(show(stream)), file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\n[stopped]", file=sys.stderr)
-        if stream.reply.text:
-            self.messages = [*messages, {"role": "assistant", "content": stream.reply.text}]
+def answer(engine: Engine, messages: list[dict], options: Options) -> str:
+    """Print the reply to `messages`, and return what was said of it before it ended or was stopped."""
+    stream = engine.stream_chat(messages, **generation(options))
+    try:
+        print(summary(show(stream)), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\n[stopped]", file=sys.stderr)
+    return stream.reply.text
 
 
 def chat(options: Options) -> None:
-    """Read lines and answer them until there are no more."""
+    """Read lines and answer them until there are no more. A message without an answer leaves no trace."""
     GenerationOptions(**generation(options))             # refused before the bundle is loaded
     try:
         import readline                                   # noqa: F401  (line editing and history in input())
     except ImportError:
         pass
+    beginning = [{"role": "system", "content": options.system}] if options.system else []
     with options.open() as engine:
-        conversation = Conversation(engine, options)
         print(f"{engine.bundle.name}: {COMMANDS}", file=sys.stderr)
+        messages = beginning
         while True:
             try:
                 text = input("> ").strip()
@@ -72,12 +60,14 @@ def chat(options: Options) -> None:
             if text == "/exit":
                 return
             if text == "/reset":
-                conversation.reset()
+                messages = beginning
             elif text.startswith("/"):
                 print(f"{text}: no such command; {COMMANDS}", file=sys.stderr)
             elif text:
+                asked = [*messages, {"role": "user", "content": text}]
                 try:
-                    conversation.say(text)
+                    if said := answer(engine, asked, options):
+                        messages = [*asked, {"role": "assistant", "content": said}]
                 except UserError as error:
                     print(f"error: {error}", file=sys.stderr)
 

@@ -18,9 +18,8 @@
     def quantize(options: Options) -> None: ...
 
 A field becomes `--field-name` (or a positional). `bool` gives `--flag/--no-flag`, a tuple takes several values,
-`X | None` takes an X. Rules of a field hold for the dataclass itself, whoever makes it. `run` imports the command's module
-by its name once the arguments are right, and turns `UserError` into one line on stderr and exit code 2, `CheckFailed` into
-1, and Ctrl-C into 130; anything else is a bug and keeps its traceback.
+`X | None` takes an X. Rules of a field hold for the dataclass itself, whoever makes it. `run` turns `UserError` into one
+line on stderr and exit code 2, `CheckFailed` into 1, and Ctrl-C into 130; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -65,15 +64,12 @@ class Checked:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check_value(field, getattr(self, field.name))
+            if field.metadata and (value := getattr(self, field.name)) is not None:
+                _check(field.metadata, field.name if field.metadata["positional"] else _flag(field), value)
 
 
-def check_value(field: dataclasses.Field, value, name: str | None = None) -> None:
-    """Raises UserError, calling the field `name` (default: its flag), for a value outside the rules of its `arg`."""
-    meta = field.metadata
-    if value is None or not meta:
-        return
-    name = name or (field.name if meta["positional"] else "--" + field.name.replace("_", "-"))
+def _check(meta: typing.Mapping, name: str, value) -> None:
+    """Raises UserError for a value outside the rules of its `arg`."""
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name} is {value!r}{did_you_mean(value, meta['choices'])}: choose from "
                         f"{', '.join(map(str, meta['choices']))}")
@@ -160,7 +156,7 @@ def _usage(prog: str, options_class) -> str:
         if field.metadata["positional"]:
             words.append(name if required else f"[{name}]")
         elif required:
-            words.append(f"{field.metadata['short'] or '--' + field.name.replace('_', '-')} {field.metadata['metavar'] or name}")
+            words.append(f"{field.metadata['short'] or _flag(field)} {field.metadata['metavar'] or name}")
     return " ".join([*words, "[options]"]).replace("%", "%%")
 
 
@@ -186,8 +182,12 @@ def _add(parser, field, hint):
             kwargs["nargs"] = "?"
         parser.add_argument(field.name, **kwargs)
     else:
-        flags = ([meta["short"]] if meta["short"] else []) + ["--" + field.name.replace("_", "-")]
+        flags = [meta["short"], _flag(field)] if meta["short"] else [_flag(field)]
         parser.add_argument(*flags, dest=field.name, required=required, **kwargs)
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
@@ -238,9 +238,10 @@ def list_commands(package: str, groups: dict[str, tuple[str, ...]], argv=None) -
               f"; python -m {package} lists them"), file=sys.stderr)
         return 2
     width = max(map(len, names)) + len(package) + 1
+    lines = []
     for title, group in groups.items():
-        print(f"{title}\n" + "".join(f"  python -m {f'{package}.{name}':{width}}  {summary(f'{package}.{name}')}\n" for name in group))
-    print("Each has a --help.")
+        lines += [title, *(f"  python -m {module:{width}}  {summary(module)}" for module in (f"{package}.{name}" for name in group)), ""]
+    print("\n".join([*lines, "Each has a --help."]))
     return 0
 
 
@@ -265,6 +266,3 @@ def table(rows: list[dict], *, title: str | None = None) -> str:
     lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(([title] if title else []) + lines)
-
-
-__all__ = ["arg", "parse", "run", "table", "Path"]

@@ -362,7 +362,7 @@ assert sizes[-1] <= sizes[1] + (1 << 20), sizes               # nothing stays be
     assert done.returncode == 0, done.stderr
 
 
-def test_the_profile_counts_every_weight_and_the_share_beside_a_busy_process(tmp_path, monkeypatch, capsys):
+def test_the_profile_counts_every_weight(tmp_path, monkeypatch, capsys):
     bundle, _ = write_bundle(tmp_path, config(tied_embeddings=False, layers=[(4, 2, 96)]))
     monkeypatch.setattr(profile, "open_bundle", lambda folder: bundle)
     monkeypatch.setattr(profile, "bandwidth", lambda: 2.0)
@@ -371,9 +371,6 @@ def test_the_profile_counts_every_weight_and_the_share_beside_a_busy_process(tmp
     # int4 in groups of 32: 0.5625 bytes a weight. qkv 128 x 64, o 64 x 64, gate and up 192 x 64, down 64 x 96, head 384 x 64
     sizes = {"qkv": 128 * 64, "output": 64 * 64, "gate_up": 192 * 64, "down": 64 * 96, "head": 384 * 64}
     assert {part: float(lines[part][2]) for part in sizes} == {part: round(n * 0.5625 / 1e6, 2) for part, n in sizes.items()}
-    options = profile.Options(bundle=bundle.folder, threads=1, beside=1, context=16)
-    profile.share(options, bundle, rounds=1, seconds=0.1)
-    assert float(capsys.readouterr().out.split()[-1]) > 0
 
 
 def test_the_interface_matches_the_header():
