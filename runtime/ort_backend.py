@@ -11,11 +11,10 @@ logits are bound once for a view and a shape, and each call only writes the few 
 
 On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
 
-Threads may share a backend, each with caches of its own. A session is freed with the last reference, and a call that runs
-and every binding hold one, so it cannot be closed under them. A thread that is in a call when the interpreter ends would
-abort the process; so the end waits for it. ONNX Runtime's threads do not live on in the child of a fork, where whatever
-waits for them waits for ever: there every call is refused, no session is freed, and the process ends without ONNX Runtime's
-own end (`_exit` of C, so what other C libraries would do at the end is left out as well).
+A session is freed with the last reference, and a call that runs and every binding hold one, so it cannot be closed under
+them. A thread that is in a call when the interpreter ends would abort the process; so the end waits for it. ONNX Runtime's
+threads do not live on in the child of a fork, where whatever waits for them waits for ever: there every call is refused, no
+session is freed, and the process ends by C's `_exit`, without ONNX Runtime's own end (or any other C library's).
 """
 
 from __future__ import annotations
@@ -54,7 +53,10 @@ class OrtBackend:
                  role: str | None = None):
         threads = cpu_threads(threads)
         check_runs("onnx", check_tensors(bundle), bundle.folder)
-        onnxruntime = _import_onnxruntime()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise Unavailable(f"onnxruntime cannot be imported ({error}); {pip_line('cpu')}, or [gpu] for an NVIDIA GPU") from None
         if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
                             "install onnxruntime-gpu in place of onnxruntime")
@@ -136,24 +138,20 @@ class OrtBackend:
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: OrtCache) -> np.ndarray:
         binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
-        binding.input_ids[...] = input_ids
-        binding.position_ids[...] = position_ids
-        binding.write_index[...] = write_index
-        binding.logits_positions[...] = logits_positions
+        for name, array in zip(_Binding.TOKEN_INPUTS, (input_ids, position_ids, write_index, logits_positions)):
+            getattr(binding, name)[...] = array
         if self._device != "cpu":
             binding.bind_tokens()                 # for a device, binding is what copies
         try:
             _running.add(binding)
-            self._run(self.session, binding.io)
+            session = self.session
+            with self.told():
+                session.run_with_iobinding(binding.io)
+                if self._device != "cpu":
+                    binding.io.synchronize_outputs()
         finally:
             _running.discard(binding)
         return binding.logits
-
-    def _run(self, session, io) -> None:
-        with self.told():
-            session.run_with_iobinding(io)
-            if self._device != "cpu":
-                io.synchronize_outputs()
 
     @contextlib.contextmanager
     def told(self):
@@ -208,11 +206,8 @@ class OrtCache:
     def __init__(self, backend: OrtBackend, buffers: list, lengths: np.ndarray, start: int = 0):
         """buffers: one for each of the backend's past inputs, of any number of rows; `lengths` [rows] are those of
         the rows from `start` on that this cache shows."""
-        self._backend, self._start = backend, start
-        self._buffers = buffers
-        self.lengths = lengths
-        self.rows = len(lengths)
-        self.capacity = _shape(buffers[0])[2]
+        self._backend, self._buffers, self._start = backend, buffers, start
+        self.lengths, self.rows, self.capacity = lengths, len(lengths), _shape(buffers[0])[2]
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     @property
@@ -270,19 +265,15 @@ class _Binding:
         self._token_inputs = backend._token_inputs
         self._buffers = list(buffers)             # the pointers' owners
         with backend.told():
-            self._bind(backend, start)
-
-    def _bind(self, backend: OrtBackend, start: int) -> None:
-        rows = len(self.write_index)
-        self.io = self.session.io_binding()
-        self.bind_tokens()
-        self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
-        for (past, present, heads, size, _), buffer in zip(backend._caches, self._buffers):
-            capacity = _shape(buffer)[2]
-            shape, dtype = (rows, heads, capacity, size), backend._dtype
-            pointer = _pointer(buffer) + start * heads * capacity * size * np.dtype(dtype).itemsize
-            self.io.bind_input(past, backend._device, 0, dtype, shape, pointer)
-            self.io.bind_output(present, backend._device, 0, dtype, shape, pointer)
+            self.io = self.session.io_binding()
+            self.bind_tokens()
+            self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+            for (past, present, heads, size, _), buffer in zip(backend._caches, self._buffers):
+                capacity = _shape(buffer)[2]
+                pointer = _pointer(buffer) + start * heads * capacity * size * np.dtype(backend._dtype).itemsize
+                memory = backend._device, 0, backend._dtype, (rows, heads, capacity, size), pointer
+                self.io.bind_input(past, *memory)
+                self.io.bind_output(present, *memory)
 
     def bind_tokens(self) -> None:
         for name in self._token_inputs:
@@ -307,14 +298,6 @@ def _read(buffer) -> np.ndarray:
 def _write(buffer, array: np.ndarray) -> None:
     if not isinstance(buffer, np.ndarray):
         buffer.update_inplace(array)
-
-
-def _import_onnxruntime():
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unavailable(f"onnxruntime cannot be imported ({error}); {pip_line('cpu')}, or [gpu] for an NVIDIA GPU") from None
-    return onnxruntime
 
 
 def _choose_graph(bundle: Bundle, exact: bool, role: str | None) -> dict:

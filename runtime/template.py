@@ -9,6 +9,7 @@ is started again where a limit ended it, and ends with this one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -123,10 +124,8 @@ class _Helper:
         process, self._process = self._process, None
         if process is None:
             return None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             code = process.wait(0.2)
         except subprocess.TimeoutExpired:

@@ -69,30 +69,26 @@ class TrtBackend:
     def new_cache(self, rows: int, capacity: int) -> TrtCache:
         return TrtCache(self, self.capacity_for(capacity), np.zeros(rows, np.int64))
 
-    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
-        with self.device.turn:
-            self._check_open()
-            return self._forward(input_ids, position_ids, write_index, logits_positions, cache)
-
     def _check_open(self) -> None:
         if not self._engines:                     # perhaps by another reply that found the device failing
             raise DeviceError("this TensorRT backend was closed; open the bundle again")
 
-    def _forward(self, input_ids, position_ids, write_index, logits_positions, cache) -> np.ndarray:
-        engine = self._engines[cache.capacity].load()
-        rows, tokens = input_ids.shape
-        wanted = logits_positions.shape[1]
-        if rows <= engine.rows and tokens <= engine.tokens and wanted <= engine.logits:
-            return engine.run(input_ids, position_ids, write_index, logits_positions, cache).copy()
-        logits = np.empty((rows, wanted, engine.vocab), np.float32)
-        for start in range(0, rows, engine.rows):
-            part = slice(start, min(start + engine.rows, rows))
-            view = cache.view(part.start, part.stop)
-            for first in range(0, tokens, engine.tokens):
-                chunk = slice(first, min(first + engine.tokens, tokens))
-                self._chunk(engine, (input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first), view,
-                            logits_positions[part] - first, logits[part])
-        return logits
+    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
+        with self.device.turn:
+            self._check_open()
+            engine = self._engines[cache.capacity].load()
+            (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
+            if rows <= engine.rows and tokens <= engine.tokens and wanted <= engine.logits:
+                return engine.run(input_ids, position_ids, write_index, logits_positions, cache).copy()
+            logits = np.empty((rows, wanted, engine.vocab), np.float32)
+            for start in range(0, rows, engine.rows):
+                part = slice(start, min(start + engine.rows, rows))
+                view = cache.view(part.start, part.stop)
+                for first in range(0, tokens, engine.tokens):
+                    chunk = slice(first, first + engine.tokens)
+                    self._chunk(engine, (input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first), view,
+                                logits_positions[part] - first, logits[part])
+            return logits
 
     def _chunk(self, engine, inputs, view, positions, out) -> None:
         """Run one chunk, and fill the logits whose positions (relative to it) lie inside it."""
@@ -185,10 +181,8 @@ class _Storage:
         self.graphs, self.addresses = {}, []
 
     def __del__(self):
-        try:
+        with contextlib.suppress(DeviceError):    # the device is gone, and its memory with it
             self.free()
-        except DeviceError:                       # the device is gone, and its memory with it
-            pass
 
 
 class _Engine:
@@ -209,8 +203,7 @@ class _Engine:
         engine = load_plan(self._tensorrt, read_plan(self._path, self._bytes), self._path)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         pasts = [name for name in names if name.startswith("past_")]
-        dtype = engine.get_tensor_dtype(pasts[0]).name
-        self.item_bytes = ITEM_BYTES[dtype]
+        self.item_bytes = ITEM_BYTES[engine.get_tensor_dtype(pasts[0]).name]
         self.caches = [(name, engine.get_tensor_shape(name)[1], engine.get_tensor_shape(name)[3]) for name in pasts]
         self.vocab = engine.get_tensor_shape("logits")[2]
         for index, name in enumerate(self._profiles):
@@ -228,7 +221,7 @@ class _Engine:
         """One call within the profiles; float32 logits [b, k, vocab] in pinned memory, valid until the next call."""
         arrays = (input_ids, position_ids, write_index, logits_positions)
         (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
-        decode = tokens == 1 and wanted == 1
+        decode = tokens == wanted == 1
         context = self._contexts["decode" if decode and "decode" in self._contexts else "prefill"]
         staging = self._stage(rows, tokens, wanted)
         for name, array in zip(TOKEN_INPUTS, arrays):
