@@ -50,6 +50,7 @@ class ChatEncoder:
         self._special, self._written = _any_of(special), sorted(written)
         self._spelled = {"assistant": _any_of(special), None: _any_of(special | written)}
         self._begun = {"assistant": _beginnings(special), None: _beginnings(special | written)}
+        self._longest = max(map(len, self._begun[None]), default=0)
         self._strips = [token for token in tokenizer.added_tokens.values() if token.special and (token.lstrip or token.rstrip)]
 
     def tokens(self, messages: list[dict], *, control_tokens: bool = False, **variables) -> np.ndarray:
@@ -130,18 +131,18 @@ class ChatEncoder:
 
     def _begins(self, text: str, role: str | None) -> int:
         """Length of the longest end of `text` that is the beginning of a control token."""
-        known = self._begun[role]
-        return next((n for n in range(min(len(text), known.longest), 0, -1) if text[-n:] in known.texts), 0)
+        return next((n for n in range(min(len(text), self._longest), 0, -1) if text[-n:] in self._begun[role]), 0)
 
     def _mark(self, value, mark: str, role: str | None):
         """`value` with the mark in all that it spells, keys of dicts too."""
+        def spelled(text: str) -> str:
+            return self._spelled[role].sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
         if isinstance(value, str):
-            if begun := self._begins(value, role):
-                place = len(value) - begun + 1
-                value = value[:place] + mark + value[place:]
-            return self._spelled[role].sub(lambda found: found[0][0] + mark + found[0][1:], value)
+            place = len(value) - self._begins(value, role) + 1
+            return spelled(value[:place] + mark + value[place:] if place <= len(value) else value)
         if isinstance(value, dict):
-            return {self._spelled[role].sub(lambda found: found[0][0] + mark + found[0][1:], key) if isinstance(key, str) else key:
+            return {spelled(key) if isinstance(key, str) else key:
                     inner if key == "role" and inner in _ROLES else self._mark(inner, mark, role) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._mark(inner, mark, role) for inner in value]
@@ -165,14 +166,8 @@ def bundle_encoder(bundle: Bundle, tokenizer: Tokenizer) -> ChatEncoder | None:
     return ChatEncoder(ChatTemplate(source, str(bundle.path(name)), tokens), tokenizer)
 
 
-@dataclass(frozen=True)
-class _Beginnings:
-    texts: frozenset[str]
-    longest: int
-
-
-def _beginnings(tokens: set[str]) -> _Beginnings:
-    return _Beginnings(frozenset(token[:n] for token in tokens for n in range(1, len(token))), max(map(len, tokens), default=1) - 1)
+def _beginnings(tokens: set[str]) -> set[str]:
+    return {token[:n] for token in tokens for n in range(1, len(token))}
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:
@@ -183,10 +178,6 @@ def _texts(value):
     """Every text in a value made of lists and dicts, keys too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _texts(inner)
