@@ -18,25 +18,38 @@ from typing import Protocol
 import numpy as np
 
 
-class Cache(Protocol):
+class Cache:
     """KV cache of several rows. A view shares the storage and the lengths of the rows it shows."""
 
-    rows: int
-    capacity: int
-    lengths: np.ndarray          # int64 [rows]: filled slots of each row; the caller advances it
-    nbytes: int                  # bytes of storage this cache (or view) spans
+    def __init__(self, backend: Backend, storage, capacity: int, lengths: np.ndarray, start: int = 0):
+        """storage: what the backend keeps keys and values in, of any number of rows. This cache shows those from `start` on;
+        lengths: int64 [rows], their filled slots, which the caller advances."""
+        self.backend, self.storage, self.capacity, self.lengths, self.start = backend, storage, capacity, lengths, start
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage this cache (or view) spans."""
+        return self.backend.cache_bytes(self.rows, self.capacity)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the slots of `row` from `length` on (free of cost: only the length changes)."""
+        self.lengths[row] = min(length, self.lengths[row])
+
+    def view(self, start: int, stop: int) -> Cache:
+        """The rows start..stop-1 as a cache of their own, over the same storage."""
+        return type(self)(self.backend, self.storage, self.capacity, self.lengths[start:stop], self.start + start)
 
     def fork(self, source: int, target: int) -> None:
         """Copy row `source`, slots and length, over row `target`."""
-
-    def view(self, start: int, stop: int) -> "Cache":
-        """The rows start..stop-1 as a cache of their own, over the same storage."""
+        raise NotImplementedError
 
     def grow(self, capacity: int) -> None:
-        """Enlarge every row to `capacity` slots, keeping what they hold. Not on a view."""
+        """Enlarge every row to `capacity` slots, keeping what they hold. Not on a view; take views anew afterwards."""
+        raise NotImplementedError
 
 
 class Backend(Protocol):

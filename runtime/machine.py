@@ -52,22 +52,21 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 def cpu_name() -> str:
     """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def has_vnni() -> bool:
     """Whether an x86 processor is known to multiply 8-bit integers with 32-bit sums (AVX-512 VNNI or AVX-VNNI)."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(_cpuinfo("flags").split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first processor; "" where it says nothing."""
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return False
-    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.split())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def peak_rss_mb() -> float:

@@ -31,6 +31,7 @@ import weakref
 
 import numpy as np
 
+from .backend import Cache
 from .bundle import Bundle
 from .capabilities import BACKENDS, check_runs
 from .errors import DeviceError, Unavailable, UserError, pip_line
@@ -121,7 +122,7 @@ class OrtBackend:
         if isinstance(fixed, int) and fixed != capacity:
             raise UserError(f"{self.graph} has a cache of {fixed} slots fixed in it; {capacity} cannot be had")
         return OrtCache(self, [self.allocate(rows, heads, capacity, size) for _, _, heads, size, _ in self._caches],
-                        np.zeros(rows, np.int64))
+                        capacity, np.zeros(rows, np.int64))
 
     def allocate(self, *shape: int) -> np.ndarray:
         """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError or DeviceError out of memory."""
@@ -200,42 +201,29 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_at_exit)
 
 
-class OrtCache:
-    """See `runtime.backend.Cache`. After `grow`, take views anew: old ones show the smaller buffers."""
+class OrtCache(Cache):
+    """Its storage is a list of buffers, one for each of the backend's past inputs."""
 
-    def __init__(self, backend: OrtBackend, buffers: list, lengths: np.ndarray, start: int = 0):
-        """buffers: one for each of the backend's past inputs, of any number of rows; `lengths` [rows] are those of
-        the rows from `start` on that this cache shows."""
-        self._backend, self._buffers, self._start = backend, buffers, start
-        self.lengths, self.rows, self.capacity = lengths, len(lengths), _shape(buffers[0])[2]
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self._bindings: dict[tuple[int, int], _Binding] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return self._backend.cache_bytes(self.rows, self.capacity)
-
-    def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = min(length, self.lengths[row])
 
     def fork(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
-        for buffer in self._buffers:
+        for buffer in self.storage:
             array = _read(buffer)
-            array[self._start + target, :, :length] = array[self._start + source, :, :length]
+            array[self.start + target, :, :length] = array[self.start + source, :, :length]
             _write(buffer, array)
         self.lengths[target] = length
 
-    def view(self, start: int, stop: int) -> OrtCache:
-        return OrtCache(self._backend, self._buffers, self.lengths[start:stop], self._start + start)
-
     def grow(self, capacity: int) -> None:
-        for i, buffer in enumerate(self._buffers):          # one at a time, so that only one exists twice
+        for i, buffer in enumerate(self.storage):           # one at a time, so that only one exists twice
             rows, heads, old, size = _shape(buffer)
-            larger = self._backend.allocate(rows, heads, capacity, size)
+            larger = self.backend.allocate(rows, heads, capacity, size)
             array = _read(larger)
             array[:, :, :old] = _read(buffer)
             _write(larger, array)
-            self._buffers[i] = larger
+            self.storage[i] = larger
         self.capacity = capacity
         self._bindings.clear()
 
@@ -245,8 +233,7 @@ class OrtCache:
         if binding is None:
             if len(self._bindings) == _MOST_BINDINGS:
                 self._bindings.clear()
-            binding = self._bindings[tokens, positions] = _Binding(self._backend, self._buffers, self._start, self.rows,
-                                                                   tokens, positions)
+            binding = self._bindings[tokens, positions] = _Binding(self, tokens, positions)
         return binding
 
 
@@ -255,7 +242,8 @@ class _Binding:
 
     TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
 
-    def __init__(self, backend: OrtBackend, buffers: list, start: int, rows: int, tokens: int, positions: int):
+    def __init__(self, cache: OrtCache, tokens: int, positions: int):
+        backend, rows = cache.backend, cache.rows
         self.input_ids = np.zeros((rows, tokens), np.int64)
         self.position_ids = np.zeros((rows, tokens), np.int64)
         self.write_index = np.zeros(rows, np.int64)
@@ -263,14 +251,14 @@ class _Binding:
         self.logits = np.empty((rows, positions, backend._vocab), np.float32)
         self.session = backend.session            # which `io` points into
         self._token_inputs = backend._token_inputs
-        self._buffers = list(buffers)             # the pointers' owners
+        self._buffers = list(cache.storage)       # the pointers' owners
         with backend.told():
             self.io = self.session.io_binding()
             self.bind_tokens()
             self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
             for (past, present, heads, size, _), buffer in zip(backend._caches, self._buffers):
                 capacity = _shape(buffer)[2]
-                pointer = _pointer(buffer) + start * heads * capacity * size * np.dtype(backend._dtype).itemsize
+                pointer = _pointer(buffer) + cache.start * heads * capacity * size * np.dtype(backend._dtype).itemsize
                 memory = backend._device, 0, backend._dtype, (rows, heads, capacity, size), pointer
                 self.io.bind_input(past, *memory)
                 self.io.bind_output(present, *memory)

@@ -21,6 +21,7 @@ import math
 
 import numpy as np
 
+from .backend import Cache
 from .bundle import Bundle
 from .errors import DeviceError, Unavailable
 from .tensors import check_tensors
@@ -67,7 +68,8 @@ class TrtBackend:
         return rows * self.capacity_for(capacity) * self.item_bytes * sum(heads * size for _, heads, size in self.caches)
 
     def new_cache(self, rows: int, capacity: int) -> TrtCache:
-        return TrtCache(self, self.capacity_for(capacity), np.zeros(rows, np.int64))
+        capacity = self.capacity_for(capacity)
+        return TrtCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64))
 
     def _check_open(self) -> None:
         if not self._engines:                     # perhaps by another reply that found the device failing
@@ -107,53 +109,28 @@ class TrtBackend:
         self._engines = {}
 
 
-class TrtCache:
-    """See `runtime.backend.Cache`. A view has the storage of the cache it was taken from."""
-
-    def __init__(self, backend: TrtBackend, capacity: int, lengths: np.ndarray, storage: _Storage | None = None,
-                 start: int = 0):
-        self._backend, self.capacity, self.lengths, self.start = backend, capacity, lengths, start
-        self._is_view = storage is not None
-        self.storage = storage or _Storage(backend, len(lengths), capacity)
-
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.rows * size for size in self.storage.row_bytes)
-
+class TrtCache(Cache):
     def address(self, index: int) -> int:
         """Where the first row of buffer `index` (in the order of the engine's caches) begins."""
         return self.storage.addresses[index] + self.start * self.storage.row_bytes[index]
 
-    def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = length
-
     def fork(self, source: int, target: int) -> None:
-        with self._backend.device.turn:
+        with self.backend.device.turn:
             for index, size in enumerate(self.storage.row_bytes):
                 begin = self.address(index)
-                self._backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
+                self.backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
         self.lengths[target] = self.lengths[source]
 
-    def view(self, start: int, stop: int) -> TrtCache:
-        return TrtCache(self._backend, self.capacity, self.lengths[start:stop], self.storage, self.start + start)
-
     def grow(self, capacity: int) -> None:
-        if self._is_view:
-            raise ValueError("a view cannot grow")
-        larger = self._backend.capacity_for(capacity)
+        backend, larger = self.backend, self.backend.capacity_for(capacity)
         if larger <= self.capacity:
             return
-        storage = _Storage(self._backend, self.rows, larger)
-        with self._backend.device.turn:
-            for index, (_, heads, size) in enumerate(self._backend.caches):
-                old, new = (slots * size * self._backend.item_bytes for slots in (self.capacity, larger))
-                self._backend.device.copy_blocks(storage.addresses[index], new, self.storage.addresses[index], old, old,
-                                                 self.rows * heads)
-            self._backend.device.synchronize()    # before the old storage is freed
+        storage = _Storage(backend, self.rows, larger)
+        with backend.device.turn:
+            for (_, heads, size), source, target in zip(backend.caches, self.storage.addresses, storage.addresses):
+                old, new = (slots * size * backend.item_bytes for slots in (self.capacity, larger))
+                backend.device.copy_blocks(target, new, source, old, old, self.rows * heads)
+            backend.device.synchronize()          # before the old storage is freed
         self.capacity, self.storage = larger, storage
 
 

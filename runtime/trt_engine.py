@@ -11,11 +11,11 @@ import zlib
 from pathlib import Path
 
 from .bundle import Bundle
-from .errors import DeviceError, Unavailable, UserError
+from .errors import DeviceError, Unavailable, UserError, pip_line
 from .trt_device import Gpu
 
 MOST_PACKED = 64                  # times that a compressed engine grows at most; weights do not shrink, text does
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+MODULES, EXTRAS = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}, {"rtx": "rtx", "trt": "gpu"}
 
 
 def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tuple[object, list[dict]]:
@@ -23,8 +23,7 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
 
     modules: backend -> module, in place of those installed. Raises Unavailable with the reason of every engine refused.
     """
-    reasons = []
-    fitting: dict[str, list[dict]] = {}
+    reasons, fitting = [], {}
     for entry in bundle.manifest["engines"]:
         backend, capabilities = entry["backend"], entry["compute_capabilities"]
         try:
@@ -33,17 +32,16 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
             reasons.append(f"{entry['file']}: {error}")
             continue
         if str(gpu.compute_capability) not in capabilities:
-            reasons.append(f"{entry['file']} is for SM {', '.join(capabilities)}, {gpu.name} is SM "
-                           f"{gpu.compute_capability}")
+            reasons.append(f"{entry['file']} is for SM {', '.join(capabilities)}, {gpu.name} is SM {gpu.compute_capability}")
         elif entry["version"] != module.__version__:
             reasons.append(f"{entry['file']} was built by {MODULES[backend]} {entry['version']}, installed is "
                            f"{module.__version__}")
         else:
-            fitting.setdefault(backend, []).append(entry)
-    for backend, entries in fitting.items():
-        module = modules[backend] if modules else _import(backend)
-        return module, sorted(entries, key=lambda entry: entry["capacity"])
-    raise Unavailable("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+            fitting.setdefault(backend, (module, []))[1].append(entry)
+    if not fitting:
+        raise Unavailable("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+    module, entries = next(iter(fitting.values()))
+    return module, sorted(entries, key=lambda entry: entry["capacity"])
 
 
 def read_plan(path: Path, unpacked_bytes: int | None = None) -> bytes:
@@ -80,8 +78,7 @@ def load_plan(tensorrt, plan: bytes, path: Path):
             raise DeviceError(f"{path}: TensorRT refuses the engine: {', '.join(found) or 'invalid'}")
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU "
-                          "memory)")
+        raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU memory)")
     return engine
 
 
@@ -91,4 +88,4 @@ def _import(backend: str):
     except KeyError:
         raise Unavailable(f"unknown engine backend {backend!r}") from None
     except (ImportError, OSError) as error:
-        raise Unavailable(f"{MODULES[backend]} cannot be loaded ({error})") from None
+        raise Unavailable(f"{MODULES[backend]} cannot be loaded ({error}); {pip_line(EXTRAS[backend])}") from None

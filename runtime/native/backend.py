@@ -22,13 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..backend import Cache
 from ..bundle import Bundle
 from ..capabilities import check_runs
 from ..errors import DeviceError, Unavailable, UserError
 from ..machine import cpu_threads
-from . import library
 from ..sampling import Sampler
 from ..tensors import check_tensors
+from . import library
 
 CACHE_DTYPES = ("float16", "float32", "int8")
 
@@ -87,7 +88,7 @@ class NativeBackend:
         return self._call(self._core.ew_cache_bytes, rows, capacity, self._kind)
 
     def new_cache(self, rows: int, capacity: int) -> NativeCache:
-        return NativeCache(self, rows, capacity)
+        return NativeCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64))
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: NativeCache) -> np.ndarray:
@@ -190,51 +191,34 @@ class _Storage:
             self._free(self.handle)
 
 
-class NativeCache:
-    """See `runtime.backend.Cache`. After `grow`, take views anew: old ones show the smaller storage."""
-
-    def __init__(self, backend: NativeBackend, rows: int, capacity: int, *, storage: _Storage | None = None, start: int = 0,
-                 lengths: np.ndarray | None = None):
-        self._storage = storage or _Storage(backend, rows, capacity)
-        self._backend = backend
-        self.rows, self.capacity, self.start = rows, capacity, start
-        self.lengths = np.zeros(rows, np.int64) if lengths is None else lengths
-        self._logits = np.empty((0, backend.vocab), np.float32)
+class NativeCache(Cache):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._logits = np.empty((0, self.backend.vocab), np.float32)
 
     def handle_for(self, backend: NativeBackend) -> int:
         """The C cache. Raises UserError where it is another backend's."""
-        if self._backend is not backend:
+        if self.backend is not backend:
             raise UserError("this KV cache is of another backend; make one with this one's `new_cache`")
-        return self._storage.handle
+        return self.storage.handle
 
     def logits(self, count: int) -> np.ndarray:
         """A buffer for float32 [count, vocab]: of this cache, since each thread has caches of its own."""
         if len(self._logits) < count:
-            self._logits = np.empty((count, self._backend.vocab), np.float32)
+            self._logits = np.empty((count, self.backend.vocab), np.float32)
         return self._logits[:count]
-
-    @property
-    def nbytes(self) -> int:
-        return self._backend.cache_bytes(self.rows, self.capacity)
-
-    def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = min(length, self.lengths[row])
 
     def fork(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
         if source != target:
-            self._storage.copy(self.start + source, self._storage, self.start + target, length)
+            self.storage.copy(self.start + source, self.storage, self.start + target, length)
         self.lengths[target] = length
 
-    def view(self, start: int, stop: int) -> NativeCache:
-        return NativeCache(self._backend, stop - start, self.capacity, storage=self._storage, start=self.start + start,
-                           lengths=self.lengths[start:stop])
-
     def grow(self, capacity: int) -> None:
-        larger = _Storage(self._backend, self.rows, capacity)
+        larger = _Storage(self.backend, self.rows, capacity)
         for row, length in enumerate(self.lengths):
-            self._storage.copy(row, larger, row, int(length))
-        self._storage, self.capacity = larger, capacity
+            self.storage.copy(row, larger, row, int(length))
+        self.storage, self.capacity = larger, capacity
 
 
 def check_cache_dtype(name: str | None) -> None:

@@ -114,16 +114,16 @@ def test_the_fast_graph_is_preferred_and_a_role_insisted_on(tiny_bundle):
 def test_the_cache_is_updated_in_place_and_nothing_is_copied(tiny_bundle):
     backend = OrtBackend(open_bundle(tiny_bundle()[1]))
     cache = backend.new_cache(2, 64)
-    assert cache.nbytes == backend.cache_bytes(2, 64) == sum(b.nbytes for b in cache._buffers)
-    before = [buffer.ctypes.data for buffer in cache._buffers]
+    assert cache.nbytes == backend.cache_bytes(2, 64) == sum(b.nbytes for b in cache.storage)
+    before = [buffer.ctypes.data for buffer in cache.storage]
     decode.prefill(backend, cache, prompts_of(5, 7))
-    for buffer in cache._buffers:
+    for buffer in cache.storage:
         used = np.abs(buffer).sum((1, 3)) > 0               # [rows, slots]
         assert used[:, :7].all() and not used[:, 7:].any()
     first = decode.step(backend, cache, np.array([5, 6]))
     second = decode.step(backend, cache, np.array([7, 8]))
     assert np.shares_memory(first, second)                  # the logits' buffer stays, too
-    assert [buffer.ctypes.data for buffer in cache._buffers] == before
+    assert [buffer.ctypes.data for buffer in cache.storage] == before
     view = cache.view(1, 2)
     assert view.nbytes == backend.cache_bytes(1, 64) and np.shares_memory(view.lengths, cache.lengths)
 

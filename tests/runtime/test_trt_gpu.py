@@ -105,7 +105,7 @@ def test_the_cache_is_updated_in_place(bundle, backend):
         for b, cache in zip((backend, reference), caches):
             feed(b, cache, ids)
     assert [caches[0].address(i) for i in range(len(backend.caches))] == addresses
-    for got, expected in zip(device_cache(backend, caches[0]), caches[1]._buffers, strict=True):
+    for got, expected in zip(device_cache(backend, caches[0]), caches[1].storage, strict=True):
         np.testing.assert_allclose(got[:, :, :15], expected[:, :, :15].astype(np.float32), atol=0.02, rtol=0.02)
         assert not got[:, :, 15:].any() and got[:, :, :15].any()
 
