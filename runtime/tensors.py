@@ -65,11 +65,10 @@ def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> It
             yield f"{name}.bias", FLOATS, (size,)
 
     def matrix(name: str, outputs: int, inputs: int, bias: bool = False, turned: bool = True):
-        form = formats.get(name)
-        if form is None:
+        if name not in formats:
             yield f"{name}.weight", FLOATS, (inputs, outputs) if turned else (outputs, inputs)
         else:
-            yield from _quantized(name, outputs, inputs, turned, **form)
+            yield from _quantized(name, outputs, inputs, turned, **formats[name])
             excepted = [part.removesuffix("_proj") for part in activations.get("except", ())]
             if activations.get("per") == "tensor" and name.startswith("layers.") and name.rsplit(".", 1)[1] not in excepted:
                 yield f"{name}.input_scale", ("float32",), ()
