@@ -36,7 +36,7 @@ from .bundle import MANIFEST, Bundle, open_bundle
 from .cli import arg, did_you_mean
 from .errors import DeviceError, UserError, shown
 from .machine import available_memory, cpu_threads, release_free_memory
-from .reply import Draft, Reply, Timings
+from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
 from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
 from .text import ReplyText, Tokenizer
 

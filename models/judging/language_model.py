@@ -126,21 +126,18 @@ def open_model(folder: Path | str, *, threads: int | None = None, graph: str | N
             raise UserError(f"--graph and --exact are ONNX Runtime's on the CPU; leave out --provider {provider}")
         provider = "cpu" if graph or exact else provider
         backend, _ = open_backend(bundle, provider, threads, cpu={"exact": exact, "role": graph})
-        tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
-        context, eos, named = bundle.max_context, bundle.model["eos_token_ids"], bundle.model.get("special_tokens") or {}
-        chat = partial(bundle_encoder, bundle, tokenizer)
-        vocab_size = bundle.model["config"]["vocab_size"]
-    else:
-        if graph or exact or provider:
-            raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
-        config = open_checkpoint(folder).config
-        torch.set_num_threads(threads)
-        backend = TorchBackend(load_decoder(folder))
-        tokenizer = Tokenizer(folder / "tokenizer.json")
-        context, eos, named = config.context_length, special_ids(config, folder)["eos_token_ids"], special_tokens(folder)
-        chat = partial(chat_encoder, folder, tokenizer)
-        vocab_size = config.vocab_size
-    return LanguageModel(folder, backend, tokenizer, context, frozenset(eos), vocab_size, named, chat)
+        model, tokenizer = bundle.model, Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
+        return LanguageModel(folder, backend, tokenizer, bundle.max_context, frozenset(model["eos_token_ids"]),
+                             model["config"]["vocab_size"], model.get("special_tokens") or {},
+                             partial(bundle_encoder, bundle, tokenizer))
+    if graph or exact or provider:
+        raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
+    config = open_checkpoint(folder).config
+    torch.set_num_threads(threads)
+    backend, tokenizer = TorchBackend(load_decoder(folder)), Tokenizer(folder / "tokenizer.json")
+    return LanguageModel(folder, backend, tokenizer, config.context_length,
+                         frozenset(special_ids(config, folder)["eos_token_ids"]), config.vocab_size,
+                         special_tokens(folder), partial(chat_encoder, folder, tokenizer))
 
 
 def check_same_tokenizer(model: LanguageModel, reference: LanguageModel) -> int | None:
