@@ -66,6 +66,16 @@ def test_prompts_on_top_of_a_filled_cache():
         assert cache.lengths.tolist() == [18, 17]
 
 
+def test_logits_after_any_token_on_top_of_any_cache():
+    tokens, = prompts_of(12)
+    backend = MockBackend(VOCAB)
+    whole = decode.logits(backend, tokens, 4)
+    assert np.array_equal(whole, [logits_after(tokens[:n], VOCAB) for n in range(5, 13)])
+    cache = backend.new_cache(1, 12)
+    parts = [decode.logits(backend, tokens[start:end], 0, cache).copy() for start, end in ((0, 7), (7, 8), (8, 12))]
+    assert np.array_equal(np.concatenate(parts)[4:], whole) and cache.lengths.tolist() == [12]
+
+
 def test_samples_share_their_prompts_prefill():
     prompts = prompts_of(6, 11)
     backend = MockBackend(VOCAB)
