@@ -28,9 +28,9 @@ def open_backend(bundle: Bundle, provider: str | None, threads: int | None, belo
                  native: dict | None = None, cpu: dict | None = None) -> tuple[Backend, list[str]]:
     """The best backend that can be had, and the lines that explain it.
 
-    provider: one of PROVIDERS to insist on, or None. threads: of the CPU; None: all that are available. below: consider only what
-    comes after this provider, which has failed while running. native, cpu: more options of
-    NativeBackend, of OrtBackend there.
+    provider: one of PROVIDERS to insist on, or None. threads: of the CPU; None: all that are available. below: consider
+    only what comes after this provider, which has failed while running. native, cpu: more options of NativeBackend, and of
+    OrtBackend on the CPU.
     Raises UserError for a mistake, whichever backend finds it or would have run: an unknown provider, a number of threads or an option
     that is none, a damaged bundle. Raises Unavailable where `provider`, or every one of them, cannot be had.
     """
