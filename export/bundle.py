@@ -1,9 +1,9 @@
-"""Write a bundle: the folder an app ships. Reading one is `runtime/bundle.py`; the format is in the README.
+"""Write a bundle: the folder an app ships. Reading one is `runtime/bundle.py`; the format is in docs/formats.md.
 
-A new bundle is written into a temporary sibling and renamed into place. A file is added to an existing one (a graph,
-an engine, golden outputs) in an order that never leaves a manifest that disagrees with the files: it is written beside
-its name, then renamed, then `manifest.json` is replaced; where a file of that name was listed before, a manifest
-without it comes first. So whatever interrupts this, the bundle opens, with the new file or without.
+A file is added to an existing bundle (a graph, an engine, golden outputs) in an order that never leaves a manifest that
+disagrees with the files: it is written beside its name, then renamed, then `manifest.json` is replaced; where a file of
+that name was listed before, a manifest without it comes first. So whatever interrupts this, the bundle opens, with the
+new file or without.
 
 `WeightsWriter` writes `weights.bin` as a stream: one tensor in memory at a time, each aligned to 64 bytes (a vector
 register), those over 1 MiB to 4096 (a page, so that they can be mapped), hashed on the way.
@@ -15,17 +15,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from export.graph import StoredTensor
 from models.formats.chat import template_source
 from models.formats.checkpoint import Checkpoint
 from runtime import files
-from runtime.bundle import DTYPE_BITS, FORMAT, MANIFEST, VERSION
+from runtime.bundle import FORMAT, MANIFEST, VERSION, tensor_bytes
 from runtime.errors import UserError
 from runtime.tensors import LARGE, PAGE, VECTOR
 
@@ -33,17 +30,17 @@ WEIGHTS, TOKENIZER, CHAT_TEMPLATE, GOLDEN = "weights.bin", "tokenizer.json", "ch
 
 
 class WeightsWriter:
-    """An open weights file. `tensors` lists what has been written, `size` is its bytes so far, `formats` says how the
-    quantized matrices among them are coded."""
+    """An open weights file. `tensors` lists what has been written, as the manifest does, `size` is its bytes so far, `formats`
+    says how the quantized matrices among them are coded."""
 
     def __init__(self, path: Path):
         self._file, self._hash, self.size = open(path, "wb"), hashlib.sha256(), 0
-        self.tensors: list[StoredTensor] = []
+        self.tensors: list[dict] = []
         self.formats: dict[str, dict] = {}
 
     def add(self, name: str, dtype: str, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> None:
         """Append a tensor, given as consecutive pieces of its bytes. dtype: a key of runtime.bundle.DTYPE_BITS."""
-        shape = tuple(int(size) for size in shape)
+        shape = [int(size) for size in shape]
         expected = tensor_bytes(dtype, shape)
         self._write(bytes(-self.size % (PAGE if expected > LARGE else VECTOR)))
         offset = self.size
@@ -51,7 +48,7 @@ class WeightsWriter:
             self._write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
         if self.size - offset != expected:
             raise ValueError(f"{name} {dtype} {shape} takes {expected} bytes, got {self.size - offset}")
-        self.tensors.append(StoredTensor(name, dtype, shape, offset, expected))
+        self.tensors.append({"name": name, "dtype": dtype, "shape": shape, "offset": offset, "bytes": expected})
 
     def _write(self, data) -> None:
         self._file.write(data)
@@ -64,33 +61,17 @@ class WeightsWriter:
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
 
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a stored tensor. int4 and uint4 are packed over the whole tensor as ONNX does, odd widths row by row."""
-    rows, row = (1, int(np.prod(shape))) if DTYPE_BITS[dtype] % 4 == 0 or not shape else (
-        int(np.prod(shape[:-1])), shape[-1])
-    return rows * -(-row * DTYPE_BITS[dtype] // 8)
-
-
-def check_output(out: Path) -> None:
-    """Refuse early a target that is neither new, nor empty, nor a bundle to replace."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a bundle: choose another folder, or remove it")
-
-
-def new_bundle(out: Path) -> AbstractContextManager[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends without an error.
-
-    Raises UserError where the target cannot be replaced or the disk is full; then nothing at `out` has changed.
-    """
-    check_output(out)
-    return files.new_folder(out)
+def check_output(out: Path, file: str = MANIFEST, problem: str = "is not a bundle") -> None:
+    """Refuse early a target that is neither new, nor empty, nor a folder with `file` in it to replace."""
+    if out.exists() and not (out / file).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and {problem}: choose another folder, or remove it")
 
 
 def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict, lineage: list[dict]) -> dict:
     """A manifest without graphs; `add` and `describe_companions` fill in the rest."""
     return {"format": FORMAT, "version": VERSION, "name": name, "model": model, "graphs": [], "engines": [],
             "weights": {"file": WEIGHTS, "bytes": weights_entry["bytes"], "formats": weights.formats,
-                        "tensors": [asdict(tensor) for tensor in weights.tensors]},
+                        "tensors": weights.tensors},
             "files": {WEIGHTS: weights_entry}, "tokenizer": TOKENIZER, "chat_template": None, "golden": None,
             "lineage": lineage}
 
@@ -123,17 +104,6 @@ def compact_tokenizer(data: dict) -> dict:
 def read_json(path: Path) -> dict:
     """An optional JSON file of a checkpoint; {} where there is none. Raises UserError where it is no JSON object."""
     return files.read_json(path, mend="mend it or remove it", largest=files.LARGEST_TOKENIZER) if path.is_file() else {}
-
-
-def stored_tensors(manifest: dict) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor in a manifest's weights file."""
-    return {tensor["name"]: StoredTensor(**tensor | {"shape": tuple(tensor["shape"])})
-            for tensor in manifest["weights"]["tensors"]}
-
-
-def int8_rows(model: dict) -> bool:
-    """Whether the manifest's "model" says that linears round their inputs to int8, with a scale for each row."""
-    return model.get("activations", {}).get("per") == "row"
 
 
 def add_file(folder: Path, manifest: dict, name: str, data) -> None:

@@ -1,6 +1,6 @@
 """What the portable and the fast graph have in common: inputs, caches, linears, the MLP and the choice of positions.
 
-The interface of both (README, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
+The interface of both (docs/formats.md, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
 logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacity, head_dim]; logits float32
 [b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i.
 
@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.graph import ELEMENT_TYPES, GraphBuilder, StoredTensor
+from export.graph import ELEMENT_TYPES, GraphBuilder
 from models.network.config import ModelConfig
 
 
 class DecoderGraph(GraphBuilder):
-    """A graph builder that knows the model's shape and the type it computes in ("float32", "float16" or "bfloat16")."""
+    """A graph builder for the model of a manifest, computing in dtype: "float32", "float16" or "bfloat16"."""
 
-    def __init__(self, config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False):
-        """int8_rows: the layers' quantized linears round their inputs to int8, with a scale for each row."""
-        super().__init__(stored)
-        self.config, self.dtype, self.int8_rows = config, dtype, int8_rows
-        self._dequantized: dict[str, str] = {}
-        self._rounded: dict[str, str] = {}                  # what rounding has made, for the other linears that read the input
+    def __init__(self, manifest: dict, dtype: str):
+        super().__init__(manifest["weights"])
+        self.config, self.dtype = ModelConfig.from_dict(manifest["model"]["config"]), dtype
+        self.int8_rows = manifest["model"].get("activations", {}).get("per") == "row"
+        self._made: dict[str, str] = {}                     # what several linears read: tables, rounded inputs
 
     def tokens(self, *, positions: bool = True) -> None:
         """Declare the token inputs; `positions` False leaves out position_ids, for a graph that does not read them."""
@@ -38,9 +37,15 @@ class DecoderGraph(GraphBuilder):
         self.input("logits_positions", "int64", ["b", "k"])
         self.output("logits", "float32", ["b", "k", self.config.vocab_size])
 
-    def cache(self, layer: int, dtype: str | None = None) -> list[tuple[str, str]]:
-        """Declare a layer's caches, of the graph's type or another: (past, present) of the keys and of the values."""
-        dtype = dtype or self.dtype
+    def embedded(self, rows: str) -> str:
+        """Rows of the token table, plus those of the positions where they are learned."""
+        if self.config.positions != "learned":
+            return rows
+        positions = self.op("Gather", [self.weight("position_embed.weight"), "position_ids"], "positions")
+        return self.op("Add", [rows, positions], "embedded.positions")
+
+    def cache(self, layer: int, dtype: str) -> list[tuple[str, str]]:
+        """Declare a layer's caches: (past, present) of the keys and of the values."""
         shape = ["b", self.config.layers[layer].kv_heads, "capacity", self.config.head_dim]
         return [(self.input(f"past_{kind}.{layer}", dtype, shape),
                  self.output(f"present_{kind}.{layer}", dtype, shape)) for kind in ("key", "value")]
@@ -48,97 +53,97 @@ class DecoderGraph(GraphBuilder):
     def cast(self, value: str, dtype: str, output: str) -> str:
         return self.op("Cast", [value], output, to=ELEMENT_TYPES[dtype])
 
+    def own_type(self, value: str, dtype: str, output: str) -> str:
+        """A value of `dtype` in the type that the graph computes in."""
+        return value if dtype == self.dtype else self.cast(value, self.dtype, output)
+
+    def weights(self, name: str, *parts: str) -> list[str]:
+        """Those of a matrix's or a norm's tensors that are stored."""
+        return [self.weight(f"{name}.{part}") for part in parts if f"{name}.{part}" in self.stored]
+
+    def holds(self, name: str) -> bool:
+        """Whether a matrix is stored under this name."""
+        return f"{name}.weight" in self.stored or f"{name}.codes" in self.stored
+
     def dequantized(self, name: str, axis: int) -> str:
-        """A stored matrix as `dtype`. axis: of the inputs of its product, along which scales repeat over a group.
+        """A stored matrix in the graph's type. axis: of the inputs of its product, along which scales repeat over a group.
 
         Asked for twice, as a tied table is, it is one value.
         """
-        if self.has_weight(f"{name}.weight"):
+        if f"{name}.weight" in self.stored:
             return self.weight(f"{name}.weight")
-        if name not in self._dequantized:
-            self._dequantized[name] = self._dequantize(name, axis)
-        return self._dequantized[name]
-
-    def _dequantize(self, name: str, axis: int) -> str:
-        codes, scales = self.stored(f"{name}.codes"), self.stored(f"{name}.scales")
-        scale = self.weight(f"{name}.scales")
-        if self.dtype != "float16":           # stored as float16, which the type of the result must equal
-            scale = self.cast(scale, self.dtype, f"{name}.scales.cast")
-        inputs = [self.weight(f"{name}.codes"), scale]
-        if self.has_weight(f"{name}.zeros"):
-            inputs.append(self.weight(f"{name}.zeros"))
-        blocks = {"axis": axis, "block_size": codes.shape[axis] // scales.shape[axis]} if len(scales.shape) == 2 else \
-            {"axis": 1 - axis}
-        return self.op("DequantizeLinear", inputs, f"{name}.dequantized", **blocks)
+        if name not in self._made:
+            shape, scales = (self.stored[f"{name}.{part}"]["shape"] for part in ("codes", "scales"))
+            scale = self.own_type(self.weight(f"{name}.scales"), "float16", f"{name}.scales.cast")
+            codes, *zeros = self.weights(name, "codes", "zeros")
+            blocks = {"axis": axis, "block_size": shape[axis] // scales[axis]} if len(scales) == 2 else {"axis": 1 - axis}
+            self._made[name] = self.op("DequantizeLinear", [codes, scale, *zeros], f"{name}.dequantized", **blocks)
+        return self._made[name]
 
     def linear(self, x: str, name: str, *, bias: bool = True) -> str:
         """x @ W, plus the bias where there is one and the caller does not add it. x is rounded where the model asks for it."""
         product = self.product(x, name)
-        if not (bias and self.has_weight(f"{name}.bias")):
+        if not (bias and f"{name}.bias" in self.stored):
             return product
         return self.op("Add", [product, self.weight(f"{name}.bias")], f"{name}.sum")
 
     def product(self, x: str, name: str) -> str:
         """x @ W, x [..., K] rounded as the checkpoint says."""
-        if self.has_weight(f"{name}.input_scale"):
+        if f"{name}.input_scale" in self.stored:
             x = self.fake_int8(x, f"{name}.input_scale", f"{name}.rounded")
         elif self.rounds_rows(name):
             x = self.fake_int8_rows(x)
         return self.op("MatMul", [x, self.dequantized(name, 0)], f"{name}.product")
 
     def rounds_rows(self, name: str) -> bool:
-        return self.int8_rows and name.startswith("layers.") and self.has_weight(f"{name}.codes")
+        return self.int8_rows and name.startswith("layers.") and f"{name}.codes" in self.stored
 
     def fake_int8_rows(self, x: str) -> str:
         """x rounded to int8 row by row: models.network.activations.round_rows, step for step and in float32."""
-        if x not in self._rounded:
+        if f"{x}.rounded" not in self._made:
             wide, scale = self.row_scales(x)
             steps = self.op("Round", [self.op("Div", [wide, scale], f"{x}.scaled")], f"{x}.whole")
             rounded = self.op("Mul", [steps, scale], f"{x}.rounded")
-            self._rounded[x] = rounded if self.dtype == "float32" else self.cast(rounded, self.dtype, f"{x}.rounded.cast")
-        return self._rounded[x]
+            self._made[rounded] = self.own_type(rounded, "float32", f"{x}.rounded.cast")
+        return self._made[f"{x}.rounded"]
 
     def row_scales(self, x: str) -> tuple[str, str]:
         """x [..., K] in float32, and max|x| / 127 of each row, [..., 1]."""
         wide, scales = x if self.dtype == "float32" else f"{x}.float32", f"{x}.row_scales"
-        if scales not in self._rounded:
+        if scales not in self._made:
             if wide != x:
                 self.cast(x, "float32", wide)
             largest = self.op("ReduceMax", [self.op("Abs", [wide], f"{x}.abs"), self.constant([-1])], f"{x}.max")
             # a row of zeros has a scale too
             largest = self.op("Max", [largest, self.constant(1e-30, np.float32)], f"{x}.max.positive")
-            self._rounded[scales] = self.op("Div", [largest, self.constant(127, np.float32)], scales)
+            self._made[scales] = self.op("Div", [largest, self.constant(127, np.float32)], scales)
         return wide, scales
 
     def fake_int8(self, x: str, scale: str, output: str) -> str:
         """x rounded to int8 with a stored float32 scalar as scale, as QuantizeLinear and DequantizeLinear do."""
-        scale, zero = self.weight(scale), self.constant(0, np.int8)
-        if self.dtype != "float32":
-            scale = self.cast(scale, self.dtype, f"{output}.scale")
+        scale, zero = self.own_type(self.weight(scale), "float32", f"{output}.scale"), self.constant(0, np.int8)
         return self.op("DequantizeLinear", [self.op("QuantizeLinear", [x, scale, zero], f"{output}.codes"), scale, zero], output)
 
     def cached_values(self, x: str, layer: int, part: str) -> str:
         """Keys or values [b, kv_heads, s, head_dim] with the values an int8 cache has for them, where the model asks for one."""
         scale, name = f"layers.{layer}.{part}_scale", f"layers.{layer}.{part}.int8"
-        if not self.has_weight(scale):
+        if scale not in self.stored:
             return x
-        per_channel = self.stored(scale).shape[0] > 1
+        per_channel = self.stored[scale]["shape"][0] > 1
         shape = [1, self.config.layers[layer].kv_heads, 1, self.config.head_dim] if per_channel else [1]
         step = self.op("Reshape", [self.weight(scale), self.constant(shape)], f"{name}.scale")
-        if self.dtype != "float32":
-            step = self.cast(step, self.dtype, f"{name}.scale.cast")
+        step = self.own_type(step, "float32", f"{name}.scale.cast")
         low, high = (self.constant(limit, self.dtype) for limit in (-128, 127))
-        codes = self.op("Clip", [self.op("Round", [self.op("Div", [x, step], f"{name}.steps")], f"{name}.rounded"), low, high],
-                        f"{name}.codes")
-        return self.op("Mul", [codes, step], name)
+        steps = self.op("Round", [self.op("Div", [x, step], f"{name}.steps")], f"{name}.rounded")
+        return self.op("Mul", [self.op("Clip", [steps, low, high], f"{name}.codes"), step], name)
 
     def split_linear(self, x: str, name: str, parts: dict[str, int]) -> list[str]:
         """Linears of one input, fused as `name` or stored one by one: {part: outputs} -> one value a part."""
         prefix = name.rpartition(".")[0]
-        if self.has_weight(f"{name}.weight") or self.has_weight(f"{name}.codes"):
-            return self.op("Split", [self.linear(x, name), self.constant(list(parts.values()))],
-                           [f"{prefix}.{part}.split" for part in parts], axis=-1)
-        return [self.linear(x, f"{prefix}.{part}") for part in parts]
+        if not self.holds(name):
+            return [self.linear(x, f"{prefix}.{part}") for part in parts]
+        return self.op("Split", [self.linear(x, name), self.constant(list(parts.values()))],
+                       [f"{prefix}.{part}.split" for part in parts], axis=-1)
 
     def mlp(self, x: str, layer: int, *, bias: bool = True) -> str:
         """down(act(gate(x)) * up(x)), or down(act(up(x))); `bias` False leaves down's to the caller."""
@@ -157,16 +162,14 @@ class DecoderGraph(GraphBuilder):
 
     def norm(self, x: str, name: str, output: str) -> str:
         """RMSNorm or LayerNorm over the last axis, by whether a bias is stored."""
-        inputs = [x, self.weight(f"{name}.weight")]
-        if self.has_weight(f"{name}.bias"):
-            return self.op("LayerNormalization", [*inputs, self.weight(f"{name}.bias")], output, axis=-1,
-                           epsilon=self.config.norm_eps)
-        return self.op("RMSNormalization", inputs, output, axis=-1, epsilon=self.config.norm_eps)
+        weights = self.weights(name, "weight", "bias")
+        return self.op("LayerNormalization" if len(weights) > 1 else "RMSNormalization", [x, *weights], output, axis=-1,
+                       epsilon=self.config.norm_eps)
 
     def head_norm(self, x: str, name: str, heads: int) -> str:
         """x [b, s, heads * head_dim] as [b, s, heads, head_dim], normalized over head_dim where the model does that."""
         x = self.op("Reshape", [x, self.constant([0, -1, heads, self.config.head_dim])], f"{name}.heads")
-        return self.norm(x, name, f"{name}.normed") if self.config.qk_norm and self.has_weight(f"{name}.weight") else x
+        return self.norm(x, name, f"{name}.normed") if self.config.qk_norm and f"{name}.weight" in self.stored else x
 
     def selected(self, x: str) -> str:
         """Rows of x [b, s, hidden] at logits_positions: [b, k, hidden]."""

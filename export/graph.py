@@ -1,17 +1,12 @@
 """A small ONNX graph builder whose weights stay in another file.
 
 `GraphBuilder` collects nodes, inputs and outputs, and initializers of two kinds: small constants, kept inside the ONNX
-file, and weights, which are `TensorProto`s that only point at an offset of a bundle's weights file. So building a graph
-costs no memory for weights, and several graphs can read one file. It knows nothing of language models; the decoder's
-graphs are in `portable.py` and `ort.py`.
-
-It does not check the graph: `check` runs ONNX's own checker, full shape inference included, on the written file.
+file, and weights, which only point at an offset of a bundle's weights file. So building a graph costs no memory for
+weights, and several graphs can read one file. It knows nothing of language models; the decoder's graphs are in
+`portable.py` and `ort.py`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -29,22 +24,11 @@ ELEMENT_TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a weights file; one entry of the manifest's "tensors"."""
-
-    name: str
-    dtype: str                    # a key of ELEMENT_TYPES, or a width only the native core reads ("uint3")
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
-
-
 class GraphBuilder:
-    """Nodes, inputs, outputs and initializers of one graph, in the order they are added."""
+    """Nodes, inputs, outputs and initializers of one graph, in the order they are added. weights: the manifest's."""
 
-    def __init__(self, weights: dict[str, StoredTensor], weights_file: str = "weights.bin"):
-        self._stored, self._weights_file = weights, weights_file
+    def __init__(self, weights: dict):
+        self.stored, self._weights_file = {tensor["name"]: tensor for tensor in weights["tensors"]}, weights["file"]
         self._nodes, self._inputs, self._outputs = [], [], []
         self._initializers: dict[str, TensorProto] = {}
 
@@ -58,19 +42,13 @@ class GraphBuilder:
         self._outputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], shape))
         return name
 
-    def has_weight(self, name: str) -> bool:
-        return name in self._stored
-
-    def stored(self, name: str) -> StoredTensor:
-        return self._stored[name]
-
     def weight(self, name: str) -> str:
         """The stored tensor `name` as an initializer that points into the weights file."""
         if name not in self._initializers:
-            stored = self._stored[name]
-            tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[stored.dtype], dims=stored.shape,
+            stored = self.stored[name]
+            tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[stored["dtype"]], dims=stored["shape"],
                                  data_location=TensorProto.EXTERNAL)
-            place = {"location": self._weights_file, "offset": stored.offset, "length": stored.bytes}
+            place = {"location": self._weights_file, "offset": stored["offset"], "length": stored["bytes"]}
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=str(value))
             self._initializers[name] = tensor
@@ -99,8 +77,3 @@ class GraphBuilder:
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgewright")
         return model.SerializeToString(deterministic=True)
-
-
-def check(path: Path) -> None:
-    """Run ONNX's checker with full, strict shape inference. Raises onnx.checker.ValidationError or InferenceError."""
-    onnx.checker.check_model(str(path), full_check=True)

@@ -19,6 +19,7 @@ from runtime.bundle import open_bundle
 from runtime.capabilities import BACKENDS, lacks
 from runtime.cli import Checked, arg, run
 from runtime.errors import UserError
+from runtime.files import new_folder
 from runtime.machine import release_free_memory
 from runtime.sampling import check_defaults
 from runtime.text import Tokenizer
@@ -50,9 +51,11 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
+import onnx
+
 from export import bundle as bundles
 from export.encoder import export_encoder, is_encoder
-from export.graph import OPSET, check
+from export.graph import OPSET
 from export.portable import portable_graph
 from export.weights import write_weights
 from models.formats.chat import special_ids, special_tokens
@@ -83,7 +86,7 @@ def export(options: Options) -> None:
     bundles.check_output(options.out)
     source = checkpoint.sha256()
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
-    with bundles.new_bundle(options.out) as folder:
+    with new_folder(options.out) as folder:
         weights = bundles.WeightsWriter(folder / bundles.WEIGHTS)
         write_weights(checkpoint, weights, DTYPES[options.dtype], max_context)
         manifest = bundles.manifest(options.out.resolve().name, facts, weights, weights.close(),
@@ -91,13 +94,11 @@ def export(options: Options) -> None:
         bundles.copy_companions(checkpoint, folder, manifest)
         graphless = sorted({lack.what for lack in lacks("onnx", plan)})
         if not graphless:
-            graph = portable_graph(config, bundles.stored_tensors(manifest), DTYPES[options.dtype],
-                                   bundles.int8_rows(manifest["model"]))
-            (folder / GRAPH).write_bytes(graph.serialize(manifest["name"]))
-            check(folder / GRAPH)
+            data = portable_graph(manifest, DTYPES[options.dtype]).serialize(manifest["name"])
+            (folder / GRAPH).write_bytes(data)
+            onnx.checker.check_model(str(folder / GRAPH), full_check=True)
             manifest["files"][GRAPH] = bundles.file_entry(folder / GRAPH)
-            size = manifest["files"][GRAPH]["bytes"]
-            manifest["graphs"].append(graph_entry("portable", GRAPH, size, options.dtype, max_context, source))
+            manifest["graphs"].append(graph_entry("portable", GRAPH, len(data), options.dtype, max_context, source))
         bundles.write_manifest(folder, manifest)
         open_bundle(folder)                                 # what the runtime would refuse is not left behind
     print(summary(options.out, manifest))
@@ -109,12 +110,12 @@ def export(options: Options) -> None:
 
 def check_formats(checkpoint: Checkpoint, plan: dict) -> None:
     """Raises UserError for a mixture that no backend of a bundle runs."""
-    onnx, native = (next(lacks(backend, plan), None) for backend in ("onnx", "native"))
+    graphs, native = (next(lacks(backend, plan), None) for backend in ("onnx", "native"))
     step = BACKENDS["native"].group_multiple
     groups = any(form["group"] % step and checkpoint.shape(f"{name}.scales")[1] > 1 for name, form in plan["tensors"].items())
     missing = native.what if native else f"groups that {step} does not divide" if groups else None
-    if onnx and missing:
-        raise UserError(f"{checkpoint.path}: no backend runs it: ONNX has no weights of {onnx.what}, and the native core, which "
+    if graphs and missing:
+        raise UserError(f"{checkpoint.path}: no backend runs it: ONNX has no weights of {graphs.what}, and the native core, which "
                         f"has, has no {missing}; quantize the original again with 4 and 8 bits (--backend onnx), or without these")
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from models.formats import lineage
-from models.network.config import ModelConfig
 from runtime.bundle import open_bundle
 from runtime.capabilities import BACKENDS, FUSED_HEADS
 from runtime.cli import arg, run
@@ -55,7 +54,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 from export import bundle as bundles
 from export.decoder_graph import DecoderGraph
-from export.graph import MICROSOFT, StoredTensor
+from export.graph import MICROSOFT
 from export.onnx import DTYPES, graph_entry, summary
 
 GRAPH = "fast.onnx"
@@ -74,12 +73,12 @@ def add_fast_graph(options: Options) -> None:
     if portable["dtype"] not in (able := BACKENDS["onnx"].dtypes):
         raise UserError(f"{options.bundle} computes in {portable['dtype']}, which ONNX Runtime's CPU does not; export with --dtype "
                         + " or ".join(able))
-    config = ModelConfig.from_dict(opened.model["config"])
-    step = FUSED_HEADS[config.positions]
-    if config.head_dim % step:
+    graph = FastGraph(opened.manifest, DTYPES[portable["dtype"]])
+    step = FUSED_HEADS["learned" if graph.config.positions == "learned" else "rope"]
+    if graph.config.head_dim % step:
         raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
-                        f"divides, and this model's is {config.head_dim}; the bundle runs its portable graph instead, as it is")
-    graph = fast_graph(config, bundles.stored_tensors(opened.manifest), DTYPES[portable["dtype"]], bundles.int8_rows(opened.model))
+                        f"divides, and this model's is {graph.config.head_dim}; the bundle runs its portable graph instead, as it is")
+    graph.build()
     data = graph.serialize(opened.name)
     stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})
     manifest = bundles.without_file(opened.manifest, GRAPH)
@@ -90,175 +89,146 @@ def add_fast_graph(options: Options) -> None:
 
 
 class FastGraph(DecoderGraph):
-    """A decoder graph whose W8A8 linears are products of integers."""
+    """A decoder graph of ONNX Runtime's fused operators; W8A8 linears are products of integers."""
+
+    def __init__(self, manifest: dict, dtype: str):
+        super().__init__(manifest, dtype)
+        table, hidden = self.stored.get("embed.codes", {"dtype": None})["dtype"], self.config.hidden_size
+        self.table_bits = {"int4": 4, "int8": 8}.get(table)
+        self.block = None                   # inputs of the table that share a scale in MatMulNBits; None: the portable form
+        if self.table_bits and "embed.zeros" not in self.stored:
+            scales = self.stored["embed.scales"]["shape"]
+            self.groups = scales[1] if len(scales) == 2 else 1
+            self.block = next((block for block in BLOCKS if hidden // self.groups % block == 0), None)
+
+    def build(self) -> None:
+        """Add every node."""
+        config = self.config
+        self.tokens(positions=config.positions == "learned")
+        x = self.embedded(self._table_rows())
+        lengths = self._lengths()
+        normed = self.norm(x, "layers.0.attn_norm", "layers.0.attn_input")
+        for layer in range(len(config.layers)):
+            name = f"layers.{layer}"
+            following = f"layers.{layer + 1}.attn_norm" if layer + 1 < len(config.layers) else "final_norm"
+            normed, x = self._add_norm(x, self._attention(normed, lengths, layer), f"{name}.o", f"{name}.mlp_norm")
+            normed, x = self._add_norm(x, self.mlp(normed, layer, bias=False), f"{name}.down", following)
+        selected = self.selected(normed)
+        self.logits(self._tied_head(selected) if config.tied_embeddings else self.linear(selected, "head"))
 
     def product(self, x: str, name: str) -> str:
-        if not self.rounds_rows(name) or self.has_weight(f"{name}.zeros") or self.stored(f"{name}.codes").dtype != "int8" \
-                or len(self.stored(f"{name}.scales").shape) > 1:
+        if not self.rounds_rows(name) or f"{name}.zeros" in self.stored or self.stored[f"{name}.codes"]["dtype"] != "int8" \
+                or len(self.stored[f"{name}.scales"]["shape"]) > 1:
             return super().product(x, name)
         codes, row_scales = self._int8_rows(x)
         scales = self.cast(self.weight(f"{name}.scales"), "float32", f"{name}.scales.float32")
         columns = self.op("MatMulIntegerToFloat", [codes, self.weight(f"{name}.codes"), self.constant(1, np.float32), scales,
                                                    self.constant(128, np.uint8)], f"{name}.columns", domain=MICROSOFT)
         product = self.op("Mul", [columns, row_scales], f"{name}.product")
-        return product if self.dtype == "float32" else self.cast(product, self.dtype, f"{name}.product.cast")
+        return self.own_type(product, "float32", f"{name}.product.cast")
 
     def _int8_rows(self, x: str) -> tuple[str, str]:
         """Codes of x's rows plus 128, which MLAS multiplies 40 times faster as uint8 than as int8, and the rows' scales."""
         codes, scales = f"{x}.codes", f"{x}.row_scales"
-        if codes not in self._rounded:
+        if codes not in self._made:
             wide, scales = self.row_scales(x)
             steps = self.op("Div", [wide, scales], f"{x}.steps")
-            self._rounded[codes] = self.op("QuantizeLinear", [steps, self.constant(1, np.float32), self.constant(128, np.uint8)], codes)
+            self._made[codes] = self.op("QuantizeLinear", [steps, self.constant(1, np.float32), self.constant(128, np.uint8)], codes)
         return codes, scales
 
+    def _lengths(self) -> list[str]:
+        """GroupQueryAttention's seqlens_k int32 [b] (a row's last slot) and total_sequence_length int32 scalar."""
+        tokens = self.op("Shape", ["input_ids"], "tokens", start=1, end=2)
+        after = self.op("Add", ["write_index", tokens], "lengths")
+        last = self.cast(self.op("Sub", [after, self.constant(1)], "last_slots"), "int32", "seqlens_k")
+        longest = self.op("ReduceMax", [after], "longest", keepdims=0)
+        return [last, self.cast(longest, "int32", "total_sequence_length")]
 
-def fast_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False) -> DecoderGraph:
-    """Build the graph over stored tensors. dtype: "float32" or "float16", of activations and caches."""
-    graph = FastGraph(config, stored, dtype, int8_rows)
-    graph.tokens(positions=config.positions == "learned")
-    table = Table(graph)
-    x = table.rows()
-    if config.positions == "learned":
-        positions = graph.op("Gather", [graph.weight("position_embed.weight"), "position_ids"], "positions")
-        x = graph.op("Add", [x, positions], "embedded.positions")
-    lengths = _lengths(graph)
-    normed = graph.norm(x, "layers.0.attn_norm", "layers.0.attn_input")
-    for layer in range(len(config.layers)):
-        name = f"layers.{layer}"
-        following = f"layers.{layer + 1}.attn_norm" if layer + 1 < len(config.layers) else "final_norm"
-        normed, x = _add_norm(graph, x, _attention(graph, normed, lengths, layer), f"{name}.o", f"{name}.mlp_norm")
-        normed, x = _add_norm(graph, x, graph.mlp(normed, layer, bias=False), f"{name}.down", following)
-    selected = graph.selected(normed)
-    graph.logits(table.head(selected) if config.tied_embeddings else graph.linear(selected, "head"))
-    return graph
+    def _add_norm(self, x: str, delta: str, linear: str, norm: str) -> tuple[str, str]:
+        """(norm(x + delta + bias), x + delta + bias) as one operator; the bias is that of `linear`, which gave delta."""
+        bias, weights = self.weights(linear, "bias"), self.weights(norm, "weight", "bias")
+        kind = "SkipLayerNormalization" if len(weights) > 1 else "SkipSimplifiedLayerNormalization"
+        normed, residual = f"{norm}.normed", f"{norm}.residual"
+        self.op(kind, [x, delta, *weights, *bias], [normed, "", "", residual], domain=MICROSOFT, epsilon=self.config.norm_eps)
+        return normed, residual
 
+    def _attention(self, x: str, lengths: list[str], layer: int) -> str:
+        """Output of the o projection, without its bias."""
+        config, shape, name = self.config, self.config.layers[layer], f"layers.{layer}"
+        if self.holds(f"{name}.qkv") and not config.qk_norm:
+            inputs = [self.linear(x, f"{name}.qkv"), "", ""]
+        else:
+            sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+            inputs = self.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
+            for i, part in enumerate("qk" if config.qk_norm else ()):
+                normed = self.head_norm(inputs[i], f"{name}.{part}_norm", sizes[part])
+                inputs[i] = self.op("Reshape", [normed, self.constant([0, -1, sizes[part] * config.head_dim])],
+                                    f"{name}.{part}_norm.rows")
+        scales, how = self.weights(name, "k_scale", "v_scale"), {}
+        if scales:
+            kind = "PER_CHANNEL" if self.stored[scales[0]]["shape"][0] > 1 else "PER_TENSOR"
+            how = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
+        if config.sliding_window:
+            how["local_window_size"] = config.sliding_window
+        (past_key, present_key), (past_value, present_value) = self.cache(layer, "int8" if scales else self.dtype)
+        tables = self.weights("rope", "cos", "sin")
+        options = [*(tables or ["", ""]), "", "", "", *scales] if scales else tables
+        self.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *options],
+                [f"{name}.attended", present_key, present_value], domain=MICROSOFT, num_heads=shape.heads,
+                kv_num_heads=shape.kv_heads, do_rotary=int(bool(tables)), scale=config.head_dim ** -0.5, **how)
+        return self.linear(f"{name}.attended", f"{name}.o", bias=False)
 
-def _lengths(graph: DecoderGraph) -> list[str]:
-    """GroupQueryAttention's seqlens_k int32 [b] (a row's last slot) and total_sequence_length int32 scalar."""
-    tokens = graph.op("Shape", ["input_ids"], "tokens", start=1, end=2)
-    after = graph.op("Add", ["write_index", tokens], "lengths")
-    last = graph.cast(graph.op("Sub", [after, graph.constant(1)], "last_slots"), "int32", "seqlens_k")
-    longest = graph.op("ReduceMax", [after], "longest", keepdims=0)
-    return [last, graph.cast(longest, "int32", "total_sequence_length")]
-
-
-def _add_norm(graph: DecoderGraph, x: str, delta: str, linear: str, norm: str) -> tuple[str, str]:
-    """(norm(x + delta + bias), x + delta + bias) as one operator; the bias is that of `linear`, which gave delta."""
-    names = f"{norm}.normed", f"{norm}.residual"
-    bias = [graph.weight(f"{linear}.bias")] if graph.has_weight(f"{linear}.bias") else []
-    inputs = [x, delta, graph.weight(f"{norm}.weight")]
-    if graph.has_weight(f"{norm}.bias"):
-        kind, inputs = "SkipLayerNormalization", [*inputs, graph.weight(f"{norm}.bias")]
-    else:
-        kind = "SkipSimplifiedLayerNormalization"
-    graph.op(kind, [*inputs, *bias], [names[0], "", "", names[1]], domain=MICROSOFT, epsilon=graph.config.norm_eps)
-    return names
-
-
-def _attention(graph: DecoderGraph, x: str, lengths: list[str], layer: int) -> str:
-    """Output of the o projection, without its bias."""
-    config, shape, name = graph.config, graph.config.layers[layer], f"layers.{layer}"
-    fused = graph.has_weight(f"{name}.qkv.codes") or graph.has_weight(f"{name}.qkv.weight")
-    if fused and not config.qk_norm:
-        inputs = [graph.linear(x, f"{name}.qkv"), "", ""]
-    else:
-        sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-        inputs = graph.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
-        if config.qk_norm:
-            for i, (part, heads) in enumerate(list(sizes.items())[:2]):
-                normed = graph.head_norm(inputs[i], f"{name}.{part}_norm", heads)
-                inputs[i] = graph.op("Reshape", [normed, graph.constant([0, -1, heads * config.head_dim])],
-                                     f"{name}.{part}_norm.rows")
-    scales, quantized = [], {}
-    if graph.has_weight(f"{name}.k_scale"):
-        scales = ["", "", "", graph.weight(f"{name}.k_scale"), graph.weight(f"{name}.v_scale")]
-        kind = "PER_CHANNEL" if graph.stored(f"{name}.k_scale").shape[0] > 1 else "PER_TENSOR"
-        quantized = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
-    (past_key, present_key), (past_value, present_value) = graph.cache(layer, "int8" if scales else None)
-    rope = [graph.weight("rope.cos"), graph.weight("rope.sin")] if config.positions == "rope" else []
-    tables = [*(rope or ["", ""]), *scales] if scales else rope
-    window = {"local_window_size": config.sliding_window} if config.sliding_window else {}
-    attended = graph.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *tables],
-                        [f"{name}.attended", present_key, present_value], domain=MICROSOFT, num_heads=shape.heads,
-                        kv_num_heads=shape.kv_heads, do_rotary=int(bool(rope)), scale=config.head_dim ** -0.5, **window,
-                        **quantized)
-    return graph.linear(attended[0], f"{name}.o", bias=False)
-
-
-class Table:
-    """The token table: its rows as the network's input, and the head where it is tied."""
-
-    def __init__(self, graph: DecoderGraph):
-        self.graph, self.block = graph, None
-        if graph.has_weight("embed.codes") and not graph.has_weight("embed.zeros") and graph.stored("embed.codes").dtype != "float8_e4m3fn":
-            hidden, scales = graph.config.hidden_size, graph.stored("embed.scales").shape
-            self.groups = scales[1] if len(scales) == 2 else 1
-            self.four_bits = graph.stored("embed.codes").dtype == "int4"
-            # inputs that share a scale in MatMulNBits' form of the table, whose kernels take these
-            self.block = next((block for block in BLOCKS if hidden // self.groups % block == 0), None)
-
-    def rows(self) -> str:
+    def _table_rows(self) -> str:
         """Embeddings [b, s, hidden] of input_ids."""
-        graph = self.graph
         if self.block is None:
-            return graph.op("Gather", [graph.dequantized("embed", 1), "input_ids"], "embedded")
-        if self.four_bits:
-            return graph.op("GatherBlockQuantized", [graph.weight("embed.codes"), "input_ids", self._block_scales],
-                            "embedded", domain=MICROSOFT, bits=4, block_size=self.block, gather_axis=0, quantize_axis=1)
-        hidden = graph.config.hidden_size
-        codes = graph.op("Gather", [graph.weight("embed.codes"), "input_ids"], "embedded.codes")
-        codes = graph.cast(codes, graph.dtype, "embedded.cast")
-        scales = graph.op("Gather", [self._scales, "input_ids"], "embedded.scales")        # [b, s, groups, 1]
-        codes = graph.op("Reshape", [codes, graph.constant([0, 0, self.groups, hidden // self.groups])],
-                         "embedded.groups")
-        scaled = graph.op("Mul", [codes, scales], "embedded.scaled")
-        return graph.op("Reshape", [scaled, graph.constant([0, 0, hidden])], "embedded")
+            return self.op("Gather", [self.dequantized("embed", 1), "input_ids"], "embedded")
+        if self.table_bits == 4:
+            return self.op("GatherBlockQuantized", [self.weight("embed.codes"), "input_ids", self._block_scales],
+                           "embedded", domain=MICROSOFT, bits=4, block_size=self.block, gather_axis=0, quantize_axis=1)
+        hidden = self.config.hidden_size
+        codes = self.op("Gather", [self.weight("embed.codes"), "input_ids"], "embedded.codes")
+        codes = self.cast(codes, self.dtype, "embedded.cast")
+        scales = self.op("Gather", [self._scales, "input_ids"], "embedded.scales")        # [b, s, groups, 1]
+        codes = self.op("Reshape", [codes, self.constant([0, 0, self.groups, hidden // self.groups])], "embedded.groups")
+        scaled = self.op("Mul", [codes, scales], "embedded.scaled")
+        return self.op("Reshape", [scaled, self.constant([0, 0, hidden])], "embedded")
 
-    def head(self, x: str) -> str:
+    def _tied_head(self, x: str) -> str:
         """Logits [b, k, vocab] of x [b, k, hidden] by the tied table."""
-        graph = self.graph
-        vocabulary, hidden = graph.config.vocab_size, graph.config.hidden_size
-        if graph.has_weight("embed.weight"):
-            return graph.op("FusedMatMul", [x, graph.weight("embed.weight")], "head.product", domain=MICROSOFT, transB=1)
+        if "embed.weight" in self.stored:
+            return self.op("FusedMatMul", [x, self.weight("embed.weight")], "head.product", domain=MICROSOFT, transB=1)
         if self.block is None:
-            turned = graph.op("Transpose", [graph.dequantized("embed", 1)], "embed.turned", perm=[1, 0])
-            return graph.op("MatMul", [x, turned], "head.product")
-        return graph.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales], "head.product",
-                        domain=MICROSOFT, K=hidden, N=vocabulary, bits=4 if self.four_bits else 8,
-                        block_size=self.block, accuracy_level=INT8_COMPUTE)
+            turned = self.op("Transpose", [self.dequantized("embed", 1)], "embed.turned", perm=[1, 0])
+            return self.op("MatMul", [x, turned], "head.product")
+        return self.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales], "head.product", domain=MICROSOFT,
+                       K=self.config.hidden_size, N=self.config.vocab_size, bits=self.table_bits, block_size=self.block,
+                       accuracy_level=INT8_COMPUTE)
 
     # ONNX Runtime computes what follows once, while loading.
 
     def _unsigned_codes(self) -> str:
         """Codes + 2^(bits-1) as MatMulNBits reads them: uint8 [vocab, hidden / block, bytes of a block]."""
-        graph, half = self.graph, 8 if self.four_bits else 128
-        codes = graph.cast(graph.weight("embed.codes"), "uint8", "embed.bytes")
-        codes = graph.op("BitwiseXor", [codes, graph.constant(half, np.uint8)], "embed.unsigned")
-        if self.four_bits:                  # two codes a byte, the first in the low half; Cast has extended the sign
-            codes = graph.op("BitwiseAnd", [codes, graph.constant(15, np.uint8)], "embed.nibbles")
-            pairs = graph.op("Reshape", [codes, graph.constant([-1, 2])], "embed.pairs")
-            low, high = graph.op("Split", [pairs], ["embed.low", "embed.high"], axis=1, num_outputs=2)
-            high = graph.op("BitShift", [high, graph.constant(4, np.uint8)], "embed.shifted", direction="LEFT")
-            codes = graph.op("BitwiseOr", [low, high], "embed.packed")
-        shape = [graph.config.vocab_size, graph.config.hidden_size // self.block, -1]
-        return graph.op("Reshape", [codes, graph.constant(shape)], "embed.blocks")
+        codes = self.cast(self.weight("embed.codes"), "uint8", "embed.bytes")
+        codes = self.op("BitwiseXor", [codes, self.constant(1 << self.table_bits - 1, np.uint8)], "embed.unsigned")
+        if self.table_bits == 4:            # two codes a byte, the first in the low half; Cast has extended the sign
+            codes = self.op("BitwiseAnd", [codes, self.constant(15, np.uint8)], "embed.nibbles")
+            pairs = self.op("Reshape", [codes, self.constant([-1, 2])], "embed.pairs")
+            low, high = self.op("Split", [pairs], ["embed.low", "embed.high"], axis=1, num_outputs=2)
+            high = self.op("BitShift", [high, self.constant(4, np.uint8)], "embed.shifted", direction="LEFT")
+            codes = self.op("BitwiseOr", [low, high], "embed.packed")
+        shape = [self.config.vocab_size, self.config.hidden_size // self.block, -1]
+        return self.op("Reshape", [codes, self.constant(shape)], "embed.blocks")
 
     @cached_property
     def _scales(self) -> str:
         """Scales [vocab, groups, 1]."""
-        graph = self.graph
-        scales = graph.weight("embed.scales")
-        if graph.dtype != "float16":
-            scales = graph.cast(scales, graph.dtype, "embed.scales.cast")
-        shape = [graph.config.vocab_size, self.groups, 1]
-        return graph.op("Reshape", [scales, graph.constant(shape)], "embed.scales.groups")
+        scales = self.own_type(self.weight("embed.scales"), "float16", "embed.scales.cast")
+        return self.op("Reshape", [scales, self.constant([self.config.vocab_size, self.groups, 1])], "embed.scales.groups")
 
     @cached_property
     def _block_scales(self) -> str:
         """Scales [vocab, hidden / block], a group's repeated for each of its blocks."""
-        graph = self.graph
-        blocks = graph.config.hidden_size // self.block
-        shape = [graph.config.vocab_size, self.groups, blocks // self.groups]
-        repeated = graph.op("Expand", [self._scales, graph.constant(shape)], "embed.scales.repeated")
-        return graph.op("Reshape", [repeated, graph.constant([shape[0], blocks])], "embed.scales.blocks")
+        vocabulary, blocks = self.config.vocab_size, self.config.hidden_size // self.block
+        shape = [vocabulary, self.groups, blocks // self.groups]
+        repeated = self.op("Expand", [self._scales, self.constant(shape)], "embed.scales.repeated")
+        return self.op("Reshape", [repeated, self.constant([vocabulary, blocks])], "embed.scales.blocks")

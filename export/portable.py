@@ -7,35 +7,29 @@ window), never `is_causal` or `nonpad_kv_seqlen`; Attention has one output, beca
 quantized table is one DequantizeLinear that feeds both Gather and, where the head is tied, the head's MatMul.
 The cache's capacity is symbolic; `export.trt` fixes it.
 
-What TensorRT refuses and ONNX Runtime runs is written all the same: zero points other than zero, and a width that
-differs from what a target builds.
+What TensorRT refuses and ONNX Runtime runs is written all the same (runtime/capabilities.py).
 """
 
 from __future__ import annotations
 
 from export.decoder_graph import DecoderGraph
-from export.graph import StoredTensor
-from models.network.config import ModelConfig
 
 
-def portable_graph(config: ModelConfig, stored: dict[str, StoredTensor], dtype: str, int8_rows: bool = False) -> DecoderGraph:
-    """Build the graph over stored tensors. dtype: "float32", "float16" or "bfloat16", of activations and caches."""
-    graph = DecoderGraph(config, stored, dtype, int8_rows)
+def portable_graph(manifest: dict, dtype: str) -> DecoderGraph:
+    """Build the graph of a manifest's model. dtype: "float32", "float16" or "bfloat16", of activations and caches."""
+    graph = DecoderGraph(manifest, dtype)
     graph.tokens()
     table = graph.dequantized("embed", 1)
-    x = graph.op("Gather", [table, "input_ids"], "embedded")
-    if config.positions == "learned":
-        positions = graph.op("Gather", [graph.weight("position_embed.weight"), "position_ids"], "positions")
-        x = graph.op("Add", [x, positions], "embedded.positions")
+    x = graph.embedded(graph.op("Gather", [table, "input_ids"], "embedded"))
     visible = _mask(graph)
-    for layer in range(len(config.layers)):
+    for layer in range(len(graph.config.layers)):
         name = f"layers.{layer}"
         normed = graph.norm(x, f"{name}.attn_norm", f"{name}.attn_input")
         x = graph.op("Add", [x, _attention(graph, normed, visible, layer)], f"{name}.after_attention")
         normed = graph.norm(x, f"{name}.mlp_norm", f"{name}.mlp_input")
         x = graph.op("Add", [x, graph.mlp(normed, layer)], f"{name}.after_mlp")
     x = graph.norm(graph.selected(x), "final_norm", "final")
-    if config.tied_embeddings:
+    if graph.config.tied_embeddings:
         # (table xᵀ)ᵀ, not x tableᵀ: for the latter TensorRT keeps a second, transposed table where the batch is dynamic.
         columns = graph.op("Transpose", [x], "head.columns", perm=[0, 2, 1])
         product = graph.op("MatMul", [table, columns], "head.product")
@@ -69,7 +63,7 @@ def _attention(graph: DecoderGraph, x: str, visible: str, layer: int) -> str:
             tables = [graph.weight("rope.cos"), graph.weight("rope.sin")]
             value = graph.op("RotaryEmbedding", [value, *tables, "position_ids"], f"{name}.{part}.rotated")
         turned[part] = value if part == "q" else graph.cached_values(value, layer, part)
-    for (past, present), part in zip(graph.cache(layer), "kv"):
+    for (past, present), part in zip(graph.cache(layer, graph.dtype), "kv"):
         turned[part] = graph.op("TensorScatter", [past, turned[part], "write_index"], present, axis=2)
     attended = graph.op("Attention", [turned["q"], turned["k"], turned["v"], visible], f"{name}.attended",
                         scale=config.head_dim ** -0.5)

@@ -88,19 +88,15 @@ class _Writer:
         self.names = set(checkpoint.names())
 
     def dense(self, name: str, *tensors: torch.Tensor, turned: bool = False) -> None:
-        """Float tensors of any dtype stacked along the first axis, or the transpose of that stack."""
-        shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-        self.out.add(name, self.dtype, shape[::-1] if turned else shape,
-                     (self._converted(name, piece) for piece in _pieces(tensors, turned)))
+        """Float tensors of any dtype, stacked along the first axis, or the transpose of that stack."""
+        self._stack(name, self.dtype, tensors, turned, lambda piece: self._converted(name, piece))
 
-    def _converted(self, name: str, piece: torch.Tensor) -> np.ndarray:
+    def _converted(self, name: str, piece: torch.Tensor) -> torch.Tensor:
         piece = piece.to(getattr(torch, self.dtype))
         if not torch.isfinite(piece).all():
             raise UserError(f"{self.checkpoint.path}: {name} has values that are not finite in {self.dtype}: mend the "
                             f"checkpoint, or if they are only too large, export with --dtype fp32")
-        if piece.dtype == torch.bfloat16:                   # which numpy lacks: its bits
-            piece = piece.view(torch.int16)
-        return piece.contiguous().numpy()
+        return piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece       # which numpy lacks: its bits
 
     def norm(self, name: str, module: str) -> None:
         for suffix in ("weight", "bias"):
@@ -141,33 +137,30 @@ class _Writer:
 
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
         """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
-        bits, group = parts[0].bits, parts[0].group
-        self.out.formats[name] = described(parts[0].format)
-        rows, columns = sum(len(part.codes) for part in parts), parts[0].codes.shape[1]
-        scales, zeros = [part.scales for part in parts], [part.zeros for part in parts]
-        if bits not in BACKENDS["onnx"].bits:
-            self.out.add(f"{name}.codes", f"uint{bits}", (rows, columns), (pack(part.codes, bits).numpy() for part in parts))
-            self.out.add(f"{name}.scales", "float16", (rows, scales[0].shape[1]), (part.numpy() for part in scales))
-            if not parts[0].symmetric:
-                self.out.add(f"{name}.zeros", "uint8", (rows, scales[0].shape[1]), (part.numpy() for part in zeros))
-            return
-        kind = parts[0].kind
-        if not group:                       # in one piece: two int4 share a byte across parts of odd size
-            scales, zeros = ([torch.cat([part[:, 0] for part in those])] if those[0] is not None else those
-                             for those in (scales, zeros))
-        if kind == "e4m3":
-            self._turned(f"{name}.codes", "float8_e4m3fn", [part.codes.view(torch.uint8) for part in parts], turned)
+        first, scales, zeros = parts[0], [part.scales for part in parts], [part.zeros for part in parts]
+        self.out.formats[name] = described(first.format)
+        bits, kind, stored = first.bits, "float8_e4m3fn", torch.Tensor.contiguous
+        if bits not in BACKENDS["onnx"].bits:                # the checkpoint's own form
+            kind, shape = "uint8", (sum(len(part.codes) for part in parts), first.codes.shape[1])
+            self.out.add(f"{name}.codes", f"uint{bits}", shape, (pack(part.codes, bits).numpy() for part in parts))
+            turned = False
         else:
-            self._turned(f"{name}.codes", f"int{bits}", [part.codes for part in parts], turned, bits)
-        self._turned(f"{name}.scales", "float16", scales, turned and group)
-        if not parts[0].symmetric:
-            self._turned(f"{name}.zeros", f"int{bits}", zeros, turned and group, bits)
+            if first.kind == "int":
+                kind, stored = f"int{bits}", lambda piece: _signed(piece, bits)
+            self._stack(f"{name}.codes", kind, [part.codes.view(torch.uint8) for part in parts], turned, stored)
+            turned = turned and first.group > 0
+            if not first.group:             # in one piece: two int4 share a byte across parts of odd size
+                scales, zeros = ([torch.cat([part[:, 0] for part in those])] if those[0] is not None else those
+                                 for those in (scales, zeros))
+        self._stack(f"{name}.scales", "float16", scales, turned)
+        if not first.symmetric:
+            self._stack(f"{name}.zeros", kind, zeros, turned, stored)
 
-    def _turned(self, name: str, dtype: str, tensors: list[torch.Tensor], turned: bool, bits: int | None = None) -> None:
+    def _stack(self, name: str, dtype: str, tensors: Sequence[torch.Tensor], turned, stored=lambda piece: piece) -> None:
+        """Tensors stacked along the first axis, or the transpose of that stack; stored: a piece of them as it is written."""
         shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-        pieces = (piece.contiguous().numpy() for piece in _pieces(tensors, turned))
         self.out.add(name, dtype, shape[::-1] if turned else shape,
-                     pieces if bits is None else (_signed(piece, bits) for piece in pieces))
+                     (stored(piece).contiguous().numpy() for piece in _pieces(tensors, turned)))
 
 
 def _pieces(tensors: Sequence[torch.Tensor], turned: bool) -> Iterator[torch.Tensor]:
@@ -183,11 +176,10 @@ def _pieces(tensors: Sequence[torch.Tensor], turned: bool) -> Iterator[torch.Ten
                 yield tensor[start:start + step]
 
 
-def _signed(codes: np.ndarray, bits: int) -> np.ndarray:
+def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes to the bytes of signed ones (code - 2^(bits-1)); two int4 a byte, the first in the low half."""
     codes = (codes ^ (1 << (bits - 1))).reshape(-1)
     if bits == 8:
         return codes
-    if len(codes) % 2:
-        codes = np.append(codes, np.uint8(0))
+    codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
     return codes[0::2] | codes[1::2] << 4

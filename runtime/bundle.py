@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -112,6 +113,12 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     return bundle
 
 
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a stored tensor. int4 and uint4 are packed over the whole tensor as ONNX does, odd widths row by row."""
+    rows, row = (math.prod(shape[:-1]), shape[-1]) if dtype in _PACKED_BY_ROW and shape else (1, math.prod(shape))
+    return rows * -(-row * DTYPE_BITS[dtype] // 8)
+
+
 def changed_files(bundle: Bundle) -> list[str]:
     """Names of the files whose sha256 is not the manifest's. Reads every byte of the bundle."""
     import hashlib                                # brings OpenSSL, which opening does not need
@@ -165,9 +172,8 @@ def _check_manifest(path: Path, manifest: dict) -> None:
         where, dtype, shape = f"{path}: weights.tensors[{tensor['name']!r}]", tensor["dtype"], tensor["shape"]
         if dtype not in DTYPE_BITS:
             raise UserError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
-        rows, row = (math.prod(shape[:-1]), shape[-1]) if dtype in _PACKED_BY_ROW and shape else (1, math.prod(shape))
-        expected, offset, size = rows * -(-row * DTYPE_BITS[dtype] // 8), tensor["offset"], tensor["bytes"]
-        if min(shape, default=1) < 0 or offset < 0 or size != expected or offset + size > weights["bytes"]:
+        offset, size = tensor["offset"], tensor["bytes"]
+        if min(shape, default=1) < 0 or offset < 0 or size != tensor_bytes(dtype, shape) or offset + size > weights["bytes"]:
             raise UserError(f"{where}: {dtype} {shape} at {offset}, {size} bytes, does not fit {weights['file']} "
                             f"({weights['bytes']} bytes); export the bundle again")
 
