@@ -68,6 +68,9 @@ GRAPH = "portable.onnx"
 def export(options: Options) -> None:
     """Write the bundle. Raises UserError for a checkpoint, context or folder that cannot be used."""
     if options.task or is_encoder(options.checkpoint):
+        for name, given in (("--dtype", options.dtype != "fp32"), ("--max-context", options.max_context is not None)):
+            if given:
+                raise UserError(f"{name} is for decoders: the graph of an encoder is fp32, of any length the model has")
         return export_encoder(options.checkpoint, options.out, options.task)
     checkpoint = open_checkpoint(options.checkpoint)
     config = checkpoint.config

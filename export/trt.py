@@ -1,11 +1,10 @@
 """Compile an ONNX model to TensorRT engines, on a machine with or without a GPU: `python -m export.trt MODEL`.
 
-MODEL is a bundle, a graph of a bundle, an encoder's folder from `export.onnx --task`, or any ONNX file. It is read
-(`trt_model.py`: `--fix` turns inputs into constants, and branches that are then decided go), linted (`trt_lint.py`), its
-capacity fixed and its profiles set (`trt_profiles.py`), then parsed, checked against the model and built
-(`trt_build.py`). A bundle's engine goes into the bundle, one for each capacity, and into its manifest; any other beside
-the model, with a record (`trt_record.py`). Nothing is written before an engine is complete. The command runs in a
-process of its own, so that a crash inside a library ends in a sentence (`trt_child.py`).
+MODEL is a bundle, a graph of a bundle, an encoder's folder from `export.onnx --task`, or any ONNX file. The files of
+`tensorrt/` are its steps: `model.py` reads it (`--fix` turns inputs into constants, and branches that are then decided
+go), `lint.py` looks for faults, `profiles.py` sets the shapes, `build.py` parses, checks and builds, `record.py` keeps
+the result: a bundle's engine in the bundle, one for each capacity, any other beside the model. Nothing is written before
+an engine is complete. The command runs in a process of its own, so that a crash inside a library ends in a sentence.
 
 The backend `rtx` (TensorRT for RTX) builds for a list of compute capabilities with no GPU. A Jetson Orin (SM87) and
 data-centre GPUs are none of its targets: for them the one command to run on the device is printed, and kept in the
@@ -20,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.trt_child import in_a_child
+from export.tensorrt.child import in_a_child
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
 from runtime.errors import UserError
@@ -84,10 +83,11 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import onnx
 
-from export import bundle as bundles
-from export import trt_lint, trt_model, trt_profiles, trt_record
-from export.trt_build import Settings, build, load_backend, predicted_bytes, targets
-from export.trt_sample import Sample
+from export.bundle import write_manifest
+from export.tensorrt import lint, profiles, record
+from export.tensorrt.build import Settings, build, load_backend, predicted_bytes, targets
+from export.tensorrt.model import fix_inputs, has_control_flow, load, simplify
+from export.tensorrt.sample import Sample
 
 ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
 RTX_GPUS = {75: "RTX 20, T4", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 120: "RTX 50", 121: "DGX Spark"}
@@ -102,20 +102,22 @@ def compile(options: Options) -> None:
         raise UserError("give a bundle or an ONNX model (or --list)")
     path, bundle = _find(options.model)
     wanted, on_device = _targets(backend, options)
-    command = _device_command(options)
     if on_device:
         names = ", ".join(f"SM{t} ({ON_DEVICE[t]})" for t in on_device)
-        print(f"{names}: built on the device only, by: {command}")
-        if not wanted and bundle:
+        print(f"{names}: built on the device only, by: {_device_command(options)}")
+    if not wanted:
+        if bundle:
             with adding_to(bundle.folder):
-                bundles.write_manifest(bundle.folder, open_bundle(bundle.folder).manifest | {"on_device": _device_command(options, ".")})
-        if not wanted:
-            return
+                write_manifest(bundle.folder, open_bundle(bundle.folder).manifest | {"on_device": _device_command(options, ".")})
+        return
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
                         options.verbose)
     model = _read(path, options)[0]
     _refuse_faults(model, path, settings)
-    _refuse_memory(model, path)
+    needed, free = predicted_bytes(model, path.parent), available_memory()
+    if free is not None and needed > free:
+        raise UserError(f"{path}: building it will take about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+                        "free; close other programs, or build on a larger machine")
     for capacity in _capacities(options, model, bundle):
         with adding_to(bundle.folder) if bundle else nullcontext():
             bundle = open_bundle(bundle.folder) if bundle else None
@@ -123,32 +125,35 @@ def compile(options: Options) -> None:
 
 
 def inspect(options: InspectOptions) -> None:
-    print(trt_record.inspect(options.engine))
+    print(record.inspect(options.engine))
 
 
-def _one(options, settings, path, bundle, capacity) -> None:
+def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None, capacity: int | None) -> None:
     """Build and write the engine of one capacity (None: not a decoder)."""
     model, original = _read(path, options)
     if capacity is None:
-        profiles = trt_profiles.given_profiles(model, options.shapes, path)
-        usual = {name: best for p in profiles for name, (_, best, _) in p.shapes.items()}
+        shapes = profiles.given_profiles(model, options.shapes, path)
+        usual = {name: best for profile in shapes for name, (_, best, _) in profile.shapes.items()}
         if model is not original and Sample(original, path).agrees(Sample(model, path), usual) is False:
             model = original                    # what the simplification got wrong is not built
     else:
-        trt_profiles.fix_dimension(model, "capacity", capacity)
-        profiles = trt_profiles.decoder_profiles(model, options.rows, min(options.chunk, capacity), options.one_profile)
-    name = _name(settings, path, bundle, capacity)
+        profiles.fix_dimension(model, "capacity", capacity)
+        shapes = profiles.decoder_profiles(model, options.rows, min(options.chunk, capacity), options.one_profile)
+    name = (f"engines/{settings.backend}-sm{'-'.join(map(str, settings.targets))}" if bundle else path.stem) + (
+        f"-c{capacity}" if capacity else "") + (".engine.gz" if bundle else ".engine")
     inside = bundle is not None and options.out is None
-    out = bundle.folder / name if inside else _out(options.out, path, name)
-    trt_record.check_writable(out)
-    engine = build(model, path, profiles, settings)
-    facts = trt_record.record(engine, settings, model, path, profiles, capacity)
+    out = bundle.folder / name if inside else options.out or path.with_name(name)
+    if options.out is not None and out.is_dir():
+        out = out / Path(name).name
+    record.check_writable(out)
+    engine = build(model, path, shapes, settings)
+    facts = record.record(engine, settings, model, path, shapes, capacity)
     facts |= {"fixed": list(options.fix)} if options.fix else {}
     if inside:
-        manifest = trt_record.add_to_bundle(bundle, name, engine.plan, facts)
-        bundles.write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
+        manifest = record.add_to_bundle(bundle, name, engine.plan, facts)
+        write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
     else:
-        trt_record.write(out, engine.plan, facts)
+        record.write(out, engine.plan, facts)
     size, whole = out.stat().st_size, facts["bytes"]
     print(f"{out}: {settings.backend} {facts['version']}, SM {','.join(facts['compute_capabilities'])}, {size / 1e6:.3g} MB"
           f"{f' ({whole / 1e6:.3g} unpacked)' if size != whole else ''}, {facts['build_s']} s, "
@@ -192,9 +197,9 @@ def _only_graph(folder: Path) -> Path:
 
 def _read(path: Path, options: Options) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The model to build and the one it was before it was simplified: the same where neither options nor it ask for that."""
-    model = trt_model.load(path)
-    trt_model.fix_inputs(model, options.fix)
-    return trt_model.simplify(model) if options.fix or trt_model.has_control_flow(model) else model, model
+    model = load(path)
+    fix_inputs(model, options.fix)
+    return simplify(model) if options.fix or has_control_flow(model) else model, model
 
 
 def _targets(backend: str, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -227,28 +232,21 @@ def _refuse_faults(model, path, settings) -> None:
     log = tensorrt.Logger(tensorrt.Logger.INTERNAL_ERROR)
     builder = tensorrt.Builder(log)
     parser = tensorrt.OnnxParser(builder.create_network(0), log)
-    faults = trt_lint.lint(model, settings.targets, parser.supports_operator)
-    doubts = [] if faults else list(trt_lint.invalid(model, shapes=True))
+    faults = lint.lint(model, settings.targets, parser.supports_operator)
+    doubts = [] if faults else list(lint.invalid(model, shapes=True))
     if doubts and Sample(model, path).refused:
         faults = doubts
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise UserError(f"{path}: TensorRT cannot build this model{more}:\n  " + "\n  ".join(map(str, faults[:5])))
-    doubles = [name for name, dtype in trt_lint.types(model).items() if dtype == "DOUBLE"]
+    doubles = [name for name, dtype in lint.types(model).items() if dtype == "DOUBLE"]
     if doubles:
         print(f"note: TensorRT computes in float32 what the model computes in float64 ({doubles[0]})", file=sys.stderr)
 
 
-def _refuse_memory(model, path) -> None:
-    needed, free = predicted_bytes(model, path.parent), available_memory()
-    if free is not None and needed > free:
-        raise UserError(f"{path}: building it will take about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-                        "free; close other programs, or build on a larger machine")
-
-
-def _capacities(options, model, bundle) -> list[int | None]:
+def _capacities(options: Options, model: onnx.ModelProto, bundle: Bundle | None) -> list[int | None]:
     """Cache capacities to build for; [None] for a model without a cache."""
-    if not trt_profiles.is_decoder(model):
+    if not profiles.is_decoder(model):
         if options.capacity:
             raise UserError("--capacity is for the decoder of a bundle; this model has no KV cache of ours")
         return [None]
@@ -256,27 +254,16 @@ def _capacities(options, model, bundle) -> list[int | None]:
         raise UserError(f"{'--shapes' if options.shapes else '--fix'} is for other models: a decoder's shapes follow from "
                         "--capacity, --rows and --chunk")
     context = bundle.max_context if bundle else None
+    if not options.capacity:
+        return [min(DEFAULT_CAPACITY, context or DEFAULT_CAPACITY)]
     try:
-        sizes = [int(text) for text in (options.capacity or str(min(DEFAULT_CAPACITY, context or DEFAULT_CAPACITY))).split(",")]
+        sizes = [int(text) for text in options.capacity.split(",")]
     except ValueError:
         raise UserError(f"--capacity {options.capacity}: give numbers with commas between, as in 1024,4096") from None
     for size in sizes:
         if size < 1 or context and size > context:
             raise UserError(f"--capacity {size}: the cache must have 1 to {context or 'the context of the model'} slots")
     return sizes
-
-
-def _name(settings: Settings, path: Path, bundle: Bundle | None, capacity: int | None) -> str:
-    where = "-".join(map(str, settings.targets))
-    if bundle is None:
-        return path.stem + (f"-c{capacity}" if capacity else "") + ".engine"
-    return f"engines/{settings.backend}-sm{where}" + (f"-c{capacity}" if capacity else "") + ".engine.gz"
-
-
-def _out(out: Path | None, path: Path, name: str) -> Path:
-    if out is None:
-        return path.with_name(name)
-    return out / Path(name).name if out.is_dir() else out
 
 
 def _device_command(options: Options, model: str | None = None) -> str:
@@ -302,6 +289,6 @@ def _listing(backend: str) -> str:
     known = targets(tensorrt)
     if not known:
         return f"{backend} {tensorrt.__version__}: builds for the GPU of this machine only"
-    rows = [{"target": f"SM{t}", "GPUs": RTX_GPUS.get(t, ""), "dtypes": ", ".join(trt_lint.dtypes_of(t))} for t in known]
+    rows = [{"target": f"SM{t}", "GPUs": RTX_GPUS.get(t, ""), "dtypes": ", ".join(lint.dtypes_of(t))} for t in known]
     return table(rows, title=f"{backend} {tensorrt.__version__}, ahead of time, no GPU needed; weights int4 and int8 are "
                              "symmetric")

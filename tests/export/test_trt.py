@@ -17,7 +17,8 @@ from onnx import TensorProto as T
 tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed ([rtx])")
 
 from export import onnx as export_onnx                              # noqa: E402
-from export import trt, trt_build                                   # noqa: E402
+from export import trt
+from export.tensorrt import build as trt_build                                   # noqa: E402
 from compress import quantize  # noqa: E402
 from runtime.bundle import open_bundle                              # noqa: E402
 from runtime.errors import CheckFailed                              # noqa: E402
@@ -302,7 +303,7 @@ def test_too_little_memory_is_refused_before_the_build(conv, tmp_path, capsys, m
 def test_ctrl_c_while_building_leaves_nothing(bundle, capsys):
     folder = bundle("fp32", None)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    code = ("import sys, export.trt_build as b; from export import trt; original = b._Interruptible.__enter__\n"
+    code = ("import sys, export.tensorrt.build as b; from export import trt; original = b._Interruptible.__enter__\n"
             "def enter(self): print('building', flush=True); return original(self)\n"
             "b._Interruptible.__enter__ = enter; raise SystemExit(trt.main(sys.argv[1:]))")
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,

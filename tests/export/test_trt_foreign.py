@@ -18,9 +18,9 @@ from onnx import helper, numpy_helper
 
 tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed ([rtx])")
 
-from export import trt, trt_model                                                    # noqa: E402
-from export.trt_sample import Sample, example                                        # noqa: E402
-from export.trt_words import sentence                                                # noqa: E402
+from export import trt
+from export.tensorrt.sample import Sample, example                                        # noqa: E402
+from export.tensorrt.words import sentence                                                # noqa: E402
 from trt_networks import convolution, model, node, value                             # noqa: E402
 from trt_tour import RAW                                                             # noqa: E402
 
@@ -240,7 +240,7 @@ def test_a_fixed_input_decides_the_branch_and_is_no_input_any_more(run, tmp_path
 def test_a_simplification_that_changes_the_function_is_not_built(run, monkeypatch):
     right = model([node("Relu", ["x"])], [X, value("n", T.INT64, [])], [Y])
     wrong = model([node("Neg", ["x"])], [X], [Y])
-    monkeypatch.setattr(trt_model, "simplify", lambda proto: wrong)
+    monkeypatch.setattr(trt, "simplify", lambda proto: wrong)
     assert run(right, "--fix", "n=1")[0] == 0 and "ACTIVATION" in run.record()["layers"]
     path = Path("m.onnx")
     assert Sample(right, path).agrees(Sample(right, path), {}) and not Sample(right, path).agrees(Sample(wrong, path), {})
@@ -257,7 +257,7 @@ def test_a_model_that_crashes_tensorrt_ends_in_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_reach_the_child_and_its_exit_code_comes_back(number, code):
-    script = ("import sys, time; from export.trt_child import in_a_child\n"
+    script = ("import sys, time; from export.tensorrt.child import in_a_child\n"
               "def work():\n try: print('ready', flush=True); time.sleep(60)\n except KeyboardInterrupt: return 130\n"
               "sys.exit(in_a_child(work, 'work'))")
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -9,8 +9,8 @@ from onnx import TensorProto as T
 
 tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed ([rtx])")
 
-from export.trt_build import Settings, build, targets                                # noqa: E402
-from export.trt_lint import lint                                                     # noqa: E402
+from export.tensorrt.build import Settings, build, targets                                # noqa: E402
+from export.tensorrt.lint import lint                                                     # noqa: E402
 from runtime.errors import CheckFailed, UserError                                    # noqa: E402
 from trt_networks import FLOATS, WEIGHTS, model, node, product, value                # noqa: E402
 

@@ -23,7 +23,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import onnxscript.optimizer                                          # noqa: E402, F401: once, before the children
 from export import trt                                               # noqa: E402
-from export.trt_build import load_backend                            # noqa: E402
+from export.tensorrt.build import load_backend                            # noqa: E402
 
 RAW = re.compile(r"Traceback|Assert|Error Code|\.cpp|&&|\[TRT\]|Unsupported ONNX data type|ERROR:|/_src/")
 LIMIT_S = 300

@@ -7,7 +7,8 @@ import pytest
 
 from compress import quantize
 from export import onnx as export_onnx
-from export import ort, trt, trt_build, verify
+from export import ort, trt, verify
+from export.tensorrt import build as trt_build
 from runtime import Engine, bench, trt_backend
 from runtime import verify as runtime_verify
 from runtime.backends import open_backend

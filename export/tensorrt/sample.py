@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.trt_model import graphs, inputs, shape_of
+from export.tensorrt.model import graphs, inputs, shape_of
 
 SEARCH_S, MOST_TRIES = 15, 125
 TOLERANCE = 1e-3                 # of the largest output: float32 sums in another order

@@ -5,7 +5,7 @@ with TensorRT-RTX 1.7; the parser's own `supports_operator` answers True for sev
 refusal: opset-24 Attention's `nonpad_kv_seqlen` is ignored and its `is_causal` is read as an upper-left mask, so that
 such a model builds and decodes wrongly. A model that ONNX itself calls invalid gets that finding alone. Types are those
 of ONNX shape inference. It reads no external data: only constants kept inside the file can be judged by value (small
-ones, as zero points and scales of one value are), and others are left to the checks after parsing (`trt_build.py`).
+ones, as zero points and scales of one value are), and others are left to the checks after parsing (`build.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from export.trt_model import graphs, inferred, skeleton
+from export.tensorrt.model import graphs, inferred, skeleton
 from runtime.capabilities import FIRST_SM
 
 NEWEST_OPSET, OLDEST_OPSET = 24, 9

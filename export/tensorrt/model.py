@@ -106,7 +106,7 @@ def has_control_flow(model: onnx.ModelProto) -> bool:
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with constants folded and decided branches inlined; as it was, where its weights are external.
 
-    Interface and function stay the same; `trt_sample.py` holds the one against the other.
+    Interface and function stay the same; `sample.py` holds the one against the other.
     """
     if any(t.data_location == TensorProto.EXTERNAL for t in tensors(model.graph)):
         return model

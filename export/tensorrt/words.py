@@ -11,7 +11,7 @@ import re
 
 import onnx
 
-from export.trt_model import graphs, inputs, shape_of
+from export.tensorrt.model import graphs, inputs, shape_of
 
 BUILD_TIME = r"build-time constant|must be an initializer|only supports the .* as an initializer|is a shape tensor|is_weights"
 SIMPLER = "replace the node, or export the model with fixed shapes"

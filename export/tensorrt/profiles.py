@@ -12,9 +12,9 @@ from pathlib import Path
 
 import onnx
 
-from export.trt_build import Profile
-from export.trt_model import inputs, shape_of
-from export.trt_sample import example
+from export.tensorrt.build import Profile
+from export.tensorrt.model import inputs, shape_of
+from export.tensorrt.sample import example
 from runtime.errors import UserError
 
 DECODER_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")

@@ -9,7 +9,7 @@ The checks fail the build (CheckFailed) where the network differs from the model
 or output of another name, dtype or shape, a RotaryEmbedding, TensorScatter or Attention that did not become its native
 layer. Models declare wrong outputs, so where a declaration differs from the network, ONNX's inference and a run on ONNX
 Runtime say which of the two is wrong; a wrong declaration is a note. What TensorRT refuses is a UserError
-(`trt_words.py`).
+(`words.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from export.trt_model import inferred, inputs, shape_of, tensors
-from export.trt_sample import Sample
-from export.trt_words import sentence
+from export.tensorrt.model import inferred, inputs, shape_of, tensors
+from export.tensorrt.sample import Sample
+from export.tensorrt.words import sentence
 from models.progress import progress
 from runtime.errors import CheckFailed, UserError, pip_line
 from runtime.files import write

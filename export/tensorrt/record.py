@@ -19,8 +19,8 @@ import onnx
 from onnx import TensorProto
 
 from export import bundle as bundles
-from export.trt_build import Engine, Profile, Settings, load_backend
-from export.trt_model import inputs, shape_of, tensors
+from export.tensorrt.build import Engine, Profile, Settings, load_backend
+from export.tensorrt.model import inputs, shape_of, tensors
 from runtime import files
 from runtime.bundle import Bundle
 from runtime.errors import UserError
