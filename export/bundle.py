@@ -79,13 +79,13 @@ def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict
 def copy_companions(checkpoint: Checkpoint, folder: Path, manifest: dict) -> None:
     """Tokenizer and chat template of a checkpoint, written into the bundle and entered in its manifest."""
     tokenizer = compact_tokenizer(read_json(checkpoint.path / TOKENIZER))
-    (folder / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    manifest["files"][TOKENIZER] = file_entry(folder / TOKENIZER)
-    template = template_source(checkpoint.path)
-    if template is not None:
-        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    texts = {TOKENIZER: json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))}
+    if (template := template_source(checkpoint.path)) is not None:
+        texts[CHAT_TEMPLATE] = template
         manifest["chat_template"] = CHAT_TEMPLATE
-        manifest["files"][CHAT_TEMPLATE] = file_entry(folder / CHAT_TEMPLATE)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        manifest["files"][name] = file_entry(folder / name)
 
 
 def compact_tokenizer(data: dict) -> dict:

@@ -109,7 +109,7 @@ def load(folder: Path, task: str):
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True,
             output_loading_info=True)
     except Exception as error:                               # whose types have nothing in common
-        raise UserError(f"{folder}: transformers cannot load it for {task} ({error})") from None
+        raise UserError(f"{folder}: transformers cannot load it for {task} ({' '.join(str(error).split())})") from None
     missing = [name for name in report["missing_keys"] if "pooler" not in name]
     if missing:
         raise UserError(f"{folder}: it has no weights for {task} ({', '.join(sorted(missing)[:3])}); give the --task it was "

@@ -86,7 +86,7 @@ import onnx
 from export.bundle import write_manifest
 from export.tensorrt import lint, profiles, record
 from export.tensorrt.build import Settings, build, load_backend, predicted_bytes, targets
-from export.tensorrt.model import fix_inputs, has_control_flow, load, simplify
+from export.tensorrt.model import fix_inputs, load, simplify
 from export.tensorrt.sample import Sample
 
 ON_DEVICE = {72: "Jetson Xavier", 87: "Jetson Orin", 90: "H100, H200", 100: "B200", 103: "B300", 110: "Jetson Thor"}
@@ -164,21 +164,18 @@ def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None
 
 def _find(model: Path) -> tuple[Path, Bundle | None]:
     """The ONNX file meant, and the bundle it belongs to."""
-    if model.is_dir():
-        if not (model / MANIFEST).exists():
-            return _only_graph(model), None
-        bundle = open_bundle(model)
-        graph = bundle.graph("portable")
-        if graph is None:
-            raise UserError(f"{model}: no portable graph in this bundle; export it with `python -m export.onnx`")
-        return bundle.path(graph["file"]), bundle
-    if not model.is_file():
+    if not model.exists():
         raise UserError(f"{model}: no such file or folder; give a bundle or an ONNX model")
-    if (model.parent / MANIFEST).is_file():
-        bundle = open_bundle(model.parent)
-        if model.name in bundle.manifest["files"]:
-            return model, bundle
-    return model, None
+    folder = model if model.is_dir() else model.parent
+    if not (folder / MANIFEST).is_file():
+        return _only_graph(model) if model.is_dir() else model, None
+    bundle = open_bundle(folder)
+    if model.is_file():
+        return model, bundle if model.name in bundle.manifest["files"] else None
+    graph = bundle.graph("portable")
+    if graph is None:
+        raise UserError(f"{model}: no portable graph in this bundle; export it with `python -m export.onnx`")
+    return bundle.path(graph["file"]), bundle
 
 
 def _only_graph(folder: Path) -> Path:
@@ -199,7 +196,8 @@ def _read(path: Path, options: Options) -> tuple[onnx.ModelProto, onnx.ModelProt
     """The model to build and the one it was before it was simplified: the same where neither options nor it ask for that."""
     model = load(path)
     fix_inputs(model, options.fix)
-    return simplify(model) if options.fix or has_control_flow(model) else model, model
+    branches = any(node.op_type in ("If", "Loop", "Scan") for node in model.graph.node)
+    return simplify(model) if options.fix or branches else model, model
 
 
 def _targets(backend: str, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:

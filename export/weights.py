@@ -38,14 +38,11 @@ _PIECE = 1 << 20                  # elements converted at a time
 _REOPEN = 32 << 20                # bytes written between two openings of the checkpoint
 
 
-def linears(config, layer: int) -> dict[str, tuple[str, ...]]:
-    """The groups of one layer's linears that may be fused: name in the bundle -> modules of the checkpoint."""
-    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    first = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
-    return {"qkv": tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")),
-            "o": (f"{attention}.o_proj",),
-            "gate_up" if config.gated_mlp else "up": tuple(f"{mlp}.{name}" for name in first),
-            "down": (f"{mlp}.down_proj",)}
+# name in the bundle -> what it is called in a checkpoint's layer; linears of one input may be fused
+NORMS = {"attn_norm": "input_layernorm", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+         "mlp_norm": "post_attention_layernorm"}
+LINEARS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
+           "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)}
 
 
 def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_context: int) -> None:
@@ -55,25 +52,24 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
     """
     config = checkpoint.config
     writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
-    writer.embedding()
+    writer.linear("embed", ("model.embed_tokens",), turned=False)
     if config.positions == "learned":
         writer.dense("position_embed.weight", writer.checkpoint.read("model.embed_positions.weight")[:max_context])
     else:
         for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
             writer.dense(name, table)
-    opened = 0
+    opened, absent = 0, "up" if config.gated_mlp else "gate_up"
     for layer in progress(range(len(config.layers)), label="writing weights", unit="layer"):
         if out.size - opened > _REOPEN:
             writer, opened = _Writer(open_checkpoint(checkpoint.path), out, dtype), out.size
-        prefix, ours = f"model.layers.{layer}", f"layers.{layer}"
-        writer.norm(f"{ours}.attn_norm", f"{prefix}.input_layernorm")
-        if config.qk_norm:
-            writer.norm(f"{ours}.q_norm", f"{prefix}.self_attn.q_norm")
-            writer.norm(f"{ours}.k_norm", f"{prefix}.self_attn.k_norm")
-        writer.norm(f"{ours}.mlp_norm", f"{prefix}.post_attention_layernorm")
-        for name, modules in linears(config, layer).items():
-            writer.linear(f"{ours}.{name}", modules)
-        writer.cache_scales(ours, f"{prefix}.self_attn")
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        for name, module in NORMS.items():
+            writer.norm(f"{ours}.{name}", f"{theirs}.{module}")
+        for name, modules in LINEARS.items():
+            if name != absent:
+                writer.linear(f"{ours}.{name}", tuple(f"{theirs}.{module}" for module in modules))
+        for scale in ("k_scale", "v_scale"):
+            writer.float32(f"{ours}.{scale}", f"{theirs}.self_attn.{scale}")
     writer.norm("final_norm", "model.norm")
     if not config.tied_embeddings:
         writer.linear("head", ("lm_head",))
@@ -103,37 +99,26 @@ class _Writer:
             if f"{module}.{suffix}" in self.names:
                 self.dense(f"{name}.{suffix}", self.checkpoint.read(f"{module}.{suffix}"))
 
-    def embedding(self) -> None:
-        module = "model.embed_tokens"
-        if module in self.formats:
-            self._codes("embed", [self.checkpoint.quantized(module)], turned=False)
-        else:
-            self.dense("embed.weight", self.checkpoint.read(f"{module}.weight"))
-
-    def linear(self, name: str, modules: tuple[str, ...]) -> None:
-        """Linears that read the same input: as one where they are stored alike, else one by one."""
+    def linear(self, name: str, modules: tuple[str, ...], turned: bool = True) -> None:
+        """Linears that read the same input: as one where they are stored alike, else one by one. `turned`: as [K, N]."""
         if len({self.formats.get(module) for module in modules}) > 1:
             for module in modules:
                 part = module.rsplit(".", 1)[1].removesuffix("_proj")
                 self.linear(f"{name.rpartition('.')[0]}.{part}", (module,))
             return
         if modules[0] in self.formats:
-            self._codes(name, [self.checkpoint.quantized(module) for module in modules], turned=True)
+            self._codes(name, [self.checkpoint.quantized(module) for module in modules], turned)
         else:
-            self.dense(f"{name}.weight", *(self.checkpoint.read(f"{module}.weight") for module in modules), turned=True)
-        if f"{modules[0]}.input_scale" in self.names:               # modules that read one input share its scale
-            self.float32(f"{name}.input_scale", self.checkpoint.read(f"{modules[0]}.input_scale")[0])
+            self.dense(f"{name}.weight", *(self.checkpoint.read(f"{module}.weight") for module in modules), turned=turned)
+        self.float32(f"{name}.input_scale", f"{modules[0]}.input_scale", ())       # modules that read one input share it
         if f"{modules[0]}.bias" in self.names:
             self.dense(f"{name}.bias", *(self.checkpoint.read(f"{module}.bias") for module in modules))
 
-    def cache_scales(self, name: str, module: str) -> None:
-        for part in ("k_scale", "v_scale"):
-            if f"{module}.{part}" in self.names:
-                self.float32(f"{name}.{part}", self.checkpoint.read(f"{module}.{part}"))
-
-    def float32(self, name: str, tensor: torch.Tensor) -> None:
-        """A few numbers that stay in float32 whatever the graph computes in."""
-        self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
+    def float32(self, name: str, theirs: str, shape: tuple[int, ...] = (-1,)) -> None:
+        """A few numbers, where the checkpoint has them, that stay in float32 whatever the graph computes in."""
+        if theirs in self.names:
+            tensor = self.checkpoint.read(theirs).reshape(shape)
+            self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
 
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
         """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""

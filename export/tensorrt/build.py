@@ -4,17 +4,16 @@ One builder serves two libraries with nearly one Python API: `rtx` (tensorrt_rtx
 compute capabilities and needs no GPU; `trt` (tensorrt) compiles for the GPU it runs on, as on a Jetson or in a data
 centre. Networks are strongly typed: the dtypes of the ONNX model decide, there are no precision flags.
 
-`build` parses the model with its external weights, checks it, sets the profiles, and returns the serialized engine.
 The checks fail the build (CheckFailed) where the network differs from the model: an input that nothing reads, an input
 or output of another name, dtype or shape, a RotaryEmbedding, TensorScatter or Attention that did not become its native
 layer. Models declare wrong outputs, so where a declaration differs from the network, ONNX's inference and a run on ONNX
-Runtime say which of the two is wrong; a wrong declaration is a note. What TensorRT refuses is a UserError
-(`words.py`).
+Runtime say which of the two is wrong; a wrong declaration is a note.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import importlib
 import signal
@@ -136,11 +135,10 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
             layer.attention.decomposable = True
     config = _config(tensorrt, builder, network, profiles, settings)
     started = time.perf_counter()
-    with _Interruptible(tensorrt) as monitor:
-        config.progress_monitor = monitor.reporter
+    with _interruptible(tensorrt) as config.progress_monitor:
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise UserError(f"{path}: {sentence(log.last_error(), model)}")
+        raise UserError(f"{path}: {sentence(log.errors[-1], model)}")
     if settings.timing_cache:
         write(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
     return Engine(bytes(plan), time.perf_counter() - started, dict(sorted(layers.items())), native)
@@ -152,14 +150,14 @@ def check_network(model: onnx.ModelProto, network, path: Path, shapes: dict[str,
     path: of the model. shapes: the shapes to run it with, of inputs that are not fixed. Raises CheckFailed naming every
     difference; outputs that the model itself declares wrongly are printed, and corrected in `model`.
     """
-    faults, sample = [], functools.cache(lambda: Sample(model, path))
+    sample = functools.cache(lambda: Sample(model, path))
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    read = {x.name for layer in layers for x in map(layer.get_input, range(layer.num_inputs)) if x is not None}
     got_inputs = [network.get_input(i) for i in range(network.num_inputs)]
     got_outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    passed_on = {x.name for x in got_outputs}
-    faults += [f"nothing reads the input {x.name}" for x in got_inputs
-               if x.name not in read | passed_on and not sample().ignores(x.name, shapes)]
+    read = {x.name for layer in layers for x in map(layer.get_input, range(layer.num_inputs)) if x is not None}
+    read |= {x.name for x in got_outputs}
+    faults = [f"nothing reads the input {x.name}" for x in got_inputs
+              if x.name not in read and not sample().ignores(x.name, shapes)]
     for kind, expected, got in (("input", inputs(model).values(), got_inputs), ("output", model.graph.output, got_outputs)):
         if [e.name for e in expected] != [g.name for g in got]:
             faults.append(f"the {kind}s are {[g.name for g in got]}, not {[e.name for e in expected]}")
@@ -232,56 +230,48 @@ def _logger(tensorrt, verbose: bool):
     class Logger(tensorrt.ILogger):
         def __init__(self):
             super().__init__()
-            self.errors = []
+            self.errors = ["it gave no reason"]
 
         def log(self, severity, text):
             if severity <= tensorrt.ILogger.Severity.ERROR:
                 self.errors.append(text)
             if verbose:
                 print(f"[{severity.name}] {text}", file=sys.stderr)
-
-        def last_error(self):
-            return self.errors[-1] if self.errors else "it gave no reason"
     return Logger()
 
 
-class _Interruptible:
-    """A progress bar fed by TensorRT, and a Ctrl-C that asks the builder to stop at its next step.
+@contextlib.contextmanager
+def _interruptible(tensorrt):
+    """A monitor through which TensorRT feeds a progress bar, and a Ctrl-C asks the builder to stop at its next step.
 
     Python handles signals between its own instructions, and the builder runs none for seconds; its progress reports
     are where a signal is seen.
     """
+    stop, bar = threading.Event(), progress(label="building", unit="step", leave=False)
 
-    def __init__(self, tensorrt):
-        self.stop = stop = threading.Event()
-        self.bar = bar = progress(label="building", unit="step", leave=False)
+    class Monitor(tensorrt.IProgressMonitor):
+        def __init__(self):
+            super().__init__()
 
-        class Reporter(tensorrt.IProgressMonitor):
-            def __init__(self):
-                super().__init__()
+        def phase_start(self, phase, parent, steps):
+            if parent is None:
+                bar.total = (bar.total or 0) + steps
+                bar.set_description_str(phase[:40])
 
-            def phase_start(self, phase, parent, steps):
-                if parent is None:
-                    bar.total = (bar.total or 0) + steps
-                    bar.set_description_str(phase[:40])
+        def step_complete(self, phase, step):
+            bar.update()
+            return not stop.is_set()
 
-            def step_complete(self, phase, step):
-                bar.update()
-                return not stop.is_set()
+        def phase_finish(self, phase):
+            pass
 
-            def phase_finish(self, phase):
-                pass
-        self.reporter = Reporter()
-
-    def __enter__(self):
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGINT, lambda *_: self.stop.set())
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-        if self.main:
-            signal.signal(signal.SIGINT, self.previous)
-        if self.stop.is_set():
-            raise KeyboardInterrupt
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set()) if main else None
+    try:
+        yield Monitor()
+    finally:
+        bar.close()
+        if main:
+            signal.signal(signal.SIGINT, previous)
+    if stop.is_set():
+        raise KeyboardInterrupt

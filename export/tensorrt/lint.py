@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -39,8 +39,7 @@ REFUSED_OPERATORS = {
 MATRIX_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "LSTM", "GRU", "RNN")
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One fault. `node` is "name (Operator)" or the name of a tensor."""
 
     node: str
@@ -87,9 +86,9 @@ class _Linter:
         self.model, self.targets, self.supports = model, targets, supports
         self.types = types(model)
         self.constants = {t.name: t for graph in graphs(model.graph) for t in graph.initializer}
-        for node in self._nodes():
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR:
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.nodes = [node for graph in graphs(model.graph) for node in graph.node]
+        self.constants |= {node.output[0]: node.attribute[0].t for node in self.nodes if node.op_type == "Constant"
+                           and node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR}
 
     def findings(self) -> Iterator[Finding]:
         opset = max((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), default=None)
@@ -97,14 +96,10 @@ class _Linter:
             yield Finding("the model", f"opset {opset} is not supported",
                           f"export it with an opset from {OLDEST_OPSET} to {NEWEST_OPSET}")
         functions = {(f.domain, f.name) for f in self.model.functions}
-        for node in self._nodes():
+        for node in self.nodes:
             if (node.domain, node.op_type) not in functions:
                 yield from self._node(node)
         yield from self._dtypes()
-
-    def _nodes(self):
-        for graph in graphs(self.model.graph):
-            yield from graph.node
 
     def _node(self, node):
         where = f"{node.name or node.output[0]} ({node.op_type})"
@@ -123,22 +118,21 @@ class _Linter:
             yield from self._cache(node, where)
         elif _attribute(node, "layout", 0):
             yield Finding(where, f"{node.op_type} with layout=1 is read by TensorRT as layout=0", "export it with layout=0")
-        if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self._type(node.input[0]) == "FLOAT":
+        if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self.types.get(node.input[0]) == "FLOAT":
             yield Finding(where, "SM75 has no float32 matrix products in TensorRT-RTX",
                           "export with --dtype fp16, or leave 75 out of --sm")
         if node.op_type != "Slice":             # whose ends may lie beyond: they are clamped, as ONNX says
             yield from self._integers(node, where)
 
     def _quantized(self, node, where):
-        source = self._type(node.input[0])
+        source = self.types.get(node.input[0])
         if node.op_type == "DequantizeLinear" and source in ("UINT8", "UINT4"):
             yield Finding(where, f"{source} weights are not supported", "quantize symmetric: signed codes, no zero point")
         zero = node.input[2] if len(node.input) > 2 else ""
-        if zero:
-            values = self._value(zero)
-            if values is None or np.any(values.astype(np.int32)):
-                yield Finding(where, "a non-zero zero point is not supported" if values is not None else
-                              f"the zero point {zero} is not known to be zero", "quantize symmetric")
+        values = self._value(zero)
+        if zero and (values is None or np.any(values.astype(np.int32))):
+            yield Finding(where, "a non-zero zero point is not supported" if values is not None else
+                          f"the zero point {zero} is not known to be zero", "quantize symmetric")
         scale = self._value(node.input[1])
         if scale is not None and not np.all(scale.astype(np.float32) > 0):
             yield Finding(where, f"the scale {node.input[1]} is not positive everywhere",
@@ -159,12 +153,12 @@ class _Linter:
     def _cache(self, node, where):
         if _attribute(node, "mode", b"linear") != b"linear":
             yield Finding(where, "a circular cache is not supported", "use mode=linear")
-        if self._type(node.input[0]) in ("INT8", "UINT8"):
+        if self.types.get(node.input[0]) in ("INT8", "UINT8"):
             yield Finding(where, "an int8 cache is not supported", "keep the cache in fp16 or bf16")
 
     def _integers(self, node, where):
         for name in node.input:
-            values = self._value(name) if self._type(name) == "INT64" else None
+            values = self._value(name) if self.types.get(name) == "INT64" else None
             if values is not None and values.size and (values.max() > INT32.max or values.min() < INT32.min):
                 worst = max(values.ravel().tolist(), key=abs)
                 yield Finding(where, f"the int64 constant {name} holds {worst}, beyond 32 bits",
@@ -176,7 +170,7 @@ class _Linter:
             if kind != "tensor_type":
                 yield Finding(info.name, f"a {(kind or 'value without').removesuffix('_type')} type is not supported",
                               "export the model with tensors for inputs and outputs")
-            elif self._type(info.name) == "DOUBLE":
+            elif self.types.get(info.name) == "DOUBLE":
                 yield Finding(info.name, "DOUBLE inputs and outputs are not supported", DTYPE_MENDS["DOUBLE"])
         for name, dtype in sorted(self.types.items()):
             if dtype in REFUSED_DTYPES:
@@ -188,14 +182,10 @@ class _Linter:
                 yield Finding(seen[dtype], f"{dtype} needs compute capability {first} or later",
                               f"leave {','.join(lacking)} out of --sm, or export with another dtype")
 
-    def _type(self, name: str) -> str | None:
-        return self.types.get(name)
-
     def _value(self, name: str) -> np.ndarray | None:
+        """A constant that is kept inside the file."""
         tensor = self.constants.get(name)
-        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
-            return None
-        return numpy_helper.to_array(tensor)
+        return None if tensor is None or tensor.data_location == TensorProto.EXTERNAL else numpy_helper.to_array(tensor)
 
 
 def types(model: onnx.ModelProto) -> dict[str, str]:

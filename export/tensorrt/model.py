@@ -9,6 +9,7 @@ decide (onnxscript's optimizer): TensorRT cannot analyse many branches that othe
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ from runtime.errors import UserError
 LARGEST_FILE = 2**31 - 1         # of protobuf, in bytes
 NAMELESS = {"", "?", "-1", "None"}
 SMALL = 1024                     # elements of a constant that may say a shape, an axis or a limit
-CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -36,9 +36,8 @@ def load(path: Path) -> onnx.ModelProto:
         raise UserError(f"{path}: not an ONNX model ({error or 'unreadable'})") from None
     if not model.graph.node:
         raise UserError(f"{path}: not an ONNX model (it has no nodes)")
-    for tensor in tensors(model.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            _refuse_absent(tensor, path)
+    for tensor in filter(is_external, tensors(model.graph)):
+        _refuse_absent(tensor, path)
     for graph in graphs(model.graph):
         for node in graph.node:
             node.name = node.name or next(filter(None, node.output), node.op_type)
@@ -63,6 +62,10 @@ def tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
     for inner in graphs(graph):
         yield from inner.initializer
         yield from (a.t for node in inner.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL
 
 
 def inputs(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
@@ -99,24 +102,18 @@ def fix_inputs(model: onnx.ModelProto, given: tuple[str, ...]) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
 
-def has_control_flow(model: onnx.ModelProto) -> bool:
-    return any(node.op_type in CONTROL_FLOW for node in model.graph.node)
-
-
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with constants folded and decided branches inlined; as it was, where its weights are external.
 
     Interface and function stay the same; `sample.py` holds the one against the other.
     """
-    if any(t.data_location == TensorProto.EXTERNAL for t in tensors(model.graph)):
+    if any(map(is_external, tensors(model.graph))):
         return model
     import onnxscript.optimizer
     for library in ("onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.CRITICAL)     # what they leave as it is
-    before = onnx.ModelProto()
-    before.CopyFrom(model)
     try:
-        return onnxscript.optimizer.optimize(before)
+        return onnxscript.optimizer.optimize(copy.deepcopy(model))
     except Exception:                            # of a library that promises no type; TensorRT may still take the model
         return model
 
@@ -126,14 +123,12 @@ def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = onnx.GraphProto(name=model.graph.name or "graph", node=model.graph.node, input=model.graph.input)
     listed = {i.name for i in graph.input}
     for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL and np.prod(tensor.dims, dtype=np.float64) <= SMALL:
+        if not is_external(tensor) and np.prod(tensor.dims, dtype=np.float64) <= SMALL:
             graph.initializer.append(tensor)
         elif tensor.name not in listed:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     graph.output.extend(onnx.ValueInfoProto(name=output.name) for output in model.graph.output)
-    copy = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    copy.graph.CopyFrom(graph)
-    return copy
+    return onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions, graph=graph)
 
 
 def inferred(model: onnx.ModelProto) -> onnx.ModelProto:

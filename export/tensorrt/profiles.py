@@ -64,8 +64,8 @@ def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -
             dynamic[name] = shape
     if dynamic:
         listed = ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in dynamic.items())
-        shapes = " ".join(f"{name}:{','.join(dict.fromkeys(map(_typed, sizes)))}" if len(set(sizes)) == 1 else
-                          f"{name}:{','.join(map(_typed, sizes))}" for name, sizes in example(model, path).items())
+        shapes = " ".join(f"{name}:{','.join(map(_typed, sizes if len(set(sizes)) > 1 else sizes[:1]))}"
+                          for name, sizes in example(model, path).items())
         raise UserError(f"the model has dynamic inputs without shapes: {listed}; add for example --shapes {shapes}")
     return [Profile("shapes", chosen)] if chosen else []
 
@@ -87,10 +87,8 @@ def _parse(text: str, inputs: dict) -> tuple[str, tuple]:
         if expected is None or len(shape) != len(expected):
             raise UserError(f"--shapes {text}: {_typed(shape)} has {len(shape)} dimensions, but {name} is "
                             f"[{', '.join(map(str, expected or ()))}]")
-        for size, dimension in zip(shape, expected):
-            if size < 1 or isinstance(dimension, int) and size != dimension:
-                raise UserError(f"--shapes {text}: {_typed(shape)} does not fit {name}, which is "
-                                f"[{', '.join(map(str, expected))}]")
+        if any(size < 1 or isinstance(dimension, int) and size != dimension for size, dimension in zip(shape, expected)):
+            raise UserError(f"--shapes {text}: {_typed(shape)} does not fit {name}, which is [{', '.join(map(str, expected))}]")
     if not all(a <= b <= c for a, b, c in zip(low, best, high)):
         raise UserError(f"--shapes {text}: every size must rise: min <= opt <= max")
     return name, (low, best, high)

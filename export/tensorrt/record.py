@@ -10,8 +10,8 @@ size"), and only the copy in memory needs that.
 
 from __future__ import annotations
 
+import copy
 import gzip
-import hashlib
 import json
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: P
         "inputs": [_described(i) for i in inputs(model).values()],
         "outputs": [_described(o) for o in model.graph.output],
         "bytes": len(engine.plan), "build_s": round(engine.seconds, 2), "peak_rss_mb": round(peak_rss_mb()),
-        "source": {name: _sha256(source.parent / name) for name in sources},
+        "source": {name: bundles.file_entry(source.parent / name)["sha256"] for name in sources},
         "layers": engine.layers, "native_layers": engine.native,
     }
 
@@ -63,13 +63,13 @@ def check_writable(out: Path) -> None:
 
 def write(out: Path, plan: bytes, facts: dict) -> None:
     """Engine and record side by side; each is complete or not there."""
-    for path, data in ((out, packed(out.name, plan)), (out.with_name(record_name(out.name)), _text(facts))):
-        files.write(path, data)
+    files.write(out, packed(out.name, plan))
+    files.write(out.with_name(record_name(out.name)), _text(facts))
 
 
 def add_to_bundle(bundle: Bundle, name: str, plan: bytes, facts: dict) -> dict:
     """Put an engine and its record into a bundle, in place of one of the same name; returns the new manifest."""
-    manifest, data = json.loads(json.dumps(bundle.manifest)), packed(name, plan)
+    manifest, data = copy.deepcopy(bundle.manifest), packed(name, plan)
     bundles.add_file(bundle.folder, manifest, record_name(name), _text(facts))
     entry = {"file": name, "record": record_name(name), "file_bytes": len(data)} | {key: facts[key] for key in (
         "backend", "version", "compute_capabilities", "capacity", "profiles", "bytes", "source")}
@@ -92,30 +92,21 @@ def inspect(engine: Path) -> str:
     if not isinstance(backend := facts.get("backend"), str):
         raise UserError(f"{path}: the engine's record names no backend; {mend}")
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
+    from runtime.trt_device import present_gpu
+    from runtime.trt_engine import load_plan, read_plan
     try:
-        lines.append(_layer_information(backend, engine))
+        tensorrt = load_backend(backend)
+        present_gpu()
+        inspector = load_plan(tensorrt, read_plan(engine), engine).create_engine_inspector()
+        lines.append(inspector.get_engine_information(tensorrt.LayerInformationFormat.ONELINE))
     except UserError as error:
         lines.append(f"layer information: needs a GPU that can load the engine ({error})")
     return "\n".join(lines)
 
 
-def _layer_information(backend: str, engine: Path) -> str:
-    tensorrt = load_backend(backend)
-    from runtime.trt_device import present_gpu
-    from runtime.trt_engine import load_plan, read_plan
-    present_gpu()
-    loaded = load_plan(tensorrt, read_plan(engine), engine)
-    return loaded.create_engine_inspector().get_engine_information(tensorrt.LayerInformationFormat.ONELINE)
-
-
 def _described(info: onnx.ValueInfoProto) -> dict:
     return {"name": info.name, "dtype": TensorProto.DataType.Name(info.type.tensor_type.elem_type).lower(),
             "shape": shape_of(info)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(facts: dict) -> bytes:

@@ -303,9 +303,9 @@ def test_too_little_memory_is_refused_before_the_build(conv, tmp_path, capsys, m
 def test_ctrl_c_while_building_leaves_nothing(bundle, capsys):
     folder = bundle("fp32", None)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    code = ("import sys, export.tensorrt.build as b; from export import trt; original = b._Interruptible.__enter__\n"
-            "def enter(self): print('building', flush=True); return original(self)\n"
-            "b._Interruptible.__enter__ = enter; raise SystemExit(trt.main(sys.argv[1:]))")
+    code = ("import sys, export.tensorrt.build as b; from export import trt; original = b._interruptible\n"
+            "def enter(tensorrt): print('building', flush=True); return original(tensorrt)\n"
+            "b._interruptible = enter; raise SystemExit(trt.main(sys.argv[1:]))")
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, cwd=Path(__file__).parents[2])
     assert process.stdout.readline() == "building\n"
