@@ -102,6 +102,8 @@ def load(folder: Path, task: str):
         raise UserError(f"{folder}: no config.json in it; give the folder of a Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors in it; save the model with save_pretrained")
+    for library in ("torchao", "torch.utils._pytree", "torch.onnx"):
+        logging.getLogger(library).setLevel(logging.ERROR)   # what they say of themselves
     import transformers
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -158,7 +160,6 @@ class _Headed(torch.nn.Module):
 
 def _write_graph(model, inputs, outputs, path: Path) -> None:
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")                      # of torch's exporter, about itself
         try:
