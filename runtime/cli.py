@@ -195,37 +195,36 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
 
     stage: a function, or the name of one in the command's module, which is imported when the arguments are right.
     """
+    module = module_name(options_class)
+    room = module.split(".")[0]
     try:
         options = parse(options_class, argv, epilog=epilog)
         if options_class.__module__ == "__main__":          # the process is this command's alone
-            for name in _KEPT_OUT.get(module_name(options_class).split(".")[0], ()):
+            for name in _KEPT_OUT.get(room, ()):
                 sys.modules.setdefault(name, None)          # which an import takes for a package that is not there
             if not sys.stderr.isatty():
                 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of others; models.progress says a line a stage
         if isinstance(stage, str):
-            stage = getattr(importlib.import_module(module_name(options_class)), stage)
+            stage = getattr(importlib.import_module(module), stage)
         return stage(options) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        said, code = f"error: {error}", 2
     except ModuleNotFoundError as error:
-        room, missing = module_name(options_class).split(".")[0], (error.name or "").split(".")[0]
+        missing = (error.name or "").split(".")[0]
         if missing in ("models", "compress", "export", __package__, ""):
             raise
-        print(f"error: this command needs {missing}, which is not installed: "
-              f"{pip_line(EXTRAS.get(missing) or EXTRAS.get(room, 'dev'))}", file=sys.stderr)
-        return 2
+        extra = EXTRAS.get(missing) or EXTRAS.get(room, "dev")
+        said, code = f"error: this command needs {missing}, which is not installed: {pip_line(extra)}", 2
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {_OF_THE_DISK[error.errno]}", file=sys.stderr)
-        return 2
+        said, code = f"error: {error.filename or 'a file'}: {error.strerror}; {_OF_THE_DISK[error.errno]}", 2
     except CheckFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        said, code = f"failed: {error}", 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        said, code = "interrupted", 130
+    print(said, file=sys.stderr)
+    return code
 
 
 def list_commands(package: str, groups: dict[str, tuple[str, ...]], argv=None) -> int:

@@ -37,7 +37,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
         self.globals.pop("lipsum")
-        self.globals.update(raise_exception=_raise, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
+        self.globals.update(raise_exception=_raise, dict=_Dict(), namespace=_Namespace,
+                            strftime_now=lambda format: datetime.datetime.now().strftime(format))
         self.filters["tojson"] = _to_json
 
     def unsafe_undefined(self, obj, attribute):
@@ -82,10 +83,6 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _raise(message):
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

@@ -170,14 +170,10 @@ class Tokenizer:
     def _cuts(self, text: str, ids: np.ndarray) -> list[int]:
         """Where to cut a text that was to have no control tokens and has got some, which it spells: some vocabularies
         (sentencepiece's unigrams) have them as pieces of text. Behind the first character of each."""
-        if not self.control_tokens or not (hits := np.isin(ids, self._control_ids)).any():
+        if not self.control_tokens or not (hits := np.isin(ids, list(self.control_tokens))).any():
             return []
         spelled = [token for i in set(ids[hits].tolist()) if len(token := self.control_tokens[i]) > 1]
         return sorted({found.start() + 1 for token in spelled for found in re.finditer(re.escape(token), text)})
-
-    @functools.cached_property
-    def _control_ids(self) -> np.ndarray:
-        return np.array(sorted(self.control_tokens), np.int64)
 
     @functools.cached_property
     def _line(self) -> list[int]:
