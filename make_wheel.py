@@ -1,9 +1,11 @@
-"""Build the wheel of the runtime alone, which installs as `edgewright`: `python make_wheel.py [FOLDER]`, by default dist/.
+"""Build the wheel of the runtime alone, which installs as `edgewright`: `python make_wheel.py [FOLDER]`, by default
+dist/.
 
 An app may well have packages called `models` or `runtime`, so what it installs has a name of its own: `from edgewright
-import Engine`, `python -m edgewright.generate`. The wheel is made in a temporary folder, from a copy of runtime/ under that
-name, and depends on nothing but what runtime needs. It holds the C core for this machine and, where the cross compiler
-aarch64-linux-gnu-gcc is, another wheel holds it for ARM; neither needs anything newer than glibc 2.34 (pthread_create).
+import Engine`, `python -m edgewright.generate`. The wheel is made in a temporary folder, from a copy of runtime/ under
+that name, and depends on nothing but what runtime needs. It holds the C core for this machine and, where the cross
+compiler aarch64-linux-gnu-gcc is, another wheel holds it for ARM; neither needs anything newer than glibc 2.34
+(pthread_create).
 """
 
 import json
@@ -31,7 +33,8 @@ def wheel_project(text: str) -> str:
     tables = {"build-system": project["build-system"],
               "project": {key: value for key, value in table.items() if key != "readme"},
               "project.optional-dependencies": {name: extras[name] for name in EXTRAS},
-              "tool.setuptools": {"packages": [NAME, f"{NAME}.native"], "include-package-data": False},     # which would add the C files
+              # included package data would be the C files
+              "tool.setuptools": {"packages": [NAME, f"{NAME}.native"], "include-package-data": False},
               "tool.setuptools.package-data": {NAME: ["py.typed"]}}
     lines = [line for name, entries in tables.items()
              for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items()))]
@@ -39,7 +42,7 @@ def wheel_project(text: str) -> str:
 
 
 def make_wheel(out: Path, machine: str | None = None) -> Path:
-    """Build the wheel in folder `out`; returns its path. machine: "aarch64" compiles for that with CROSS; None: for this one."""
+    """Build the wheel in folder `out`; returns its path. machine: None for this one, or "aarch64", compiled with CROSS."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in ("setup.py", "LICENSE"):
@@ -49,7 +52,7 @@ def make_wheel(out: Path, machine: str | None = None) -> Path:
         environment = dict(os.environ)
         if machine:
             environment |= {"CC": CROSS, "LDSHARED": f"{CROSS} -shared", "_PYTHON_HOST_PLATFORM": f"linux-{machine}"}
-        elif (built := ROOT / "runtime/native/_core.so").exists():       # is compiled again where it is older than its sources
+        elif (built := ROOT / "runtime/native/_core.so").exists():   # compiled again where it is older than its sources
             (folder / "lib" / NAME / "native").mkdir(parents=True)
             shutil.copy2(built, folder / "lib" / NAME / "native")
         tag = f"plat-name = manylinux_2_34_{machine or platform.machine()}" if platform.libc_ver()[0] == "glibc" else ""

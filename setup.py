@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-PACKAGE = "edgewright" if Path("edgewright").is_dir() else "runtime"       # the copy that make_wheel.py makes, or the repository's
+PACKAGE = "edgewright" if Path("edgewright").is_dir() else "runtime"       # the copy of make_wheel.py, or the repository's
 NATIVE = Path(PACKAGE, "native")
 
 

@@ -22,8 +22,8 @@ class Cache:
     """KV cache of several rows. A view shares the storage and the lengths of the rows it shows."""
 
     def __init__(self, backend: Backend, storage, capacity: int, lengths: np.ndarray, start: int = 0):
-        """storage: what the backend keeps keys and values in, of any number of rows. This cache shows those from `start` on;
-        lengths: int64 [rows], their filled slots, which the caller advances."""
+        """storage: what the backend keeps keys and values in, of any number of rows. This cache shows those from `start`
+        on; lengths: int64 [rows], their filled slots, which the caller advances."""
         self.backend, self.storage, self.capacity, self.lengths, self.start = backend, storage, capacity, lengths, start
 
     @property

@@ -86,4 +86,5 @@ def _open_onnxruntime(bundle: Bundle, threads: int, provider: str = "cpu", **opt
 
 _OPEN: dict[str, Callable[..., Backend]] = {
     "tensorrt": _open_tensorrt, "cuda": functools.partial(_open_onnxruntime, provider="cuda"),
-    "native": lambda bundle, threads, **options: NativeBackend(bundle, threads=threads, **options), "cpu": _open_onnxruntime}
+    "native": lambda bundle, threads, **options: NativeBackend(bundle, threads=threads, **options),
+    "cpu": _open_onnxruntime}

@@ -6,9 +6,9 @@
     bundle.tensor("final_norm.weight")                   # its bytes in weights.bin, mapped, not read
 
 Opening costs a `stat` per file; `verify=True`, or `changed_files`, reads every byte and compares sha256. A manifest is
-untrusted: a path that leaves the folder, by "..", by an absolute path or through a symlink, is refused, and a tensor that
-lies outside its file is refused before anything maps it. The manifest itself has no hash; whoever can replace it can
-replace the bundle. Format: docs/formats.md.
+untrusted: a path that leaves the folder, by "..", by an absolute path or through a symlink, is refused, and a tensor
+that lies outside its file is refused before anything maps it. The manifest itself has no hash; whoever can replace it
+can replace the bundle. Format: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 
               "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6, "float8_e4m3fn": 8}
 _PACKED_BY_ROW = ("uint2", "uint3", "uint5", "uint6")       # each row ends on a byte; int4 and uint4 do as ONNX does
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}      # others are given as raw bytes
-# What a manifest must hold: (form, None) may be null or missing, [form] is a list of such, {str: form} an object of any names.
+# What a manifest must hold: (form, None) may be null or missing, [form] is a list, {str: form} an object of any names.
 _FORM = {
     "name": str, "files": {str: {"bytes": int, "sha256": str}},
     "tokenizer": str, "chat_template": (str, None), "golden": (str, None),
-    "model": {"config": {"vocab_size": int, "hidden_size": int, "head_dim": int}, "max_context": int, "bos_token_id": (int, None),
-              "eos_token_ids": [int], "pad_token_id": (int, None), "special_tokens": ({str: str}, None), "generation": (dict, None)},
+    "model": {"config": {"vocab_size": int, "hidden_size": int, "head_dim": int}, "max_context": int,
+              "bos_token_id": (int, None), "eos_token_ids": [int], "pad_token_id": (int, None),
+              "special_tokens": ({str: str}, None), "generation": (dict, None)},
     "weights": {"file": str, "bytes": int,
                 "tensors": [{"name": str, "dtype": str, "shape": [int], "offset": int, "bytes": int}]},
     "graphs": [{"role": str, "file": str}],
@@ -103,8 +104,18 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
         folder = Path(folder).expanduser().absolute()
     except (TypeError, RuntimeError) as error:                # no path, or ~ of nobody
         raise UserError(f"{shown(folder)} is no folder of a bundle ({error})") from None
-    manifest = _read_manifest(folder)
-    _check_manifest(folder / MANIFEST, manifest)
+    path = restored(folder) / MANIFEST
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; give the folder of a bundle, as `python -m export.onnx` writes it")
+    if not path.exists():
+        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one")
+    manifest = read_json(path, mend="export the bundle again")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path}: bundle version {manifest.get('version')!r}, but this runtime reads version {VERSION}; "
+                        "export the bundle again or update the runtime")
+    _check_manifest(path, manifest)
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
     bundle = Bundle(folder, manifest)
@@ -130,21 +141,6 @@ def changed_files(bundle: Bundle) -> list[str]:
     return changed
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = restored(folder) / MANIFEST
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; give the folder of a bundle, as `python -m export.onnx` writes it")
-    if not path.exists():
-        raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one")
-    manifest = read_json(path, mend="export the bundle again")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
-    if manifest.get("version") != VERSION:
-        raise UserError(f"{path}: bundle version {manifest.get('version')!r}, but this runtime reads version {VERSION}; "
-                        "export the bundle again or update the runtime")
-    return manifest
-
-
 def _check_manifest(path: Path, manifest: dict) -> None:
     """Every field the runtime uses is there and of the right type, so that no later code has to doubt it."""
     _check(path, "", manifest, _FORM)
@@ -153,10 +149,11 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     if model["max_context"] < 1:
         raise UserError(f"{path}: model.max_context is {model['max_context']}; it must be at least 1")
     token_ids(model["eos_token_ids"], vocab, f"{path}: model.eos_token_ids")
-    for key, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):          # which may be left out
+    for key, check in (("bos_token_id", token_id), ("pad_token_id", pad_id)):      # which may be left out
         model[key] = check(model.get(key), vocab, f"{path}: model.{key}")
     named = {"weights.file": weights["file"], "tokenizer": manifest["tokenizer"]}
-    named |= {f"{key}[{i}].file": entry["file"] for key in ("graphs", "engines") for i, entry in enumerate(manifest[key])}
+    for key in ("graphs", "engines"):
+        named |= {f"{key}[{i}].file": entry["file"] for i, entry in enumerate(manifest[key])}
     for key in ("chat_template", "golden"):
         if manifest.setdefault(key, None) is not None:
             named[key] = manifest[key]
@@ -185,8 +182,8 @@ def _check(path: Path, where: str, value: object, form) -> None:
         return
     kind = form if isinstance(form, type) else type(form)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{path}: {where} should be {kind.__name__}{' or null' if null is None else ''}, not {shown(value)}; "
-                        "export the bundle again")
+        expected = kind.__name__ + (" or null" if null is None else "")
+        raise UserError(f"{path}: {where} should be {expected}, not {shown(value)}; export the bundle again")
     if isinstance(form, list):
         for i, item in enumerate(value):
             _check(path, f"{where}[{shown(item.get('name', i)) if isinstance(item, dict) else i}]", item, form[0])

@@ -17,9 +17,10 @@
     import torch
     def quantize(options: Options) -> None: ...
 
-A field becomes `--field-name` (or a positional). `bool` gives `--flag/--no-flag`, a tuple takes several values,
-`X | None` takes an X. Rules of a field hold for the dataclass itself, whoever makes it. `run` turns `UserError` into one
-line on stderr and exit code 2, `CheckFailed` into 1, and Ctrl-C into 130; anything else is a bug and keeps its traceback.
+A field becomes `--field-name` (or a positional). `bool` gives `--flag/--no-flag`, a tuple takes several values, `X |
+None` takes an X. Rules of a field hold for the dataclass itself, whoever makes it. `run` turns `UserError` into one
+line on stderr and exit code 2, `CheckFailed` into 1, and Ctrl-C into 130; anything else is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -239,7 +240,8 @@ def list_commands(package: str, groups: dict[str, tuple[str, ...]], argv=None) -
     width = max(map(len, names)) + len(package) + 1
     lines = []
     for title, group in groups.items():
-        lines += [title, *(f"  python -m {module:{width}}  {summary(module)}" for module in (f"{package}.{name}" for name in group)), ""]
+        modules = [f"{package}.{name}" for name in group]
+        lines += [title, *(f"  python -m {module:{width}}  {summary(module)}" for module in modules), ""]
     print("\n".join([*lines, "Each has a --help."]))
     return 0
 

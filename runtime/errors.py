@@ -29,7 +29,9 @@ def shown(value: object) -> str:
 
 def pip_line(extra: str) -> str:
     """What installs optional parts, a heading of pyproject.toml: from the wheel's name, or in a checkout."""
-    return f"pip install 'edgewright[{extra}]'" if __package__ == "edgewright" else f"pip install '.[{extra}]' in Edgewright's folder"
+    if __package__ == "edgewright":
+        return f"pip install 'edgewright[{extra}]'"
+    return f"pip install '.[{extra}]' in Edgewright's folder"
 
 
 class CheckFailed(Exception):

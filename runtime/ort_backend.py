@@ -11,10 +11,11 @@ logits are bound once for a view and a shape, and each call only writes the few 
 
 On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
 
-A session is freed with the last reference, and a call that runs and every binding hold one, so it cannot be closed under
-them. A thread that is in a call when the interpreter ends would abort the process; so the end waits for it. ONNX Runtime's
-threads do not live on in the child of a fork, where whatever waits for them waits for ever: there every call is refused, no
-session is freed, and the process ends by C's `_exit`, without ONNX Runtime's own end (or any other C library's).
+A session is freed with the last reference, and a call that runs and every binding hold one, so it cannot be closed
+under them. A thread that is in a call when the interpreter ends would abort the process; so the end waits for it. ONNX
+Runtime's threads do not live on in the child of a fork, where whatever waits for them waits for ever: there every call
+is refused, no session is freed, and the process ends by C's `_exit`, without ONNX Runtime's own end (or any other C
+library's).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class OrtBackend:
         try:
             import onnxruntime
         except ImportError as error:
-            raise Unavailable(f"onnxruntime cannot be imported ({error}); {pip_line('cpu')}, or [gpu] for an NVIDIA GPU") from None
+            raise Unavailable(f"onnxruntime cannot be imported ({error}); {pip_line('cpu')}, or [gpu] for an NVIDIA "
+                              "GPU") from None
         if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise Unavailable(f"the installed onnxruntime {onnxruntime.__version__} has no {provider.upper()} provider; "
                             "install onnxruntime-gpu in place of onnxruntime")

@@ -2,17 +2,16 @@
 
 Order, as in Hugging Face `transformers`: logit bias; repetition penalty (Keskar et al. 2019, over prompt and reply);
 frequency and presence penalties (OpenAI's, over the reply); temperature; top-k; top-p (nucleus, Holtzman et al. 2019:
-the smallest set of most likely tokens whose mass reaches p); min-p (Nguyen et al. 2024: at least p times the likeliest).
-Temperature 0 is greedy: the largest adjusted logit, the lowest id among equals, and no truncation matters.
+the smallest set of most likely tokens whose mass reaches p); min-p (Nguyen et al. 2024: at least p times the
+likeliest). Temperature 0 is greedy: the largest adjusted logit, the lowest id among equals, and no truncation matters.
 
 A `Sampler` belongs to one sequence. It draws one uniform number a token from its own generator, seeded by the seed and
 the number of the sample, so a reply depends neither on its neighbours in a batch nor on how many there are. The same
 seed gives the same tokens wherever the logits are the same bits.
 
-Exact, but not dense: the k largest of 49,152 logits are found through maxima of strided blocks, since k blocks have a
-maximum of at least the k-th largest one, and everything smaller can be dropped before any sorting. The logits are
-read, never written: they are the backend's own buffer. Log probabilities are those of the model's own logits, before
-any adjustment.
+The k largest of 49,152 logits are found through maxima of strided blocks: k blocks have a maximum of at least the k-th
+largest one, so everything smaller is dropped before any sorting. The logits are read, never written: they are the
+backend's own buffer. Log probabilities are those of the model's own logits, before any adjustment.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class Sampler:
         self._prompt = prompt
         self._counts: np.ndarray | None = None                    # times each token is in the reply so far
         self._seen: np.ndarray | None = None                      # whether it is in prompt or reply
-        self._penalized = options.repetition_penalty != 1 or options.frequency_penalty != 0 or options.presence_penalty != 0
+        self._penalized = (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
         self._adjusts = self._penalized or bool(options.logit_bias)
         self._greedy = options.temperature < _GREEDY_BELOW
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0

@@ -1,17 +1,15 @@
 """Text to token ids and back, as pieces that can be shown while they are made.
 
-`Tokenizer` is the one way to open a `tokenizer.json`, through the `tokenizers` library: what the file says of truncation and
-padding is for training batches and is switched off, and a file that is out to fill memory is refused. A control token that a
-text spells (`<|im_end|>`) is text, so that nobody forges the end of a turn by writing it; `control_tokens=True` takes it for
-the token. `Detokenizer` turns one token after another into text that never ends in half a character, and whose pieces join to
-exactly `decode` of all the tokens. `StopStrings` cuts that text at the first stop string to be complete, however tokens split
-it, and holds back only what may still become one.
+`Tokenizer` is the one way to open a `tokenizer.json`, through the `tokenizers` library: what the file says of
+truncation and padding is for training batches and is switched off, and a file that is out to fill memory is refused. A
+control token that a text spells (`<|im_end|>`) is text, so that nobody forges the end of a turn by writing it.
 
-How `Detokenizer` stays exact and cheap: it decodes a window of the last tokens only, once without and once with the
-new ones, and emits what has been added. The tokens already shown stay in the window as context, because some decoders
-treat the first token of a text differently (a leading space). A window that ends in U+FFFD may end in half a character
-and waits. Sentencepiece's byte fallback is the one decoder for which whole-text decoding depends on what follows: there
-a reply cut off inside a character keeps the complete ones before it, which `decode` of all tokens would lose too.
+`Detokenizer` turns one token after another into text that never ends in half a character, and whose pieces join to
+exactly `decode` of all the tokens. It decodes a window of the last tokens, once without and once with the new ones, and
+emits what has been added. The tokens already shown stay as context, because some decoders treat the first token of a
+text differently (a leading space). A window that ends in U+FFFD may end in half a character and waits. With
+sentencepiece's byte fallback alone, a reply cut off inside a character keeps the complete ones before it, which
+`decode` of all tokens would lose.
 """
 
 from __future__ import annotations

@@ -2,16 +2,15 @@
 
 One stream carries everything: the four token inputs go up from pinned memory, the engine runs, the logits come down.
 The cache is one device buffer per layer and key or value, [rows, kv_heads, capacity, head_dim], bound as past and as
-present at once, so that the engine updates it in place; a view of some rows is an offset into it. An engine's capacity
-is fixed: a cache gets the smallest engine that holds what was asked, and `grow` moves it to a larger one. Threads take turns at
-the stream (`Device.turn`); what is closed is freed with its last reference, so not under a call that runs.
+present at once, so that the engine updates it in place. An engine's capacity is fixed: a cache gets the smallest engine
+that holds what was asked, and `grow` moves it to a larger one. Threads take turns at the stream (`Device.turn`); what
+is closed is freed with its last reference, so not under a call that runs.
 
 An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more (and for
-one, in an engine built without the first). A call that is larger than the profile (rows, tokens or logits) is split. The
-decode step of a view is recorded as a CUDA graph once it has run, and launched from then on.
+one, in an engine built without the first). A call that is larger than the profile (rows, tokens or logits) is split.
+The decode step of a view is recorded as a CUDA graph once it has run, and launched from then on.
 
-Written against the Python API of TensorRT-RTX 1.7 and cuda-python 13, and tested against a double of both; it has not
-run on a GPU yet.
+Written against TensorRT-RTX 1.7 and cuda-python 13, and tested against a double of both; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -88,8 +87,8 @@ class TrtBackend:
                 view = cache.view(part.start, part.stop)
                 for first in range(0, tokens, engine.tokens):
                     chunk = slice(first, first + engine.tokens)
-                    self._chunk(engine, (input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first), view,
-                                logits_positions[part] - first, logits[part])
+                    inputs = input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first
+                    self._chunk(engine, inputs, view, logits_positions[part] - first, logits[part])
             return logits
 
     def _chunk(self, engine, inputs, view, positions, out) -> None:

@@ -32,14 +32,16 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
             reasons.append(f"{entry['file']}: {error}")
             continue
         if str(gpu.compute_capability) not in capabilities:
-            reasons.append(f"{entry['file']} is for SM {', '.join(capabilities)}, {gpu.name} is SM {gpu.compute_capability}")
+            reasons.append(f"{entry['file']} is for SM {', '.join(capabilities)}, {gpu.name} is SM "
+                           f"{gpu.compute_capability}")
         elif entry["version"] != module.__version__:
             reasons.append(f"{entry['file']} was built by {MODULES[backend]} {entry['version']}, installed is "
                            f"{module.__version__}")
         else:
             fitting.setdefault(backend, (module, []))[1].append(entry)
     if not fitting:
-        raise Unavailable("; ".join(dict.fromkeys(reasons)) or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+        raise Unavailable("; ".join(dict.fromkeys(reasons))
+                          or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
     module, entries = next(iter(fitting.values()))
     return module, sorted(entries, key=lambda entry: entry["capacity"])
 
@@ -78,7 +80,8 @@ def load_plan(tensorrt, plan: bytes, path: Path):
             raise DeviceError(f"{path}: TensorRT refuses the engine: {', '.join(found) or 'invalid'}")
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU memory)")
+        raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU "
+                          "memory)")
     return engine
 
 

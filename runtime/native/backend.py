@@ -15,6 +15,7 @@ at most 128 tokens; longer inputs go through pass by pass, and Ctrl-C is heard b
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -84,6 +85,10 @@ class NativeBackend:
             raise DeviceError("this backend was closed; open the bundle again")
         return function(model.handle, *arguments)
 
+    def _try(self, function, *arguments):
+        """`_call` of a function that may fail. Raises UserError."""
+        return self._call(functools.partial(library.call, function), *arguments)
+
     def cache_bytes(self, rows: int, capacity: int) -> int:
         return self._call(self._core.ew_cache_bytes, rows, capacity, self._kind)
 
@@ -120,10 +125,8 @@ class NativeBackend:
 
     def _pass(self, tokens, owners, slots, wanted, logits, cache) -> None:
         tokens, owners, slots, wanted = (np.ascontiguousarray(a, np.int32) for a in (tokens, owners, slots, wanted))
-        errors = library.Errors()
-        if self._call(self._core.ew_forward, cache.handle_for(self), len(tokens), tokens.ctypes.data, owners.ctypes.data,
-                      slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data, errors.buffer):
-            raise errors.error()
+        self._try(self._core.ew_forward, cache.handle_for(self), len(tokens), tokens.ctypes.data, owners.ctypes.data,
+                  slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data)
 
     def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
                choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
@@ -135,13 +138,10 @@ class NativeBackend:
             options, counts, seen = penalties     # the sampler keeps them
             penalties = library.Penalties(options.repetition_penalty, options.presence_penalty, options.frequency_penalty,
                                           counts.ctypes.data, seen.ctypes.data)
-        handle, errors = cache.handle_for(self), library.Errors()
-        found = penalties, len(ids), ids.ctypes.data, values.ctypes.data, cache.logits(1).ctypes.data, errors.buffer
-        start = int(cache.lengths[row])
+        handle, start = cache.handle_for(self), int(cache.lengths[row])
+        found = penalties, len(ids), ids.ctypes.data, values.ctypes.data, cache.logits(1).ctypes.data
         for slot in range(start, min(start + limit, cache.capacity, self._max_context)):
-            count = self._call(self._core.ew_next, handle, cache.start + row, slot, token, *found)
-            if count < 0:
-                raise errors.error()
+            count = self._try(self._core.ew_next, handle, cache.start + row, slot, token, *found)
             cache.lengths[row] = slot + 1
             token = choose(ids[:count], values[:count])
             if token is None:
@@ -163,13 +163,11 @@ class _Model:
     close it under a call, be it another thread, a callback, the garbage collector or the interpreter's end."""
 
     def __init__(self, core: ctypes.CDLL, where: str, *arguments):
-        errors, self._close = library.Errors(), core.ew_close
-        self.handle = core.ew_open(*arguments, errors.buffer)
-        if not self.handle:
-            raise errors.error(where)
+        self._close = core.ew_close
+        self.handle = library.call(core.ew_open, *arguments, where=where)
 
     def __del__(self):
-        if self.handle:
+        if hasattr(self, "handle"):
             self._close(self.handle)
 
 
@@ -177,17 +175,15 @@ class _Storage:
     """A C cache, freed with the last Python cache that shows it; its model may be closed before."""
 
     def __init__(self, backend: NativeBackend, rows: int, capacity: int):
-        errors, self.backend, self._free = library.Errors(), backend, backend._core.ew_cache_free
-        self.handle = backend._call(backend._core.ew_cache_new, rows, capacity, backend._kind, errors.buffer)
-        if not self.handle:
-            raise errors.error()
+        self.backend, self._free = backend, backend._core.ew_cache_free
+        self.handle = backend._try(backend._core.ew_cache_new, rows, capacity, backend._kind)
 
     def copy(self, row: int, target: _Storage, to: int, length: int) -> None:
         """Row `row`, its first `length` slots, over row `to` of `target`."""
         self.backend._call(self.backend._core.ew_cache_copy, self.handle, row, target.handle, to, length)
 
     def __del__(self):
-        if getattr(self, "handle", None):
+        if hasattr(self, "handle"):
             self._free(self.handle)
 
 

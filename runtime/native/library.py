@@ -53,16 +53,15 @@ _FUNCTIONS = {
 }
 
 
-class Errors:
-    """The buffer of one call, for its sentence."""
-
-    def __init__(self):
-        self.buffer = ctypes.create_string_buffer(256)
-
-    def error(self, where: str = "") -> UserError:
-        """What the core refused, after `where`: Unavailable where it or the machine lacks something."""
-        text = self.buffer.value.decode(errors="replace")
-        return Unavailable(where + text[1:]) if text.startswith("\1") else UserError(where + text)
+def call(function, *arguments, where: str = ""):
+    """What a function of the core gives that may fail; its last argument is a buffer for its sentence. Raises UserError
+    with that, after `where`: Unavailable where the core or the machine lacks something."""
+    buffer = ctypes.create_string_buffer(256)
+    result = function(*arguments, buffer)
+    if result in (None, -1):
+        text = buffer.value.decode(errors="replace")
+        raise Unavailable(where + text[1:]) if text.startswith("\1") else UserError(where + text)
+    return result
 
 
 @functools.cache
