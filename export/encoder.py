@@ -106,12 +106,17 @@ def load(folder: Path, task: str):
         logging.getLogger(library).setLevel(logging.ERROR)   # what they say of themselves
     import transformers
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         model, report = getattr(transformers, TASKS[task][0]).from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True,
-            output_loading_info=True)
+            output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:                               # whose types have nothing in common
-        raise UserError(f"{folder}: transformers cannot load it for {task} ({' '.join(str(error).split())})") from None
+        raise UserError(f"{folder}: transformers cannot load it for {task} ({type(error).__name__}: {' '.join(str(error).split())})"
+                        ) from None
+    if report["mismatched_keys"]:
+        name, stored, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{folder}: {name} is {list(stored)}, where config.json asks for {list(wanted)}; save the model again")
     missing = [name for name in report["missing_keys"] if "pooler" not in name]
     if missing:
         raise UserError(f"{folder}: it has no weights for {task} ({', '.join(sorted(missing)[:3])}); give the --task it was "

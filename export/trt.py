@@ -85,7 +85,7 @@ import onnx
 
 from export.bundle import write_manifest
 from export.tensorrt import lint, profiles, record
-from export.tensorrt.build import Settings, build, load_backend, predicted_bytes, targets
+from export.tensorrt.build import Settings, build, load_backend, predicted_bytes, targets, usual_shapes
 from export.tensorrt.model import fix_inputs, load, simplify
 from export.tensorrt.sample import Sample
 
@@ -133,8 +133,7 @@ def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None
     model, original = _read(path, options)
     if capacity is None:
         shapes = profiles.given_profiles(model, options.shapes, path)
-        usual = {name: best for profile in shapes for name, (_, best, _) in profile.shapes.items()}
-        if model is not original and Sample(original, path).agrees(Sample(model, path), usual) is False:
+        if model is not original and Sample(original, path).agrees(Sample(model, path), usual_shapes(shapes)) is False:
             model = original                    # what the simplification got wrong is not built
     else:
         profiles.fix_dimension(model, "capacity", capacity)
@@ -146,14 +145,14 @@ def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None
     if options.out is not None and out.is_dir():
         out = out / Path(name).name
     record.check_writable(out)
-    engine = build(model, path, shapes, settings)
-    facts = record.record(engine, settings, model, path, shapes, capacity)
+    plan, built = build(model, path, shapes, settings)
+    facts = record.record(plan, built, settings, model, path, shapes, capacity)
     facts |= {"fixed": list(options.fix)} if options.fix else {}
     if inside:
-        manifest = record.add_to_bundle(bundle, name, engine.plan, facts)
+        manifest = record.add_to_bundle(bundle, name, plan, facts)
         write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
     else:
-        record.write(out, engine.plan, facts)
+        record.write(out, plan, facts)
     size, whole = out.stat().st_size, facts["bytes"]
     print(f"{out}: {settings.backend} {facts['version']}, SM {','.join(facts['compute_capabilities'])}, {size / 1e6:.3g} MB"
           f"{f' ({whole / 1e6:.3g} unpacked)' if size != whole else ''}, {facts['build_s']} s, "

@@ -26,7 +26,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from export.tensorrt.model import inferred, inputs, shape_of, tensors
+from export.tensorrt.model import external_files, inferred, inputs, shape_of, tensors
 from export.tensorrt.sample import Sample
 from export.tensorrt.words import sentence
 from models.progress import progress
@@ -44,14 +44,7 @@ DTYPES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16", "INT8": "INT8
 BASE_BYTES, BYTES_PER_NODE, BYTES_PER_WEIGHT_BYTE = 400 << 20, 700_000, 3.3
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Minimal, optimal and maximal shape of every input for one way of running the engine."""
-
-    name: str
-    shapes: dict[str, tuple[Shape, Shape, Shape]]
+Profiles = dict[str, dict[str, tuple[Shape, Shape, Shape]]]        # of an engine, by name: least, usual and largest shape of each input
 
 
 @dataclass(frozen=True)
@@ -64,16 +57,6 @@ class Settings:
     timing_cache: Path | None = None
     hardware_compatibility: str | None = None
     verbose: bool = False
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A serialized engine and what is known of its making."""
-
-    plan: bytes
-    seconds: float
-    layers: dict[str, int]           # layers of the parsed network by type
-    native: dict[str, int]           # ONNX operators that became native layers
 
 
 def load_backend(name: str):
@@ -101,15 +84,19 @@ def targets(tensorrt) -> tuple[int, ...]:
 def predicted_bytes(model: onnx.ModelProto, folder: Path) -> int:
     """Peak memory a build of `model` will take, rounded up."""
     inside = sum(t.ByteSize() for t in tensors(model.graph))
-    files = {entry.value for t in tensors(model.graph) for entry in t.external_data if entry.key == "location"}
-    outside = sum((folder / name).stat().st_size for name in files)
+    outside = sum((folder / name).stat().st_size for name in external_files(model))
     return int(BASE_BYTES + BYTES_PER_NODE * len(model.graph.node) + BYTES_PER_WEIGHT_BYTE * (inside + outside))
 
 
-def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings: Settings) -> Engine:
+def usual_shapes(profiles: Profiles) -> dict[str, Shape]:
+    return {name: usual for shapes in profiles.values() for name, (_, usual, _) in shapes.items()}
+
+
+def build(model: onnx.ModelProto, path: Path, profiles: Profiles, settings: Settings) -> tuple[bytes, dict]:
     """Parse `model` (external data beside `path`), check it, and build an engine for `settings.targets`.
 
-    Raises UserError (TensorRT refuses the model, with its words), CheckFailed (the network differs from the model) and
+    Returns the engine, and for its record: seconds, layers of the parsed network by type, ONNX operators that became native
+    layers. Raises UserError (TensorRT refuses the model, with its words), CheckFailed (the network differs from the model) and
     KeyboardInterrupt (Ctrl-C stops the builder at its next step).
     """
     tensorrt = load_backend(settings.backend)
@@ -123,7 +110,7 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
         raise UserError(f"{path}: " + (sentence(error.desc(), model, error.node_name(), operator) if error else
                                        "TensorRT cannot read it and gives no reason; try a simplified export"))
     layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-    native = check_network(model, network, path, {name: best for p in profiles for name, (_, best, _) in p.shapes.items()})
+    native = check_network(model, network, path, usual_shapes(profiles))
     for tensor in map(network.get_input, range(network.num_inputs)):
         if tensor.is_shape_tensor:
             raise UserError(f"{path}: {tensor.name}: the values of this input decide shapes, and an engine is built for "
@@ -141,7 +128,8 @@ def build(model: onnx.ModelProto, path: Path, profiles: list[Profile], settings:
         raise UserError(f"{path}: {sentence(log.errors[-1], model)}")
     if settings.timing_cache:
         write(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
-    return Engine(bytes(plan), time.perf_counter() - started, dict(sorted(layers.items())), native)
+    return bytes(plan), {"build_s": round(time.perf_counter() - started, 2), "layers": dict(sorted(layers.items())),
+                         "native_layers": native}
 
 
 def check_network(model: onnx.ModelProto, network, path: Path, shapes: dict[str, Shape]) -> dict[str, int]:
@@ -216,12 +204,12 @@ def _config(tensorrt, builder, network, profiles, settings):
     if settings.timing_cache:
         known = settings.timing_cache.read_bytes() if settings.timing_cache.exists() else b""
         config.set_timing_cache(config.create_timing_cache(known), False)
-    for profile in profiles:
-        shapes = builder.create_optimization_profile()
-        for name, (low, best, high) in profile.shapes.items():
-            shapes.set_shape(name, low, best, high)
-        if config.add_optimization_profile(shapes) < 0:
-            raise UserError(f"TensorRT refuses the profile {profile.name}: {profile.shapes}")
+    for title, shapes in profiles.items():
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, largest) in shapes.items():
+            profile.set_shape(name, least, usual, largest)
+        if config.add_optimization_profile(profile) < 0:
+            raise UserError(f"TensorRT refuses the profile {title}: {shapes}")
     return config
 
 

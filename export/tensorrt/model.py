@@ -64,6 +64,11 @@ def tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
         yield from (a.t for node in inner.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
 
 
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """Names of the files beside the model that hold its weights."""
+    return sorted({entry.value for tensor in tensors(model.graph) for entry in tensor.external_data if entry.key == "location"})
+
+
 def is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from export.tensorrt.build import Profile
+from export.tensorrt.build import Profiles
 from export.tensorrt.model import inputs, shape_of
 from export.tensorrt.sample import example
 from runtime.errors import UserError
@@ -34,7 +34,7 @@ def fix_dimension(model: onnx.ModelProto, symbol: str, size: int) -> None:
                 dim.dim_value = size
 
 
-def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = False) -> list[Profile]:
+def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = False) -> Profiles:
     """Profiles of a decoder whose capacity is fixed: up to `rows` sequences, `chunk` new tokens each.
 
     `one` leaves out the profile of decode steps; the prefill profile reaches down to one token and runs them too.
@@ -43,14 +43,14 @@ def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = 
         sizes = {"b": b, "s": s, "k": k}
         return {i.name: tuple(sizes.get(d, d) for d in shape_of(i)) for i in model.graph.input}
 
-    def profile(name, best_s, high_s, high_k):
+    def profile(best_s, high_s, high_k):
         low, best, high = shapes(1, 1, 1), shapes(1, best_s, 1), shapes(rows, high_s, high_k)
-        return Profile(name, {key: (low[key], best[key], high[key]) for key in low})
-    prefill = profile("prefill", min(BEST_CHUNK, chunk), chunk, min(LOGITS, chunk))
-    return [prefill] if one else [profile("decode", 1, 1, 1), prefill]
+        return {key: (low[key], best[key], high[key]) for key in low}
+    prefill = {"prefill": profile(min(BEST_CHUNK, chunk), chunk, min(LOGITS, chunk))}
+    return prefill if one else {"decode": profile(1, 1, 1)} | prefill
 
 
-def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -> list[Profile]:
+def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -> Profiles:
     """The profile that `--shapes` describes. Raises UserError for a shape that does not fit the model, and for a
     dynamic input without one, with an example line to type. path: the model's file."""
     known = inputs(model)
@@ -67,7 +67,7 @@ def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -
         shapes = " ".join(f"{name}:{','.join(map(_typed, sizes if len(set(sizes)) > 1 else sizes[:1]))}"
                           for name, sizes in example(model, path).items())
         raise UserError(f"the model has dynamic inputs without shapes: {listed}; add for example --shapes {shapes}")
-    return [Profile("shapes", chosen)] if chosen else []
+    return {"shapes": chosen} if chosen else {}
 
 
 def _parse(text: str, inputs: dict) -> tuple[str, tuple]:

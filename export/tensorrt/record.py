@@ -19,8 +19,8 @@ import onnx
 from onnx import TensorProto
 
 from export import bundle as bundles
-from export.tensorrt.build import Engine, Profile, Settings, load_backend
-from export.tensorrt.model import inputs, shape_of, tensors
+from export.tensorrt.build import Profiles, Settings, load_backend
+from export.tensorrt.model import external_files, inputs, shape_of
 from runtime import files
 from runtime.bundle import Bundle
 from runtime.errors import UserError
@@ -29,19 +29,18 @@ from runtime.machine import peak_rss_mb
 COMPRESSION = 1                  # of gzip: the weights do not compress, the text does at any level
 
 
-def record(engine: Engine, settings: Settings, model: onnx.ModelProto, source: Path, profiles: list[Profile],
+def record(plan: bytes, built: dict, settings: Settings, model: onnx.ModelProto, source: Path, profiles: Profiles,
            capacity: int | None) -> dict:
-    """The facts of one build. source: the ONNX file; its external data is hashed too."""
-    sources = [source.name, *sorted({e.value for t in tensors(model.graph) for e in t.external_data if e.key == "location"})]
+    """The facts of one build: `built` are build's own. source: the ONNX file; its external data is hashed too."""
     return {
         "backend": settings.backend, "version": load_backend(settings.backend).__version__,
         "compute_capabilities": [str(t) for t in settings.targets], "capacity": capacity,
-        "profiles": [{"name": p.name, "shapes": {k: [list(s) for s in v] for k, v in p.shapes.items()}} for p in profiles],
+        "profiles": [{"name": name, "shapes": {k: [list(s) for s in v] for k, v in shapes.items()}}
+                     for name, shapes in profiles.items()],
         "inputs": [_described(i) for i in inputs(model).values()],
         "outputs": [_described(o) for o in model.graph.output],
-        "bytes": len(engine.plan), "build_s": round(engine.seconds, 2), "peak_rss_mb": round(peak_rss_mb()),
-        "source": {name: bundles.file_entry(source.parent / name)["sha256"] for name in sources},
-        "layers": engine.layers, "native_layers": engine.native,
+        "bytes": len(plan), "peak_rss_mb": round(peak_rss_mb()), **built,
+        "source": {name: bundles.file_entry(source.parent / name)["sha256"] for name in (source.name, *external_files(model))},
     }
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,20 @@ def test_minilm_embeddings_equal_pytorchs_and_an_engine_builds(tmp_path):
     assert len(gzip.decompress((tmp_path / "minilm.engine.gz").read_bytes())) == record["bytes"] > 85e6
 
 
+def test_a_folder_that_pools_the_first_token_is_pooled_so(tmp_path):
+    folder = tiny(tmp_path / "model", "feature-extraction")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    assert export_onnx.main([str(folder), "-o", str(tmp_path / "out")]) == 0
+    ids = torch.randint(3, 99, (3, 11))
+    with torch.no_grad():
+        first = transformers.AutoModel.from_pretrained(folder)(input_ids=ids).last_hidden_state[:, 0]
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    got, = session.run(["sentence_embedding"], {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64),
+                                                "token_type_ids": np.zeros(ids.shape, np.int64)})
+    np.testing.assert_allclose(got, torch.nn.functional.normalize(first, dim=1).numpy(), atol=1e-5)
+
+
 def test_a_wrong_graph_is_not_kept(tmp_path, monkeypatch, capsys):
     folder = tiny(tmp_path / "model", "text-classification")
     monkeypatch.setattr(encoder, "TOLERANCE", -1.0)
@@ -95,8 +110,18 @@ def test_bad_input(tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text('{"model_type": "bert"}')
+    pooled, resized = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("pooled", "resized"))
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    further = Path(shutil.copytree(folder, tmp_path / "further"))
+    (further / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    (resized / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 48'))
     for argv, sentence in (([folder, "-o", tmp_path / "taken"], "exists and holds no model.onnx"),
                            ([folder, "-o", tmp_path / "o", "--task", "question-answering"], "it has no weights for question-answering"),
+                           ([pooled, "-o", tmp_path / "o"], "embeddings by max_tokens are not exported"),
+                           ([further, "-o", tmp_path / "o", "--task", "sentence-similarity"], "also go through a Dense module"),
+                           ([resized, "-o", tmp_path / "o"], "is [32], where config.json asks for [48]"),
+                           ([folder, "-o", tmp_path / "o", "--dtype", "fp16"], "--dtype is for decoders"),
                            ([tmp_path / "none", "-o", tmp_path / "o", "--task", "text-classification"], "no config.json in it"),
                            ([bare, "-o", tmp_path / "o"], "no safetensors in it")):
         assert export_onnx.main([str(a) for a in argv]) == 2

@@ -24,7 +24,7 @@ def tensor(name, dtype=FP16, shape=(1, 2, 4, 64)):
 def refusal(network, target=89):
     """What TensorRT itself says to a network; None where it builds."""
     try:
-        build(network, Path("model.onnx"), [], Settings(targets=(target,)))
+        build(network, Path("model.onnx"), {}, Settings(targets=(target,)))
     except (UserError, CheckFailed) as error:
         return str(error)
 
