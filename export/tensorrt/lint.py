@@ -85,8 +85,8 @@ class _Linter:
     def __init__(self, model, targets, supports):
         self.model, self.targets, self.supports = model, targets, supports
         self.types = types(model)
-        self.constants = {t.name: t for graph in graphs(model.graph) for t in graph.initializer}
         self.nodes = [node for graph in graphs(model.graph) for node in graph.node]
+        self.constants = {t.name: t for graph in graphs(model.graph) for t in graph.initializer}
         self.constants |= {node.output[0]: node.attribute[0].t for node in self.nodes if node.op_type == "Constant"
                            and node.attribute and node.attribute[0].type == onnx.AttributeProto.TENSOR}
 
@@ -98,73 +98,66 @@ class _Linter:
         functions = {(f.domain, f.name) for f in self.model.functions}
         for node in self.nodes:
             if (node.domain, node.op_type) not in functions:
-                yield from self._node(node)
+                for problem, mend in self._node(node):
+                    yield Finding(f"{node.name or node.output[0]} ({node.op_type})", problem, mend)
         yield from self._dtypes()
 
-    def _node(self, node):
-        where = f"{node.name or node.output[0]} ({node.op_type})"
-        if node.domain not in ("", "ai.onnx"):
-            yield Finding(where, f"operator of the domain {node.domain}",
-                          "export with standard ONNX operators only, or run the model with ONNX Runtime")
-        elif node.op_type in REFUSED_OPERATORS:
-            yield Finding(where, f"{node.op_type} is not supported", REFUSED_OPERATORS[node.op_type])
-        elif not self.supports(node.op_type):
-            yield Finding(where, f"{node.op_type} is not supported", "replace it by operators that TensorRT has")
-        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            yield from self._quantized(node, where)
-        elif node.op_type == "Attention":
-            yield from self._attention(node, where)
-        elif node.op_type == "TensorScatter":
-            yield from self._cache(node, where)
-        elif _attribute(node, "layout", 0):
-            yield Finding(where, f"{node.op_type} with layout=1 is read by TensorRT as layout=0", "export it with layout=0")
-        if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self.types.get(node.input[0]) == "FLOAT":
-            yield Finding(where, "SM75 has no float32 matrix products in TensorRT-RTX",
-                          "export with --dtype fp16, or leave 75 out of --sm")
-        if node.op_type != "Slice":             # whose ends may lie beyond: they are clamped, as ONNX says
-            yield from self._integers(node, where)
+    # The checks of a node give (problem, mend).
 
-    def _quantized(self, node, where):
+    def _node(self, node) -> Iterator[tuple[str, str]]:
+        if node.domain not in ("", "ai.onnx"):
+            yield (f"operator of the domain {node.domain}",
+                   "export with standard ONNX operators only, or run the model with ONNX Runtime")
+        elif node.op_type in REFUSED_OPERATORS or not self.supports(node.op_type):
+            mend = REFUSED_OPERATORS.get(node.op_type, "replace it by operators that TensorRT has")
+            yield f"{node.op_type} is not supported", mend
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from self._quantized(node)
+        elif node.op_type == "Attention":
+            yield from self._attention(node)
+        elif node.op_type == "TensorScatter":
+            if _attribute(node, "mode", b"linear") != b"linear":
+                yield "a circular cache is not supported", "use mode=linear"
+            if self.types.get(node.input[0]) in ("INT8", "UINT8"):
+                yield "an int8 cache is not supported", "keep the cache in fp16 or bf16"
+        elif _attribute(node, "layout", 0):
+            yield f"{node.op_type} with layout=1 is read by TensorRT as layout=0", "export it with layout=0"
+        if node.op_type in MATRIX_PRODUCTS and 75 in self.targets and self.types.get(node.input[0]) == "FLOAT":
+            yield "SM75 has no float32 matrix products in TensorRT-RTX", "export with --dtype fp16, or leave 75 out of --sm"
+        if node.op_type != "Slice":             # whose ends may lie beyond: they are clamped, as ONNX says
+            yield from self._integers(node)
+
+    def _quantized(self, node):
         source = self.types.get(node.input[0])
         if node.op_type == "DequantizeLinear" and source in ("UINT8", "UINT4"):
-            yield Finding(where, f"{source} weights are not supported", "quantize symmetric: signed codes, no zero point")
+            yield f"{source} weights are not supported", "quantize symmetric: signed codes, no zero point"
         zero = node.input[2] if len(node.input) > 2 else ""
-        values = self._value(zero)
-        if zero and (values is None or np.any(values.astype(np.int32))):
-            yield Finding(where, "a non-zero zero point is not supported" if values is not None else
-                          f"the zero point {zero} is not known to be zero", "quantize symmetric")
-        scale = self._value(node.input[1])
+        values, scale = self._value(zero), self._value(node.input[1])
+        if zero and values is None:
+            yield f"the zero point {zero} is not known to be zero", "quantize symmetric"
+        elif zero and np.any(values.astype(np.int32)):
+            yield "a non-zero zero point is not supported", "quantize symmetric"
         if scale is not None and not np.all(scale.astype(np.float32) > 0):
-            yield Finding(where, f"the scale {node.input[1]} is not positive everywhere",
-                          "store 1 as the scale of a group whose codes are all zero")
+            yield f"the scale {node.input[1]} is not positive everywhere", "store 1 as the scale of a group whose codes are all zero"
 
-    def _attention(self, node, where):
+    def _attention(self, node):
         present = [bool(name) for name in node.input] + [False] * 7
         if len([o for o in node.output if o]) > 1 or present[4] or present[5]:
-            yield Finding(where, "Attention with past or present keys and values is not supported",
-                          "write the cache with TensorScatter and give the whole of it as K and V")
+            yield ("Attention with past or present keys and values is not supported",
+                   "write the cache with TensorScatter and give the whole of it as K and V")
         if present[6]:
-            yield Finding(where, "the input nonpad_kv_seqlen is ignored by TensorRT, so padding would be attended to",
-                          "give an explicit attn_mask")
+            yield ("the input nonpad_kv_seqlen is ignored by TensorRT, so padding would be attended to", "give an explicit attn_mask")
         if _attribute(node, "is_causal", 0):
-            yield Finding(where, "is_causal is read by TensorRT as an upper-left mask, which is wrong beside a cache",
-                          "give an explicit attn_mask")
+            yield ("is_causal is read by TensorRT as an upper-left mask, which is wrong beside a cache", "give an explicit attn_mask")
 
-    def _cache(self, node, where):
-        if _attribute(node, "mode", b"linear") != b"linear":
-            yield Finding(where, "a circular cache is not supported", "use mode=linear")
-        if self.types.get(node.input[0]) in ("INT8", "UINT8"):
-            yield Finding(where, "an int8 cache is not supported", "keep the cache in fp16 or bf16")
-
-    def _integers(self, node, where):
+    def _integers(self, node):
         for name in node.input:
             values = self._value(name) if self.types.get(name) == "INT64" else None
             if values is not None and values.size and (values.max() > INT32.max or values.min() < INT32.min):
                 worst = max(values.ravel().tolist(), key=abs)
-                yield Finding(where, f"the int64 constant {name} holds {worst}, beyond 32 bits",
-                              "clip it to the range of int32")
+                yield f"the int64 constant {name} holds {worst}, beyond 32 bits", "clip it to the range of int32"
 
-    def _dtypes(self):
+    def _dtypes(self) -> Iterator[Finding]:
         for info in (*self.model.graph.input, *self.model.graph.output):
             kind = info.type.WhichOneof("value")
             if kind != "tensor_type":
