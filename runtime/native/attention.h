@@ -6,8 +6,9 @@
  * transposed in blocks of 16 slots, so the scores of W slots are one vector and need no sum across lanes.
  */
 #define NO_SCORE (-1e30f)
-#define ABREAST (W == 16 ? 2 * TILE : TILE)          /* slots scored at once: enough sums to hide an addition's latency */
+#define ABREAST (W == 16 ? 2 * TILE : TILE)          /* slots scored at once, to hide an addition's latency */
 
+/* W elements of a cache from `index` on. */
 INLINE vf load_cached(const void *base, size_t index, const int kind) {
     if (kind == EW_FLOAT32) return load((const float *)base + index);
     if (kind == EW_FLOAT16) return load_half((const uint16_t *)base + index);
@@ -15,14 +16,15 @@ INLINE vf load_cached(const void *base, size_t index, const int kind) {
 }
 
 /* N queries (from the job's i-th) over the chunk. */
-INLINE void attend_some(const attention_job *job, int first, const int N, const int kind, int start, float *state, size_t stride) {
+INLINE void attend_some(const attention_job *job, int first, const int N, const int kind, int start, float *state,
+                        size_t stride) {
     const cache_layer *c = job->cache;
     const int dim = c->dim, padded = c->padded;
-    const size_t head = (size_t)job->row * c->kv_heads + job->head;
-    const size_t element = kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1;
-    const uint8_t *k = c->k + head * c->capacity * dim * element, *v = c->v + head * c->capacity * padded * element;
-    const float *k_scale = c->k_scale + (kind == EW_INT8 ? head * c->capacity : 0);
-    const float *v_scale = c->v_scale + (kind == EW_INT8 ? head * c->capacity : 0);
+    const size_t head = (size_t)job->row * c->kv_heads + job->head, element = element_size(kind);
+    const uint8_t *k = c->k + head * c->capacity * dim * element;        /* [capacity / 16][dim][16] */
+    const uint8_t *v = c->v + head * c->capacity * padded * element;     /* [capacity][padded] */
+    const float *k_scale = c->k_scale + (kind == EW_INT8 ? head * c->capacity : 0);      /* [capacity] */
+    const float *v_scale = c->v_scale + (kind == EW_INT8 ? head * c->capacity : 0);      /* [capacity] */
     int low = start + CHUNK, high = start;
     for (int i = first; i < first + N; i++) {
         if (job->low[i] < low) low = job->low[i];
@@ -31,7 +33,7 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     if (low < start) low = start;
     if (high > start + CHUNK) high = start + CHUNK;
     if (high > c->capacity) high = c->capacity;
-    float score[4][CHUNK];
+    float score[4][CHUNK];                           /* then weights: exp(score - most), times the value's scale */
     vf most[4], lanes = {0};
     for (int i = 0; i < W; i++) lanes[i] = i;
     EACH(i, N) most[i] = splat(NO_SCORE);
@@ -87,24 +89,27 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     }
 }
 
+/* A function for 1 to 4 queries and each kind of cache. */
+typedef void attend_kernel(const attention_job *, int first, int start, float *state, size_t stride);
 #define ATTEND_KERNEL(N, kind) \
-    static void attend_##N##_##kind(const attention_job *job, int first, int start, float *state, size_t stride) { \
+    FUNCTION void attend_##N##_##kind(const attention_job *job, int first, int start, float *state, size_t stride) { \
         attend_some(job, first, N, kind, start, state, stride); }
-#define ATTEND_KINDS(N) ATTEND_KERNEL(N, EW_FLOAT32) ATTEND_KERNEL(N, EW_FLOAT16) ATTEND_KERNEL(N, EW_INT8)
-ATTEND_KINDS(1) ATTEND_KINDS(2) ATTEND_KINDS(3) ATTEND_KINDS(4)
-#define KINDS_OF(N) {[EW_FLOAT32] = attend_##N##_EW_FLOAT32, [EW_FLOAT16] = attend_##N##_EW_FLOAT16, [EW_INT8] = attend_##N##_EW_INT8}
-static void (*const attend_by[5][EW_INT8 + 1])(const attention_job *, int, int, float *, size_t) = {
-    [1] = KINDS_OF(1), [2] = KINDS_OF(2), [3] = KINDS_OF(3), [4] = KINDS_OF(4)};
+#define ATTEND_ENTRY(N, kind) [N][kind] = attend_##N##_##kind,
+#define EVERY_COUNT(X, kind) X(1, kind) X(2, kind) X(3, kind) X(4, kind)
+#define EVERY_KIND(X) EVERY_COUNT(X, EW_FLOAT32) EVERY_COUNT(X, EW_FLOAT16) EVERY_COUNT(X, EW_INT8)
+EVERY_KIND(ATTEND_KERNEL)
+static attend_kernel *const attend_by[5][EW_INT8 + 1] = {EVERY_KIND(ATTEND_ENTRY)};
 
-static void attend(const attention_job *job, int start, float *state, size_t stride) {
+/* One chunk of the job (core.h), to state [queries][stride]. */
+FUNCTION void attend(const attention_job *job, int start, float *state, size_t stride) {
     for (int i = 0, n; i < job->queries; i += n) {
         n = job->queries - i >= 4 ? 4 : job->queries - i;
         attend_by[n][job->cache->kind](job, i, start, state, stride);
     }
 }
 
-/* The state of an earlier chunk takes in that of the next one. */
-static void merge(float *into, const float *from, int padded) {
+/* The state [2 + padded] of an earlier chunk takes in that of the next one. */
+FUNCTION void merge(float *into, const float *from, int padded) {
     float top = into[0] > from[0] ? into[0] : from[0];
     float a = exponential(splat(into[0] - top))[0], b = exponential(splat(from[0] - top))[0];
     into[0] = top;
@@ -112,9 +117,9 @@ static void merge(float *into, const float *from, int padded) {
     for (int d = 2; d < 2 + padded; d += W) store(into + d, load(into + d) * a + load(from + d) * b);
 }
 
-/* Put the key (or value) of one slot of one head into the cache. */
+/* Put the key (or value) x [dim] of one slot of one head (the at-th, of all rows) into the cache. */
 INLINE void append_some(const cache_layer *c, size_t at, int slot, const float *x, const int value, const int kind) {
-    const size_t element = kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1;
+    const size_t element = element_size(kind);
     float scale = 1;
     if (kind == EW_INT8) {
         float top = 0;
@@ -142,7 +147,7 @@ INLINE void append_some(const cache_layer *c, size_t at, int slot, const float *
     }
 }
 
-static void append(const cache_layer *c, int row, int head, int slot, const float *x, int value) {
+FUNCTION void append(const cache_layer *c, int row, int head, int slot, const float *x, int value) {
     const size_t at = (size_t)row * c->kv_heads + head;
     if (c->kind == EW_FLOAT32) append_some(c, at, slot, x, value, EW_FLOAT32);
     else if (c->kind == EW_FLOAT16) append_some(c, at, slot, x, value, EW_FLOAT16);

@@ -2,51 +2,65 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+extern const kernels kernels_amx, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_neon_i8mm, kernels_neon_dot;
+extern const kernels kernels_plain;
+
 #if defined(__x86_64__)
-extern const kernels kernels_avx512, kernels_avxvnni, kernels_avx2;
 #include <cpuid.h>
-static int has_avxvnni(void) {
-    unsigned a, b, c, d;
-    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
 #ifdef HAVE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
-extern const kernels kernels_amx;
-/* Linux gives the tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
-static int has_amx(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) && __get_cpuid_count(7, 0, &a, &b, &c, &d)
-        && (d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;     /* bits: AVX512-BF16, AMX-BF16, AMX-TILE */
-}
 #endif
-#elif defined(__aarch64__)
-#include <sys/auxv.h>
-extern const kernels kernels_neon_dot, kernels_neon_i8mm;
-#endif
-extern const kernels kernels_plain;
 
-const kernels *choose_kernels(const char *name) {
-    const kernels *list[6];
-    int n = 0;
-#if defined(__x86_64__)
+static int supported(const kernels **list, const char *name) {
+    unsigned a = 0, b, c, d = 0, a1 = 0, n = 0;
     __builtin_cpu_init();
-    int avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                 __builtin_cpu_supports("avx512dq");
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+                    && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx2 && __get_cpuid_count(7, 1, &a1, &b, &c, &d)) __get_cpuid_count(7, 0, &a, &b, &c, &d);
 #ifdef HAVE_AMX
-    if (avx512 && (!name || !*name || !strcmp(name, kernels_amx.name)) && has_amx()) list[n++] = &kernels_amx;
+    const int amx = avx512 && a1 >> 5 & 1 && d >> 22 & 1 && d >> 24 & 1;         /* AVX512-BF16, AMX-BF16, AMX-TILE */
+    /* Linux gives the tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
+    if (amx && (!name || !strcmp(name, kernels_amx.name)) && !syscall(SYS_arch_prctl, 0x1023, 18))
+        list[n++] = &kernels_amx;
 #endif
     if (avx512) list[n++] = &kernels_avx512;
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && has_avxvnni()) list[n++] = &kernels_avxvnni;
+    if (avx2 && a1 >> 4 & 1) list[n++] = &kernels_avxvnni;
     if (avx2) list[n++] = &kernels_avx2;
+    return n;
+}
 #elif defined(__aarch64__)
-    if (getauxval(AT_HWCAP) & 1 << 20) {                     /* HWCAP_ASIMDDP */
-        if (getauxval(AT_HWCAP2) & 1 << 13) list[n++] = &kernels_neon_i8mm;      /* HWCAP2_I8MM */
-        list[n++] = &kernels_neon_dot;
-    }
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+static int has(const char *feature) {
+    int yes = 0;
+    size_t size = sizeof yes;
+    return !sysctlbyname(feature, &yes, &size, NULL, 0) && yes;
+}
+static int has_dot(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm(void) { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+#include <sys/auxv.h>
+static int has_dot(void) { return getauxval(AT_HWCAP) >> 20 & 1; }       /* HWCAP_ASIMDDP */
+static int has_i8mm(void) { return getauxval(AT_HWCAP2) >> 13 & 1; }     /* HWCAP2_I8MM */
 #endif
+
+static int supported(const kernels **list, const char *name) {
+    int n = 0;
+    if (has_dot() && has_i8mm()) list[n++] = &kernels_neon_i8mm;
+    if (has_dot()) list[n++] = &kernels_neon_dot;
+    return n;
+}
+#else
+static int supported(const kernels **list, const char *name) { return 0; }
+#endif
+
+const kernels *choose_kernels(const char *name) {
+    const kernels *list[5];
+    if (name && !*name) name = NULL;
+    int n = supported(list, name);
     list[n++] = &kernels_plain;
-    for (int i = 0; i < n; i++) if (!name || !*name || !strcmp(name, list[i]->name)) return list[i];
+    for (int i = 0; i < n; i++) if (!name || !strcmp(name, list[i]->name)) return list[i];
     return NULL;
 }

@@ -1,8 +1,9 @@
 /* Types shared by the files of the native core, and the seam between them.
  *
- * A model is a set of matrices repacked once at load (layout.c) and run by kernels chosen for the CPU (isa_*.c, which
- * compile kernels.h and attention.h for one instruction set each). One step of the network is in step.c, the threads that
- * carry it in threads.c, opening and checking a weights file in model.c. The interface that Python calls is native.h.
+ * native.h is the interface that Python calls. model.c opens and checks a weights file, layout.c repacks its matrices
+ * once, tiles.c keeps them so in a file, cache.c has the KV caches, step.c is one pass of the network, threads.c the
+ * threads that carry it, decode.c chooses among its logits. choose.c chooses for the CPU among the kernels: kernels.h
+ * and attention.h (and amx.h), which each isa_*.c compiles for one instruction set.
  */
 #ifndef EDGEWRIGHT_CORE_H
 #define EDGEWRIGHT_CORE_H
@@ -32,46 +33,52 @@ enum { KIND_F16 = 16, KIND_BF16 = 17, KIND_F32 = 32 };
 typedef struct {
     int rows, inputs, tiles, blocks, kind, group_blocks, groups, asymmetric;
     size_t tile_bytes, zeros_at, codes_at;
-    uint8_t *data;
-    float *bias;                                     /* [tiles * 16] or NULL */
+    uint8_t *data;                                   /* [tiles][tile_bytes] */
+    float *bias;                                     /* [rows], or NULL */
 } matrix;
 
-/* Rows of activations as the matrix kernels read them. q is NULL in fp32 mode. */
+/* Rows of activations as the matrix kernels read them; inputs are padded with zeros to whole blocks. Without q they are
+ * floats. The order of q, scale and sum is in kernels.h; amx.h has its own, of bfloat16. */
 typedef struct {
-    int blocks;                                      /* of 32; inputs are padded with zeros to a whole block */
+    int blocks;                                      /* of 32 inputs */
     float *f;                                        /* [rows][blocks * 32] */
-    int8_t *q;                                       /* 32 a block and row, value = q * scale; order: kernels.h. Or bfloat16: amx.h */
-    float *scale;                                    /* one a block and row */
-    int32_t *sum;                                    /* minus the sum of q, which the zero point multiplies */
+    int8_t *q;                                       /* [rows * blocks][32]: value = q * scale; or NULL */
+    float *scale;                                    /* [rows * blocks] */
+    int32_t *sum;                                    /* [rows * blocks]: minus the sum of q, for the zero point */
 } activations;
 
 typedef struct {
-    matrix q, k, v, o, gate, up, down;               /* gate is absent (rows 0) in a plain MLP */
-    float *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;
+    matrix q, k, v;                                  /* [heads * head_dim, or kv_heads * head_dim] x hidden */
+    matrix o;                                        /* hidden x [heads * head_dim] */
+    matrix gate, up;                                 /* mlp x hidden; gate is absent (rows 0) in a plain MLP */
+    matrix down;                                     /* hidden x mlp */
+    float *attn_norm, *attn_norm_bias;               /* [hidden]; a bias may be NULL */
+    float *mlp_norm, *mlp_norm_bias;                 /* [hidden] */
+    float *q_norm, *k_norm;                          /* [head_dim], with qk_norm */
     int heads, kv_heads, mlp;
 } layer;
 
-struct ew_cache {
-    int rows, capacity, kind;                        /* EW_FLOAT32, EW_FLOAT16 or EW_INT8 */
-    size_t bytes, *layer_at;                         /* offset of each layer */
-    uint8_t *data;
-};
-
-/* One layer of a cache, whose capacity is a multiple of 32: K is [row][kv head][slot / 16][head_dim][16], V is [row][kv head][slot][padded head_dim];
- * int8 caches have a float scale for every slot of every head. */
+/* One layer of a cache. element: float, half or int8, of which each slot of each head has a scale. */
 typedef struct {
-    uint8_t *k, *v;
-    float *k_scale, *v_scale;
-    int kind, capacity, kv_heads, dim, padded;
+    uint8_t *k;                                      /* element [rows][kv_heads][capacity / 16][dim][16] */
+    uint8_t *v;                                      /* element [rows][kv_heads][capacity][padded] */
+    float *k_scale, *v_scale;                        /* [rows][kv_heads][capacity], int8 only */
+    int kind, capacity, kv_heads, dim, padded;       /* padded: dim as a multiple of 16 */
 } cache_layer;
 
+struct ew_cache {
+    int rows, capacity, kind;                        /* capacity: of 32 slots each; EW_FLOAT32, EW_FLOAT16 or EW_INT8 */
+    uint8_t *data;                                   /* of all layers */
+    cache_layer layer[];                             /* [layers] */
+};
+
 /* Attention of `queries` vectors of one kv head of one row, over the chunk of slots that starts at `start`.
- * Query i sees slots low[i] <= slot < high[i]. Per query a state of 2 + padded floats: maximum, sum, accumulator. */
+ * Query i sees slots low[i] <= slot < high[i]. Its state is float [2 + padded]: maximum, sum, accumulator. */
 typedef struct {
     const cache_layer *cache;
     int row, head, queries, many;                    /* many: of a pass that may be rounded to bfloat16 */
-    const float *const *query;                       /* already scaled by 1/sqrt(dim) */
-    const int *low, *high;
+    const float *const *query;                       /* [queries] of [dim], already scaled by 1/sqrt(dim) */
+    const int *low, *high;                           /* [queries] */
 } attention_job;
 
 /* What an instruction set provides. */
@@ -79,63 +86,74 @@ typedef struct {
     const char *name;
     void (*multiply)(const matrix *, const activations *, int rows, float *y, size_t y_stride, int tile0, int tile1);
     void (*quantize)(activations *, int rows, int first, int last);
-    void (*normalize)(const float *x, const float *weight, const float *bias, float eps, int layer_norm, float *y, int n);
-    void (*activate)(const float *gate, const float *up, float *y, int n, int kind);  /* gate NULL: plain */
+    void (*normalize)(const float *x, const float *weight, const float *bias, float eps, int layer, float *y, int n);
+    void (*activate)(const float *gate, const float *up, float *y, int n, int kind);
     void (*attend)(const attention_job *, int start, float *state, size_t state_stride);
-    void (*merge)(float *into, const float *from, int dim);
+    void (*merge)(float *into, const float *from, int padded);
     void (*rotate)(float *x, const float *cos, const float *sin, int half);
     void (*append)(const cache_layer *, int row, int head, int slot, const float *x, int value);
-    float (*peak)(const float *x, int n);            /* the largest */
+    float (*peak)(const float *x, int n);
 } kernels;
 
-const kernels *choose_kernels(const char *name);     /* NULL or "": the best this CPU runs; NULL if it cannot run `name` */
+/* choose.c. name: NULL or "" for the best that this CPU runs. NULL where it cannot run them. */
+const kernels *choose_kernels(const char *name);
 
 /* threads.c: a pool whose workers run `work(context, thread, threads)` together with the caller, who has entered it. */
 typedef struct pool pool;
 pool *pool_new(int threads);
-void pool_free(pool *);                               /* nobody may be in it */
-int pool_enter(pool *);                               /* waits for its turn; 1 where a run before may have been cut off by a fork */
+void pool_free(pool *);                              /* nobody may be in it */
+int pool_enter(pool *);                              /* waits for a turn; 1 where a fork may have cut off a run */
 void pool_leave(pool *);
 void pool_run(pool *, void (*work)(void *, int, int), void *context);
-void pool_barrier(pool *, int threads);               /* all threads of the present run meet */
+void pool_barrier(pool *, int threads);              /* all threads of the present run meet */
 
-/* layout.c */
-size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);      /* returns bytes */
-typedef struct { const uint8_t *codes; const uint16_t *scales; const uint8_t *zeros; int dtype, by_input, stride, row0; } source;
-int matrix_pack(matrix *, const source *, int tile0, int tile1);                  /* 0, or -1: a scale or weight is not finite */
-int matrix_finite(const matrix *);                                                /* whether all of its scales or weights are */
-void matrix_read_row(const matrix *, int row, float *out);                        /* dequantized, inputs floats */
-float half_to_float(uint16_t);
-int dtype_bits(int dtype);                                                        /* bits of one element; 0: unknown */
+/* layout.c. A tensor of codes with its scales and zeros, or of floats; by_input: [inputs][stride] rather than
+ * [rows][inputs], scales and zeros alike. The matrix begins at its row `row0`. */
+typedef struct {
+    const uint8_t *codes, *zeros;
+    const uint16_t *scales;
+    int dtype, by_input, stride, row0;
+} source;
+size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);    /* returns bytes */
+void matrix_pack(matrix *, const source *, int tile0, int tile1);
+int matrix_finite(const matrix *, int tile0, int tile1);                   /* whether all scales or weights are */
+void matrix_read_row(const matrix *, int row, float *out);                 /* dequantized, out [inputs] */
+float float_at(const void *floats, int kind, size_t index);                /* of KIND_F32, KIND_F16 or KIND_BF16 */
+int dtype_bits(int dtype);                                                 /* of one element; 0: unknown */
 
-/* tiles.c: the arena in a file. Reading gives 1 where it was all there and is what `key` stands for. bytes: a multiple of 64. */
+/* tiles.c: the arena in a file. Reading gives 1 where it was all there and is what `key` stands for. bytes: a multiple
+ * of 64. */
 int tiles_read(const char *path, const char *key, uint8_t *arena, size_t bytes);
 void tiles_write(const char *path, const char *key, const uint8_t *arena, size_t bytes);
 
 struct ew_model {
-    ew_config config;
+    ew_config config;                                /* without its arrays: layers[] has them */
     const kernels *kernels;
     pool *pool;
-    int threads, fp32, padded_dim;
-    layer *layers;
-    matrix embed, head, positions;
-    const matrix *head_matrix;
-    float *cos, *sin, *final_norm, *final_norm_bias;
+    int threads, fp32, padded_dim;                   /* padded_dim: head_dim as a multiple of 16 */
     int widest;                                      /* largest padded input or output of any matrix but the head */
     int most_queries;                                /* heads per kv head, at most */
-    uint8_t *arena; size_t arena_bytes;
-    void *smalls;                                    /* chain of small allocations */
-    struct scratch *scratch;
-    double seconds[EW_PARTS];
+    layer *layers;                                   /* [config.layers] */
+    matrix embed, head;                              /* vocab x hidden; the head is absent where it is tied */
+    matrix positions;                                /* positions x hidden, if learned */
+    const matrix *head_matrix;                       /* head, or embed */
+    float *cos, *sin;                                /* [max_context][head_dim / 2], with RoPE */
+    float *final_norm, *final_norm_bias;             /* [hidden]; the bias may be NULL */
+    uint8_t *arena; size_t arena_bytes;              /* the data of all matrices */
+    void *kept;                                      /* chain of what keep() gave */
+    struct scratch *scratch;                         /* step.c */
+    double seconds[EW_PARTS];                        /* since the last ew_profile */
     int profile;
 };
 
-int scratch_new(ew_model *);
+/* model.c: zeroed memory, of 64 bytes more than asked, that lives as long as the model; or NULL. */
+void *keep(ew_model *, size_t bytes);
+int scratch_new(ew_model *);                         /* step.c: 0, or -1 where memory lacks */
 void scratch_free(ew_model *);
-cache_layer cache_of_layer(const ew_model *, const ew_cache *, int layer);
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int is_stream(int dtype) { return dtype >= EW_UINT2; }         /* packed row by row; 4 bits as one run */
+static inline int tile_rows(const matrix *m, int t) { return m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE; }
 static inline size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 #endif

@@ -1,7 +1,8 @@
-/* Choosing among tokens inside the core: penalties, and the k best of a row of logits, which Python need not look through. */
+/* Choosing among tokens inside the core: penalties, and the k best of a row of logits, which Python need not look
+ * through. */
 #include "core.h"
 
-/* In float32 and float64 as runtime/sampling.py has them, so that both choose the same tokens. */
+/* x [n] penalized in float32 and float64 as runtime/sampling.py does it, so that both choose the same tokens. */
 static void penalize(float *x, int n, const ew_penalties *p) {
     for (int i = 0; i < n; i++) {
         if (!p->seen[i]) continue;
@@ -10,6 +11,7 @@ static void penalize(float *x, int n, const ew_penalties *p) {
     }
 }
 
+/* The k largest of x [n] to index and value [k], largest first, ties to the lower index. Returns how many there are. */
 static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *index, float *value) {
     int count = 0;
     for (int from = 0; from < n; from += 64) {
@@ -25,8 +27,8 @@ static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *i
     return count;
 }
 
-int ew_next(ew_model *m, ew_cache *c, int row, int slot, int token, const ew_penalties *penalties, int k, int32_t *index, float *value,
-            float *logits, char *error) {
+int ew_next(ew_model *m, ew_cache *c, int row, int slot, int token, const ew_penalties *penalties, int k,
+            int32_t *index, float *value, float *logits, char *error) {
     int32_t first = 0;
     if (ew_forward(m, c, 1, &token, &row, &slot, 1, &first, logits, error)) return -1;
     if (penalties) penalize(logits, m->config.vocab, penalties);

@@ -1,7 +1,7 @@
 /* AVX-512 with VNNI: 16 floats a vector, vpdpbusd for u8 x s8. */
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include <immintrin.h>
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define W 16
 #define CODE_BIAS(bits) 0
 #include "kernels.h"
@@ -19,7 +19,9 @@ INLINE vi load_bytes(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_
 KERNELS(kernels_avx512, "avx512-vnni");
 
 #ifdef HAVE_AMX
-#pragma GCC target("avx512bf16,amx-tile,amx-bf16")
+#undef TARGET
+#define TARGET __attribute__((target( \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")))
 #include "amx.h"
 KERNELS_WITH(kernels_amx, "avx512-amx", multiply_many, quantize_many, attend_many);
 #endif

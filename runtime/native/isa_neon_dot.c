@@ -1,6 +1,6 @@
 /* ARMv8.2 with dot products: sdot is signed, so 8-bit codes are taken less 128. */
 #if defined(__aarch64__)
-#pragma GCC target("arch=armv8.2-a+dotprod+fp16")
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod+fp16")))
 #define CODE_BIAS(bits) ((bits) == 8 ? 128 : 0)
 #include "isa_neon.h"
 INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {

@@ -1,6 +1,6 @@
 /* ARMv8.6's int8 extension: usdot multiplies unsigned codes by signed activations. */
 #if defined(__aarch64__)
-#pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm")
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod+fp16+i8mm")))
 #define CODE_BIAS(bits) 0
 #include "isa_neon.h"
 INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {

@@ -1,4 +1,5 @@
 /* Plain C for any CPU: x86-64 without AVX2, ARM without dot products. */
+#define TARGET
 #define W 4
 #define FEW_REGISTERS
 #define CODE_BIAS(bits) 0
@@ -13,7 +14,7 @@ INLINE vi load_bytes(const void *p) {
     for (int i = 0; i < W; i++) v[i] = ((const uint8_t *)p)[i];
     return v;
 }
-INLINE vf load_half(const uint16_t *p) {             /* Giesen's conversion: shift the exponent, mend subnormals and infinities */
+INLINE vf load_half(const uint16_t *p) {             /* Giesen's: shift the exponent, mend subnormals and infinities */
     vi h = {0}, magic = splat_int(113 << 23);
     for (int i = 0; i < W; i++) h[i] = p[i];
     vi bits = (h & 0x7fff) << 13, exponent = bits & (0x7c00 << 13);

@@ -1,16 +1,18 @@
 /* The arithmetic of a step, written once over vectors of W floats and compiled by each isa_*.c for its instruction set.
  *
- * The including file defines W and the functions marked "isa" below. Products of codes and int8 activations are exact
- * integers, and floats are added per output in a fixed order (groups along the inputs, slots along the cache), so a
- * result does not depend on how many rows, threads or tiles a call has, with one exception: on CPUs with AMX, EW_MANY rows
- * and more are rounded to bfloat16 (amx.h), and depend on that alone. Multiply and add fuse where the CPU has FMA.
+ * The including file defines W, TARGET (the instruction set, an attribute that every function here has: GCC and clang
+ * both know it) and the functions marked "isa" below. Products of codes and int8 activations are exact integers, and
+ * floats are added per output in a fixed order (groups along the inputs, slots along the cache), so a result does not
+ * depend on how many rows, threads or tiles a call has, with one exception: on CPUs with AMX, EW_MANY rows and more are
+ * rounded to bfloat16 (amx.h), and depend on that alone. Multiply and add fuse where the CPU has FMA.
  */
 #include "core.h"
 #include <math.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#define FUNCTION static TARGET
+#define INLINE static inline __attribute__((always_inline)) TARGET
 #define PARTS (TILE / W)
-#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)   /* n known: arrays over i stay in registers */
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)     /* n known: arrays over i in registers */
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
@@ -20,7 +22,7 @@ typedef int8_t vb __attribute__((vector_size(W)));
 /* isa: dot4(acc, w, x): acc[i] += sum over 4 of (w.byte[4i+j] - CODE_BIAS(bits)) * x[j]; bytes of w are unsigned. */
 INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits);
 INLINE vf load_half(const uint16_t *p);              /* isa: W halves */
-INLINE void store_half(uint16_t *p, vf x);           /* isa */
+INLINE void store_half(uint16_t *p, vf x);           /* isa: to nearest, ties to even */
 INLINE vi load_bytes(const void *p);                 /* isa: W unsigned bytes (GCC 12 widens vectors one by one) */
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -32,6 +34,7 @@ INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
 INLINE vi round_int(vf x) { return (vi)((vu)(x + 12582912.f) - 0x4B400000); }    /* nearest even, |x| < 2^22 */
+INLINE size_t element_size(int kind) { return kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1; }   /* of a cache */
 
 INLINE float total(vf x) {                           /* pairwise, always in the same order */
     float a[W];
@@ -91,57 +94,42 @@ INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
     return c;
 }
 
-/* A group of R rows of activations (the first is row0) times W rows of a tile. */
+/* R rows of activations (the first is row0) times W rows of a tile of codes, the part-th W: to y [R][y_stride].
+ * int8: the activations are quantized; else they are floats. */
 INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
-                           const int bits, int part, float *y, size_t y_stride) {
+                           const int bits, const int int8, int part, float *y, size_t y_stride) {
     const uint16_t *scales = (const uint16_t *)tile + part * W;
     const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
-    const int8_t *q = x->q + (size_t)row0 * x->blocks * BLOCK;
-    const float *scale = x->scale + (size_t)row0 * x->blocks;
-    const int32_t *sum = x->sum + (size_t)row0 * x->blocks;
     const int zero_bits = CODE_BIAS(bits) ? -1 : bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
+    const size_t first = (size_t)row0 * x->blocks, stride = (size_t)x->blocks * BLOCK;
+    const int8_t *q = int8 ? x->q + first * BLOCK : NULL;
+    const float *f = x->f + first * BLOCK, *scale = x->scale + first;
+    const int32_t *sum = x->sum + first;
     vf acc[8];
     EACH(r, R) acc[r] = splat(0);
     for (int g = 0, b = 0; g < m->groups; g++) {
         vf group[8];
         EACH(r, R) group[r] = splat(0);
-        const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - CODE_BIAS(bits) : splat_int(0);
-        for (int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R) {
-            vi s[8];
-            EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
-            EACH(r, R) {                    /* sum holds minus the sum of q */
-                vi minus = splat_int(sum[r]);
-                s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
-            }
-            EACH(j, 8) {
-                vi w = codes_of(block, bits, j);
-                EACH(r, R) s[r] = dot4(s[r], w, q + r * BLOCK + 4 * j, bits);
-            }
-            EACH(r, R) group[r] = to_float(s[r]) * splat(scale[r]) + group[r];
-        }
-        vf weight = load_half(scales + g * TILE);
-        EACH(r, R) acc[r] = group[r] * weight + acc[r];
-    }
-    EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
-}
-
-/* The same with activations in float32. */
-INLINE void multiply_codes_exact(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
-                                 const int bits, int part, float *y, size_t y_stride) {
-    const uint16_t *scales = (const uint16_t *)tile + part * W;
-    const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
-    const size_t stride = (size_t)x->blocks * BLOCK;
-    const float *f = x->f + row0 * stride;
-    vf acc[8];
-    EACH(r, R) acc[r] = splat(0);
-    for (int g = 0, b = 0; g < m->groups; g++) {
-        vf group[8], zero = m->asymmetric ? to_float(load_bytes(zeros + g * TILE)) : splat(1 << (bits - 1));
-        EACH(r, R) group[r] = splat(0);
-        for (int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks; b < end; b++, block += 64 * bits)
-            EACH(j, 8) {
+        const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - (int8 ? CODE_BIAS(bits) : 0)
+                                   : splat_int(int8 ? 0 : 1 << (bits - 1));
+        const int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks;
+        for (; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R)
+            if (int8) {
+                vi s[8];
+                EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
+                EACH(r, R) {                         /* sum holds minus the sum of q */
+                    vi minus = splat_int(sum[r]);
+                    s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
+                }
+                EACH(j, 8) {
+                    vi w = codes_of(block, bits, j);
+                    EACH(r, R) s[r] = dot4(s[r], w, q + r * BLOCK + 4 * j, bits);
+                }
+                EACH(r, R) group[r] = to_float(s[r]) * splat(scale[r]) + group[r];
+            } else EACH(j, 8) {
                 vi w = codes_of(block, bits, j);
                 EACH(i, 4) {
-                    vf value = to_float((w >> 8 * i) & 255) - zero;
+                    vf value = to_float((w >> 8 * i) & 255) - to_float(zero);
                     EACH(r, R) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
                 }
             }
@@ -151,6 +139,7 @@ INLINE void multiply_codes_exact(const matrix *m, const uint8_t *tile, const act
     EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
+/* The same for a tile of floats. */
 INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
                             const int kind, int part, float *y, size_t y_stride) {
     const size_t stride = (size_t)x->blocks * BLOCK;
@@ -158,14 +147,13 @@ INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activati
     vf acc[8];
     EACH(r, R) acc[r] = splat(0);
     for (int k = 0; k < m->inputs; k++) {
+        const uint16_t *half = (const uint16_t *)tile + k * TILE + part * W;
         vf w;
         if (kind == KIND_F32) w = load((const float *)tile + k * TILE + part * W);
-        else if (kind == KIND_F16) w = load_half((const uint16_t *)tile + k * TILE + part * W);
+        else if (kind == KIND_F16) w = load_half(half);
         else {
-            uint16_t h[W];
-            memcpy(h, (const uint16_t *)tile + k * TILE + part * W, sizeof h);
             vi wide = {0};
-            for (int i = 0; i < W; i++) wide[i] = (int32_t)((uint32_t)h[i] << 16);
+            for (int i = 0; i < W; i++) wide[i] = (int32_t)((uint32_t)half[i] << 16);
             w = (vf)wide;
         }
         EACH(r, R) acc[r] = w * splat(f[r * stride + k]) + acc[r];
@@ -173,73 +161,77 @@ INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activati
     EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
-typedef void tile_kernel(const matrix *, const uint8_t *, const activations *, int, float *, size_t);
-#define TILE_KERNEL(body, kind, R) \
-    static void body##_##kind##_##R(const matrix *m, const uint8_t *tile, const activations *x, int row, float *y, size_t stride) { \
-        _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) body(m, tile, x, row, R, kind, part, y, stride); }
-#ifdef FEW_REGISTERS                                 /* plain C: 1 or 2 rows at once */
+/* A function for each width of weights, for quantized activations (by_int8) or floats, and for every number of rows. */
+typedef void tile_kernel(const matrix *, const uint8_t *tile, const activations *, int row, float *y, size_t y_stride);
+#define TILE_KERNEL(int8, kind, R) \
+    FUNCTION void multiply_##int8##_##kind##_##R(const matrix *m, const uint8_t *tile, const activations *x, int row, \
+                                                 float *y, size_t y_stride) { \
+        _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) \
+            if (kind >= KIND_F16) multiply_floats(m, tile, x, row, R, kind, part, y, y_stride); \
+            else multiply_codes(m, tile, x, row, R, kind, int8, part, y, y_stride); }
+#define ENTRY(int8, kind, R) [kind][R] = multiply_##int8##_##kind##_##R,
+#ifdef FEW_REGISTERS                                 /* plain C */
 enum { MOST_INT8 = 2, MOST_FLOAT = 2 };
-#define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2)
-#define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2)
-#define LIST_INT8(kind) {multiply_codes_##kind##_1, multiply_codes_##kind##_2}
-#define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2}
-#else                                                /* 1, 2, 4 and, where activations are int8, 8 */
+#define ROWS_INT8(X, kind) X(1, kind, 1) X(1, kind, 2)
+#define ROWS_FLOAT(X, kind) X(0, kind, 1) X(0, kind, 2)
+#else
 enum { MOST_INT8 = 8, MOST_FLOAT = 4 };
-#define MAKE_INT8(kind) TILE_KERNEL(multiply_codes, kind, 1) TILE_KERNEL(multiply_codes, kind, 2) \
-    TILE_KERNEL(multiply_codes, kind, 4) TILE_KERNEL(multiply_codes, kind, 8)
-#define MAKE_FLOAT(body, kind) TILE_KERNEL(body, kind, 1) TILE_KERNEL(body, kind, 2) TILE_KERNEL(body, kind, 4)
-#define LIST_INT8(kind) {multiply_codes_##kind##_1, multiply_codes_##kind##_2, multiply_codes_##kind##_4, multiply_codes_##kind##_8}
-#define LIST_FLOAT(body, kind) {body##_##kind##_1, body##_##kind##_2, body##_##kind##_4}
+#define ROWS_INT8(X, kind) X(1, kind, 1) X(1, kind, 2) X(1, kind, 4) X(1, kind, 8)
+#define ROWS_FLOAT(X, kind) X(0, kind, 1) X(0, kind, 2) X(0, kind, 4)
 #endif
-#define BOTH(bits) MAKE_INT8(bits) MAKE_FLOAT(multiply_codes_exact, bits)
-BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6) BOTH(8)
-MAKE_FLOAT(multiply_floats, KIND_F16) MAKE_FLOAT(multiply_floats, KIND_BF16) MAKE_FLOAT(multiply_floats, KIND_F32)
-#define EXACT(bits) [bits] = LIST_FLOAT(multiply_codes_exact, bits)
-static tile_kernel *const by_int8[9][4] = {[2] = LIST_INT8(2), [3] = LIST_INT8(3), [4] = LIST_INT8(4), [5] = LIST_INT8(5),
-    [6] = LIST_INT8(6), [8] = LIST_INT8(8)};
-static tile_kernel *const by_float[KIND_F32 + 1][3] = {EXACT(2), EXACT(3), EXACT(4), EXACT(5), EXACT(6), EXACT(8),
-    [KIND_F16] = LIST_FLOAT(multiply_floats, KIND_F16), [KIND_BF16] = LIST_FLOAT(multiply_floats, KIND_BF16),
-    [KIND_F32] = LIST_FLOAT(multiply_floats, KIND_F32)};
+#define EVERY_WIDTH(ROWS, X) ROWS(X, 2) ROWS(X, 3) ROWS(X, 4) ROWS(X, 5) ROWS(X, 6) ROWS(X, 8)
+#define EVERY_FLOAT(ROWS, X) ROWS(X, KIND_F16) ROWS(X, KIND_BF16) ROWS(X, KIND_F32)
+EVERY_WIDTH(ROWS_INT8, TILE_KERNEL) EVERY_WIDTH(ROWS_FLOAT, TILE_KERNEL) EVERY_FLOAT(ROWS_FLOAT, TILE_KERNEL)
+static tile_kernel *const by_int8[9][9] = {EVERY_WIDTH(ROWS_INT8, ENTRY)};
+static tile_kernel *const by_float[KIND_F32 + 1][9] = {EVERY_WIDTH(ROWS_FLOAT, ENTRY) EVERY_FLOAT(ROWS_FLOAT, ENTRY)};
 
-/* y[rows][.] at columns tile0*16 .. of x times the tiles: a tile is read from memory once and serves all rows. */
-static void multiply(const matrix *m, const activations *x, int rows, float *y, size_t y_stride, int tile0, int tile1) {
-    static const int index_of[9] = {[1] = 0, [2] = 1, [4] = 2, [8] = 3};
+/* y [rows][y_stride] += the bias of the outputs of tile t, `columns` of them. */
+INLINE void add_bias(const matrix *m, int t, int rows, int columns, float *y, size_t y_stride) {
+    if (!m->bias) return;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) y[r * y_stride + c] += m->bias[t * TILE + c];
+}
+
+/* Columns tile0 * 16 .. tile1 * 16 - 1 of y [rows][y_stride] become x times the tiles (plus bias): a tile is read from
+ * memory once and serves all rows. */
+FUNCTION void multiply(const matrix *m, const activations *x, int rows, float *y, size_t y_stride, int tile0,
+                       int tile1) {
     const int int8 = x->q && m->kind < KIND_F16;
     tile_kernel *const *kernel = int8 ? by_int8[m->kind] : by_float[m->kind];
     for (int t = tile0; t < tile1; t++) {
         const uint8_t *tile = m->data + t * m->tile_bytes;
-        int columns = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE;
+        const int columns = tile_rows(m, t);
         for (int r = 0, n; r < rows; r += n) {
             float *out = y + r * y_stride + t * TILE, edge[8 * TILE];
             n = group_rows(rows - r, int8 ? MOST_INT8 : MOST_FLOAT);
-            if (columns == TILE) kernel[index_of[n]](m, tile, x, r, out, y_stride);
+            if (columns == TILE) kernel[n](m, tile, x, r, out, y_stride);
             else {
-                kernel[index_of[n]](m, tile, x, r, edge, TILE);
+                kernel[n](m, tile, x, r, edge, TILE);
                 for (int i = 0; i < n; i++) memcpy(out + i * y_stride, edge + i * TILE, columns * sizeof(float));
             }
-            if (m->bias) for (int i = 0; i < n; i++) for (int c = 0; c < columns; c++) out[i * y_stride + c] += m->bias[t * TILE + c];
+            add_bias(m, t, n, columns, out, y_stride);
         }
     }
 }
 
-/* int8 per block of 32 inputs and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it. Rows first..last-1 of
- * `rows`, which say how rows are grouped. */
-static void quantize(activations *x, int rows, int first, int last) {
+/* x->f [rows][blocks * 32] to int8, per block and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it.
+ * Rows first..last-1 of `rows`, which say how rows are grouped. */
+FUNCTION void quantize(activations *x, int rows, int first, int last) {
     for (int g = 0, n; g < last; g += n) {
         n = group_rows(rows - g, MOST_INT8);
         for (int r = g > first ? g : first; r < g + n && r < last; r++)
             for (int b = 0; b < x->blocks; b++) {
                 const float *f = x->f + ((size_t)r * x->blocks + b) * BLOCK;
                 const size_t i = (size_t)g * x->blocks + b * n + r - g;
-                vi most = splat_int(0);                      /* of |x| by its bits, which order numbers, infinity, NaN */
+                vi most = splat_int(0);              /* of |x| by its bits, which order numbers, infinity, NaN */
                 for (int k = 0; k < BLOCK; k += W) {
                     vi size = (vi)load(f + k) & 0x7fffffff, more = size > most;
                     most = (more & size) | (~more & most);
                 }
-                const vi odd = most > 0x7f800000;            /* NaN, which `largest` would lose, becomes infinity */
+                const vi odd = most > 0x7f800000;    /* NaN, which `largest` would lose, becomes infinity */
                 const float top = largest((vf)((odd & 0x7f800000) | (~odd & most)));
-                const vi finite = splat_int(top < INFINITY ? -1 : 0);  /* else codes 0 and scale NaN: such inputs give such outputs */
-                float inverse = top > 1e-30f ? 127 / top : 0;          /* 127 / top stays finite */
+                const vi finite = splat_int(top < INFINITY ? -1 : 0);   /* else codes 0, scale NaN: outputs NaN */
+                float inverse = top > 1e-30f ? 127 / top : 0;                /* 127 / top stays finite */
                 vi sum = splat_int(0);
                 for (int k = 0; k < BLOCK; k += W) {
                     vi rounded = round_int(load(f + k) * inverse) & finite;
@@ -253,7 +245,9 @@ static void quantize(activations *x, int rows, int first, int last) {
     }
 }
 
-static void normalize(const float *x, const float *weight, const float *bias, float eps, int layer_norm, float *y, int n) {
+/* y [n] = LayerNorm (layer_norm) or RMSNorm of x [n], times weight [n], plus bias [n] (or NULL). */
+FUNCTION void normalize(const float *x, const float *weight, const float *bias, float eps, int layer_norm, float *y,
+                        int n) {
     vf sum = splat(0);
     float mean = 0, rest = 0;
     int whole = n / W * W;
@@ -280,13 +274,14 @@ INLINE vf activation_of(vf g, int kind) {
     return g;
 }
 
-/* y = activation(gate) * up, or activation(up) where gate is NULL; n is a multiple of 16. */
-static void activate(const float *gate, const float *up, float *y, int n, int kind) {
+/* y [n] = activation(gate [n]) * up [n], or activation(up) where gate is NULL; n is a multiple of 16. */
+FUNCTION void activate(const float *gate, const float *up, float *y, int n, int kind) {
     for (int i = 0; i < n; i += W)
         store(y + i, gate ? activation_of(load(gate + i), kind) * load(up + i) : activation_of(load(up + i), kind));
 }
 
-static float peak(const float *x, int n) {
+/* The largest of x [n]. */
+FUNCTION float peak(const float *x, int n) {
     float best = x[0];
     vf most = splat(best);
     for (; n >= W; n -= W, x += W) most = maximum(load(x), most);
@@ -295,7 +290,8 @@ static float peak(const float *x, int n) {
     return all > best ? all : best;
 }
 
-static void rotate(float *x, const float *cos, const float *sin, int half) {
+/* RoPE of x [2 * half] by angles whose cosines and sines are cos and sin [half]. */
+FUNCTION void rotate(float *x, const float *cos, const float *sin, int half) {
     int i = 0;
     for (; i + W <= half; i += W) {
         vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);

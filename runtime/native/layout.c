@@ -14,11 +14,18 @@ int dtype_bits(int dtype) {
     return dtype >= 0 && dtype <= EW_UINT6 ? bits[dtype] : 0;
 }
 
-float half_to_float(uint16_t h) {
-    int exponent = h >> 10 & 31, fraction = h & 1023;
-    float value = exponent == 31 ? (fraction ? NAN : INFINITY)
-                : exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
-    return h & 0x8000 ? -value : value;
+float float_at(const void *floats, int kind, size_t index) {
+    if (kind == KIND_F32) return ((const float *)floats)[index];
+    const uint16_t half = ((const uint16_t *)floats)[index];
+    if (kind == KIND_BF16) {
+        float value;
+        memcpy(&value, &(uint32_t){(uint32_t)half << 16}, 4);
+        return value;
+    }
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                      : exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    return half & 0x8000 ? -value : value;
 }
 
 size_t matrix_shape(matrix *m, int rows, int inputs, int kind, int group, int asymmetric) {
@@ -44,32 +51,31 @@ static inline int element(const uint8_t *p, int dtype, size_t index) {
     return dtype == EW_INT4 ? nibble ^ 8 : nibble;
 }
 
-/* Inputs k0..k0+31 of the rows of a tile, as unsigned codes. */
-static void gather(const matrix *m, const source *s, int tile, int k0, uint8_t codes[TILE][BLOCK]) {
-    int rows = m->rows - tile * TILE < TILE ? m->rows - tile * TILE : TILE, n0 = s->row0 + tile * TILE;
-    int inputs = m->inputs - k0 < BLOCK ? m->inputs - k0 : BLOCK;
+/* Inputs k0..k0+31 of the rows of tile t, as unsigned codes. */
+static void gather(const matrix *m, const source *s, int t, int k0, uint8_t codes[TILE][BLOCK]) {
+    const int rows = tile_rows(m, t), n0 = s->row0 + t * TILE, inputs = m->inputs - k0 < BLOCK ? m->inputs - k0 : BLOCK;
+    const int bits = m->kind, flip = s->dtype == EW_INT4 ? 8 : s->dtype == EW_INT8 ? 128 : 0;
     if (rows < TILE || inputs < BLOCK) memset(codes, 0, TILE * BLOCK);
     if (s->by_input) {
         for (int k = 0; k < inputs; k++)
-            for (int r = 0; r < rows; r++) codes[r][k] = element(s->codes, s->dtype, (size_t)(k0 + k) * s->stride + n0 + r);
-    } else if (m->kind == 8) {
-        uint8_t flip = s->dtype == EW_INT8 ? 128 : 0;
-        for (int r = 0; r < rows; r++)
-            for (int k = 0; k < inputs; k++) codes[r][k] = s->codes[(size_t)(n0 + r) * m->inputs + k0 + k] ^ flip;
-    } else {                                                 /* little-endian bit streams: of a row, or (4 bits) of the whole tensor */
-        int bits = m->kind, flip = s->dtype == EW_INT4 ? 8 : 0;
-        size_t row_bits = is_stream(s->dtype) ? ((size_t)m->inputs * bits + 7) / 8 * 8 : (size_t)m->inputs * bits;
-        for (int r = 0; r < rows; r++) {
-            uint8_t window[BLOCK + 4] = {0};
-            size_t from = (n0 + r) * row_bits + (size_t)k0 * bits;
-            int first = from % 8;
-            memcpy(window, s->codes + from / 8, (first + inputs * bits + 7) / 8);
-            for (int k = 0, at = first; k < inputs; k++, at += bits)
-                codes[r][k] = (((window[at / 8] | window[at / 8 + 1] << 8) >> at % 8) & ((1 << bits) - 1)) ^ flip;
-        }
+            for (int r = 0; r < rows; r++)
+                codes[r][k] = element(s->codes, s->dtype, (size_t)(k0 + k) * s->stride + n0 + r);
+        return;
+    }
+    /* Little-endian bit streams: of a row, or (4 and 8 bits) of the whole tensor. */
+    const size_t row_bits = is_stream(s->dtype) ? ((size_t)m->inputs * bits + 7) / 8 * 8 : (size_t)m->inputs * bits;
+    for (int r = 0; r < rows; r++) {
+        uint8_t window[BLOCK + 4] = {0};
+        const size_t from = (n0 + r) * row_bits + (size_t)k0 * bits;
+        const int first = from % 8;
+        memcpy(window, s->codes + from / 8, (first + inputs * bits + 7) / 8);
+        if (bits == 8) for (int k = 0; k < inputs; k++) codes[r][k] = window[k] ^ flip;
+        else for (int k = 0, at = first; k < inputs; k++, at += bits)
+            codes[r][k] = (((window[at / 8] | window[at / 8 + 1] << 8) >> at % 8) & ((1 << bits) - 1)) ^ flip;
     }
 }
 
+/* A block in its lines (see above), to out [bits][64]. */
 static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out) {
     for (int r = 0; r < TILE; r++) {
         uint32_t step[8], *lines = (uint32_t *)out + r;      /* line l is lines[16 * l] */
@@ -79,7 +85,8 @@ static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out)
             continue;
         }
         if (bits & 4) {
-            for (int u = 0; u < 4; u++, lines += 16) lines[0] = (step[2 * u] & 0x0f0f0f0f) | (step[2 * u + 1] & 0x0f0f0f0f) << 4;
+            for (int u = 0; u < 4; u++, lines += 16)
+                lines[0] = (step[2 * u] & 0x0f0f0f0f) | (step[2 * u + 1] & 0x0f0f0f0f) << 4;
             for (int j = 0; j < 8; j++) step[j] = step[j] >> 4 & 0x0f0f0f0f;
         }
         if (bits & 2) {
@@ -123,66 +130,55 @@ static void pack_nibbles(const uint8_t *from, size_t stride, uint64_t flip, uint
     }
 }
 
-static int pack_floats(matrix *m, const source *s, int t) {
-    int rows = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE, bad = 0;
+/* Tile t of floats: element [inputs][16]. */
+static void pack_floats(matrix *m, const source *s, int t) {
     uint8_t *tile = m->data + t * m->tile_bytes;
+    const int rows = tile_rows(m, t);
     memset(tile, 0, m->tile_bytes);
     for (int k = 0; k < m->inputs; k++)
         for (int r = 0; r < rows; r++) {
-            size_t n = s->row0 + t * TILE + r, from = s->by_input ? (size_t)k * s->stride + n : n * m->inputs + k;
-            size_t to = (size_t)k * TILE + r;
-            if (m->kind == KIND_F32) {
-                uint32_t v = ((const uint32_t *)s->codes)[from];
-                bad |= (v & 0x7f800000) == 0x7f800000;
-                ((uint32_t *)tile)[to] = v;
-            } else {
-                uint16_t v = ((const uint16_t *)s->codes)[from], top = m->kind == KIND_F16 ? 0x7c00 : 0x7f80;
-                bad |= (v & top) == top;
-                ((uint16_t *)tile)[to] = v;
-            }
+            const size_t n = s->row0 + t * TILE + r, from = s->by_input ? (size_t)k * s->stride + n : n * m->inputs + k;
+            const size_t to = (size_t)k * TILE + r;
+            if (m->kind == KIND_F32) ((uint32_t *)tile)[to] = ((const uint32_t *)s->codes)[from];
+            else ((uint16_t *)tile)[to] = ((const uint16_t *)s->codes)[from];
         }
-    return bad ? -1 : 0;
 }
 
-int matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
-    int bad = 0;
-    for (int t = tile0; t < tile1; t++) {
-        if (m->kind >= KIND_F16) {
-            bad |= pack_floats(m, s, t);
-            continue;
+/* Tile t of codes, with its scales and zeros. */
+static void pack_codes(matrix *m, const source *s, int t) {
+    uint8_t *tile = m->data + t * m->tile_bytes, *lines = tile + m->codes_at, codes[TILE][BLOCK];
+    const int rows = tile_rows(m, t), n0 = s->row0 + t * TILE, zeros_type = is_stream(s->dtype) ? EW_UINT8 : s->dtype;
+    memset(tile, 0, m->codes_at);
+    for (int g = 0; g < m->groups; g++)
+        for (int r = 0; r < rows; r++) {
+            const size_t from = s->by_input ? (size_t)g * s->stride + n0 + r : (size_t)(n0 + r) * m->groups + g;
+            ((uint16_t *)tile)[g * TILE + r] = s->scales[from];
+            if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, zeros_type, from);
         }
-        uint8_t *tile = m->data + t * m->tile_bytes, codes[TILE][BLOCK];
-        uint16_t *scales = (uint16_t *)tile;
-        int rows = m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE, n0 = s->row0 + t * TILE;
-        memset(tile, 0, m->codes_at);
-        for (int g = 0; g < m->groups; g++)
-            for (int r = 0; r < rows; r++) {
-                size_t from = s->by_input ? (size_t)g * s->stride + n0 + r : (size_t)(n0 + r) * m->groups + g;
-                uint16_t v = s->scales[from];
-                bad |= (v & 0x7c00) == 0x7c00;
-                scales[g * TILE + r] = v;
-                if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, is_stream(s->dtype) ? EW_UINT8 : s->dtype, from);
-            }
-        const int nibbles = s->by_input && m->kind == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0;
-        for (int b = 0; b < m->blocks; b++) {
-            if (nibbles && (b + 1) * BLOCK <= m->inputs) {
-                pack_nibbles(s->codes + ((size_t)b * BLOCK * s->stride + n0) / 2, s->stride / 2,
-                             s->dtype == EW_INT4 ? 0x8888888888888888 : 0, tile + m->codes_at + (size_t)b * 256);
-                continue;
-            }
+    const int nibbles = s->by_input && m->kind == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0;
+    for (int b = 0; b < m->blocks; b++, lines += 64 * m->kind)
+        if (nibbles && (b + 1) * BLOCK <= m->inputs)
+            pack_nibbles(s->codes + ((size_t)b * BLOCK * s->stride + n0) / 2, s->stride / 2,
+                         s->dtype == EW_INT4 ? 0x8888888888888888 : 0, lines);
+        else {
             gather(m, s, t, b * BLOCK, codes);
-            pack_block((const uint8_t (*)[BLOCK])codes, m->kind, tile + m->codes_at + (size_t)b * 64 * m->kind);
+            pack_block((const uint8_t (*)[BLOCK])codes, m->kind, lines);
         }
-    }
-    return bad ? -1 : 0;
 }
 
-int matrix_finite(const matrix *m) {
-    for (int t = 0; t < m->tiles; t++) {
-        const uint8_t *tile = m->data + t * m->tile_bytes;
-        const uint16_t *half = (const uint16_t *)tile, top = m->kind == KIND_BF16 ? 0x7f80 : 0x7c00;
-        const uint32_t *single = (const uint32_t *)tile;
-        int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->groups), bad = 0;
+void matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
+    for (int t = tile0; t < tile1; t++)
+        if (m->kind >= KIND_F16) pack_floats(m, s, t);
+        else pack_codes(m, s, t);
+}
+
+int matrix_finite(const matrix *m, int tile0, int tile1) {
+    const int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->groups);
+    const uint16_t top = m->kind == KIND_BF16 ? 0x7f80 : 0x7c00;
+    for (int t = tile0; t < tile1; t++) {
+        const uint16_t *half = (const uint16_t *)(m->data + t * m->tile_bytes);
+        const uint32_t *single = (const uint32_t *)half;
+        int bad = 0;
         if (m->kind == KIND_F32) for (int i = 0; i < n; i++) bad |= (single[i] & 0x7f800000) == 0x7f800000;
         else for (int i = 0; i < n; i++) bad |= (half[i] & top) == top;
         if (bad) return 0;
@@ -190,6 +186,7 @@ int matrix_finite(const matrix *m) {
     return 1;
 }
 
+/* The code of a row (0..15) and input (0..31) of a block. */
 static int code_at(const uint8_t *block, int bits, int row, int input) {
     int j = input / 4, byte = row * 4 + input % 4, code = 0, line = 0, shift = 0;
     if (bits == 8) return block[64 * j + byte];
@@ -203,19 +200,14 @@ void matrix_read_row(const matrix *m, int row, float *out) {
     const uint8_t *tile = m->data + row / TILE * m->tile_bytes;
     int r = row % TILE;
     if (m->kind >= KIND_F16) {
-        for (int k = 0; k < m->inputs; k++) {
-            size_t i = (size_t)k * TILE + r;
-            uint32_t wide = (uint32_t)((const uint16_t *)tile)[i] << 16;
-            if (m->kind == KIND_F32) out[k] = ((const float *)tile)[i];
-            else if (m->kind == KIND_F16) out[k] = half_to_float(((const uint16_t *)tile)[i]);
-            else memcpy(out + k, &wide, 4);
-        }
+        for (int k = 0; k < m->inputs; k++) out[k] = float_at(tile, m->kind, (size_t)k * TILE + r);
         return;
     }
     for (int b = 0; b < m->blocks; b++) {
+        const uint8_t *block = tile + m->codes_at + (size_t)b * 64 * m->kind;
         int g = b / m->group_blocks, zero = m->asymmetric ? tile[m->zeros_at + g * TILE + r] : 1 << (m->kind - 1);
-        float scale = half_to_float(((const uint16_t *)tile)[g * TILE + r]);
+        float scale = float_at(tile, KIND_F16, g * TILE + r);
         for (int k = b * BLOCK; k < m->inputs && k < (b + 1) * BLOCK; k++)
-            out[k] = (code_at(tile + m->codes_at + (size_t)b * 64 * m->kind, m->kind, r, k % BLOCK) - zero) * scale;
+            out[k] = (code_at(block, m->kind, r, k % BLOCK) - zero) * scale;
     }
 }

@@ -1,7 +1,8 @@
-/* The C interface of the native core. Every function that can fail returns NULL or -1 and writes one sentence to `error`
- * (256 bytes); EW_LACK before it says that the input is sound and the core, or the machine, lacks what it needs.
- * A model may be used from several threads (calls take turns), each with caches of its own, and in the child after a fork,
- * whatever other threads did meanwhile. It is closed when no call is running; its caches may be freed after it, not used. */
+/* The C interface of the native core. Every function that can fail returns NULL or -1 and writes one sentence to
+ * `error` (256 bytes); EW_LACK before it says that the input is sound and the core, or the machine, lacks something.
+ * A model may be used from several threads (calls take turns), each with caches of its own, and in the child after a
+ * fork, whatever other threads did meanwhile. It is closed when no call is running; its caches may be freed after it,
+ * not used. */
 #ifndef EDGEWRIGHT_NATIVE_H
 #define EDGEWRIGHT_NATIVE_H
 
@@ -10,10 +11,12 @@
 #define EW_LACK "\1"
 #define EW_TILES_VERSION 2                           /* of the layout in layout.c, for repacked files */
 #define EW_PASS 128       /* tokens of one ew_forward at most */
-#define EW_MANY 32        /* tokens from which the kernels avx512-amx round weights and activations of a pass to bfloat16 */
-enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5, EW_UINT6 };
+#define EW_MANY 32        /* tokens from which the kernels avx512-amx round weights and activations to bfloat16 */
+enum { EW_FLOAT32, EW_FLOAT16, EW_BFLOAT16, EW_INT8, EW_UINT8, EW_INT4, EW_UINT4, EW_UINT2, EW_UINT3, EW_UINT5,
+       EW_UINT6 };
 enum { EW_SILU, EW_GELU, EW_GELU_TANH };
-enum { EW_PART_QKV, EW_PART_ATTENTION, EW_PART_OUTPUT, EW_PART_GATE_UP, EW_PART_DOWN, EW_PART_HEAD, EW_PART_OTHER, EW_PARTS };
+enum { EW_PART_QKV, EW_PART_ATTENTION, EW_PART_OUTPUT, EW_PART_GATE_UP, EW_PART_DOWN, EW_PART_HEAD, EW_PART_OTHER,
+       EW_PARTS };
 
 typedef struct ew_model ew_model;
 typedef struct ew_cache ew_cache;
@@ -31,37 +34,37 @@ typedef struct {                                     /* one row of the manifest'
     int64_t shape[2], offset, bytes;                 /* dims 1: shape[1] is 1 */
 } ew_tensor;
 
-/* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. repacked: NULL, or a file
- * that keeps the tiles (which are the same for every isa), read if it is there and fits, else written; key: 64 characters
- * that tell one model's tiles from all others (tiles.c). */
+/* Opens a weights file. isa: NULL for the best of this CPU. fp32: do not quantize activations. repacked: NULL, or a
+ * file that keeps the tiles (which are the same for every isa), read if it is there and fits, else written; key: 64
+ * characters that tell one model's tiles from all others (tiles.c). */
 ew_model *ew_open(const char *path, const ew_config *, const ew_tensor *, int tensors, int threads, int fp32,
                   const char *isa, const char *repacked, const char *key, char *error);
 void ew_close(ew_model *);
 const char *ew_isa(const ew_model *);                /* model NULL: the best of this CPU */
 
-/* Caches of `rows` sequences; kind EW_FLOAT32, EW_FLOAT16 or EW_INT8. ew_cache_copy copies row `from` of `source` over row
- * `to` of `target` (another cache of the model, or the same one): the first `length` slots. */
+/* Caches of `rows` sequences; kind EW_FLOAT32, EW_FLOAT16 or EW_INT8. ew_cache_copy copies row `from` of `source` over
+ * row `to` of `target` (another cache of the model, or the same one): the first `length` slots. */
 int64_t ew_cache_bytes(const ew_model *, int rows, int capacity, int kind);
 ew_cache *ew_cache_new(const ew_model *, int rows, int capacity, int kind, char *error);
 void ew_cache_free(ew_cache *);
 void ew_cache_copy(const ew_model *, const ew_cache *source, int from, ew_cache *target, int to, int length);
 
 /* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
- * of its earlier slots. The bits of a token's result do not depend on the other tokens of the pass, nor on the threads; only,
- * with the kernels avx512-amx, on whether they are EW_MANY or more (and its logits on whether as many are wanted).
+ * of its earlier slots. The bits of a token's result do not depend on the other tokens of the pass, nor on the threads;
+ * with the kernels avx512-amx alone, on whether they are EW_MANY or more (and logits on whether as many are wanted).
  * Logits of the tokens listed in `wanted` go to logits [n_wanted][vocab]. */
 int ew_forward(ew_model *, ew_cache *, int tokens, const int32_t *token, const int32_t *row, const int32_t *slot,
                int n_wanted, const int32_t *wanted, float *logits, char *error);
 
-/* A step of a lone row: feeds `token` at `slot`, and puts the k largest logits (penalized, if asked) into index and value in order,
- * ties to the lower index. logits: [vocab], to work in. Returns how many there are, or -1. */
+/* A step of a lone row: feeds `token` at `slot`, and puts the k largest logits (penalized, if asked) into index and
+ * value [k] in order, ties to the lower index. logits: [vocab], to work in. Returns how many there are, or -1. */
 typedef struct {                                     /* as in runtime/sampling.py */
     float repetition, presence, frequency;
     const int32_t *counts;                           /* [vocab]: times in the reply */
     const uint8_t *seen;                             /* [vocab]: in the prompt or the reply */
 } ew_penalties;
-int ew_next(ew_model *, ew_cache *, int row, int slot, int token, const ew_penalties *, int k, int32_t *index, float *value,
-            float *logits, char *error);
+int ew_next(ew_model *, ew_cache *, int row, int slot, int token, const ew_penalties *, int k, int32_t *index,
+            float *value, float *logits, char *error);
 
 /* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
 void ew_profile(ew_model *, int on, double *microseconds);

@@ -1,52 +1,57 @@
 /* A pool of threads that meet often: a step of a small model has about 150 meetings a millisecond.
  *
  * A waiting thread spins for some microseconds, then offers its core to others between two looks, for up to 2 ms at a
- * meeting and half a millisecond between steps, then sleeps on a futex. Sleeping sooner would let a virtual machine's
+ * meeting and half a millisecond between steps, then sleeps. Sleeping sooner would let a virtual machine's
  * core go idle at every delay, and a host that has other guests is slow to bring it back.
  *
  * Threads that meet are as slow as the one that another process keeps from running: two threads beside one busy process
- * on two CPUs are slower than one. So the pool adds up the time its threads spend off their cores during runs (they wait
- * awake, so on an idle machine that is next to nothing); where it is much, the next run has one thread fewer, and the pool
- * tries the next one again after a while, ever more rarely.
+ * on two CPUs are slower than one. So the pool adds up the time its threads spend off their cores during runs (they
+ * wait awake, so on an idle machine that is next to nothing); where it is much, the next run has one thread fewer, and
+ * the pool tries the next one again after a while, ever more rarely.
  *
- * Why a meeting can neither be missed nor wait for ever: how many threads carry a run is decided before it begins and told
- * with its number, in one word, so all of them count alike. A meeting ends only when all have arrived, and a thread reads
- * `meeting` before it arrives, so what it waits to see change is this meeting's number. A run ends with a meeting, so none
- * of its threads is still in it when the next begins. Who sleeps counts itself among `sleepers` before its last look at the
- * number, and who changes the number looks at `sleepers` after: one of the two sees the other.
+ * Why a meeting can neither be missed nor wait for ever: how many threads carry a run is decided before it begins and
+ * told with its number, in one word, so all of them count alike. A meeting ends only when all have arrived, and a
+ * thread reads `meeting` before it arrives, so what it waits to see change is this meeting's number. A run ends with a
+ * meeting, so none of its threads is still in it when the next begins. Who sleeps counts itself among `sleepers` before
+ * its last look at the number, and who changes the number looks at `sleepers` after: one of the two sees the other.
  *
  * Runs take turns. After fork the child has no workers, and `turn` may be held by a thread that it does not have: the
  * process counts its forks, and whoever enters a pool of an earlier count makes both anew.
  */
 #define _GNU_SOURCE
 #include "core.h"
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { SPIN_NS = 30000, AWAKE_MEETING_NS = 2000000, AWAKE_IDLE_NS = 500000 };
-enum { WATCH_NS = 40000000, MUCH = 15, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };   /* MUCH: percent of a run */
+enum { WATCH_NS = 40000000, FIRST_PAUSE_NS = 250000000, LAST_PAUSE_NS = 2000000000 };
+enum { MUCH = 15 };                                  /* percent of a run */
+enum { STACK = 8 << 20 };                            /* bytes: amx.h takes up to 2.5 MB, musl would give 128 kB */
 
-typedef struct { _Alignas(64) atomic_uint value; atomic_int sleepers; } gate;
+/* A number to watch; who has watched it in vain for long sleeps. */
+typedef struct {
+    _Alignas(64) atomic_uint value;
+    atomic_int sleepers;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+} gate;
 
 struct pool {
-    gate meeting, job;                               /* job: a count of runs << 8, and how many threads carry this one */
-    _Alignas(64) atomic_int arrived;
+    gate meeting, job;                               /* job: a count of runs << 8, and the threads of this one */
+    _Alignas(64) atomic_int arrived;                 /* at the meeting */
     atomic_llong off_core;                           /* nanoseconds of all threads, since the last look */
     atomic_int forks;                                /* of the process when the workers were started */
     atomic_int quit;
-    int threads, active, renewed;                    /* active: of the next run */
-    int64_t since, retry, pause;
-    pthread_mutex_t turn;
-    void (*work)(void *, int, int);
+    int threads, active, renewed;                    /* active: of the next run; renewed: after a fork */
+    int64_t since, retry, pause;                     /* ns: the last look, the next try of one more, between tries */
+    pthread_mutex_t turn;                            /* held by the caller who has entered */
+    void (*work)(void *, int, int);                  /* of the present run, with its context */
     void *context;
-    pthread_t thread[MAX_THREADS];
-    struct seat { pool *pool; int id; } seat[MAX_THREADS];
+    pthread_t thread[MAX_THREADS];                   /* [threads], without the caller's at 0 */
+    struct seat { pool *pool; int id; } seat[MAX_THREADS];       /* a worker's argument */
 };
 
 static atomic_int forks;
@@ -87,14 +92,20 @@ static void wait_change(gate *g, unsigned old, int64_t awake_ns) {
         if (now - since >= awake_ns) break;
         if (now - since >= SPIN_NS) sched_yield();
     }
+    pthread_mutex_lock(&g->lock);
     atomic_fetch_add(&g->sleepers, 1);
-    while (atomic_load(&g->value) == old) syscall(SYS_futex, &g->value, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
+    while (atomic_load(&g->value) == old) pthread_cond_wait(&g->changed, &g->lock);
     atomic_fetch_sub(&g->sleepers, 1);
+    pthread_mutex_unlock(&g->lock);
 }
 
+/* Gives g its next value and wakes who sleeps there. */
 static void advance(gate *g, unsigned to) {
     atomic_store(&g->value, to);
-    if (atomic_load(&g->sleepers)) syscall(SYS_futex, &g->value, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+    if (!atomic_load(&g->sleepers)) return;
+    pthread_mutex_lock(&g->lock);                    /* so that a sleeper is not between its last look and its sleep */
+    pthread_mutex_unlock(&g->lock);
+    pthread_cond_broadcast(&g->changed);
 }
 
 void pool_barrier(pool *p, int threads) {
@@ -106,6 +117,7 @@ void pool_barrier(pool *p, int threads) {
     } else wait_change(&p->meeting, old, AWAKE_MEETING_NS);
 }
 
+/* One thread's part of a run, and the meeting at its end. */
 static void take_part(pool *p, int id, int threads) {
     int64_t wall = ns_of(CLOCK_MONOTONIC), cpu = ns_of(CLOCK_THREAD_CPUTIME_ID);
     p->work(p->context, id, threads);
@@ -138,15 +150,26 @@ static void adapt(pool *p) {
     else if (p->active == p->threads && now > p->retry) p->pause = 0;
 }
 
+static void gate_init(gate *g) {
+    memset(g, 0, sizeof *g);
+    pthread_mutex_init(&g->lock, NULL);
+    pthread_cond_init(&g->changed, NULL);
+}
+
+/* A pool's state and workers, new or anew in a child. */
 static void start(pool *p) {
-    memset(&p->meeting, 0, sizeof p->meeting);
-    memset(&p->job, 0, sizeof p->job);
+    pthread_attr_t large;
+    gate_init(&p->meeting);
+    gate_init(&p->job);
     atomic_store(&p->arrived, 0);
     pthread_mutex_init(&p->turn, NULL);
+    pthread_attr_init(&large);
+    pthread_attr_setstacksize(&large, STACK);
     for (int i = 1; i < p->threads; i++) {
         p->seat[i] = (struct seat){p, i};
-        if (pthread_create(&p->thread[i], NULL, worker, &p->seat[i])) { p->threads = i; break; }   /* fewer is still right */
+        if (pthread_create(&p->thread[i], &large, worker, &p->seat[i])) p->threads = i;      /* fewer is right */
     }
+    pthread_attr_destroy(&large);
     p->active = p->threads, p->renewed = 1;
     atomic_store(&p->forks, atomic_load(&forks));
 }

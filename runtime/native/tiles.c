@@ -1,13 +1,13 @@
 /* Repacked weights kept in a file beside the bundle, so that the next opening only reads them.
  *
- * The file is 256 bytes of header, then the arena. The header names the layout's version, the size, a key that the caller
- * makes of everything the tiles follow from (the hash of the weights, the table of tensors, the configuration), and a
- * checksum of the arena: another model's file, an older layout's or a damaged one is packed anew. That holds against
- * accidents and mixed-up files, not against someone who forges a file, for whom changing the bundle is as easy.
+ * The file is 256 bytes of header, then the arena. The header names the layout's version, the size, a key that the
+ * caller makes of everything the tiles follow from (the hash of the weights, the table of tensors, the configuration),
+ * and a checksum of the arena: another model's file, an older layout's or a damaged one is packed anew. That holds
+ * against accidents and mixed-up files, not against someone who forges a file, for whom changing the bundle is as easy.
  *
- * Nothing but a regular file is opened: a link is not followed, a FIFO or device neither read nor replaced. A writer fills
- * NAME.partial under its lock and renames it, so that readers see whole files; a second writer goes without, and what a
- * killed one left is filled by the next. Where the file cannot be written, nothing is kept.
+ * Nothing but a regular file is opened: a link is not followed, a FIFO or device neither read nor replaced. A writer
+ * fills NAME.partial under its lock and renames it, so that readers see whole files; a second writer goes without, and
+ * what a killed one left is filled by the next. Where the file cannot be written, nothing is kept.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -54,7 +54,8 @@ int tiles_read(const char *path, const char *key, uint8_t *arena, size_t bytes) 
     int whole = (size_t)info.st_size == HEADER + bytes && read(fd, found, HEADER) == HEADER;
     for (size_t done = 0; whole && done < bytes;) {
         size_t wanted = bytes - done < PIECE ? bytes - done : PIECE, n = 0;
-        for (ssize_t got = 1; got > 0 && n < wanted; n += got > 0 ? got : 0) got = read(fd, arena + done + n, wanted - n);
+        for (ssize_t got = 1; got > 0 && n < wanted; n += got > 0 ? got : 0)
+            got = read(fd, arena + done + n, wanted - n);
         whole = n == wanted;
         add_to_sum(sum, arena + done, n / 64 * 64);
         done += n;
@@ -81,11 +82,12 @@ void tiles_write(const char *path, const char *key, const uint8_t *arena, size_t
     if (!lstat(path, &there) && !S_ISREG(there.st_mode)) return;
     int fd = open_regular(partial, O_RDWR | O_CREAT, &info);
     if (fd < 0) return;
-    if (!flock(fd, LOCK_EX | LOCK_NB) && !lstat(partial, &there) && there.st_ino == info.st_ino && there.st_dev == info.st_dev
-        && there.st_nlink == 1) {                            /* ours, and not what another writer has just renamed */
+    if (!flock(fd, LOCK_EX | LOCK_NB) && !lstat(partial, &there) && there.st_ino == info.st_ino
+        && there.st_dev == info.st_dev && there.st_nlink == 1) {     /* not what another writer has just renamed */
         add_to_sum(sum, arena, bytes);
         write_header(header, key, bytes, sum);
-        if (ftruncate(fd, 0) || write_all(fd, header, HEADER) || write_all(fd, arena, bytes) || rename(partial, path)) unlink(partial);
+        if (ftruncate(fd, 0) || write_all(fd, header, HEADER) || write_all(fd, arena, bytes) || rename(partial, path))
+            unlink(partial);
     }
     close(fd);
 }

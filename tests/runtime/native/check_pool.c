@@ -1,8 +1,9 @@
-/* The pool under ThreadSanitizer: callers that take turns, runs of changing numbers of threads, meetings in each, and forks. In every
- * meeting all threads of the run must have come as often, and none of another run. `make test-tsan`. */
+/* The pool under ThreadSanitizer: callers that take turns, runs of changing numbers of threads, meetings in each, and
+ * forks. In every meeting all threads of the run must have come as often, and none of another run. `make test-tsan`. */
 #include "../../../runtime/native/threads.c"
 #include <stdio.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 enum { THREADS = 4, MEETINGS = 25 };
 static int came[THREADS], runs;
@@ -55,6 +56,7 @@ int main(int arguments, char **argument) {
     }
     for (int i = 0; i < 3; i++) pthread_join(thread[i], NULL);
     pool_free(shared);
-    printf("%d runs of 1 to %d threads, %d meetings each; %d forks, %d hung; %d wrong\n", runs, THREADS, 2 * MEETINGS, forks, hung, wrong);
+    printf("%d runs of 1 to %d threads, %d meetings each; %d forks, %d hung; %d wrong\n", runs, THREADS, 2 * MEETINGS,
+           forks, hung, wrong);
     return wrong || hung || runs != 3 * count;
 }
