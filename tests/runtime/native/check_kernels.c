@@ -1,8 +1,9 @@
 /* The kernels of every instruction set this CPU has, against a scalar reference in double, over random shapes.
  *
  * Runs natively, under AddressSanitizer and UBSan (make test-asan) and as an ARM program under qemu-user (make
- * test-arm). Tensors are laid out as in a weights file, so the repacking is checked too. Heap blocks have the exact size
- * of what they hold: a read beyond one is an error under the sanitizers. Prints what failed; exit code 1 if anything did.
+ * test-arm). Tensors are laid out as in a weights file, so the repacking is checked too. Heap blocks have the exact
+ * size of what they hold: a read beyond one is an error under the sanitizers. Prints what failed; exit code 1 if
+ * anything did.
  */
 #include "core.h"
 #include <math.h>
@@ -10,7 +11,10 @@
 #include <stdlib.h>
 
 static uint64_t state = 88172645463325252ull;
-static uint32_t random_bits(void) { state ^= state << 13, state ^= state >> 7, state ^= state << 17; return (uint32_t)(state >> 16); }
+static uint32_t random_bits(void) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (uint32_t)(state >> 16);
+}
 static int up_to(int n) { return (int)(random_bits() % n); }
 static float unit(void) { return random_bits() / 2147483648.f - 1; }
 static int failures;
@@ -18,11 +22,18 @@ static void expect(int ok, const char *isa, const char *what, int a, int b, int 
     if (!ok) failures++, printf("FAILED %s: %s (%d, %d, %d), error %g\n", isa, what, a, b, c, error);
 }
 
-typedef struct { int rows, inputs, bits, group, asymmetric, by_input, groups; int *code, *zero; uint16_t *scale; uint8_t *bytes, *zero_bytes; } tensor;
+typedef struct {
+    int rows, inputs, bits, group, asymmetric, by_input, groups;
+    int *code;                                       /* [rows][inputs] */
+    int *zero; uint16_t *scale;                      /* [rows][groups] */
+    uint8_t *bytes, *zero_bytes;                     /* as in a file */
+} tensor;
 
-/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 as one run, [K, N] or [N, K], or bit streams of rows [N, K]. */
+/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 as one run, [K, N] or [N, K], or bit streams of rows
+ * [N, K]. */
 static source make(tensor *t) {
-    static const int types[][2] = {[2] = {EW_UINT2}, [3] = {EW_UINT3}, [4] = {EW_INT4, EW_UINT4}, [5] = {EW_UINT5}, [6] = {EW_UINT6}, [8] = {EW_INT8, EW_UINT8}};
+    static const int types[][2] = {[2] = {EW_UINT2}, [3] = {EW_UINT3}, [4] = {EW_INT4, EW_UINT4}, [5] = {EW_UINT5},
+                                   [6] = {EW_UINT6}, [8] = {EW_INT8, EW_UINT8}};
     const int run = t->bits % 4 == 0, flip = run && up_to(2) ? 1 << (t->bits - 1) : 0, zero_bits = run ? t->bits : 8;
     size_t n = (size_t)t->rows * t->inputs;
     t->groups = t->group ? t->inputs / t->group : 1;
@@ -65,7 +76,8 @@ static void check_product(const kernels *k) {
     tensor t = {.bits = widths[up_to(6)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
     t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
     t.by_input = t.bits % 4 == 0 && up_to(2);
-    int rows = 1 + up_to(up_to(3) ? 19 : 90), fp32 = up_to(2), bf16 = !fp32 && rows >= EW_MANY && !strcmp(k->name, "avx512-amx");
+    int rows = 1 + up_to(up_to(3) ? 19 : 90), fp32 = up_to(2);
+    const int bf16 = !fp32 && rows >= EW_MANY && !strcmp(k->name, "avx512-amx");
     source s = make(&t);
     matrix m;
     size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric);
@@ -77,15 +89,19 @@ static void check_product(const kernels *k) {
     m.bias = bias;
     activations a = {.blocks = m.blocks};
     size_t width = (size_t)m.blocks * BLOCK, n = rows * width;
-    a.f = calloc(n, 4), a.q = calloc(ceil_div(rows, TILE) * TILE * width, 2), a.scale = calloc(n / BLOCK, 4), a.sum = calloc(n / BLOCK, 4);
-    for (int r = 0; r < rows; r++) for (int i = 0; i < t.inputs; i++) a.f[r * width + i] = unit() * (i % 32 == 5 ? 20 : 1) * (up_to(9) > 0);
+    a.f = calloc(n, 4), a.q = calloc(ceil_div(rows, TILE) * TILE * width, 2);
+    a.scale = calloc(n / BLOCK, 4), a.sum = calloc(n / BLOCK, 4);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < t.inputs; i++) a.f[r * width + i] = unit() * (i % 32 == 5 ? 20 : 1) * (up_to(9) > 0);
     int8_t *q = a.q;
     if (fp32) a.q = NULL;
     else k->quantize(&a, rows, 0, rows);
-    float *y = calloc((size_t)rows * t.rows, 4), *again = calloc((size_t)rows * t.rows, 4), *row = malloc(t.inputs * sizeof(float));
+    float *y = calloc((size_t)rows * t.rows, 4), *again = calloc((size_t)rows * t.rows, 4);
+    float *row = malloc(t.inputs * sizeof(float));
     k->multiply(&m, &a, rows, y, t.rows, 0, m.tiles);
     for (int tile = m.tiles - 1; tile >= 0; tile--) k->multiply(&m, &a, rows, again, t.rows, tile, tile + 1);
-    expect(!memcmp(y, again, (size_t)rows * t.rows * 4), k->name, "tiles give the same bits in any order", t.bits, t.group, rows, 0);
+    expect(!memcmp(y, again, (size_t)rows * t.rows * 4), k->name, "tiles give the same bits in any order", t.bits,
+           t.group, rows, 0);
     for (int o = 0; o < t.rows; o++) {
         matrix_read_row(&m, o, row);
         for (int r = 0; r < rows; r++) {
@@ -93,29 +109,35 @@ static void check_product(const kernels *k) {
             for (int i = 0; i < t.inputs; i++) {
                 int g = t.group ? i / t.group : 0;
                 size_t at = (size_t)o * t.groups + g;
-                double w = (t.code[(size_t)o * t.inputs + i] - t.zero[at]) * (double)float_at(t.scale, KIND_F16, at), x = a.f[r * width + i];
-                if (r == 0) expect(fabs(row[i] - w) <= 1e-6 * fabs(w), k->name, "a row reads back", t.bits, o, i, row[i] - w);
+                const double scale = float_at(t.scale, KIND_F16, at);
+                double w = (t.code[(size_t)o * t.inputs + i] - t.zero[at]) * scale, x = a.f[r * width + i];
+                if (r == 0)
+                    expect(fabs(row[i] - w) <= 1e-6 * fabs(w), k->name, "a row reads back", t.bits, o, i, row[i] - w);
                 if (bf16) w = bfloat((float)w, 0), x = bfloat((float)x, 1);
                 else if (!fp32) {                            /* the reference rounds the same values to int8 */
                     double most = 0;
                     for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) most = fmax(most, fabs(a.f[r * width + j]));
                     x = most > 0 ? rint(a.f[r * width + i] * (double)(127 / (float)most)) * (most / 127) : 0;
-                    size += fabs(w) * (fabs(fabs(fmod(a.f[r * width + i] * 127 / fmax(most, 1e-9), 1)) - 0.5) < 1e-4 ? most / 127 * 1e5 : 0);   /* a tie may round either way */
+                    const double code = a.f[r * width + i] * 127 / fmax(most, 1e-9);
+                    const int tie = fabs(fabs(fmod(code, 1)) - 0.5) < 1e-4;      /* it may round either way */
+                    size += fabs(w) * (tie ? most / 127 * 1e5 : 0);
                 }
                 sum += w * x, size += fabs(w * x);
             }
             if (bias) sum += bias[o], size += fabs(bias[o]);
             double error = fabs(y[(size_t)r * t.rows + o] - sum);
-            expect(error <= 1e-5 * size, k->name, fp32 ? "product in float" : bf16 ? "product in bfloat16" : "product in int8", t.bits, t.group, rows, error / size);
+            const char *what = fp32 ? "product in float" : bf16 ? "product in bfloat16" : "product in int8";
+            expect(error <= 1e-5 * size, k->name, what, t.bits, t.group, rows, error / size);
         }
     }
     int fewer = bf16 ? EW_MANY : 1;
-    if (!fp32 && rows > fewer) {                             /* a row alone, or as few as go by bfloat16, give the same bits */
+    if (!fp32 && rows > fewer) {                     /* a row alone, or as few as go by bfloat16, give the same bits */
         activations last = a;
         last.f = a.f + (rows - fewer) * width;
         k->quantize(&last, fewer, 0, fewer);
         k->multiply(&m, &last, fewer, again, t.rows, 0, m.tiles);
-        expect(!memcmp(again, y + (size_t)(rows - fewer) * t.rows, fewer * t.rows * 4), k->name, "fewer rows have the same bits", t.bits, t.group, rows, 0);
+        expect(!memcmp(again, y + (size_t)(rows - fewer) * t.rows, fewer * t.rows * 4), k->name,
+               "fewer rows have the same bits", t.bits, t.group, rows, 0);
     }
     const float odd[] = {NAN, INFINITY, -INFINITY, -3e38f};  /* what damaged weights lead to stays what it is */
     int at = up_to(t.inputs), which = up_to(4);
@@ -123,15 +145,19 @@ static void check_product(const kernels *k) {
     if (!fp32) k->quantize(&a, rows, 0, rows);
     k->multiply(&m, &a, rows, y, t.rows, 0, m.tiles);
     for (int o = 0; o < t.rows && which < 3; o++)
-        expect(!isfinite(y[o]) || (bf16 || fp32), k->name, "inputs that are no numbers give no numbers", t.bits, at, rows, y[o]);
-    free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales), free(m.data), free(bias);
+        expect(!isfinite(y[o]) || (bf16 || fp32), k->name, "inputs that are no numbers give no numbers", t.bits, at,
+               rows, y[o]);
+    free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales);
+    free(m.data), free(bias);
     free(a.f), free(q), free(a.scale), free(a.sum), free(y), free(again), free(row);
 }
 
 static void check_floats(const kernels *k) {
-    int rows = 1 + up_to(40), inputs = 1 + up_to(90), count = 1 + up_to(9), kind = KIND_F16 + up_to(2), by_input = up_to(2);
+    int rows = 1 + up_to(40), inputs = 1 + up_to(90), count = 1 + up_to(9), kind = KIND_F16 + up_to(2);
+    int by_input = up_to(2);
     uint16_t *w = malloc((size_t)rows * inputs * 2);
-    for (int i = 0; i < rows * inputs; i++) w[i] = (uint16_t)((kind == KIND_F16 ? 0x3000 : 0x3d00) + up_to(0x600) + up_to(2) * 0x8000);
+    for (int i = 0; i < rows * inputs; i++)
+        w[i] = (uint16_t)((kind == KIND_F16 ? 0x3000 : 0x3d00) + up_to(0x600) + up_to(2) * 0x8000);
     source s = {(uint8_t *)w, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0};
     matrix m;
     size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0), width = (size_t)m.blocks * BLOCK;
@@ -146,8 +172,12 @@ static void check_floats(const kernels *k) {
         matrix_read_row(&m, o, row);
         for (int r = 0; r < count; r++) {
             double sum = 0, size = 1e-9;
-            for (int i = 0; i < inputs; i++) sum += (double)row[i] * a.f[r * width + i], size += fabs((double)row[i] * a.f[r * width + i]);
-            expect(fabs(y[(size_t)r * rows + o] - sum) <= 2e-6 * size, k->name, "product of floats", rows, inputs, kind, 0);
+            for (int i = 0; i < inputs; i++) {
+                const double product = (double)row[i] * a.f[r * width + i];
+                sum += product, size += fabs(product);
+            }
+            const double error = y[(size_t)r * rows + o] - sum;
+            expect(fabs(error) <= 2e-6 * size, k->name, "product of floats", rows, inputs, kind, error);
         }
     }
     w[up_to(rows * inputs)] = kind == KIND_F16 ? 0x7c00 : 0x7fc0;
@@ -158,15 +188,22 @@ static void check_floats(const kernels *k) {
 
 static void check_attention(const kernels *k) {
     static const int kinds[] = {EW_FLOAT32, EW_FLOAT16, EW_INT8}, dims[] = {8, 16, 24, 64, 80, 128};
-    int kind = kinds[up_to(3)], dim = dims[up_to(6)], padded = ceil_div(dim, TILE) * TILE, length = 1 + up_to(400), many = up_to(2), queries = 1 + up_to(many ? 70 : 7);
+    int kind = kinds[up_to(3)], dim = dims[up_to(6)], padded = ceil_div(dim, TILE) * TILE, length = 1 + up_to(400);
+    int many = up_to(2), queries = 1 + up_to(many ? 70 : 7);
     const int bf16 = many && dim % BLOCK == 0 && !strcmp(k->name, "avx512-amx");
-    int capacity = ceil_div(length, 2 * TILE) * 2 * TILE, heads = 1 + up_to(2), window = up_to(2) ? 1 + up_to(200) : 1 << 20;
+    int capacity = ceil_div(length, 2 * TILE) * 2 * TILE, heads = 1 + up_to(2);
+    int window = up_to(2) ? 1 + up_to(200) : 1 << 20;
     size_t slots = (size_t)2 * heads * capacity, element = dtype_bits(kind) / 8, stride = 2 + padded;
-    cache_layer c = {calloc(slots * dim, element), calloc(slots * padded, element), calloc(slots, 4), calloc(slots, 4), kind, capacity, heads, dim, padded};
-    float *key = malloc((size_t)length * dim * 4), *value = malloc((size_t)length * dim * 4), *q = malloc((size_t)queries * dim * 4);
+    cache_layer c = {calloc(slots * dim, element), calloc(slots * padded, element), calloc(slots, 4), calloc(slots, 4),
+                     kind, capacity, heads, dim, padded};
+    float *key = malloc((size_t)length * dim * 4), *value = malloc((size_t)length * dim * 4);
+    float *q = malloc((size_t)queries * dim * 4);
     for (int i = 0; i < length * dim; i++) key[i] = unit(), value[i] = unit();
     for (int i = 0; i < queries * dim; i++) q[i] = unit();
-    for (int s = 0; s < length; s++) k->append(&c, 1, heads - 1, s, key + s * dim, 0), k->append(&c, 1, heads - 1, s, value + s * dim, 1);
+    for (int s = 0; s < length; s++) {
+        k->append(&c, 1, heads - 1, s, key + s * dim, 0);
+        k->append(&c, 1, heads - 1, s, value + s * dim, 1);
+    }
     const float *query[70];
     int low[70], high[70];
     for (int i = 0; i < queries; i++) {
@@ -181,8 +218,9 @@ static void check_attention(const kernels *k) {
         k->attend(&job, chunk * CHUNK, next, stride);
         for (int i = 0; i < queries; i++) k->merge(into + i * stride, next + i * stride, padded);
     }
-    double *weight = malloc(length * sizeof(double)), tolerance = kind == EW_FLOAT32 ? 1e-5 : kind == EW_FLOAT16 ? 2e-3 : 3e-2;
-    if (bf16) {                                              /* the reference starts from the same numbers; weights are rounded too */
+    double *weight = malloc(length * sizeof(double));
+    double tolerance = kind == EW_FLOAT32 ? 1e-5 : kind == EW_FLOAT16 ? 2e-3 : 3e-2;
+    if (bf16) {                                      /* the reference starts from the same numbers */
         tolerance += kind == EW_FLOAT32 ? 3e-3 : 6e-3;       /* (a half is rounded again) */
         for (int i = 0; i < length * dim; i++) key[i] = bfloat(key[i], 0), value[i] = bfloat(value[i], 0);
         for (int i = 0; i < queries * dim; i++) q[i] = bfloat(q[i], 1);
@@ -198,13 +236,15 @@ static void check_attention(const kernels *k) {
         for (int d = 0; d < dim; d++) {
             double expected = 0, got = into[i * stride + 2 + d] / into[i * stride + 1];
             for (int s = low[i]; s < high[i]; s++) expected += weight[s] / sum * value[s * dim + d];
-            expect(fabs(got - expected) <= tolerance, k->name, bf16 ? "attention in bfloat16" : "attention", kind, dim, length, got - expected);
+            const char *what = bf16 ? "attention in bfloat16" : "attention";
+            expect(fabs(got - expected) <= tolerance, k->name, what, kind, dim, length, got - expected);
         }
     }
     if (begin == (high[queries - 1] - 1) / CHUNK) {          /* one chunk: a query alone gets the same bits */
         job.queries = 1, job.query += queries - 1, job.low += queries - 1, job.high += queries - 1;
         k->attend(&job, begin * CHUNK, next, stride);
-        expect(!memcmp(next, into + (queries - 1) * stride, stride * 4), k->name, "a query alone has the same bits", kind, dim, length, 0);
+        expect(!memcmp(next, into + (queries - 1) * stride, stride * 4), k->name, "a query alone has the same bits",
+               kind, dim, length, 0);
     }
     const float odd[] = {NAN, INFINITY, -3e38f};             /* nothing undefined comes of these (UBSan) */
     for (int i = 0; i < 3; i++) {
@@ -212,7 +252,8 @@ static void check_attention(const kernels *k) {
         k->append(&c, 1, heads - 1, 0, key, i % 2);
         k->attend(&job, 0, next, stride);
     }
-    free(c.k), free(c.v), free(c.k_scale), free(c.v_scale), free(key), free(value), free(q), free(into), free(next), free(weight);
+    free(c.k), free(c.v), free(c.k_scale), free(c.v_scale), free(key), free(value), free(q), free(into), free(next);
+    free(weight);
 }
 
 static void check_vectors(const kernels *k) {
@@ -239,7 +280,8 @@ static void check_vectors(const kernels *k) {
 }
 
 int main(int count, char **argument) {
-    static const char *names[] = {"avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod", "plain"};
+    static const char *names[] = {"avx512-amx", "avx512-vnni", "avx-vnni", "avx2", "neon-i8mm", "neon-dotprod",
+                                  "plain"};
     int rounds = count > 1 ? atoi(argument[1]) : 100, checked = 0;
     for (int i = 0; i < 7; i++) {
         const kernels *k = choose_kernels(names[i]);
