@@ -14,14 +14,12 @@ INLINE vi load_bytes(const void *p) {
     for (int i = 0; i < W; i++) v[i] = ((const uint8_t *)p)[i];
     return v;
 }
-INLINE vf load_half(const uint16_t *p) {             /* Giesen's: shift the exponent, mend subnormals and infinities */
-    vi h = {0}, magic = splat_int(113 << 23);
+INLINE vf load_half(const uint16_t *p) {             /* a product moves the exponent; infinities and NaN are mended */
+    vi h = {0};
     for (int i = 0; i < W; i++) h[i] = p[i];
-    vi bits = (h & 0x7fff) << 13, exponent = bits & (0x7c00 << 13);
-    bits += (127 - 15) << 23;
-    bits += (exponent == (0x7c00 << 13)) & ((128 - 16) << 23);
-    vi subnormal = (vi)((vf)((vu)bits + (1 << 23)) - (vf)magic);
-    return (vf)(((exponent == 0) & subnormal) | (~(exponent == 0) & bits) | (vi)((vu)(h & 0x8000) << 16));
+    const vf size = (vf)((h & 0x7fff) << 13) * 0x1p112f;
+    const vi special = ((h & 0x7c00) == 0x7c00) & 0x7f800000, sign = (vi)((vu)(h & 0x8000) << 16);
+    return (vf)((vi)size | special | sign);
 }
 INLINE void store_half(uint16_t *p, vf x) {          /* nearest even */
     for (int i = 0; i < W; i++) {

@@ -77,20 +77,15 @@ INLINE int group_rows(int rows, int most) {
 
 /* Step j (inputs 4j..4j+3) of a block of `bits`-wide codes, W rows of a tile: see layout.c for the planes. */
 INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
-    if (bits == 8) return load_int(block + 64 * j);
     vi c = {0};
     int line = 0, shift = 0;
-    if (bits & 4) {
-        vi v = load_int(block + 64 * (j >> 1));
-        c = (j & 1 ? v >> 4 : v) & 0x0f0f0f0f;
-        line = 4, shift = 4;
+    EACH(i, 4) {
+        const int plane = 8 >> i, steps = 8 / plane, down = plane * (j % steps);
+        if (!(bits & plane)) continue;
+        vi v = load_int(block + 64 * (line + j / steps));
+        c |= ((down ? v >> down : v) & (int)(((1u << plane) - 1) * 0x01010101)) << shift;
+        line += plane, shift += plane;
     }
-    if (bits & 2) {
-        vi v = load_int(block + 64 * (line + (j >> 2))), s = j & 3 ? v >> (2 * (j & 3)) : v;
-        c |= (s & 0x03030303) << shift;
-        line += 2, shift += 2;
-    }
-    if (bits & 1) c |= ((j ? load_int(block + 64 * line) >> j : load_int(block + 64 * line)) & 0x01010101) << shift;
     return c;
 }
 

@@ -75,30 +75,21 @@ static void gather(const matrix *m, const source *s, int t, int k0, uint8_t code
     }
 }
 
-/* A block in its lines (see above), to out [bits][64]. */
+/* A block in its lines, plane after plane, to out [bits][64]. */
 static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out) {
     for (int r = 0; r < TILE; r++) {
-        uint32_t step[8], *lines = (uint32_t *)out + r;      /* line l is lines[16 * l] */
+        uint32_t step[8], *line = (uint32_t *)out + r;       /* four inputs each; the next line is line + 16 */
         memcpy(step, codes[r], BLOCK);
-        if (bits == 8) {
-            for (int j = 0; j < 8; j++) lines[16 * j] = step[j];
-            continue;
-        }
-        if (bits & 4) {
-            for (int u = 0; u < 4; u++, lines += 16)
-                lines[0] = (step[2 * u] & 0x0f0f0f0f) | (step[2 * u + 1] & 0x0f0f0f0f) << 4;
-            for (int j = 0; j < 8; j++) step[j] = step[j] >> 4 & 0x0f0f0f0f;
-        }
-        if (bits & 2) {
-            for (int u = 0; u < 2; u++, lines += 16) {
-                lines[0] = 0;
-                for (int i = 0; i < 4; i++) lines[0] |= (step[4 * u + i] & 0x03030303) << 2 * i;
+        for (int plane = 8; plane; plane /= 2) {
+            if (!(bits & plane)) continue;
+            const uint32_t mask = ((1u << plane) - 1) * 0x01010101;
+            for (int j = 0; j < 8; line += 16) {
+                line[0] = 0;
+                for (int shift = 0; shift < 8; shift += plane, j++) {
+                    line[0] |= (step[j] & mask) << shift;
+                    step[j] >>= plane;
+                }
             }
-            for (int j = 0; j < 8; j++) step[j] = step[j] >> 2 & 0x3f3f3f3f;
-        }
-        if (bits & 1) {
-            lines[0] = 0;
-            for (int j = 0; j < 8; j++) lines[0] |= (step[j] & 0x01010101) << j;
         }
     }
 }
@@ -188,11 +179,13 @@ int matrix_finite(const matrix *m, int tile0, int tile1) {
 
 /* The code of a row (0..15) and input (0..31) of a block. */
 static int code_at(const uint8_t *block, int bits, int row, int input) {
-    int j = input / 4, byte = row * 4 + input % 4, code = 0, line = 0, shift = 0;
-    if (bits == 8) return block[64 * j + byte];
-    if (bits & 4) code = block[64 * (j / 2) + byte] >> 4 * (j % 2) & 15, line = 4, shift = 4;
-    if (bits & 2) code |= (block[64 * (line + j / 4) + byte] >> 2 * (j % 4) & 3) << shift, line += 2, shift += 2;
-    if (bits & 1) code |= (block[64 * line + byte] >> j & 1) << shift;
+    int code = 0, shift = 0;
+    for (int plane = 8; plane; plane /= 2) {
+        if (!(bits & plane)) continue;
+        const int steps = 8 / plane, byte = block[64 * (input / 4 / steps) + row * 4 + input % 4];
+        code |= (byte >> plane * (input / 4 % steps) & ((1 << plane) - 1)) << shift;
+        block += 64 * plane, shift += plane;
+    }
     return code;
 }
 
