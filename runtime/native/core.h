@@ -115,8 +115,8 @@ typedef struct {
     int dtype, by_input, stride, row0;
 } source;
 size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);    /* returns bytes */
-void matrix_pack(matrix *, const source *, int tile0, int tile1);
-int matrix_finite(const matrix *, int tile0, int tile1);                   /* whether all scales or weights are */
+void matrix_pack(matrix *, const source *, int tile);
+int matrix_finite(const matrix *, int tile);                               /* whether its scales or weights all are */
 void matrix_read_row(const matrix *, int row, float *out);                 /* dequantized, out [inputs] */
 float float_at(const void *floats, int kind, size_t index);                /* of KIND_F32, KIND_F16 or KIND_BF16 */
 int dtype_bits(int dtype);                                                 /* of one element; 0: unknown */

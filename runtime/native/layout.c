@@ -65,12 +65,16 @@ static void gather(const matrix *m, const source *s, int t, int k0, uint8_t code
     /* Little-endian bit streams: of a row, or (4 and 8 bits) of the whole tensor. */
     const size_t row_bits = is_stream(s->dtype) ? ((size_t)m->inputs * bits + 7) / 8 * 8 : (size_t)m->inputs * bits;
     for (int r = 0; r < rows; r++) {
-        uint8_t window[BLOCK + 4] = {0};
         const size_t from = (n0 + r) * row_bits + (size_t)k0 * bits;
+        const uint8_t *bytes = s->codes + from / 8;
+        if (bits == 8) {
+            for (int k = 0; k < inputs; k++) codes[r][k] = bytes[k] ^ flip;
+            continue;
+        }
+        uint8_t window[BLOCK + 4] = {0};
         const int first = from % 8;
-        memcpy(window, s->codes + from / 8, (first + inputs * bits + 7) / 8);
-        if (bits == 8) for (int k = 0; k < inputs; k++) codes[r][k] = window[k] ^ flip;
-        else for (int k = 0, at = first; k < inputs; k++, at += bits)
+        memcpy(window, bytes, (first + inputs * bits + 7) / 8);
+        for (int k = 0, at = first; k < inputs; k++, at += bits)
             codes[r][k] = (((window[at / 8] | window[at / 8 + 1] << 8) >> at % 8) & ((1 << bits) - 1)) ^ flip;
     }
 }
@@ -80,16 +84,17 @@ static void pack_block(const uint8_t codes[TILE][BLOCK], int bits, uint8_t *out)
     for (int r = 0; r < TILE; r++) {
         uint32_t step[8], *line = (uint32_t *)out + r;       /* four inputs each; the next line is line + 16 */
         memcpy(step, codes[r], BLOCK);
-        for (int plane = 8; plane; plane /= 2) {
+#pragma GCC unroll 4
+        for (int p = 3; p >= 0; p--) {
+            const int plane = 1 << p, steps = 8 >> p;
+            uint32_t words[8] = {0};
             if (!(bits & plane)) continue;
-            const uint32_t mask = ((1u << plane) - 1) * 0x01010101;
-            for (int j = 0; j < 8; line += 16) {
-                line[0] = 0;
-                for (int shift = 0; shift < 8; shift += plane, j++) {
-                    line[0] |= (step[j] & mask) << shift;
-                    step[j] >>= plane;
-                }
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                words[j / steps] |= (step[j] & ((1u << plane) - 1) * 0x01010101) << plane * (j % steps);
+                step[j] >>= plane;
             }
+            for (int i = 0; i < plane; i++, line += 16) *line = words[i];
         }
     }
 }
@@ -157,24 +162,20 @@ static void pack_codes(matrix *m, const source *s, int t) {
         }
 }
 
-void matrix_pack(matrix *m, const source *s, int tile0, int tile1) {
-    for (int t = tile0; t < tile1; t++)
-        if (m->kind >= KIND_F16) pack_floats(m, s, t);
-        else pack_codes(m, s, t);
+void matrix_pack(matrix *m, const source *s, int t) {
+    if (m->kind >= KIND_F16) pack_floats(m, s, t);
+    else pack_codes(m, s, t);
 }
 
-int matrix_finite(const matrix *m, int tile0, int tile1) {
+int matrix_finite(const matrix *m, int t) {
     const int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->groups);
+    const uint16_t *half = (const uint16_t *)(m->data + t * m->tile_bytes);
     const uint16_t top = m->kind == KIND_BF16 ? 0x7f80 : 0x7c00;
-    for (int t = tile0; t < tile1; t++) {
-        const uint16_t *half = (const uint16_t *)(m->data + t * m->tile_bytes);
-        const uint32_t *single = (const uint32_t *)half;
-        int bad = 0;
-        if (m->kind == KIND_F32) for (int i = 0; i < n; i++) bad |= (single[i] & 0x7f800000) == 0x7f800000;
-        else for (int i = 0; i < n; i++) bad |= (half[i] & top) == top;
-        if (bad) return 0;
-    }
-    return 1;
+    const uint32_t *single = (const uint32_t *)half;
+    int bad = 0;
+    if (m->kind == KIND_F32) for (int i = 0; i < n; i++) bad |= (single[i] & 0x7f800000) == 0x7f800000;
+    else for (int i = 0; i < n; i++) bad |= (half[i] & top) == top;
+    return !bad;
 }
 
 /* The code of a row (0..15) and input (0..31) of a block. */

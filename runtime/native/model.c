@@ -82,10 +82,10 @@ static int floats(opening *o, float **to, const char *prefix, const char *suffix
     if (t->dtype > EW_BFLOAT16 || t->shape[0] < n || t->shape[1] != columns || (columns == 1 && t->shape[0] != n))
         return fail(o, "tensor %.80s should hold %lld x %lld floats", t->name, (long long)n, (long long)columns);
     if (!(*to = keep(o->model, n * columns * sizeof(float)))) return fail(o, EW_LACK "out of memory");
-    for (int64_t i = 0; i < n * columns; i++) {
-        (*to)[i] = float_at(o->file + t->offset, float_kind(t->dtype), i);
+    if (t->dtype == EW_FLOAT32) memcpy(*to, o->file + t->offset, n * columns * sizeof(float));
+    else for (int64_t i = 0; i < n * columns; i++) (*to)[i] = float_at(o->file + t->offset, float_kind(t->dtype), i);
+    for (int64_t i = 0; i < n * columns; i++)
         if (!isfinite((*to)[i])) return fail(o, "tensor %.80s holds a value that is not a finite number", t->name);
-    }
     return 0;
 }
 
@@ -192,8 +192,10 @@ static void pack_work(void *context, int thread, int threads) {
     for (int i = 0; i < o->jobs; i++) {
         packing *job = &o->job[i];
         const int64_t tiles = job->to->tiles, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
-        if (!o->packed) matrix_pack(job->to, &job->from, from, to);
-        if (!matrix_finite(job->to, from, to)) __atomic_store_n(&o->bad, i + 1, __ATOMIC_RELAXED);
+        for (int64_t t = from; t < to; t++) {
+            if (!o->packed) matrix_pack(job->to, &job->from, t);
+            if (!matrix_finite(job->to, t)) __atomic_store_n(&o->bad, i + 1, __ATOMIC_RELAXED);
+        }
         if (o->packed || (i + 1 < o->jobs && o->job[i + 1].tensor == job->tensor)) continue;
         const size_t start = job->tensor->offset / page * page;  /* pages read would count as this process's memory */
         madvise(o->file + start, job->tensor->offset + job->tensor->bytes - start, MADV_DONTNEED);

@@ -62,6 +62,13 @@ static source make(tensor *t) {
     return (source){t->bytes, t->zero_bytes, scale, types[t->bits][run && !flip], t->by_input, t->rows, 0};
 }
 
+/* Packs all of m; returns whether all of it is finite. */
+static int pack(matrix *m, const source *s) {
+    int finite = 1;
+    for (int t = 0; t < m->tiles; t++) matrix_pack(m, s, t), finite &= matrix_finite(m, t);
+    return finite;
+}
+
 /* To bfloat16: to nearest, ties to even or away from zero. */
 static double bfloat(float x, int even) {
     uint32_t bits;
@@ -82,8 +89,7 @@ static void check_product(const kernels *k) {
     matrix m;
     size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric);
     m.data = aligned_alloc(64, bytes);
-    matrix_pack(&m, &s, 0, m.tiles);
-    expect(matrix_finite(&m, 0, m.tiles), k->name, "finite weights are taken", t.bits, t.group, t.rows, 0);
+    expect(pack(&m, &s), k->name, "finite weights are taken", t.bits, t.group, t.rows, 0);
     float *bias = up_to(2) ? calloc((size_t)m.tiles * TILE, sizeof(float)) : NULL;
     for (int r = 0; bias && r < t.rows; r++) bias[r] = unit();
     m.bias = bias;
@@ -162,8 +168,7 @@ static void check_floats(const kernels *k) {
     matrix m;
     size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0), width = (size_t)m.blocks * BLOCK;
     m.data = aligned_alloc(64, bytes);
-    matrix_pack(&m, &s, 0, m.tiles);
-    expect(matrix_finite(&m, 0, m.tiles), k->name, "finite floats are taken", rows, inputs, kind, 0);
+    expect(pack(&m, &s), k->name, "finite floats are taken", rows, inputs, kind, 0);
     activations a = {.blocks = m.blocks, .f = calloc(count * width, 4)};
     for (int r = 0; r < count; r++) for (int i = 0; i < inputs; i++) a.f[r * width + i] = unit();
     float *y = calloc((size_t)count * rows, 4), *row = malloc(inputs * sizeof(float));
@@ -181,8 +186,7 @@ static void check_floats(const kernels *k) {
         }
     }
     w[up_to(rows * inputs)] = kind == KIND_F16 ? 0x7c00 : 0x7fc0;
-    matrix_pack(&m, &s, 0, m.tiles);
-    expect(!matrix_finite(&m, 0, m.tiles), k->name, "infinities and NaN are refused", rows, inputs, kind, 0);
+    expect(!pack(&m, &s), k->name, "infinities and NaN are refused", rows, inputs, kind, 0);
     free(w), free(m.data), free(a.f), free(y), free(row);
 }
 
