@@ -102,48 +102,28 @@ import torch
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
 from compress.distilling.on_policy import OnPolicy
-from compress.teacher import build_cache, frozen_decoder
-from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, fill_checkpoint
+from compress.distilling.taught import Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of, with_defaults
+from compress.teacher import frozen_decoder
+from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
+from models.formats.teacher_cache import shared_vocabulary
 from models.network.decoder import Decoder
-from models.formats.teacher_cache import TeacherCache, shared_vocabulary, tokenizer_digest, tokenizer_size
-from models.training.trainer import Trainer, mixed_precision
-
-MICRO_TOKENS = 2048              # of a micro-batch, by default
-
-
-class Taught:
-    """Blocks `chosen` of a corpus with what a cache says about them, or without."""
-
-    lengths = None
-
-    def __init__(self, blocks: Blocks, chosen: np.ndarray, cache: TeacherCache | None = None):
-        self.blocks, self.chosen, self.cache = blocks, chosen, cache
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(input_ids, labels) [r, s], and of a cache index int64 and log-probabilities [r, s, k], others [r, s] float32."""
-        rows = self.blocks.rows(self.chosen[indices])
-        if self.cache is None:
-            return rows
-        cache = self.cache
-        return *rows, cache.indices[indices].astype(np.int64), *(
-            part[indices].astype(np.float32) for part in (cache.log_probabilities, cache.others))
+from models.training.trainer import mixed_precision
 
 
 def distill(options: Options) -> None:
     """Read, train, report. Raises UserError for input that cannot be used, CheckFailed at a loss not finite."""
     teacher = open_checkpoint(options.teacher)
-    options = _checked(options, teacher)
+    if not 1 <= options.context <= teacher.config.context_length:
+        raise UserError(f"--context {options.context}: the teacher's context is {teacher.config.context_length}")
+    options = with_defaults(options, options.context)
     check_output(options.out / "last", options.student)
     torch.manual_seed(options.seed)
     student, source, options = _student(options, teacher)
     losses = Losses(divergence(options.loss, options.mix), options.temperature, options.label_share, options.hidden_weight,
                     options.attention_weight)
-    learned = options.label_share < 1 or options.hidden_weight > 0 or options.attention_weight > 0
-    live = learned and (options.live or options.temperature != 1 or options.on_policy > 0 or options.hidden_weight > 0
-                        or options.attention_weight > 0)
+    matched = options.hidden_weight > 0 or options.attention_weight > 0
+    learned = options.label_share < 1 or matched
+    live = learned and (options.live or options.temperature != 1 or options.on_policy > 0 or matched)
     shared = shared_vocabulary(options.teacher, teacher.config.vocab_size, student.config.vocab_size)
     train, valid, inputs = _rows(options, teacher, shared, cached=learned and not live)
     inputs |= {"teacher": teacher.sha256(), "student": source.sha256()}
@@ -151,27 +131,13 @@ def distill(options: Options) -> None:
     distiller = Distiller(student, frozen_decoder(options.teacher, low) if live else None, losses, shared)
     if options.on_policy:
         train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer, shared)
-    trainer = Trainer(distiller, options, train, valid, partial(_save, source, options, inputs), inputs,
-                      loss=lambda module, *rows: module(*rows), judge=lambda module, *rows: module.judge(*rows))
+    trainer = trainer_of(distiller, options, train, valid, partial(_save, source, options, inputs), inputs)
     if live:
         distiller.teacher.to(trainer.accelerator.device)
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
     print(f"student: {parameters:.1f}M parameters in {len(student.config.layers)} layers; {len(train)} blocks to learn from, "
           f"{len(valid)} to judge on; {options.steps} steps of {options.batch} x {options.context} tokens")
-    metrics = trainer.fit()
-    if "valid_top1" not in metrics:                              # resumed where it was finished
-        metrics = {f"valid_{name}": mean for name, mean in trainer.validate().items()}
-    print(f"{options.out / 'last'}: step {trainer.step}, KL {metrics['valid_loss']:.4f} nats a token, top-1 agreement "
-          f"{metrics['valid_top1']:.1%} on held-out text; lowest KL {trainer.best:.4f} in {options.out / 'best'}")
-
-
-def _checked(options: Options, teacher: Checkpoint) -> Options:
-    """The options with their defaults filled in. Raises UserError for those that do not go together."""
-    if not 1 <= options.context <= teacher.config.context_length:
-        raise UserError(f"--context {options.context}: the teacher's context is {teacher.config.context_length}")
-    micro = options.micro_batch or min(options.batch, max(1, MICRO_TOKENS // options.context))
-    warmup = options.steps // 20 if options.warmup is None else options.warmup
-    return replace(options, micro_batch=micro, warmup=warmup)
+    fit(trainer)
 
 
 def _student(options: Options, teacher: Checkpoint) -> tuple[Decoder, Checkpoint, Options]:
@@ -187,9 +153,7 @@ def _student(options: Options, teacher: Checkpoint) -> tuple[Decoder, Checkpoint
     if source.quantization is not None:
         raise UserError(f"{source.path} is quantized: distill the checkpoint it was made from, or train its scales with "
                         f"python -m compress.recover")
-    if tokenizer_digest(source.path) != tokenizer_digest(teacher.path):
-        raise UserError(f"teacher and student vocabularies differ ({teacher.path} has {tokenizer_size(teacher.path)} tokens, "
-                        f"{source.path} {tokenizer_size(source.path)}): both must share one tokenizer")
+    check_tokenizers(teacher, source)
     if options.context > source.config.context_length:
         raise UserError(f"--context {options.context}: the student's context is {source.config.context_length}")
     decoder = load_decoder(source.path)
@@ -223,25 +187,15 @@ def _rows(options: Options, teacher: Checkpoint, shared: int | None, cached: boo
         judged = build_corpus(options, options.valid, options.teacher / "tokenizer.json", eos)
         inputs["valid"] = judged.digest
         valid_blocks, left = Blocks(judged, options.context), np.arange(len(blocks))
-        held = _spread(np.arange(len(valid_blocks)), options.eval_rows)
+        held = spread(np.arange(len(valid_blocks)), options.eval_rows)
     else:
-        valid_blocks, held = blocks, _spread(np.arange(len(blocks)), min(options.eval_rows, max(1, len(blocks) // 10)))
-        left = np.setdiff1d(np.arange(len(blocks)), held)
+        valid_blocks, (left, held) = blocks, set_apart(len(blocks), options.eval_rows)
     if not len(left):
         raise UserError(f"{options.data[0]}: {len(corpus.tokens)} tokens are too few to learn from and to judge on in "
                         f"blocks of {options.context}: give more, --valid FILES, or a shorter --context")
-    chosen = _spread(left, options.steps * options.batch)
-
-    def with_cache(blocks: Blocks, chosen: np.ndarray) -> Taught:
-        ids = torch.from_numpy(blocks.rows(chosen)[0])
-        return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top,
-                                                 vocabulary=shared))
-    return with_cache(blocks, chosen) if cached else Taught(blocks, chosen), with_cache(valid_blocks, held), inputs
-
-
-def _spread(indices: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the indices, spread evenly."""
-    return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
+    chosen = spread(left, options.steps * options.batch)
+    train = taught(blocks, chosen, options, shared) if cached else Taught(blocks, chosen)
+    return train, taught(valid_blocks, held, options, shared), inputs
 
 
 def _save(source: Checkpoint, options: Options, inputs: dict, distiller: Distiller, folder: Path, metrics: dict) -> None:

@@ -9,18 +9,22 @@ cosine (Loshchilov and Hutter 2017) falls along half a cosine to `floor` times t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
 BETAS = (0.9, 0.95)
 
 
-def adamw(module: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the module's trainable parameters; the learning rate is set at every step."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, fused=True)
+def adamw(module: torch.nn.Module, weight_decay: float, rates: Callable[[str], float] = lambda name: 1.0) -> torch.optim.AdamW:
+    """AdamW over the module's trainable parameters; at every step the learning rate is set, times `rates` of the name."""
+    groups = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[rates(name), weight_decay if parameter.dim() >= 2 else 0.0].append(parameter)
+    return torch.optim.AdamW([{"params": parameters, "rate": rate, "weight_decay": decay}
+                              for (rate, decay), parameters in groups.items()], lr=0.0, betas=BETAS, fused=True)
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, schedule: str, floor: float,

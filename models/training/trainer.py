@@ -9,7 +9,7 @@ models.data.corpus.Blocks does. `save(module, folder, metrics)` writes the modul
 own are sharded) as a checkpoint. `loss(module, *rows)` is a sum over labels, by default of negative log-likelihoods;
 learned from is its mean over the labels of the whole global batch, however it is cut into micro-batches and processes,
 in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means over the validation labels
-are the metrics valid_NAME, and the lowest valid_loss is best.
+are the metrics valid_NAME, and the lowest valid_loss is best. `rates(name)` is a parameter's share of the learning rate.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
 processes with DDP or FSDP (version 2), each on its share of every batch; losses equal one process's up to the order of
@@ -90,7 +90,7 @@ def process_state() -> PartialState:
 class Trainer:
     def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
                  save: Callable[[torch.nn.Module, Path, dict], None], inputs: dict[str, str], loss=summed_loss,
-                 judge=label_loss):
+                 judge=label_loss, rates: Callable[[str], float] = lambda name: 1.0):
         self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
         self.loss, self.judge = loss, judge
         check_options(options)
@@ -103,7 +103,7 @@ class Trainer:
         self.processes = self.accelerator.num_processes
         if options.batch % self.processes:
             raise UserError(f"--batch {options.batch} does not divide among {self.processes} processes")
-        self.module, self.optimizer = module, adamw(module, options.weight_decay)
+        self.module, self.optimizer = module, adamw(module, options.weight_decay, rates)
         self.whole = copy.deepcopy(module) if self.sharded and self.accelerator.is_main_process else module
         if options.checkpointing:
             _checkpoint_layers(module)
@@ -169,8 +169,7 @@ class Trainer:
                 start = time.perf_counter()
                 loss, norm, tokens = self.train_step()
                 speed = tokens / (time.perf_counter() - start)
-                rate = self.optimizer.param_groups[0]["lr"]
-                self._log("train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_s=speed)
+                self._log("train", loss=loss, learning_rate=self._rate(self.step - 1), gradient_norm=norm, tokens_per_s=speed)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{self.best:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
         if self.board:
@@ -215,14 +214,17 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
             raise self._diverged(f"loss {loss} and gradient norm {norm} at step {self.step + 1}, in the batch of rows "
                                  f"{', '.join(map(str, indices))}")
-        rate = learning_rate(self.step, steps=options.steps, warmup=options.warmup, peak=options.learning_rate,
-                             schedule=options.schedule, floor=options.floor, decay_share=options.decay_share)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate(self.step) * group["rate"]
         self.prepared.step()
         self.prepared.zero_grad()
         self.step += 1
         return loss, norm, sum(batch[0].numel() for batch in batches) * self.processes
+
+    def _rate(self, step: int) -> float:
+        options = self.options
+        return learning_rate(step, steps=options.steps, warmup=options.warmup, peak=options.learning_rate,
+                             schedule=options.schedule, floor=options.floor, decay_share=options.decay_share)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

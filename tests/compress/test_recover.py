@@ -1,19 +1,17 @@
 """Quantization-aware distillation: gradients against autograd, codes kept, the student nearer to its teacher."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-import compress.recover
 from compress.quantize import main as quantize
 from compress.recover import CodedLinear, main, student_of
 from compress.quantizing.rtn import round_to_nearest
 from models.formats.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
+from models.training.trainer import Trainer
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
 
@@ -31,7 +29,7 @@ def recover(world, out, *options, checkpoint=None, teacher=None):
     source, folder = world
     return main([str(checkpoint or folder / "q"), "--teacher", str(teacher or source), "-o", str(folder / out), "--data",
                  str(folder / "text.txt"), "--cache", str(folder / "cache"), "--teacher-cache", str(folder / "teacher"),
-                 "--windows", "16", "--length", "48", *map(str, options)])
+                 "--windows", "16", "--length", "48", "--eval-rows", "4", *map(str, options)])
 
 
 def divergence(path, reference):
@@ -71,10 +69,12 @@ def test_latents_pass_gradients_straight_through_within_the_range():
 
 def test_an_untrained_student_is_the_checkpoint(world):
     source, folder = world
-    decoder, coded = student_of(open_checkpoint(folder / "q"))
+    decoder = student_of(open_checkpoint(folder / "q"))
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.allclose(decoder(ids), load_decoder(folder / "q")(ids), atol=1e-5)
+    coded = {name: module for name, module in decoder.named_modules() if isinstance(module, CodedLinear)}
+    assert len(coded) == 14
     for name, module in coded.items():
         again, stored = module.frozen(), open_checkpoint(folder / "q").quantized(name)
         assert torch.equal(again.codes, stored.codes) and torch.equal(again.scales, stored.scales)
@@ -83,8 +83,8 @@ def test_an_untrained_student_is_the_checkpoint(world):
 def test_scales_alone_bring_the_student_nearer(world):
     source, folder = world
     assert recover(world, "scales", "--steps", 40, "--learning-rate", 2e-3) == 0
-    assert divergence(folder / "scales", source) < 0.9 * divergence(folder / "q", source)
-    before, after = open_checkpoint(folder / "q"), open_checkpoint(folder / "scales")
+    assert divergence(folder / "scales/last", source) < 0.9 * divergence(folder / "q", source)
+    before, after = open_checkpoint(folder / "q"), open_checkpoint(folder / "scales/last")
     assert after.quantization == before.quantization
     for name in before.names():
         same = torch.equal(before.read(name), after.read(name))
@@ -93,96 +93,55 @@ def test_scales_alone_bring_the_student_nearer(world):
 
 def test_codes_change_only_when_asked(world):
     source, folder = world
-    assert recover(world, "weights", "--steps", 2, "--weights", 20, "--code-rate", 0.05) == 0
-    before, after = open_checkpoint(folder / "q"), open_checkpoint(folder / "weights")
+    assert recover(world, "weights", "--steps", 20, "--codes", "--code-rate", 0.05) == 0
+    before, after = open_checkpoint(folder / "q"), open_checkpoint(folder / "weights/last")
     name = "model.layers.0.mlp.up_proj"
     assert not torch.equal(before.quantized(name).codes, after.quantized(name).codes)
     assert int(after.quantized(name).codes.max()) <= 15
 
 
-def test_the_same_seed_gives_the_same_checkpoint(world):
+def test_layer_norms_and_their_biases_are_trained_and_kept(tiny_checkpoint, world, tmp_path):
+    assert quantize([str(tiny_checkpoint("gpt2")), "-o", str(tmp_path / "q"), "--bits", "4", "--group", "64"]) == 0
+    assert recover(world, "gpt2", "--steps", 4, checkpoint=tmp_path / "q", teacher=tiny_checkpoint("gpt2")) == 0
+    before, after = open_checkpoint(tmp_path / "q"), open_checkpoint(world[1] / "gpt2/last")
+    for name in before.names():
+        if "norm" in name:
+            assert not torch.equal(before.read(name), after.read(name)), name
+
+
+@pytest.mark.parametrize("codes", [[], ["--codes"]])
+def test_the_same_seed_gives_the_same_bytes_interrupted_or_not(world, monkeypatch, codes):
     _, folder = world
-    for out in ("one", "two"):
-        assert recover(world, out, "--steps", 3) == 0
-    one, two = open_checkpoint(folder / "one"), open_checkpoint(folder / "two")
-    assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
+    whole, parts = f"whole{len(codes)}", f"parts{len(codes)}"
+    options = ("--steps", 5, "--batch", 4, "--eval-every", 2, *codes)
+    assert recover(world, whole, *options) == 0
+    step, calls = Trainer.train_step, []
 
-
-def test_an_interrupted_run_ends_with_the_same_bytes(world, monkeypatch):
-    _, folder = world
-    options = ("--steps", 5, "--weights", 5, "--batch", 4)
-    monkeypatch.setattr("compress.recover.SAVED", 2)
-    assert recover(world, "whole", *options) == 0
-    step, calls = compress.recover._step, []
-    for stop in (4, 6):                                   # in the first phase, then in the second
-        def interrupted(*arguments):
-            calls.append(1)
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            return step(*arguments)
-        monkeypatch.setattr("compress.recover._step", interrupted)
-        assert recover(world, "parts", *options) == 130 and not (folder / "parts").exists()
-        calls.clear()
-    monkeypatch.setattr("compress.recover._step", lambda *arguments: calls.append(1) or step(*arguments))
-    assert recover(world, "parts", *options) == 0
-    assert len(calls) == 3                                # it went on, and did not start again
-    assert (folder / "parts/model.safetensors").read_bytes() == (folder / "whole/model.safetensors").read_bytes()
-    assert not list(folder.glob(".*.work"))
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_after_the_step_and_a_longer_run_goes_on(world, monkeypatch, number, code):
-    _, folder = world
-    step, calls = compress.recover._step, []
-
-    def signalled(*arguments):
+    def interrupted(trainer):
         calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-        return step(*arguments)
-    monkeypatch.setattr("compress.recover._step", signalled)
-    try:
-        assert recover(world, f"signal{code}", "--steps", 5) == code
-    except SystemExit as left:
-        assert left.code == code
-    assert not (folder / f"signal{code}").exists()
-    assert recover(world, f"signal{code}", "--steps", 8) == 0
-    assert len(calls) == 8 and not list(folder.glob(".*.work"))          # 3, then 5 more
-
-
-def test_quantize_recovers_in_the_same_command(world, monkeypatch, capsys):
-    """The same bytes as the two stages one by one, also where it was stopped between them; both stand in the lineage."""
-    source, folder = world
-    assert recover(world, "apart", "--steps", 4, "--learning-rate", 1e-3) == 0
-
-    def both():
-        return quantize([str(source), "-o", str(folder / "both"), "--bits", "4", "--group", "64", "--recover", "4",
-                         "--recover-rate", "1e-3", "--data", str(folder / "text.txt"), "--cache", str(folder / "cache"),
-                         "--teacher-cache", str(folder / "teacher"), "--length", "48"])
-
-    def stopped(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("compress.recover._step", stopped)
-        assert both() == 130
-    monkeypatch.setattr("compress.quantize.write_checkpoint", None)         # the codes are there, and not made again
-    assert both() == 0
-    assert (folder / "both/model.safetensors").read_bytes() == (folder / "apart/model.safetensors").read_bytes()
-    stages = [stage["stage"] for stage in json.loads((folder / "both/lineage.json").read_text())["stages"]]
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(trainer)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert recover(world, parts, *options) == 130
+    assert json.loads((folder / parts / "last/training_state/state.json").read_text())["step"] == 2
+    assert recover(world, parts, *options, "--resume") == 0
+    assert len(calls) == 4 + 3                            # it went on, and did not start again
+    assert recover(world, parts, *options) == 2           # a finished run is not written over
+    weights = [(folder / out / "last/model.safetensors").read_bytes() for out in (whole, parts)]
+    assert weights[0] == weights[1]
+    stages = [stage["stage"] for stage in json.loads((folder / parts / "last/lineage.json").read_text())["stages"]]
     assert stages[-2:] == ["compress.quantize", "compress.recover"]
-    assert not list(folder.glob(".both.*"))
-    assert quantize([str(source), "-o", str(folder / "none"), "--recover", "4"]) == 2
-    assert "--data FILES to train on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, words", [
     (["--steps", 0], "--steps is 0"), (["--learning-rate", 0], "--learning-rate"), (["--top", 0], "--top is 0"),
-    (["--length", 10**6], "less than one window")])
+    (["--length", 10**6], "less than one window"),
+    (["--length", 250], "too few tokens to learn from and to judge on")])
 def test_bad_numbers(world, options, words, capsys):
-    if words == "less than one window":
-        (world[1] / "short.txt").write_text("few")
-        options = ["--data", world[1] / "short.txt"]
+    if "--length" in options:
+        (world[1] / "short.txt").write_text("few" if "one window" in words else "Once upon a time. " * 60)
+        options = [*options, "--data", world[1] / "short.txt"]
     assert recover(world, "bad", *options) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (world[1] / "bad").exists()

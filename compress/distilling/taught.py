@@ -1,0 +1,103 @@
+"""Text with what a teacher says about it, and the run in which a student learns it: what distill and recover share.
+
+    left, held = set_apart(len(blocks), options.eval_rows)
+    trainer = trainer_of(distiller, options, taught(blocks, left, options, shared), ..., save, inputs)
+    fit(trainer)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from compress.distilling.distiller import Distiller
+from compress.teacher import build_cache
+from models.data.corpus import IGNORE
+from models.formats.checkpoint import Checkpoint
+from models.formats.teacher_cache import TeacherCache, tokenizer_digest, tokenizer_size
+from models.training.trainer import Rows, Trainer
+from runtime.errors import UserError
+
+MICRO_TOKENS = 2048              # of a micro-batch, by default
+
+
+class Windows:
+    """Windows of tokens as a trainer reads them: ids int64 [windows, tokens], labels the tokens that follow."""
+
+    lengths = None
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids.numpy()
+        self.labels = np.concatenate((self.ids[:, 1:], np.full_like(self.ids[:, :1], IGNORE)), 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids[indices], self.labels[indices]
+
+
+class Taught:
+    """Blocks `chosen` of a text with what a cache says about them, or without."""
+
+    lengths = None
+
+    def __init__(self, blocks: Rows, chosen: np.ndarray, cache: TeacherCache | None = None):
+        self.blocks, self.chosen, self.cache = blocks, chosen, cache
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(input_ids, labels) [r, s], and of a cache index int64 and log-probabilities [r, s, k], others [r, s] float32."""
+        rows = self.blocks.rows(self.chosen[indices])
+        if self.cache is None:
+            return rows
+        return *rows, self.cache.indices[indices].astype(np.int64), *(
+            part[indices].astype(np.float32) for part in (self.cache.log_probabilities, self.cache.others))
+
+
+def taught(blocks: Rows, chosen: np.ndarray, options, shared: int | None) -> Taught:
+    """Blocks `chosen` with the predictions of options.teacher among its first `shared` tokens (None: all)."""
+    ids = torch.from_numpy(blocks.rows(chosen)[0])
+    return Taught(blocks, chosen, build_cache(options.teacher, ids, options.teacher_cache.expanduser(), options.top, vocabulary=shared))
+
+
+def spread(indices: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the indices, spread evenly."""
+    return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)]
+
+
+def set_apart(count: int, judged: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` blocks to learn from, and which, at most a tenth of them, to judge on."""
+    held = spread(np.arange(count), min(judged, max(1, count // 10)))
+    return np.setdiff1d(np.arange(count), held), held
+
+
+def check_tokenizers(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Raises UserError where the two have not one tokenizer."""
+    if tokenizer_digest(student.path) != tokenizer_digest(teacher.path):
+        raise UserError(f"teacher and student vocabularies differ ({teacher.path} has {tokenizer_size(teacher.path)} tokens, "
+                        f"{student.path} {tokenizer_size(student.path)}): both must share one tokenizer")
+
+
+def with_defaults(options, tokens: int):
+    """Options of a trainer on rows of `tokens`, their micro-batch and warm-up filled in."""
+    micro = options.micro_batch or min(options.batch, max(1, MICRO_TOKENS // tokens))
+    return replace(options, micro_batch=micro, warmup=options.steps // 20 if options.warmup is None else options.warmup)
+
+
+def trainer_of(distiller: Distiller, options, train: Rows, valid: Rows, save, inputs: dict[str, str], **how) -> Trainer:
+    return Trainer(distiller, options, train, valid, save, inputs, loss=lambda module, *rows: module(*rows),
+                   judge=lambda module, *rows: module.judge(*rows), **how)
+
+
+def fit(trainer: Trainer) -> None:
+    """Train to the end, and print what came of it."""
+    metrics, out = trainer.fit(), trainer.options.out
+    if "valid_top1" not in metrics:                              # resumed where it was finished
+        metrics = {f"valid_{name}": mean for name, mean in trainer.validate().items()}
+    print(f"{out / 'last'}: step {trainer.step}, KL {metrics['valid_loss']:.4f} nats a token, top-1 agreement "
+          f"{metrics['valid_top1']:.1%} on held-out text; lowest KL {trainer.best:.4f} in {out / 'best'}")
