@@ -6,44 +6,56 @@ used as they are by PyTorch and by every export. The token embedding and the hea
 read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer bits take the linears'
 group.
 
-Methods: "rtn" rounds to nearest (compress/quantizing/rtn.py) and needs no data, nor does "hqq", neural-compressor's
-(compress/quantizing/neural_compressor.py): one tensor is in memory at a time. "clip" (compress/quantizing/clipping.py)
-and "gptq" (compress/quantizing/gptq.py) are calibrated on text (--data), layer by layer
-(compress/quantizing/calibrated.py), and resume where they were stopped; "autoround", neural-compressor's too, is
-calibrated and does not resume. With --target-size or --target-bpw every module gets its own format
-(compress/quantizing/mixed.py). ONNX and TensorRT bundles take 4 and 8 bits, TensorRT symmetric only; other widths run
-in PyTorch and the native core.
+METHODS has how codes are chosen. Calibrated methods go layer by layer over text and resume where they were stopped
+(compress/quantizing/calibrated.py); of the others only autoround has more than one tensor in memory. With --target-size
+or --target-bpw every module gets its own format (compress/quantizing/mixed.py). ONNX and TensorRT bundles take 4 and 8
+bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from compress.options import TEACHER_CACHE
-from models.formats import lineage
 from models.data.corpus import DataOptions
-from models.data.records import as_text, find_sources, read_records, source_digest
+from models.formats import lineage
 from models.progress import progress
 from runtime.capabilities import BACKENDS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import clear_work, lock, work_folder
 from runtime.machine import peak_rss_mb
-from runtime.text import Tokenizer
 
-CALIBRATED = ("clip", "gptq")           # methods that look at text
-FOLD_NAMES = ("awq", "smooth", "values")
+
+@dataclass(frozen=True)
+class Method:
+    """How codes are chosen, and what that takes."""
+
+    function: str                        # in compress/quantizing; what it is given follows from `sees`
+    sees: str                            # "weight", "layer" (a weight with the Hessian of its inputs) or "model" (all linears)
+    data: bool = False                   # whether it is calibrated on text
+    mixed: bool = True                   # whether modules may have formats of their own
+    negative_scales: bool = False        # whether it cannot do without
+
+
+METHODS = {"rtn": Method("rtn.round_to_nearest", "weight"),
+           "hqq": Method("neural_compressor.hqq", "weight"),
+           "clip": Method("calibrated.clip", "layer", data=True),
+           "gptq": Method("calibrated.gptq_descended", "layer", data=True),
+           "autoround": Method("neural_compressor.autoround", "model", data=True, mixed=False, negative_scales=True)}
+FOLDS = {"awq": "awq.awq", "smooth": "smoothquant.smooth", "values": "rotation.rotate_values"}
+VOCABULARY = ("model.embed_tokens", "lm_head")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
-  python -m compress.quantize CKPT -o OUT --bits 8 --group 0 --eval-text TEXT
+  python -m compress.quantize CKPT -o OUT --bits 8 --group 0
   python -m compress.quantize CKPT -o OUT --skip "model.layers.0.*" "*.down_proj"
   python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt
   python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt --target-size 92MB --backend onnx
-  python -m compress.quantize CKPT -o OUT --method gptq --data corpus.txt --target-size 70MB --recover 40
 """
 
 
@@ -59,8 +71,9 @@ class Options(DataOptions):
     embedding_bits: int = arg(8, help="bits of the embedding and the head; 0: leave them alone",
                               choices=(0, 2, 3, 4, 5, 6, 8))
     skip: tuple[str, ...] = arg((), help="patterns of modules to leave alone, such as '*.down_proj'", metavar="PATTERN")
-    method: str = arg("rtn", help="how codes are chosen", choices=("rtn", "hqq", "clip", "gptq", "autoround"))
-    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLD_NAMES), metavar="FOLD", group="calibration")
+    method: str = arg("rtn", help="how codes are chosen", choices=tuple(METHODS))
+    fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD",
+                                 group="calibration")
     kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=("int", "e4m3"))
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8),
                            group="activations and KV cache")
@@ -81,12 +94,6 @@ class Options(DataOptions):
     sensitivity: Path | None = arg(None, help="file that keeps the measured sensitivity; read where it is there",
                                    group="a target size")
     sensitivity_windows: int = arg(24, help="windows the sensitivity is measured on", least=1, group="a target size")
-    recover: int = arg(0, help="then train scales and norm gains for so many steps (compress.recover)", metavar="STEPS",
-                       least=0, group="recovery")
-    recover_rate: float = arg(1e-4, help="the learning rate of that; coarse codes take more", above=0, below=1, group="recovery")
-    teacher_cache: Path = arg(TEACHER_CACHE, help="where the teacher's predictions for that are kept", group="recovery")
-    eval_text: Path | None = arg(None, help="text to measure perplexity on, before and after", group="measuring")
-    eval_windows: int = arg(32, help="windows of 512 tokens of it to use; 0: all", least=0, group="measuring")
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,31 +101,38 @@ class Options(DataOptions):
             raise UserError("--target-size and --target-bpw say the same thing twice: give one of them")
         if self.mixed and not self.data:
             raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
-        if self.method in (*CALIBRATED, "autoround") and not self.data:
+        method = METHODS[self.method]
+        if method.data and not self.data:
             raise UserError(f"--method {self.method} is calibrated on text: give --data FILES")
         for name in self.fold:
-            if name not in FOLD_NAMES:
-                raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLD_NAMES)}")
+            if name not in FOLDS:
+                raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLDS)}")
         calibrates = {"--fold": self.fold, "--activation-scales static": self.activation_scales == "static",
                       "--kv-cache": self.kv_cache != "float"}
         for name, asked in calibrates.items():
-            if asked and self.method not in CALIBRATED:
+            if asked and not self.calibrated:
                 raise UserError(f"{name} looks at calibration text, which --method {self.method} does not: choose --method "
                                 f"clip or gptq")
         if self.activation_scales == "static" and not self.activations:
             raise UserError("--activation-scales is about int8 activations: give --activations 8")
         if self.kind == "e4m3" and (self.method != "rtn" or self.bits != 8 or not self.symmetric):
             raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
-        if self.method == "autoround" and (self.mixed or not BACKENDS[self.backend].negative_scales):
+        if self.mixed and not method.mixed or method.negative_scales and not self.negative_scales:
             raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
                             "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
-        if self.recover and not self.data:
-            raise UserError("--recover needs --data FILES to train on")
 
     @property
     def mixed(self) -> bool:
         """Whether every module gets a format of its own, for a target size."""
         return self.target_size is not None or self.target_bpw is not None
+
+    @property
+    def calibrated(self) -> bool:
+        return METHODS[self.method].sees == "layer"
+
+    @property
+    def negative_scales(self) -> bool:
+        return BACKENDS[self.backend].negative_scales
 
 
 def main(argv=None) -> int:
@@ -130,108 +144,61 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.quantizing.awq import awq
-from compress.quantizing.calibrated import calibrated
 from compress.calibration_text import corpus_windows
+from compress.quantizing.calibrated import calibrated
 from compress.quantizing.memory import calibration_bytes, gradient_bytes
 from compress.quantizing.mixed import budget, candidates, check_backend, check_target, mixed_formats
-from compress.quantizing.neural_compressor import autoround, hqq
-from compress.recover import Options as RecoverOptions, recover
-from compress.quantizing.rotation import rotate_values
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
-from compress.quantizing.smoothquant import smooth
-from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
-from models.judging.fidelity import Window, cut_windows, measure
+from models.formats.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from models.network.quantized import Quantization, TensorFormat
 from models.training.memory import memory_line
-from models.network.quantized import Quantization, QuantizedTensor, TensorFormat
-from models.network.torch_backend import TorchBackend
-
-FOLDS = dict(zip(FOLD_NAMES, (awq, smooth, lambda layer, walk, formats: rotate_values(layer))))
-VOCABULARY = ("model.embed_tokens", "lm_head")
 
 
 def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
-    if not options.recover:
-        return _write_codes(options)
-    check_output(options.out, options.checkpoint)
-    # What is trained afterwards waits beside the result, so that an interrupted run has its codes already.
-    plan = asdict(options) | {"out": None, "recover": None, "recover_rate": None}
-    sources = [source_digest(source) for source in find_sources(options.data)]
-    with lock(options.out):
-        _quantize_and_recover(options, work_folder(options.out, [plan, open_checkpoint(options.checkpoint).sha256(), sources], "coded"))
-
-
-def _quantize_and_recover(options: Options, coded: Path) -> None:
-    if not coded.exists():
-        _write_codes(replace(options, out=coded, recover=0))
-    reading = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
-    recover(RecoverOptions(**reading, checkpoint=coded, teacher=options.checkpoint, out=options.out, steps=options.recover,
-                           learning_rate=options.recover_rate, length=options.length, teacher_cache=options.teacher_cache))
-    if options.eval_text:
-        perplexity = _perplexity(options.out, _windows(open_checkpoint(options.out), options), "recovered")
-        lineage.add_metrics(options.out, {"perplexity": perplexity})
-        print(f"perplexity after recovery: {perplexity:.3f}")
-
-
-def _write_codes(options: Options) -> None:
-    """The stage without --recover."""
     checkpoint = open_checkpoint(options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")
     check_output(options.out, options.checkpoint)
-    mixed = options.mixed
-    plan = Quantization({} if mixed else choose_formats(checkpoint, options), _activations(options),
+    plan = Quantization({} if options.mixed else choose_formats(checkpoint, options), _activations(options),
                         None if options.kv_cache == "float" else {"bits": 8, "per": options.kv_cache})
     check_backend(plan, options.backend)
     skip = _skipped(checkpoint.modules(), options.skip)
-    if mixed:
+    if options.mixed:
         size = budget(checkpoint, options.target_size, options.target_bpw)
         check_target(checkpoint, size, options.backend, skip)
     length = min(options.length, checkpoint.config.context_length)
     ids = corpus_windows(checkpoint, options, options.windows, length) if options.data else None
-    windows = _windows(checkpoint, options) if options.eval_text else None
-    before = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names())}
-    if windows:
-        before["perplexity"] = _perplexity(options.checkpoint, windows, "before")
-
-    if options.method in CALIBRATED:
+    if options.calibrated:
         print(f"layer by layer, {memory_line(calibration_bytes(checkpoint.config, options.windows, options.length))}")
     inputs, found = {"checkpoint": checkpoint.sha256()}, None
     if ids is not None:
         inputs["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    if mixed or (options.method == "gptq" and options.embedding_bits):
+    if options.mixed or (options.method == "gptq" and options.embedding_bits):
         found = _sensitivity(checkpoint, options, ids)
-    if mixed:
+    if options.mixed:
         formats, damage = mixed_formats(checkpoint, found, size, options.backend, skip)
         plan = replace(plan, tensors=formats)
         print(f"predicted divergence: {damage:.4f} nats a token")
-    stage = lineage.stage("compress.quantize", options, inputs)
-    config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
-    if options.method not in CALIBRATED:
-        linears = {name: form for name, form in plan.tensors.items() if name not in VOCABULARY}
-        found = autoround(checkpoint.path, ids, linears, options.iterations) if options.method == "autoround" else {}
-        tensors, work = _quantized(checkpoint, plan.tensors, options.method, found), None
+    if options.calibrated:
+        work = work_folder(options.out, [inputs, options.method, options.fold, options.negative_scales, plan.to_dict()])
+        folds = tuple(_function(FOLDS[name]) for name in options.fold)
+        tensors = calibrated(checkpoint, ids, plan, _function(METHODS[options.method].function), work, folds,
+                             found and found.vocabulary, options.negative_scales)
     else:
-        work = _work_folder(options, inputs, plan)
-        tensors = calibrated(checkpoint, ids, plan, options.method, work, tuple(FOLDS[name] for name in options.fold),
-                             found and found.vocabulary, BACKENDS[options.backend].negative_scales)
+        tensors = _quantized(checkpoint, ids, plan.tensors, options)
+    config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
     with lock(options.out):
-        write_checkpoint(options.out, config, tensors, options.checkpoint, stage)
+        write_checkpoint(options.out, config, tensors, options.checkpoint, lineage.stage("compress.quantize", options, inputs))
         clear_work(options.out)
+    _report(checkpoint, open_checkpoint(options.out))
 
-    result = open_checkpoint(options.out)
-    after = {"bytes": sum(result.nbytes(name) for name in result.names())}
-    if windows:
-        after["perplexity"] = _perplexity(options.out, windows, "after")
-    weights = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
-    after["peak_rss_mb"] = peak_rss_mb()
-    for figures in (before, after):
-        figures["bits_per_weight"] = 8 * figures["bytes"] / weights
-    lineage.add_metrics(options.out, {"before": before, "after": after})
-    print(_report(plan.tensors, before, after))
+
+def _function(name: str):
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"compress.quantizing.{module}"), function)
 
 
 def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) -> Sensitivity:
@@ -244,12 +211,6 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
     if options.sensitivity is not None:
         found.save(options.sensitivity)
     return found
-
-
-def _work_folder(options: Options, inputs: dict, plan: Quantization) -> Path:
-    """Where finished layers of exactly this work wait, beside the result."""
-    negative = BACKENDS[options.backend].negative_scales
-    return work_folder(options.out, [inputs, options.method, options.fold, negative, plan.to_dict()])
 
 
 def _activations(options: Options) -> dict:
@@ -288,49 +249,39 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
     return formats
 
 
-def _quantized(checkpoint: Checkpoint, formats: dict[str, TensorFormat], method: str,
-               done: dict[str, QuantizedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the result; `done`: modules whose codes are decided already."""
+def _quantized(checkpoint: Checkpoint, ids: torch.Tensor | None, formats: dict[str, TensorFormat],
+               options: Options) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the result, by a method that sees a weight or the whole model."""
+    method = METHODS[options.method]
+    choose, done = _function(method.function), {}
+    if method.sees == "model":
+        linears = {name: form for name, form in formats.items() if name not in VOCABULARY}
+        done = choose(checkpoint.path, ids, linears, options.iterations)
     for name in progress(checkpoint.names(), label="quantizing", unit="tensor"):
         module = name.removesuffix(".weight")
         if module in done:
             yield from done[module].tensors(module).items()
         elif module in formats:
-            yield from _tensors(checkpoint, module, formats[module], method).items()
+            chosen = round_to_nearest if module in VOCABULARY else choose
+            yield from chosen(checkpoint.weight(module), formats[module]).tensors(module).items()
         else:
             yield name, checkpoint.read(name)
 
 
-def _tensors(checkpoint: Checkpoint, module: str, form: TensorFormat, method: str) -> dict[str, torch.Tensor]:
-    weight = checkpoint.weight(module)
-    found = hqq(weight, form) if method == "hqq" and module not in VOCABULARY else round_to_nearest(weight, form)
-    return found.tensors(module)
-
-
-def _windows(checkpoint: Checkpoint, options: Options) -> list[Window]:
-    file = checkpoint.path / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{checkpoint.path} has no tokenizer.json, which --eval-text needs")
-    text = "\n".join(as_text(record) for record in read_records(find_sources([options.eval_text])))
-    window = min(512, checkpoint.config.context_length)
-    return cut_windows(Tokenizer(file), text, window, window // 2, options.eval_windows or None)
-
-
-def _perplexity(folder: Path, windows: list[Window], label: str) -> float:
-    return measure(TorchBackend(load_decoder(folder)), windows, label=f"perplexity {label}").metrics()["perplexity"]
-
-
-def _report(formats: dict[str, TensorFormat], before: dict, after: dict) -> str:
-    rows = [{"": "weights, MB", "before": f"{before['bytes'] / 1e6:.1f}", "after": f"{after['bytes'] / 1e6:.1f}"},
-            {"": "bits per weight", "before": f"{before['bits_per_weight']:.2f}",
-             "after": f"{after['bits_per_weight']:.2f}"}]
-    rows.append({"": "peak memory, MB", "before": "", "after": f"{after['peak_rss_mb']:.0f}"})
-    if "perplexity" in before:
-        rows.append({"": "perplexity", "before": f"{before['perplexity']:.3f}", "after": f"{after['perplexity']:.3f}"})
-    kinds = {}
-    for form in formats.values():
-        kinds[form] = kinds.get(form, 0) + 1
-    lines = [f"{count} matrices at {form.bits} bits{'' if form.kind == 'int' else f' ({form.kind})'}, "
-             + (f"groups of {form.group}" if form.group else "one scale a row")
-             + ("" if form.symmetric else ", with zero points") for form, count in kinds.items()]
-    return "\n".join([*lines, "", table(rows)])
+def _report(before: Checkpoint, after: Checkpoint) -> None:
+    """Print what became of the weights, and keep it in the lineage."""
+    weights = sum(torch.Size(before.shape(name)).numel() for name in before.names())
+    metrics = {}
+    for label, checkpoint in (("before", before), ("after", after)):
+        size = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+        metrics[label] = {"bytes": size, "bits_per_weight": 8 * size / weights}
+    metrics["after"]["peak_rss_mb"] = peak_rss_mb()
+    lineage.add_metrics(after.path, metrics)
+    for form, count in Counter(after.quantization.tensors.values()).items():
+        print(f"{count} matrices at {form.bits} bits{'' if form.kind == 'int' else f' ({form.kind})'}, "
+              + (f"groups of {form.group}" if form.group else "one scale a row") + ("" if form.symmetric else ", with zero points"))
+    rows = []
+    for name, key, unit, form in (("weights, MB", "bytes", 1e-6, ".1f"), ("bits per weight", "bits_per_weight", 1, ".2f"),
+                                  ("peak memory, MB", "peak_rss_mb", 1, ".0f")):
+        rows.append({"": name} | {label: format(found[key] * unit, form) if key in found else "" for label, found in metrics.items()})
+    print("\n" + table(rows))

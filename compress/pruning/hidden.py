@@ -10,11 +10,9 @@ larger mean, which its gain sqrt(hidden / kept) undoes. So the result is exact f
 directions, and an ordinary model of a smaller hidden size otherwise.
 
 A tied table is read before the final norm's gain g and used after it. The rotated gain is diagonal for an even g alone,
-so a tied model with an uneven one is refused: to store the table twice would cost more than the channels save, and to
-keep the diagonal destroys the model (SmolLM2-135M: KL 16 with every channel kept).
+so a tied model with an uneven one is refused (SmolLM2-135M: KL 16 with every channel kept).
 
-Source: Ashkboos et al. 2024, "SliceGPT", with one rotation for all layers where the paper has one each: those need
-matrices on the residual connections, which an ordinary model has not. RMSNorm and RoPE only.
+Source: Ashkboos et al. 2024, "SliceGPT", with one rotation for all layers, which an ordinary model can hold.
 """
 
 from __future__ import annotations
@@ -25,11 +23,13 @@ import torch
 from torch import Tensor
 
 from compress.layerwise import Walk, second_moment
-from compress.quantizing.rotation import READERS, check_stream
 from models.formats.checkpoint import Checkpoint
 from models.progress import progress
 from runtime.errors import UserError
 
+READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",      # linear: its norm
+           "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
+WRITERS = ("o_proj", "down_proj")
 EVEN = 0.1              # how far from their mean the gains of a tied model's final norm may be, as a share of it
 
 
@@ -38,22 +38,21 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 
     Raises UserError for a model whose stream cannot be rotated.
     """
-    check_stream(checkpoint)
-    gain = checkpoint.read("model.norm.weight").float()
-    if checkpoint.config.tied_embeddings and (gain / gain.mean() - 1).abs().max() > EVEN:
+    config, gain = checkpoint.config, checkpoint.read("model.norm.weight").float()
+    if config.norm != "rms" or config.positions != "rope":
+        raise UserError(f"{checkpoint.path} has {config.norm} norms and {config.positions} positions: rotating the stream "
+                        f"needs RMSNorm and RoPE")
+    if config.tied_embeddings and (gain / gain.mean() - 1).abs().max() > EVEN:
         raise UserError(f"{checkpoint.path}: the head is the token table, and the final norm's gains differ ({gain.min():.3g} to "
                         f"{gain.max():.3g}), which no rotation keeps: prune depth or mlp instead")
-    walk, total = Walk(checkpoint, ids), torch.zeros(checkpoint.config.hidden_size, checkpoint.config.hidden_size)
+    walk, total = Walk(checkpoint, ids), torch.zeros(config.hidden_size, config.hidden_size)
 
     def add() -> None:
         total.add_(second_moment([part / part.square().mean(-1, keepdim=True).add(1e-12).sqrt() for part in walk.x.split(4)]))
 
-    def visit(names: list[str], inputs: list[Tensor]) -> None:
-        if names[0].rsplit(".", 1)[1] in READERS:
-            add()
-    for number in progress(range(len(checkpoint.config.layers)), label="directions", unit="layer"):
-        walk.step(walk.load(number), visit)
-    add()
+    for number in progress(range(len(config.layers)), label="directions", unit="layer"):
+        walk.step(walk.load(number), lambda names, inputs: add() if names[0].endswith(tuple(READERS)) else None)
+    add()                                               # what the final norm reads
     return torch.linalg.eigh(total.double()).eigenvectors.flip(1).float()
 
 
@@ -70,8 +69,8 @@ def sliced(checkpoint: Checkpoint, turn: Tensor) -> Iterator[tuple[str, Tensor]]
         elif module in READERS and parts[-1] == "weight":
             norm = ".".join([*parts[:3], READERS[module], "weight"])
             tensor = (tensor * checkpoint.read(norm).float()) @ turn
-        elif module in ("o_proj", "down_proj"):
-            tensor = turn.T @ tensor                              # a weight's rows, or a bias
+        elif module in WRITERS:
+            tensor = turn.T @ tensor                          # a weight's rows, or a bias
         elif name == "model.norm.weight" and checkpoint.config.tied_embeddings:
             tensor = gain * (turn.square().T @ tensor)        # the diagonal of turn^T diag(g) turn
         elif module in ("input_layernorm", "post_attention_layernorm", "norm"):

@@ -1,16 +1,13 @@
 """Codes chosen on calibration text, layer by layer: the driver of clipping, GPTQ and the folds that come before them.
 
-    tensors = calibrated(checkpoint, ids, plan, method="gptq", folds=("awq",), work=folder)
+    tensors = calibrated(checkpoint, ids, plan, gptq_descended, work=folder, folds=(awq,))
     write_checkpoint(out, config, tensors, ...)
 
-Every layer is loaded, folded (awq.py, rotation.py: rewritten so that its function stays and its
-weights are easier to round), quantized in the order data flows through it, and then the calibration windows pass through
-what its codes stand for (compress/layerwise.py). A finished layer is kept in the folder `work` until the checkpoint is
-written, so an interrupted run goes on where it stopped.
-
-Methods: "clip" rounds to nearest on the clipped grid, the Hessian's diagonal being the importance. "gptq" takes the
-pivots of the Hessian as importance, then GPTQ in activation order, coordinate descent, the refit of scales and a last
-descent. The embedding and the head are fitted to the Hessian that sensitivity.py gives for them.
+Every layer is loaded, folded (awq.py, smoothquant.py, rotation.py: rewritten so that its function stays and its weights
+are easier to round), quantized in the order data flows through it, and then the calibration windows pass through what
+its codes stand for (compress/layerwise.py). A finished layer is kept in the folder `work` until the checkpoint is
+written, so an interrupted run goes on where it stopped. The embedding and the head are fitted to the Hessian that
+sensitivity.py gives for them.
 
 Static scales of activations (static_scale.py) and those of an int8 KV cache, max|x| / 127, are of the calibration
 text, as the layer meets it in the end (models/network/quantized.py).
@@ -43,18 +40,19 @@ from runtime.files import new_file
 DESCENTS = 2
 PART = 1 << 23            # weights whose codes are chosen at once: what GPTQ holds in copies
 Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
+Choose = Callable[[Tensor, Tensor, TensorFormat, bool], QuantizedTensor]
 
 
-def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: str, negative: bool = True) -> QuantizedTensor:
-    """Codes of weight [N, K] for inputs of second moment hessian [K, K], by "clip" or "gptq".
+def clip(weight: Tensor, hessian: Tensor, form: TensorFormat, negative: bool = True) -> QuantizedTensor:
+    """Codes of weight [N, K] for inputs of second moment hessian [K, K]: to nearest on the clipped grid, the Hessian's diagonal
+    being the importance. negative: whether a scale may be negative (grid.py)."""
+    grid = clipped_grid(weight, form, damped(hessian).diagonal(), negative)
+    return grid.tensor(grid.codes(weight))
 
-    negative: whether a scale may be negative (grid.py).
-    """
-    if not torch.isfinite(weight).all():
-        raise UserError("the weight holds values that are not finite: the checkpoint is broken")
-    if method == "clip":
-        grid = clipped_grid(weight, form, damped(hessian).diagonal(), negative)
-        return grid.tensor(grid.codes(weight))
+
+def gptq_descended(weight: Tensor, hessian: Tensor, form: TensorFormat, negative: bool = True) -> QuantizedTensor:
+    """The same by GPTQ in activation order, the Hessian's pivots being the importance, then coordinate descent, the refit of
+    scales and a last descent."""
     order = activation_order(hessian)
     factor, damping = factorize(hessian, order)
     if damping > DAMPING:
@@ -72,32 +70,33 @@ def choose_codes(weight: Tensor, hessian: Tensor, form: TensorFormat, method: st
                    zeros=zeros)
 
 
-def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: str, work: Path,
+def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: Choose, work: Path,
                folds: tuple[Fold, ...] = (), vocabulary: dict[str, Tensor] | None = None,
                negative: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the quantized checkpoint, in a fixed order.
 
-    ids: int64 [windows, tokens]. plan: formats (modules left out stay as they are), activations and cache. work: folder
-    for finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden] to which the
-    embedding and the head are fitted (sensitivity.py); None clips them by their values alone. negative: whether
-    scales may be negative.
-    Raises UserError for a layer whose activations are zero or not finite.
+    ids: int64 [windows, tokens]. plan: formats (modules left out stay as they are), activations and cache. choose: clip or
+    gptq_descended. work: folder for finished layers, made here; the caller removes it. vocabulary: Hessians [hidden, hidden]
+    to which the embedding and the head are fitted (sensitivity.py); None clips them by their values alone. negative:
+    whether scales may be negative. Raises UserError for a layer whose activations are zero or not finite.
     """
     work.mkdir(parents=True, exist_ok=True)
     embedding, formats = None, plan.tensors
     for module in ("model.embed_tokens", "lm_head"):
         if module not in formats:
             continue
-        known = vocabulary is not None
-        hessian = vocabulary[module] if known else torch.eye(checkpoint.config.hidden_size)
-        found = choose_codes(checkpoint.weight(module), hessian, formats[module], method if known else "clip", negative)
+        weight = checkpoint.weight(module)
+        if vocabulary is None:
+            found = clip(weight, torch.eye(checkpoint.config.hidden_size), formats[module], negative)
+        else:
+            found = choose(weight, vocabulary[module], formats[module], negative)
         embedding = found.dequantize() if module == "model.embed_tokens" else embedding
         yield from found.tensors(module).items()
     walk = Walk(checkpoint, ids, embedding)
     for number in progress(range(len(checkpoint.config.layers)), label="quantizing", unit="layer"):
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
-            tensors = _layer(walk, number, plan, method, folds, negative)
+            tensors = _layer(walk, number, plan, choose, folds, negative)
             with new_file(file) as partial:
                 save_tensors(partial, tensors)
         else:
@@ -110,7 +109,7 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, method: 
             yield name, checkpoint.read(name)
 
 
-def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tuple[Fold, ...],
+def _layer(walk: Walk, number: int, plan: Quantization, choose: Choose, folds: tuple[Fold, ...],
            negative: bool) -> dict[str, Tensor]:
     """Fold and quantize one layer, and take the windows through it. Returns its stored tensors."""
     layer, prefix, formats = walk.load(number), f"model.layers.{number}.", plan.tensors
@@ -131,7 +130,9 @@ def _layer(walk: Walk, number: int, plan: Quantization, method: str, folds: tupl
                 continue
             weight = layer.get_submodule(name).weight
             try:
-                found = choose_codes(weight.data, hessian, formats[prefix + name], method, negative)
+                if not torch.isfinite(weight).all():
+                    raise UserError("a fold gave weights that are not finite: the checkpoint is broken")
+                found = choose(weight.data, hessian, formats[prefix + name], negative)
             except UserError as error:
                 raise UserError(f"{prefix}{name}: {error}") from None
             weight.data = found.dequantize()

@@ -138,7 +138,6 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--bits", 8, "--group", 0, "--kind", "e4m3"], "8-bit floats do not run in native: choose --backend pytorch or onnx"),
     (["--kind", "e4m3", "--backend", "onnx"], "give --method rtn --bits 8"),
     (["--activation-scales", "static", "--method", "clip"], "give --activations 8"),
-    (["--recover", -1], "--recover is -1"),
 ])
 def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, SENTENCES
+from tiny import FAMILIES
 
+from compress.ladder import measure_quality
 from compress.quantize import main
 from compress.quantizing.rtn import round_to_nearest
 from models.formats.checkpoint import load_decoder, open_checkpoint
@@ -80,18 +81,6 @@ def test_more_bits_are_nearer(tiny_checkpoint, tmp_path):
     assert all(next_one < 0.7 * error for error, next_one in zip(errors, errors[1:]))
 
 
-def test_perplexity_is_printed(tiny_checkpoint, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(SENTENCES) * 8, encoding="utf-8")
-    assert quantize(tiny_checkpoint("smollm2"), tmp_path / "q", "--bits", 8, "--eval-text", text,
-                    "--eval-windows", 2) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
-    before, after = map(float, row.split()[1:])
-    assert before == pytest.approx(after, rel=0.02) and before > 100           # a random model knows nothing
-    metrics = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]["metrics"]
-    assert metrics["before"]["perplexity"] == pytest.approx(before, abs=1e-3)
-
-
 def test_memory_holds_one_tensor_at_a_time(tiny_checkpoint, tmp_path, monkeypatch):
     """No weight is alive when the next one is read."""
     import weakref
@@ -114,8 +103,6 @@ def test_memory_holds_one_tensor_at_a_time(tiny_checkpoint, tmp_path, monkeypatc
     (["--skip", "*.nonesuch"], "--skip '*.nonesuch' matches no module"),
     (["--group", "128"], "model.layers.0.self_attn.q_proj: the group of 128 does not divide the 64 inputs"),
     (["--skip", "*", "--embedding-bits", "0"], "nothing to quantize"),
-    (["--eval-text", "absent.txt"], "absent.txt"),
-    (["--eval-windows", "-1", "--eval-text", __file__], "--eval-windows is -1"),
     (["--bits", "7"], "invalid choice"),
 ])
 def test_bad_options(options, words, tiny_checkpoint, tmp_path, capsys):
@@ -150,19 +137,12 @@ def test_the_source_is_not_overwritten(tiny_checkpoint, capsys):
     assert open_checkpoint(source).quantization is None
 
 
-def test_evaluation_needs_a_tokenizer(tiny_checkpoint, tmp_path, capsys):
-    bare = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "bare")
-    (bare / "tokenizer.json").unlink()
-    assert quantize(bare, tmp_path / "q", "--eval-text", __file__) == 2
-    assert "no tokenizer.json" in capsys.readouterr().err and not (tmp_path / "q").exists()
-
-
 @pytest.mark.real
 def test_the_real_model(smollm2, shared_data, tmp_path, capsys):
     """Off the grid, 4 bits cost something and not the model's mind; the size is llama.cpp's Q4_0 class."""
-    assert quantize(smollm2, tmp_path / "q", "--eval-text", shared_data / "text" / "wikitext2-valid.txt",
-                    "--eval-windows", 8) == 0
+    assert quantize(smollm2, tmp_path / "q") == 0
     metrics = json.loads((tmp_path / "q" / "lineage.json").read_text())["stages"][-1]["metrics"]
     before, after = metrics["before"], metrics["after"]
     assert before["bytes"] == 134_515_008 * 4 and after["bytes"] < 89e6
-    assert 1.02 < after["perplexity"] / before["perplexity"] < 1.5
+    texts = (str(shared_data / "text" / "wikitext2-valid.txt"),)
+    assert 1.02 < measure_quality(tmp_path / "q", None, texts, 8)["perplexity"] / measure_quality(smollm2, None, texts, 8)["perplexity"] < 1.5

@@ -75,8 +75,8 @@ def test_a_recipe_runs_is_skipped_and_goes_on_after_an_interruption(tiny_checkpo
     arguments = [str(recipe), "--model", str(model), "--data", str(text), "-o", str(out), "--no-speed", "--eval-windows", "2",
                  "--cache", str(tmp_path / "cache")]
     # The second stage is killed in its midst: its run folder is there, nothing was saved.
-    from compress import distill
-    monkeypatch.setattr(distill.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    from models.training.trainer import Trainer
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run.main(arguments) == 130
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(home))

@@ -13,13 +13,13 @@ def test_no_path_of_this_machine_is_shipped(tiny_checkpoint, tmp_path, monkeypat
     text.parent.mkdir()
     text.write_text("Words and more words. " * 200)
     monkeypatch.chdir(text.parent)
-    assert quantize([str(source), "-o", "../codes", "--eval-text", str(text), "--eval-windows", "1",
+    assert quantize([str(source), "-o", "../codes", "--data", str(text), "--cache", "../cache", "--length", "64",
                      "--sensitivity", "~/kept.safetensors"]) == 0
     assert export([str(tmp_path / "codes"), "-o", str(tmp_path / "bundle")]) == 0
     shipped = (tmp_path / "bundle/manifest.json").read_text()
     assert str(tmp_path) not in shipped and "~" not in shipped and "../" not in shipped and str(source.parent) not in shipped
     options = json.loads(shipped)["lineage"][-2]["options"]
-    assert options["checkpoint"] == source.name and options["eval_text"] == "text.txt" and options["out"] == "codes"
+    assert options["checkpoint"] == source.name and options["data"] == ["text.txt"] and options["out"] == "codes"
 
 
 def test_inputs_of_one_name_are_all_kept(tmp_path):
