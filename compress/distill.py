@@ -27,7 +27,7 @@ import numpy as np
 
 from compress.options import TEACHER_CACHE
 from models.formats import lineage
-from models.data.corpus import Blocks, DataOptions, build_corpus
+from models.data.corpus import Blocks, DataOptions
 from models.training.presets import preset
 from models.training.options import TrainerOptions
 from runtime.cli import arg, run
@@ -104,6 +104,7 @@ from compress.distilling.divergence import divergence
 from compress.distilling.on_policy import OnPolicy
 from compress.distilling.taught import Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of, with_defaults
 from compress.teacher import frozen_decoder
+from compress.text import read_corpus
 from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.decoder import Decoder
@@ -179,12 +180,11 @@ def every_kth_layer(decoder: Decoder, count: int) -> Decoder:
 
 def _rows(options: Options, teacher: Checkpoint, shared: int | None, cached: bool) -> tuple[Taught, Taught, dict[str, str]]:
     """Blocks to learn from and to judge on, the second always with the teacher's cache, and the digests of their text."""
-    eos = teacher.config.eos_token_ids[0] if teacher.config.eos_token_ids else 0
-    corpus = build_corpus(options, options.data, options.teacher / "tokenizer.json", eos)
+    corpus = read_corpus(teacher, options, options.data)
     blocks = Blocks(corpus, options.context)
     inputs = {"data": corpus.digest}
     if options.valid:
-        judged = build_corpus(options, options.valid, options.teacher / "tokenizer.json", eos)
+        judged = read_corpus(teacher, options, options.valid)
         inputs["valid"] = judged.digest
         valid_blocks, left = Blocks(judged, options.context), np.arange(len(blocks))
         held = spread(np.arange(len(valid_blocks)), options.eval_rows)

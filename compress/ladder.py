@@ -11,15 +11,15 @@ reference is the model that the compression began with. A size is that of a bund
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from compress.quantizing.mixed import bundle_extras
-from models.formats.checkpoint import load_decoder, open_checkpoint
 from models.data.records import as_text, find_sources, read_records
-from models.judging.fidelity import Window, cut_windows, measure
+from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.judging.fidelity import cut_windows, measure
 from models.network.torch_backend import TorchBackend
 from runtime.cli import table
 from runtime.files import read_json
@@ -34,11 +34,11 @@ def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...],
 
     texts: files, each judged on its first `windows` windows. Raises UserError for text too short.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint, tokenizer = open_checkpoint(folder), Tokenizer(folder / "tokenizer.json")
     size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names()) + bundle_extras(checkpoint)}
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    context = checkpoint.config.context_length
-    cut = [window for text in find_sources(texts) for window in _windows(tokenizer, text, context, windows)]
+    window, cut = min(WINDOW, checkpoint.config.context_length), []
+    for source in find_sources(texts):
+        cut += cut_windows(tokenizer, "\n".join(map(as_text, read_records([source]))), window, window // 2, windows)
     reference = None
     if original is not None and Tokenizer(original / "tokenizer.json").vocabulary() == tokenizer.vocabulary():
         reference = TorchBackend(load_decoder(original))
@@ -46,28 +46,19 @@ def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...],
     return size | {name: found[name] for name in ("perplexity", "kl", "top1_agreement") if name in found}
 
 
-def _windows(tokenizer: Tokenizer, text: str, context: int, windows: int) -> list[Window]:
-    window = min(WINDOW, context)
-    return cut_windows(tokenizer, "\n".join(map(as_text, read_records([text]))), window, window // 2, windows)
-
-
 def measure_speed(folder: Path, work: Path) -> dict:
     """decode_tokens_per_s of the checkpoint as a bundle, made in `work` and removed; None where no backend runs it."""
-    bundle, figures = work / "bundle", work / "bench.json"
     context = min(open_checkpoint(folder).config.context_length, PROMPT_TOKENS + NEW_TOKENS)
-    commands = (["export.onnx", folder, "-o", bundle, "--max-context", context],
-                ["runtime.bench", bundle, "--prompt-tokens", context - NEW_TOKENS, "--new-tokens", NEW_TOKENS,
-                 "--repeat", REPEATS, "--json", figures])
-    try:
-        for command in commands:
+    with TemporaryDirectory(dir=work) as place:
+        bundle, figures = Path(place, "bundle"), Path(place, "bench.json")
+        for command in (["export.onnx", folder, "-o", bundle, "--max-context", context],
+                        ["runtime.bench", bundle, "--prompt-tokens", context - NEW_TOKENS, "--new-tokens", NEW_TOKENS,
+                         "--repeat", REPEATS, "--json", figures]):
             done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
             if done.returncode:
                 print(f"no speed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 return {"decode_tokens_per_s": None}
         return {"decode_tokens_per_s": read_json(figures)["decode_tokens_per_s"]}
-    finally:
-        shutil.rmtree(bundle, ignore_errors=True)
-        figures.unlink(missing_ok=True)
 
 
 def ladder(results: list[tuple[str, dict]]) -> str:

@@ -1,8 +1,7 @@
 """Calibration text on its way through a model, one layer in memory at a time.
 
     walk = Walk(checkpoint, ids)                       # ids int64 [windows, tokens]
-    for number in range(len(checkpoint.config.layers)):
-        layer = walk.load(number)
+    for number, layer in walk.layers("quantizing"):
         walk.step(layer, visit)                        # visit(names, inputs) may change the layer's weights
 
 Within a layer the linears are visited in the order in which data reaches them, four at most: q, k and v together, o,
@@ -17,7 +16,7 @@ the Hessian stays the exact second moment of inputs rounded to 8 bits of mantiss
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from models.formats.checkpoint import Checkpoint
 from models.network.decoder import Layer, inverse_frequencies, rotations
+from models.progress import progress
 
 ROWS = 4                # windows computed at once
 Visit = Callable[[list[str], list[Tensor]], None]
@@ -75,14 +75,18 @@ class Walk:
             seen = positions <= positions[:, None]
             self.mask = seen & (positions > positions[:, None] - config.sliding_window)
 
+    def layers(self, label: str) -> Iterator[tuple[int, Layer]]:
+        """Every layer with its number; who takes one steps through it before the next."""
+        for number in progress(range(len(self.checkpoint.config.layers)), label=label, unit="layer"):
+            yield number, self.load(number)
+
     def load(self, number: int) -> Layer:
         """One layer in float32, with the checkpoint's weights (those its codes stand for, where quantized)."""
-        config = self.checkpoint.config
+        config, state = self.checkpoint.config, {}
         with torch.device("meta"):
             layer = Layer(config, config.layers[number])
-        names = {name: f"model.layers.{number}.{name}" for name in layer.state_dict()}
-        state = {}
-        for name, full in names.items():
+        for name in layer.state_dict():
+            full = f"model.layers.{number}.{name}"
             dense = full in self.checkpoint.names()
             state[name] = (self.checkpoint.read(full).float().clone() if dense
                            else self.checkpoint.weight(full.removesuffix(".weight")))
@@ -158,3 +162,13 @@ def second_moment(inputs: list[Tensor]) -> Tensor:
 def largest(inputs: list[Tensor]) -> Tensor:
     """max |x| of each input over chunks [..., K]: float32 [K]."""
     return torch.stack([part.flatten(0, -2).abs().amax(0) for part in inputs]).amax(0)
+
+
+def rewritten(walk: Walk, label: str, change: Callable[[int, Layer], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the whole model, each layer's tensors being those of change(number, layer), which steps through it."""
+    for name in walk.checkpoint.names():
+        if not name.startswith("model.layers."):
+            yield name, walk.checkpoint.read(name)
+    for number, layer in walk.layers(label):
+        for name, tensor in change(number, layer).items():
+            yield f"model.layers.{number}.{name}", tensor.contiguous()

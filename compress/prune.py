@@ -11,7 +11,6 @@ compress.distill).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from models.formats import lineage
 from models.network.config import ModelConfig
-from models.data.corpus import DataOptions, build_corpus
+from models.data.corpus import DataOptions
 from runtime.cli import arg, parse_size, run, table
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
@@ -81,9 +80,9 @@ import torch
 from torch import Tensor
 
 from compress.pruning import depth, sparse, vocabulary, width
-from compress.calibration_text import corpus_windows
 from compress.pruning.hidden import principal_directions, sliced
 from compress.pruning.ratios import sparsity_ratios
+from compress.text import corpus_windows, read_corpus
 from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.network.decoder import tensor_shapes
 
@@ -93,16 +92,16 @@ def prune(options: Options) -> None:
     check_output(options.out, options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized: prune the checkpoint it was made from, then quantize")
-    before = _parameters(checkpoint.config)
+    companions = None
     if options.what == "vocabulary":
-        config = _vocabulary(checkpoint, options)
+        config, tensors, metrics, companions = _vocabulary(checkpoint, options)
     else:
+        way = {"depth": _depth, "mlp": _mlp, "heads": _heads, "hidden": _hidden, "sparse": _sparse}[options.what]
         ids = corpus_windows(checkpoint, options, options.windows, min(options.length, checkpoint.config.context_length))
-        config, tensors, metrics = {"depth": _depth, "mlp": _mlp, "heads": _heads, "hidden": _hidden,
-                                   "sparse": _sparse}[options.what](
-            checkpoint, ids, options)
-        _write(options, checkpoint, config, tensors, metrics)
-    after = _parameters(config)
+        config, tensors, metrics = way(checkpoint, ids, options)
+    stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, metrics)
+    write_checkpoint(options.out, config.to_hf(), tensors, options.checkpoint, stage, companions)
+    before, after = _parameters(checkpoint.config), _parameters(config)
     print(table([{"": "parameters", "before": before, "after": after, "kept": f"{after / before:.1%}"},
                  {"": "layers", "before": len(checkpoint.config.layers), "after": len(config.layers), "kept": ""},
                  {"": "vocabulary", "before": checkpoint.config.vocab_size, "after": config.vocab_size, "kept": ""}]))
@@ -110,11 +109,6 @@ def prune(options: Options) -> None:
 
 def _parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(config).values())
-
-
-def _write(options: Options, checkpoint: Checkpoint, config: ModelConfig, tensors: Iterator, metrics: dict) -> None:
-    stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, metrics)
-    write_checkpoint(options.out, config.to_hf(), tensors, options.checkpoint, stage)
 
 
 def _target(options: Options, config: ModelConfig) -> int:
@@ -164,7 +158,7 @@ def _mlp(checkpoint: Checkpoint, ids: Tensor, options: Options):
     else:
         one = (3 if config.gated_mlp else 2) * config.hidden_size
         total = present - math.ceil((_parameters(config) - _target(options, config)) / one)
-    if options.step < 1 or any(layer.mlp_size < options.step for layer in config.layers):
+    if any(layer.mlp_size < options.step for layer in config.layers):
         raise UserError(f"--step is {options.step}, which should be from 1 to the narrowest layer's width")
     if not options.step * len(config.layers) <= total < present:
         raise UserError(f"{max(total, 0)} of {present} neurons would stay, which should be at least "
@@ -172,19 +166,17 @@ def _mlp(checkpoint: Checkpoint, ids: Tensor, options: Options):
     importance = width.measure_importance(checkpoint, ids)
     widths = width.choose_neurons(importance, total, options.step)
     groups = [layer.kv_heads for layer in config.layers]
-    return (width.narrowed_config(config, widths, groups), width.narrowed(checkpoint, ids, importance, widths, groups),
-            {"mlp_sizes": widths})
+    return *width.narrowed(checkpoint, ids, importance, widths, groups), {"mlp_sizes": widths}
 
 
 def _heads(checkpoint: Checkpoint, ids: Tensor, options: Options):
-    config = checkpoint.config
-    fewest = min(layer.kv_heads for layer in config.layers)
-    if options.groups is None or not 1 <= options.groups <= fewest or options.groups == max(l.kv_heads for l in config.layers):
+    layers = checkpoint.config.layers
+    fewest = min(layer.kv_heads for layer in layers)
+    if options.groups is None or not 1 <= options.groups <= fewest or options.groups == max(layer.kv_heads for layer in layers):
         raise UserError(f"--groups is {options.groups}, which should be from 1 to one less than the model's {fewest} key/value heads")
+    widths, groups = [layer.mlp_size for layer in layers], [options.groups] * len(layers)
     importance = width.measure_importance(checkpoint, ids)
-    widths, groups = [layer.mlp_size for layer in config.layers], [options.groups] * len(config.layers)
-    return (width.narrowed_config(config, widths, groups), width.narrowed(checkpoint, ids, importance, widths, groups),
-            {"kv_heads": options.groups})
+    return *width.narrowed(checkpoint, ids, importance, widths, groups), {"kv_heads": options.groups}
 
 
 def _hidden(checkpoint: Checkpoint, ids: Tensor, options: Options):
@@ -211,23 +203,18 @@ def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
             {"sparsity": options.sparsity, "ratios": ratios})
 
 
-def _vocabulary(checkpoint: Checkpoint, options: Options) -> ModelConfig:
-    """Writes the result itself: tokenizer files change with the tensors."""
-    config, file = checkpoint.config, checkpoint.path / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{checkpoint.path} has no tokenizer.json to trim")
-    corpus = build_corpus(options, options.data, file, eos=config.eos_token_ids[0] if config.eos_token_ids else 0)
-    kept = vocabulary.plan(read_json(file, largest=LARGEST_TOKENIZER), vocabulary.count_tokens(np.asarray(corpus.tokens)), options.tokens)
+def _vocabulary(checkpoint: Checkpoint, options: Options):
+    """As the others, and what rewrites the tokenizer's files."""
+    config, counts = checkpoint.config, vocabulary.count_tokens(np.asarray(read_corpus(checkpoint, options, options.data).tokens))
+    tokenizer = read_json(checkpoint.path / "tokenizer.json", largest=LARGEST_TOKENIZER)
+    kept = vocabulary.plan(tokenizer, counts, options.tokens)
     if len(kept) >= config.vocab_size:
         raise UserError(f"the data uses all {config.vocab_size} tokens: give --tokens, or other data")
     kept = [i for i in kept if i < config.vocab_size]
-    new = {old: i for i, old in enumerate(kept)}
-    rows = torch.tensor(kept)
+    new, rows = {old: i for i, old in enumerate(kept)}, torch.tensor(kept)
     config = replace(config, vocab_size=len(kept), bos_token_id=vocabulary.renumbered(config.bos_token_id, new),
                      pad_token_id=vocabulary.renumbered(config.pad_token_id, new),
                      eos_token_ids=tuple(vocabulary.renumbered(list(config.eos_token_ids), new)))
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     tensors = ((name, checkpoint.read(name)[rows] if name in tables else checkpoint.read(name)) for name in checkpoint.names())
-    stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, {"vocab_size": len(kept)})
-    write_checkpoint(options.out, config.to_hf(), tensors, checkpoint.path, stage, lambda folder: vocabulary.rewrite_files(folder, kept))
-    return config
+    return config, tensors, {"vocab_size": len(kept)}, lambda folder: vocabulary.rewrite_files(folder, kept)

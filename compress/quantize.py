@@ -48,7 +48,7 @@ METHODS = {"rtn": Method("rtn.round_to_nearest", "weight"),
            "clip": Method("calibrated.clip", "layer", data=True),
            "gptq": Method("calibrated.gptq_descended", "layer", data=True),
            "autoround": Method("neural_compressor.autoround", "model", data=True, mixed=False, negative_scales=True)}
-FOLDS = {"awq": "awq.awq", "smooth": "smoothquant.smooth", "values": "rotation.rotate_values"}
+FOLDS = {"awq": "folds.awq", "smooth": "folds.smooth", "values": "folds.rotate_values"}
 VOCABULARY = ("model.embed_tokens", "lm_head")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
@@ -144,7 +144,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.calibration_text import corpus_windows
+from compress.text import corpus_windows
 from compress.quantizing.calibrated import calibrated
 from compress.quantizing.memory import calibration_bytes, gradient_bytes
 from compress.quantizing.mixed import budget, candidates, check_backend, check_target, mixed_formats

@@ -41,7 +41,11 @@ class Stage:
 
     @property
     def options_class(self) -> type:
-        return _options_class(self.name)
+        return importlib.import_module(f"compress.{self.name}").Options
+
+    @property
+    def fields(self) -> dict[str, dataclasses.Field]:
+        return {field.name: field for field in dataclasses.fields(self.options_class)}
 
 
 @dataclass(frozen=True)
@@ -82,26 +86,23 @@ def check_stage(table: dict, place: str) -> Stage:
     name = settings.pop("stage", None)
     if name not in STAGES:
         raise UserError(f"{place}: {name!r} is no stage{did_you_mean(str(name), STAGES)}: stages are {', '.join(STAGES)}")
-    stage = _options_class(name)
-    fields = {field.name: field for field in dataclasses.fields(stage)}
-    hints = typing.get_type_hints(stage)
+    stage = Stage(name, settings)
+    hints, known = typing.get_type_hints(stage.options_class), [field for field in stage.fields if field not in FILLED]
     for key, value in settings.items():
         if key in FILLED:
             raise UserError(f"{place} ({name}): {key!r} is given by the run: leave it out of the recipe")
-        if key not in fields:
-            known = [field for field in fields if field not in FILLED]
+        if key not in known:
             raise UserError(f"{place} ({name}): there is no option {key!r}{did_you_mean(key, known)}")
         try:
             settings[key] = _typed(value, hints[key])
         except TypeError as error:
             raise UserError(f"{place} ({name}): {key} is {value!r}, which should be {error}") from None
-    return checked(Stage(name, settings), place)
+    return checked(stage, place)
 
 
 def checked(stage: Stage, place: str) -> Stage:
     """The stage, if its options go together. Raises UserError, beginning with `place`."""
-    fields = {field.name for field in dataclasses.fields(stage.options_class)}
-    given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in fields and key != "resume"}
+    given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in stage.fields and key != "resume"}
     try:
         stage.options_class(**given | stage.settings)
     except UserError as error:
@@ -111,13 +112,12 @@ def checked(stage: Stage, place: str) -> Stage:
 
 def command_line(stage: Stage, filled: dict) -> list[str]:
     """What one would type after `python -m compress.NAME`; of `filled`, what the stage has an option for."""
-    fields = {field.name: field for field in dataclasses.fields(stage.options_class)}
     words, named = [], []
     for key, value in (filled | stage.settings).items():
-        if key not in fields or value == fields[key].default:
+        if key not in stage.fields or value == stage.fields[key].default:
             continue
         flag = "--" + key.replace("_", "-")
-        if fields[key].metadata["positional"]:
+        if stage.fields[key].metadata["positional"]:
             words.append(str(value))
         elif isinstance(value, bool):
             named.append(flag if value else flag.replace("--", "--no-", 1))
@@ -126,10 +126,6 @@ def command_line(stage: Stage, filled: dict) -> list[str]:
         else:
             named += [flag, str(value)]
     return words + named
-
-
-def _options_class(name: str) -> type:
-    return importlib.import_module(f"compress.{name}").Options
 
 
 def _typed(value, hint):

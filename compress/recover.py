@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.calibration_text import corpus_windows
+from compress.text import corpus_windows
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import kl
 from compress.distilling.taught import Windows, check_tokenizers, fit, set_apart, taught, trainer_of, with_defaults

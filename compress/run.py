@@ -9,7 +9,7 @@ after it, and an interrupted run goes on where it stopped (within a stage where 
 stay until their folders are removed.
 
 After every stage the ladder is printed (compress/ladder.py), judged on --valid FILES, or else on the last tenth of every
-file of --data, which no stage then sees (compress/held_out.py).
+file of --data, which no stage then sees (compress/text.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.held_out import split_text
 from compress.options import TEACHER_CACHE
 from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, shipped
 from models.formats import lineage
@@ -73,6 +72,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 from compress.ladder import ladder, measure_quality, measure_speed
+from compress.text import split_text
 from models.formats.checkpoint import open_checkpoint
 
 
@@ -91,15 +91,14 @@ def _run_stages(options: Options, recipe: Recipe) -> int:
     if not (options.model / "tokenizer.json").is_file():
         raise UserError(f"{options.model} has no tokenizer.json, which reading text needs")
     text, judged = _texts(options)
-    reading = dataclasses.asdict(replace(text, data=(), cache=None))
-    learned = [reading, *(source_digest(source) for source in find_sources(text.data))]
+    learned = _read_as(text)
     results = [("original", _figures(options, options.out / f"0-original-{original[:8]}", options.model, None, judged))]
     print(ladder(results))
     current, source = options.model, original
     for number, stage in enumerate(recipe.stages, 1):
         key = _hash([stage.name, stage.settings, source, original, learned])[:8]
         folder = options.out / f"{number}-{stage.name}-{key}"
-        result = _result(folder, stage)
+        result = folder / "checkpoint" / ("last" if issubclass(stage.options_class, TrainerOptions) else "")
         if (folder / "done").is_file():
             print(f"\n{number} {stage.name}: unchanged, {folder}")
         else:
@@ -111,7 +110,8 @@ def _run_stages(options: Options, recipe: Recipe) -> int:
             current, source = result, open_checkpoint(result).sha256()
             results.append((f"{number} {stage.name}", _figures(options, folder, result, options.model, judged)))
             print(f"\n{ladder(results)}")
-    _publish(current, options.out / "model")
+    with new_folder(options.out / "model") as out:
+        shutil.copytree(current, out, ignore=shutil.ignore_patterns("training_state"), dirs_exist_ok=True)
     print(f"\n{options.out / 'model'}: the result")
     return 0
 
@@ -136,18 +136,20 @@ def _texts(options: Options) -> tuple[DataOptions, tuple[str, ...]]:
     reading = DataOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(DataOptions)})
     if options.valid:
         return reading, options.valid
-    digests = [source_digest(source) for source in find_sources(options.data)]
-    key = _hash([digests, dataclasses.asdict(replace(reading, data=(), cache=None))])[:8]
-    folder = options.out / f"0-text-{key}"
+    folder = options.out / f"0-text-{_hash(_read_as(reading))[:8]}"
     learn, judge = folder / "learn.jsonl", folder / "held-out.jsonl"
     if not judge.exists():
         learn, judge = split_text(reading, folder)
     return DataOptions(data=(str(learn),), cache=options.cache), (str(judge),)
 
 
-def _result(folder: Path, stage: Stage) -> Path:
-    """Where a stage's checkpoint lies: a training run has its own last/."""
-    return folder / "checkpoint" / "last" if issubclass(stage.options_class, TrainerOptions) else folder / "checkpoint"
+def _read_as(text: DataOptions) -> list:
+    """What decides the documents that a stage reads."""
+    return [dataclasses.asdict(replace(text, data=(), cache=None)), *_digests(text.data)]
+
+
+def _digests(files: tuple[str, ...]) -> list[str]:
+    return [source_digest(source) for source in find_sources(files)]
 
 
 def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text: DataOptions, read: str) -> int:
@@ -174,7 +176,7 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
     file = folder / "figures.json"
     folder.mkdir(parents=True, exist_ok=True)
     figures = read_json(file) if file.is_file() else {}
-    judged_on = _hash([[source_digest(source) for source in find_sources(judged)], options.eval_windows])
+    judged_on = _hash([_digests(judged), options.eval_windows])
     before = dict(figures)
     if figures.get("judged_on") != judged_on:
         figures |= measure_quality(checkpoint, original, judged, options.eval_windows) | {"judged_on": judged_on}
@@ -187,12 +189,6 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
             lineage.add_metrics(checkpoint, {"ladder": figures})
         write(file, json.dumps(figures, indent=1) + "\n")        # last: with it, the result counts as measured
     return figures
-
-
-def _publish(checkpoint: Path, out: Path) -> None:
-    """Copy a checkpoint to `out`, replacing an older one only when the new one is whole."""
-    with new_folder(out) as folder:
-        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"), dirs_exist_ok=True)
 
 
 def _hash(value) -> str:

@@ -30,7 +30,6 @@ from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import lock, read_json
 
-PRECISIONS = ("auto", "fp32", "bf16")
 EXAMPLES = """examples:
   python -m compress.teacher build/smollm2-135m --data corpus.txt --windows 400 -o build/teacher
   python -m compress.teacher build/smollm2-135m --self 64 -o build/teacher
@@ -48,7 +47,7 @@ class Options(DataOptions):
     windows: int = arg(400, help="windows of the text to use, spread evenly", least=1)
     length: int = arg(512, help="tokens in a window", least=1)
     top: int = arg(64, help="tokens whose log-probability is kept", least=1)
-    precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=PRECISIONS)
+    precision: str = arg("auto", help="of its layers; auto: bf16 on a CPU with AMX, else fp32", choices=("auto", "fp32", "bf16"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,7 +65,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 from torch import Tensor
 
-from compress.calibration_text import corpus_windows
+from compress.text import corpus_windows
 from compress.distilling.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
 from models.formats.checkpoint import load_decoder, open_checkpoint
@@ -82,8 +81,8 @@ def build_cache(teacher: Path, ids: Tensor, folder: Path, k: int = 64, precision
                 vocabulary: int | None = None) -> TeacherCache:
     """The cache of a teacher's predictions for ids [windows, tokens] under `folder`, read where it is there already.
 
-    precision: one of PRECISIONS. vocabulary: predict among this many first tokens (by default all of the table). Raises
-    UserError for a k that the vocabulary has not.
+    vocabulary: predict among this many first tokens (by default all of the table). Raises UserError for a k that the
+    vocabulary has not.
     """
     if precision == "auto":
         precision = "bf16" if has_tiles() else "fp32"
@@ -125,10 +124,9 @@ def _build(teacher: Path, place: Path, ids: Tensor, finished: int, state: dict) 
 def frozen_decoder(folder: Path, low: bool) -> Decoder:
     """A model to ask and not to train; `low`: the linears of its layers in bfloat16, as mixed precision multiplies them."""
     decoder = load_decoder(folder).requires_grad_(False)
-    if low:
-        for module in decoder.model.layers.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.to(torch.bfloat16)
+    for module in decoder.model.layers.modules() if low else ():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
     return decoder
 
 
@@ -145,26 +143,26 @@ def _fill(decoder: Decoder, ids: Tensor, hidden: Tensor, k: int, vocabulary: int
 
 
 @torch.no_grad()
-def write_own_text(decoder: Decoder, windows: int, tokens: int, seed: int = 0, batch: int = 16,
-                   vocabulary: int | None = None) -> Tensor:
-    """Token ids [windows, tokens] drawn from the model itself, temperature 1, each after a random first token.
+def write(decoder: Decoder, prompts: Tensor, tokens: int, generator: torch.Generator, vocabulary: int | None = None) -> Tensor:
+    """int64 [b, tokens] that the model continues prompts [b, s] with, drawn at temperature 1 among the first `vocabulary`."""
+    cache = KVCache(decoder.config, len(prompts), prompts.shape[1] + tokens, device=prompts.device)
+    ids, written = prompts, []
+    for _ in range(tokens):
+        last = torch.full((len(prompts), 1), ids.shape[1] - 1, device=ids.device)
+        probabilities = torch.softmax(decoder(ids, cache=cache, logits_positions=last)[:, 0, :vocabulary], -1)
+        cache.lengths += ids.shape[1]
+        ids = torch.multinomial(probabilities, 1, generator=generator)
+        written.append(ids)
+    return torch.cat(written, 1)
 
-    vocabulary: among this many first tokens (by default all of the table).
-    """
-    vocabulary = decoder.config.vocab_size if vocabulary is None else vocabulary
+
+def write_own_text(decoder: Decoder, windows: int, tokens: int, vocabulary: int, seed: int = 0, batch: int = 16) -> Tensor:
+    """Token ids [windows, tokens] below `vocabulary` that the model writes, each window after a random first token."""
     generator = torch.Generator().manual_seed(seed)
-    config, rows = decoder.config, []
+    first = torch.randint(0, vocabulary, (windows, 1), generator=generator)
     with fast_matmul():
-        for start in progress(range(0, windows, batch), label="writing", unit="batch"):
-            count = min(batch, windows - start)
-            ids = torch.randint(0, vocabulary, (count, 1), generator=generator)
-            cache = KVCache(config, count, tokens)
-            for _ in range(tokens - 1):
-                logits = decoder(ids[:, -1:], cache=cache)[:, -1, :vocabulary]
-                cache.lengths += 1
-                ids = torch.cat((ids, torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)), 1)
-            rows.append(ids)
-    return torch.cat(rows)
+        return torch.cat([torch.cat((prompts, write(decoder, prompts, tokens - 1, generator, vocabulary)), 1)
+                          for prompts in progress(first.split(batch), label="writing", unit="batch")])
 
 
 def build(options: Options) -> None:
@@ -172,7 +170,7 @@ def build(options: Options) -> None:
     vocabulary = min(tokenizer_size(options.checkpoint), config.vocab_size)     # any model of this tokenizer can be held against it
     if options.self:
         length = min(options.length, config.context_length)
-        ids = write_own_text(load_decoder(options.checkpoint), options.self, length, vocabulary=vocabulary)
+        ids = write_own_text(load_decoder(options.checkpoint), options.self, length, vocabulary)
     else:
         ids = corpus_windows(open_checkpoint(options.checkpoint), options, options.windows, options.length)
     cache = build_cache(options.checkpoint, ids, options.out, options.top, options.precision, vocabulary)

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from runtime.errors import UserError
 
-KINDS = ("forward", "reverse", "js", "skew")
 DEFAULT_MIX = {"js": 0.5, "skew": 0.1}
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def divergence(kind: str, mix: float | None = None) -> Divergence:
-    """One of KINDS. mix: js's b or skew's a, between 0 and 1. Raises UserError for a mix of no use."""
+    """By its name. mix: js's b or skew's a, between 0 and 1. Raises UserError for a mix of no use."""
     if kind not in DEFAULT_MIX:
         if mix is not None:
             raise UserError(f"--mix is for --loss js and skew, and {kind} has nothing to mix")

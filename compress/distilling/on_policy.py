@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from compress.teacher import write
 from models.data.corpus import IGNORE
-from models.network.decoder import Decoder, KVCache
+from models.network.decoder import Decoder
 from models.training.trainer import Rows, Trainer
 
 
@@ -46,17 +46,3 @@ class OnPolicy:
                             input_ids.shape[1] + 1 - self.prompt, generator, self.vocabulary).cpu().numpy()
         labels = np.concatenate((np.full_like(labels[:, 1:self.prompt], IGNORE), written), 1)
         return np.concatenate((input_ids[:, :self.prompt], written[:, :-1]), 1), labels
-
-
-@torch.no_grad()
-def write(decoder: Decoder, prompts: Tensor, tokens: int, generator: torch.Generator, vocabulary: int | None = None) -> Tensor:
-    """int64 [b, tokens] that the model continues prompts [b, s] with, drawn at temperature 1 among the first `vocabulary`."""
-    cache = KVCache(decoder.config, len(prompts), prompts.shape[1] + tokens, device=prompts.device)
-    ids, written = prompts, []
-    for _ in range(tokens):
-        last = torch.full((len(prompts), 1), ids.shape[1] - 1, device=ids.device)
-        probabilities = torch.softmax(decoder(ids, cache=cache, logits_positions=last)[:, 0, :vocabulary], -1)
-        cache.lengths += ids.shape[1]
-        ids = torch.multinomial(probabilities, 1, generator=generator)
-        written.append(ids)
-    return torch.cat(written, 1)

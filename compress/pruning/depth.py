@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.distilling.divergence import kl
 from compress.layerwise import fast_matmul
 from models.network.decoder import Decoder
 from models.progress import progress as shown
 
-ORDERS = ("influence", "kl", "greedy", "beam")
 BEAM = 3
 
 
@@ -51,9 +51,12 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, progress
 def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:
     """1 - mean cosine of what enters and leaves each layer."""
     totals = [0.0] * len(decoder.model.layers)
-    hooks = [layer.register_forward_hook(
-        lambda _, inputs, output, n=n: totals.__setitem__(n, totals[n] + 1 - F.cosine_similarity(inputs[0], output, -1).mean().item()))
-        for n, layer in enumerate(decoder.model.layers)]
+
+    def watch(number: int):
+        def hook(layer, inputs, output):
+            totals[number] += 1 - F.cosine_similarity(inputs[0], output, -1).mean().item()
+        return hook
+    hooks = [layer.register_forward_hook(watch(number)) for number, layer in enumerate(decoder.model.layers)]
     try:
         with torch.no_grad(), fast_matmul():
             for row in ids:
@@ -69,10 +72,7 @@ def _divergence(decoder: Decoder, ids: Tensor, whole: list[Tensor], layers: list
     every = decoder.model.layers
     decoder.model.layers = nn.ModuleList(every[n] for n in layers)
     try:
-        total = 0.0
-        for row, log_p in zip(ids, whole):
-            log_q = torch.log_softmax(decoder(row[None])[0], -1)
-            total += (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        return sum(kl(log_p, torch.log_softmax(decoder(row[None])[0], -1)).mean().item()
+                   for row, log_p in zip(ids, whole)) / len(ids)
     finally:
         decoder.model.layers = every
-    return total / len(ids)

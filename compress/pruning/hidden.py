@@ -24,7 +24,6 @@ from torch import Tensor
 
 from compress.layerwise import Walk, second_moment
 from models.formats.checkpoint import Checkpoint
-from models.progress import progress
 from runtime.errors import UserError
 
 READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",      # linear: its norm
@@ -50,8 +49,8 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     def add() -> None:
         total.add_(second_moment([part / part.square().mean(-1, keepdim=True).add(1e-12).sqrt() for part in walk.x.split(4)]))
 
-    for number in progress(range(len(config.layers)), label="directions", unit="layer"):
-        walk.step(walk.load(number), lambda names, inputs: add() if names[0].endswith(tuple(READERS)) else None)
+    for _, layer in walk.layers("directions"):
+        walk.step(layer, lambda names, inputs: add() if names[0].endswith(tuple(READERS)) else None)
     add()                                               # what the final norm reads
     return torch.linalg.eigh(total.double()).eigenvectors.flip(1).float()
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from compress.layerwise import Walk, second_moment
 from compress.quantizing.sensitivity import output_gradients, pivots
 from models.formats.checkpoint import Checkpoint
-from models.progress import progress
 
 STEP = 0.05
 WINDOWS = 24                # that gradients are taken of, at most: a forward and a backward pass of the whole model
@@ -28,9 +27,7 @@ def sparsity_ratios(checkpoint: Checkpoint, ids: Tensor, score: str, fraction: f
     """Module -> fraction of zeros, `fraction` of all weights of the layers' linears. ids: int64 [windows, tokens]."""
     gradients, _ = output_gradients(checkpoint, ids[:: -(-len(ids) // WINDOWS)])
     curves, sizes, walk = {}, {}, Walk(checkpoint, ids)
-    for number in progress(range(len(checkpoint.config.layers)), label="ratios", unit="layer"):
-        layer = walk.load(number)
-
+    for number, layer in walk.layers("ratios"):
         def visit(names: list[str], inputs: list[Tensor]) -> None:
             moment = second_moment(inputs)
             price = pivots(moment) if score == "sparsegpt" else moment.diagonal()

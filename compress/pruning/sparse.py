@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from compress.quantizing.gptq import factorize
-from compress.layerwise import Walk, second_moment
+from compress.layerwise import Walk, rewritten, second_moment
 from models.formats.checkpoint import Checkpoint
-from models.progress import progress
+from models.network.decoder import Layer
 from runtime.errors import UserError
 
-SCORES = ("magnitude", "wanda", "sparsegpt")
 BLOCK = 128                 # columns whose zeros SparseGPT chooses at once; 4 of them where the pattern is 2:4
 
 
@@ -77,15 +76,9 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
 
     ratios: module -> pattern of its own (ratios.py).
     """
-    layers = len(checkpoint.config.layers)
-    prefixes = tuple(f"model.layers.{n}." for n in range(layers))
-    for name in checkpoint.names():
-        if not name.startswith(prefixes):
-            yield name, checkpoint.read(name)
     walk = Walk(checkpoint, ids)
-    for number in progress(range(layers), label=score, unit="layer"):
-        layer = walk.load(number)
 
+    def change(number: int, layer: Layer) -> dict[str, Tensor]:
         def visit(names, inputs):
             moment = second_moment(inputs)
             for name in names:
@@ -98,5 +91,5 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
                     weight = linear.weight.masked_fill(zeros(linear.weight.abs() * norms, share), 0)
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         walk.step(layer, visit)
-        for name, tensor in layer.state_dict().items():
-            yield f"model.layers.{number}.{name}", tensor
+        return layer.state_dict()
+    return rewritten(walk, score, change)

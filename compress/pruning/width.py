@@ -21,11 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.layerwise import Walk, second_moment
+from compress.layerwise import Walk, rewritten, second_moment
 from models.formats.checkpoint import Checkpoint
 from models.network.config import ModelConfig
 from models.network.decoder import Layer
-from models.progress import progress
 
 DAMPING = 0.01              # of H's mean diagonal, added before it is inverted
 
@@ -53,9 +52,7 @@ def take_over(weight: Tensor, moment: Tensor, keep: Tensor, damping: float = DAM
 def measure_importance(checkpoint: Checkpoint, ids: Tensor) -> Importance:
     """One pass over ids int64 [windows, tokens]; peak memory is that of compress/layerwise.py."""
     walk, found = Walk(checkpoint, ids), Importance([], [])
-    for number, shape in enumerate(progress(checkpoint.config.layers, label="importance", unit="layer")):
-        layer = walk.load(number)
-
+    for number, layer in walk.layers("importance"):
         def visit(names, inputs):
             if names[0] not in ("self_attn.o_proj", "mlp.down_proj"):
                 return
@@ -65,7 +62,7 @@ def measure_importance(checkpoint: Checkpoint, ids: Tensor) -> Importance:
             if names[0] == "mlp.down_proj":
                 found.neurons.append(share)
             else:
-                found.groups.append(share.view(shape.kv_heads, -1).sum(1))
+                found.groups.append(share.view(checkpoint.config.layers[number].kv_heads, -1).sum(1))
         walk.step(layer, visit)
     return found
 
@@ -84,15 +81,13 @@ def choose_neurons(importance: Importance, total: int, step: int) -> list[int]:
 
 
 def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths: list[int],
-             groups: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor of the pruned model: layer n has widths[n] neurons and groups[n] head groups."""
-    layers = tuple(f"model.layers.{n}." for n in range(len(widths)))
-    for name in checkpoint.names():
-        if not name.startswith(layers):
-            yield name, checkpoint.read(name)
+             groups: list[int]) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The pruned model, its configuration and tensors: layer n has widths[n] neurons and groups[n] head groups."""
     walk = Walk(checkpoint, ids)
-    for number in progress(range(len(widths)), label="pruning", unit="layer"):
-        layer = walk.load(number)
+    shapes = tuple(replace(layer, heads=layer.heads // layer.kv_heads * kept, kv_heads=kept, mlp_size=size)
+                   for layer, size, kept in zip(checkpoint.config.layers, widths, groups))
+
+    def change(number: int, layer: Layer) -> dict[str, Tensor]:
         keep = {"self_attn.o_proj": _head_inputs(layer, importance.groups[number].topk(groups[number]).indices),
                 "mlp.down_proj": importance.neurons[number].topk(widths[number]).indices.sort().values}
 
@@ -104,15 +99,8 @@ def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths
                     filled[:, kept] = take_over(linear.weight, second_moment(inputs), kept)
                     linear.weight = torch.nn.Parameter(filled, requires_grad=False)
         walk.step(layer, visit)
-        for name, tensor in _sliced(layer, keep).items():
-            yield f"model.layers.{number}.{name}", tensor.contiguous()
-
-
-def narrowed_config(config: ModelConfig, widths: list[int], groups: list[int]) -> ModelConfig:
-    """The configuration of what `narrowed` gives."""
-    shapes = tuple(replace(layer, heads=layer.heads // layer.kv_heads * kept, kv_heads=kept, mlp_size=width)
-                   for layer, width, kept in zip(config.layers, widths, groups))
-    return replace(config, layers=shapes)
+        return _sliced(layer, keep)
+    return replace(checkpoint.config, layers=shapes), rewritten(walk, "pruning", change)
 
 
 def _head_inputs(layer: Layer, groups: Tensor) -> Tensor:

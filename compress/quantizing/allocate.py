@@ -4,10 +4,8 @@
 
 A multiple-choice knapsack, solved by dynamic programming over bytes in steps of the sizes' greatest common divisor, so
 the answer is exact; where that would take more than `STEPS` steps, sizes are rounded up to budget / STEPS and the answer
-still fits, and is worse than the best by no more than the rounding (0.03% of the budget for 200 modules).
-
-Damages add up because each is a second-order estimate of the KL divergence one module's rounding causes
-(sensitivity.py) and the errors of different modules are nearly uncorrelated.
+still fits, and is worse than the best by no more than the rounding (0.03% of the budget for 200 modules). Damages
+(sensitivity.py) add up because the errors of different modules are nearly uncorrelated.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     tensors = calibrated(checkpoint, ids, plan, gptq_descended, work=folder, folds=(awq,))
     write_checkpoint(out, config, tensors, ...)
 
-Every layer is loaded, folded (awq.py, smoothquant.py, rotation.py: rewritten so that its function stays and its weights
-are easier to round), quantized in the order data flows through it, and then the calibration windows pass through what
+Every layer is loaded, folded (folds.py: rewritten so that its function stays and its weights are easier to round), quantized in the order data flows through it, and then the calibration windows pass through what
 its codes stand for (compress/layerwise.py). A finished layer is kept in the folder `work` until the checkpoint is
 written, so an interrupted run goes on where it stopped. The embedding and the head are fitted to the Hessian that
 sensitivity.py gives for them.
@@ -31,7 +30,6 @@ from compress.layerwise import KeyValueRanges, Walk, second_moment
 from compress.quantizing.static_scale import static_scale
 from models.formats.checkpoint import Checkpoint
 from models.network.decoder import Layer
-from models.progress import progress
 from models.network.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
 from models.formats.safetensors_file import save_tensors
 from runtime.errors import UserError
@@ -93,15 +91,15 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: 
         embedding = found.dequantize() if module == "model.embed_tokens" else embedding
         yield from found.tensors(module).items()
     walk = Walk(checkpoint, ids, embedding)
-    for number in progress(range(len(checkpoint.config.layers)), label="quantizing", unit="layer"):
+    for number, layer in walk.layers("quantizing"):
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
-            tensors = _layer(walk, number, plan, choose, folds, negative)
+            tensors = _layer(walk, layer, number, plan, choose, folds, negative)
             with new_file(file) as partial:
                 save_tensors(partial, tensors)
         else:
             tensors = load_file(file)
-            walk.step(_restored(walk, number, tensors, formats))
+            walk.step(_restored(layer, tensors, prefix, formats))
         yield from ((prefix + name, tensor) for name, tensor in tensors.items())
     written = {f"{module}.weight" for module in formats}
     for name in checkpoint.names():
@@ -109,12 +107,13 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: 
             yield name, checkpoint.read(name)
 
 
-def _layer(walk: Walk, number: int, plan: Quantization, choose: Choose, folds: tuple[Fold, ...],
+def _layer(walk: Walk, layer: Layer, number: int, plan: Quantization, choose: Choose, folds: tuple[Fold, ...],
            negative: bool) -> dict[str, Tensor]:
     """Fold and quantize one layer, and take the windows through it. Returns its stored tensors."""
-    layer, prefix, formats = walk.load(number), f"model.layers.{number}.", plan.tensors
+    prefix, formats = f"model.layers.{number}.", plan.tensors
+    ours = {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)}
     for fold in folds:
-        fold(layer, walk, {name.removeprefix(prefix): form for name, form in formats.items() if name.startswith(prefix)})
+        fold(layer, walk, ours)
     stored: dict[str, Tensor] = {}
     rounded = plan.rounding_linears() if plan.activations.get("per") == "tensor" else []
 
@@ -125,14 +124,12 @@ def _layer(walk: Walk, number: int, plan: Quantization, choose: Choose, folds: t
             importance = sum(layer.get_submodule(name).weight.square().sum(0) for name in rounding)
             scale = static_scale(inputs, importance)
             stored.update({f"{name}.input_scale": scale.clone() for name in rounding})
-        for name in names:
-            if prefix + name not in formats:
-                continue
+        for name in filter(ours.get, names):
             weight = layer.get_submodule(name).weight
             try:
                 if not torch.isfinite(weight).all():
                     raise UserError("a fold gave weights that are not finite: the checkpoint is broken")
-                found = choose(weight.data, hessian, formats[prefix + name], negative)
+                found = choose(weight.data, hessian, ours[name], negative)
             except UserError as error:
                 raise UserError(f"{prefix}{name}: {error}") from None
             weight.data = found.dequantize()
@@ -140,30 +137,26 @@ def _layer(walk: Walk, number: int, plan: Quantization, choose: Choose, folds: t
 
     walk.cache = KeyValueRanges() if plan.kv_cache else None
     walk.step(layer, visit)
-    for part, found in zip("kv", walk.cache.largest if walk.cache else ()):
-        found = found if plan.kv_cache["per"] == "channel" else found.amax(0, keepdim=True)
-        stored[f"self_attn.{part}_scale"] = _int8_scale(found)
-    kept = {name: tensor for name, tensor in layer.state_dict().items() if prefix + name.removesuffix(".weight") not in formats}
-    original = {name: walk.checkpoint.read(prefix + name) for name in kept}
-    return stored | {name: original[name] if torch.equal(original[name].float(), tensor) else tensor
-                     for name, tensor in kept.items()}
+    for part, most in zip("kv", walk.cache.largest if walk.cache else ()):
+        most = most if plan.kv_cache["per"] == "channel" else most.amax(0, keepdim=True)
+        stored[f"self_attn.{part}_scale"] = torch.where(most > 0, most / 127, torch.ones_like(most))
+    for name, tensor in layer.state_dict().items():
+        if name.removesuffix(".weight") not in ours:            # in its own type, unless a fold has changed it
+            original = walk.checkpoint.read(prefix + name)
+            stored[name] = original if torch.equal(original.float(), tensor) else tensor
+    return stored
 
 
-def _int8_scale(largest: Tensor) -> Tensor:
-    """The scale that puts +-largest on +-127; 1 for what was always zero."""
-    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-
-
-def _restored(walk: Walk, number: int, tensors: dict[str, Tensor], formats: dict[str, TensorFormat]):
+def _restored(layer: Layer, tensors: dict[str, Tensor], prefix: str, formats: dict[str, TensorFormat]) -> Layer:
     """The layer that stored tensors stand for."""
-    layer, state = walk.load(number), {}
-    for name in layer.state_dict():
+    state = {}
+    for name, weight in layer.state_dict().items():
         module = name.removesuffix(".weight")
-        form = formats.get(f"model.layers.{number}.{module}")
+        form = formats.get(prefix + module)
         if form is None:
             state[name] = tensors[name].float()
         else:
-            codes = unpack(tensors[f"{module}.codes"], form.bits, layer.get_parameter(name).shape[1])
+            codes = unpack(tensors[f"{module}.codes"], form.bits, weight.shape[1])
             state[name] = QuantizedTensor(codes, tensors[f"{module}.scales"], tensors.get(f"{module}.zeros"), form.bits,
                                           form.group, form.symmetric).dequantize()
     layer.load_state_dict(state, assign=True)

@@ -38,15 +38,13 @@ def clipped_grid(weight: Tensor, form: TensorFormat, importance: Tensor | None =
     importance = torch.ones(columns) if importance is None else importance
     # A group whose inputs are all silent still needs a scale that fits its weights.
     importance = (importance + 1e-6 * importance.mean().clamp_min(1e-30)).view(1, groups, -1)
-    search = _symmetric if form.symmetric else _asymmetric
+    search = partial(_symmetric, negative=negative) if form.symmetric else _asymmetric
     step = max(1, _ROWS // columns)
-    if form.symmetric and not negative:
-        search = partial(_symmetric, negative=False)
     parts = [search(weight[i:i + step].unflatten(1, (groups, -1)), form.bits, importance) for i in range(0, rows, step)]
     return Grid(torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts]), form)
 
 
-def _symmetric(grouped: Tensor, bits: int, importance: Tensor, negative: bool = True) -> tuple[Tensor, Tensor]:
+def _symmetric(grouped: Tensor, bits: int, importance: Tensor, negative: bool) -> tuple[Tensor, Tensor]:
     half = 2 ** (bits - 1)
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[:, :, 0]
     if not negative:
@@ -70,6 +68,7 @@ def _asymmetric(grouped: Tensor, bits: int, importance: Tensor) -> tuple[Tensor,
 
 
 def _best(grouped: Tensor, candidates: list[tuple[Tensor, Tensor]], top: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Of candidates (scale, zero), the best for each group of grouped [N, G, K/G]."""
     best = best_scale = best_zero = None
     for scale, zero in candidates:
         scale = fp16(scale)

@@ -1,11 +1,11 @@
 """GPTQ: codes that minimize the error of a layer's output, not of its weights.
 
-Promises: `gptq(weight, hessian, grid)` gives codes on a given grid such that, per output row,
+`gptq(weight, hessian, grid)` gives codes on a given grid such that, per output row,
     loss = (w - v) H (w - v)^T,      H = E[x x^T] over calibration inputs x [K]
 is far below that of rounding to nearest; `descend` and `refit` lower it further and never raise it (beyond the fp16
 rounding of scales).
 
-How. `gptq` visits inputs in order of falling H[k, k] (activation order): the code of input k is rounded to nearest and
+`gptq` visits inputs in order of falling H[k, k] (activation order): the code of input k is rounded to nearest and
 the error is compensated in the inputs not yet visited through the upper Cholesky factor of H^-1, in blocks, so that most
 of the work is a matrix product. Groups keep their natural place, because the grid is decided before ("static groups").
 `descend` then revisits every code with all others fixed: the best value of input k is v_k + ((w - v) H)_k / H[k, k].
@@ -14,7 +14,7 @@ Damping adds a share of the mean diagonal to H's diagonal; where H is still not 
 tenfold until it is, and the caller is told through `factorize`'s second result.
 
 Sources: Frantar et al. 2023, "GPTQ"; the revisiting of codes is cyclic coordinate descent (Behdin et al. 2023,
-"QuantEase"). It does not choose the grid, fold scales, or look past its layer.
+"QuantEase").
 """
 
 from __future__ import annotations
@@ -131,9 +131,3 @@ def refit(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor) -> Grid:
         before = grid.scales[start:stop]
         scales[start:stop] = torch.where(solved * before > 0, solved, before)      # neither another sign nor NaN
     return grid.with_scales(scales)
-
-
-def loss(weight: Tensor, hessian: Tensor, values: Tensor) -> Tensor:
-    """(w - v) H (w - v)^T of each row, [N]."""
-    error = weight - values
-    return ((error @ hessian) * error).sum(1)

@@ -4,9 +4,6 @@ Row n of a weight [N, K] may hold, in group j of its inputs, the values (code - 
 0 .. 2^bits - 1. Symmetric grids have zero 2^(bits-1); their scale may be negative, which puts the one value that has no
 mirror image, code 0, on the side of the group's largest weight. Scales hold fp16 values from the start (in float32), so
 codes are fitted to the scale that is stored.
-
-A method decides a grid (rtn.py, clipping.py) and codes on it (nearest, or gptq.py);
-`Grid.tensor` makes the two into what a checkpoint stores.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ def fp16(scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """Grid of one weight [N, K]; scales and zeros are float32 [N, groups]."""
+    """Grid of one weight [N, K]; scales and zeros are float32 [N, groups], codes float32 [N, K]."""
 
     scales: Tensor
     zeros: Tensor
@@ -47,13 +44,12 @@ class Grid:
         return self.scales.repeat_interleave(width, 1), self.zeros.repeat_interleave(width, 1)
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The nearest codes of weight [N, K], float32."""
+        """The nearest codes of weight [N, K]."""
         grouped = weight.unflatten(1, (self.scales.shape[1], -1))
-        codes = (grouped / self.scales[:, :, None]).round_().add_(self.zeros[:, :, None]).clamp_(0, self.top)
-        return codes.flatten(1)
+        return (grouped / self.scales[:, :, None]).round_().add_(self.zeros[:, :, None]).clamp_(0, self.top).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes [N, K] stand for, float32 [N, K]."""
+        """What codes stand for, float32 [N, K]."""
         grouped = codes.unflatten(1, (self.scales.shape[1], -1))
         return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).flatten(1)
 
@@ -62,14 +58,7 @@ class Grid:
         return replace(self, scales=fp16(scales))
 
     def tensor(self, codes: Tensor) -> QuantizedTensor:
-        """Codes [N, K] on this grid as a checkpoint stores them."""
+        """As a checkpoint stores them."""
         form = self.format
         return QuantizedTensor(codes.to(torch.uint8), self.scales.half(),
                                None if form.symmetric else self.zeros.to(torch.uint8), form.bits, form.group, form.symmetric)
-
-
-def grid_of(tensor: QuantizedTensor) -> Grid:
-    """The grid on which a stored weight lies."""
-    scales = tensor.scales.float()
-    zeros = torch.full_like(scales, 2.0 ** (tensor.bits - 1)) if tensor.zeros is None else tensor.zeros.float()
-    return Grid(scales, zeros, tensor.format)

@@ -3,11 +3,8 @@
     formats = mixed_formats(checkpoint, sensitivity, budget_bytes, "onnx")
 
 The candidates are the widths a backend can run, in groups of 32, 64 and 128 (8 bits also one scale a row); what each
-costs in KL comes from sensitivity.py, and allocate.py finds the best combination. A size counts every
-byte of a bundle's weights file: codes, scales, zero points, what is not quantized, RoPE's tables (for the context that
-export.onnx gives a bundle by default) and the gaps that align tensors.
-
-`check_backend` refuses what a backend cannot run (runtime/capabilities.py), before any work.
+costs in KL comes from sensitivity.py, and allocate.py finds the best combination. A size counts every byte of a bundle's
+weights file: codes, scales, what is not quantized, RoPE's tables and the gaps that align tensors.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Round to nearest: every group's range decides its scale, every weight goes to the nearest code.
 
-    tensor = round_to_nearest(weight, TensorFormat(4, 32))
-
 Symmetric: scale = max|w| / (2^(bits-1) - 1), so zero has a code and so has every weight's mirror image but for the
 lowest code. Asymmetric: scale = (max - min) / (2^bits - 1) over the range with zero in it, and a zero point. Kind
-"e4m3": scale = max|w| / 448, the largest 8-bit float of that kind, and PyTorch's rounding to it. Scales are rounded to
-fp16 before the codes are chosen. The baseline of every other method, and what int8 needs: it looks at no data, and at
-4 bits it costs what clipping.py and gptq.py win back.
+"e4m3": scale = max|w| / 448, the largest 8-bit float of that kind, and PyTorch's rounding to it. It looks at no data, is
+what int8 needs, and costs at 4 bits what clipping.py and gptq.py win back.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ A tied embedding is used twice. As head, row v's error costs 1/2 E[p_v (1 - p_v)
 table, 1/2 f_v e M e^T with f_v the token's frequency and M = E[g g^T] over gradients of its output.
 
 Two passes over the windows: one through the whole model, forward and backward, for G; one layer by layer for H.
-Sources: Hassibi and Stork 1993 (optimal brain surgeon); Frantar and Alistarh 2022 (pivots as the price of rounding);
-the factorization over inputs and outputs is Martens and Grosse's K-FAC, 2015. Correlations between modules and between
-tokens are left out, so sums over modules predict measured KL to within a factor and rank formats well.
+Correlations between modules and between tokens are left out, so sums over modules predict measured KL to within a factor
+and rank formats well. Sources: Hassibi and Stork 1993 (optimal brain surgeon); Frantar and Alistarh 2022 (pivots as the
+price of rounding); the factorization over inputs and outputs is Martens and Grosse's K-FAC, 2015.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def measure_sensitivity(checkpoint: Checkpoint, ids: Tensor, formats: list[Tenso
     damage: dict[str, dict[TensorFormat, float]] = {}
     generator = torch.Generator().manual_seed(seed)
     walk = Walk(checkpoint, ids)
-    for number in progress(range(len(checkpoint.config.layers)), label="sensitivity", unit="layer"):
-        layer = walk.load(number)
-
+    for number, layer in walk.layers("sensitivity"):
         def visit(names: list[str], inputs: list[Tensor]) -> None:
             price = pivots(second_moment(inputs))
             for name in names:
@@ -114,14 +112,13 @@ def pivots(hessian: Tensor) -> Tensor:
 
 def _damage(weight: Tensor, gradient: Tensor, price: Tensor, formats: list[TensorFormat], generator) -> dict[TensorFormat, float]:
     """1/2 sum_o gradient[o] sum_k price[k] e[o, k]^2 for each format whose group divides the inputs."""
-    share = gradient * (weight.square() @ price)                       # proportional to the damage, roughly
-    top = share.topk(min(TOP_ROWS, len(share))).indices
-    rest = share.clone()
-    rest[top] = 0
-    rows, factors = top, torch.ones(len(top))
+    rest = gradient * (weight.square() @ price)                        # proportional to the damage, roughly
+    rows = rest.topk(min(TOP_ROWS, len(rest))).indices
+    rest[rows] = 0
+    factors = torch.ones(len(rows))
     if rest.sum() > 0:
         drawn = torch.multinomial(rest, SAMPLED_ROWS, replacement=True, generator=generator)
-        rows = torch.cat((top, drawn))
+        rows = torch.cat((rows, drawn))
         factors = torch.cat((factors, rest.sum() / (rest[drawn] * SAMPLED_ROWS)))
     sample = weight[rows]
     result = {}

@@ -1,13 +1,9 @@
 """One scale for an input of linears, whatever the text: the step to int8 that harms their outputs least.
 
-    scale = static_scale(inputs, importance)        # chunks [..., K], what an error in each input costs [K] -> [1]
-
 max|x| / 127 rounds every input to a grid that its one largest value has chosen. A smaller scale clips that value and
-rounds all others more finely; of max|x| / 127 times 1, 2^-1/2, 2^-1 ... 2^-3 the one whose squared error, weighted by
-the importance (the squared weights of the linears behind, summed over their outputs), is least over a sample of the text.
-
-It does not help where a few values carry the model and all others too, as what down_proj reads in most models (the
-first token's are a thousand times the rest): compress/quantize.py leaves these alone.
+rounds all others more finely: of max|x| / 127 times RATIOS the one whose squared error, weighted by the importance (the
+squared weights of the linears behind, summed over their outputs), is least over a sample of the text. It does not help
+where a few values carry the model and all others too, as what down_proj reads in most models: quantize leaves these alone.
 """
 
 from __future__ import annotations

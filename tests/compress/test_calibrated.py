@@ -93,11 +93,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny_checkpoint, text, tmp_
     assert quantize(source, tmp_path / "whole", text, "--method", "gptq") == 0
     layer, visited = module._layer, []
 
-    def stops(walk, number, *rest):
+    def stops(walk, loaded, number, *rest):
         visited.append(number)
         if number == 1 and visited.count(1) == 1:
             raise KeyboardInterrupt
-        return layer(walk, number, *rest)
+        return layer(walk, loaded, number, *rest)
     monkeypatch.setattr(module, "_layer", stops)
     assert quantize(source, tmp_path / "resumed", text, "--method", "gptq") == 130
     assert not (tmp_path / "resumed").exists() and list(tmp_path.glob(".resumed.*.work"))

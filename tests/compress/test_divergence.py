@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from compress.distilling import chunked_loss as module
 from compress.distilling.chunked_loss import chunked_loss, top_events
-from compress.distilling.divergence import KINDS, divergence
+from compress.distilling.divergence import divergence
 from runtime.errors import UserError
 
 DRAW = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def test_top_events_and_their_gradient_are_autograds():
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js", "skew"])
 def test_all_but_one_token_kept_is_the_whole_vocabulary(kind):
     """With k = vocab - 1 "any other token" is one token: value and gradient are the full divergence's."""
     teacher, student = logits(6, 11), logits(6, 11).requires_grad_()

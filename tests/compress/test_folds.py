@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from compress.quantizing.awq import awq
 from compress.quantizing.calibrated import clip
 from compress.layerwise import Walk, second_moment
-from compress.quantizing.rotation import rotate_values, rotation
-from compress.quantizing.smoothquant import smooth
+from compress.quantizing.folds import awq, rotate_values, rotation, smooth
 from models.formats.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.quantizing.clipping import clipped_grid
-from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, loss, refit
+from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
 from compress.quantizing.grid import Grid
 from compress.quantizing.rtn import minmax_grid
 from models.network.quantized import TensorFormat
@@ -21,6 +21,12 @@ def layer(rows=48, columns=128, tokens=512, seed=0):
     x = torch.randn(tokens, columns, generator=generator) @ mixing
     x[:, ::17] *= 8
     return weight, x.T @ x / tokens, x
+
+
+def loss(weight, hessian, values):
+    """(w - v) H (w - v)^T of each row."""
+    error = weight - values
+    return ((error @ hessian) * error).sum(1)
 
 
 def reference_gptq(weight, hessian, grid):

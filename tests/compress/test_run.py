@@ -5,7 +5,7 @@ import json
 import pytest
 
 from compress import run
-from compress.held_out import split_text
+from compress.text import split_text
 from compress.ladder import ladder
 from compress.quantizing.mixed import bundle_extras
 from compress.recipe import Recipe, Stage

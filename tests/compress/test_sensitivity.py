@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.quantizing.clipping import clipped_grid
-from compress.quantizing.gptq import DAMPING, activation_order, gptq, loss
+from compress.quantizing.gptq import DAMPING, activation_order, gptq
 from compress.quantizing.grid import Grid
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
 from models.formats.checkpoint import load_decoder, open_checkpoint
@@ -63,7 +63,8 @@ def test_pivots_are_the_price_of_gptq():
     steady = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(64)
     wide = Grid(torch.full((200, 1), 0.25), torch.full((200, 1), 128.0), TensorFormat(8, 0))        # +-32: nothing is clipped
     codes, price = gptq(weight, hessian, wide), pivots(hessian)
-    measured = loss(weight, steady, wide.values(codes)).sum()
+    error = weight - wide.values(codes)
+    measured = ((error @ steady) * error).sum()
 
     order = activation_order(hessian)
     left, errors = weight.double().clone(), torch.zeros_like(weight)

@@ -100,7 +100,7 @@ def test_a_smaller_student_vocabulary_is_refused(tiny_checkpoint, tmp_path):
 
 def test_own_text_is_drawn_from_the_model(tiny_checkpoint):
     decoder = load_decoder(tiny_checkpoint("smollm2"))
-    first, again = (write_own_text(decoder, 40, 12, seed=4) for _ in range(2))
+    first, again = (write_own_text(decoder, 40, 12, 384, seed=4) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (40, 12)
     with torch.no_grad():
         log_probabilities = torch.log_softmax(decoder(first)[:, :-1], -1).gather(2, first[:, 1:, None])

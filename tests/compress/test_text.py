@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.calibration_text import calibration_windows, corpus_windows, equal_shares
+from compress.text import calibration_windows, corpus_windows, equal_shares
 from models.formats.checkpoint import open_checkpoint
 from models.data.corpus import DataOptions
 from runtime.errors import UserError
