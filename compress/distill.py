@@ -101,8 +101,8 @@ import torch
 
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
-from compress.distilling.on_policy import OnPolicy
-from compress.distilling.taught import Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of, with_defaults
+from compress.distilling.taught import (OnPolicy, Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of,
+                                         with_defaults)
 from compress.teacher import frozen_decoder
 from compress.text import read_corpus
 from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint

@@ -10,10 +10,9 @@ What config.json's `quantization_config` names decides how a linear [N, K] with 
     compressed-tensors  weight_packed int32 [N, K b/32] packed along K, symmetric, weight_scale [N, G]
 Codes and zero points are written as they are; scales become fp16. Zero points that are all 2^(b-1) become symmetric.
 
-Refused, in words: widths other than 2, 4 and 8 bits; groups out of place, as activation order may leave them (g_idx),
-which no contiguous groups can hold; asymmetric compressed-tensors; rotations and quantized activations; pickles; every
-key of the configuration that is not understood (compress/quantizing/foreign_keys.py), and every tensor of the file that
-has no place.
+Refused, in words: widths other than 2, 4 and 8 bits; groups out of place, as activation order may leave them (g_idx);
+asymmetric compressed-tensors; rotations and quantized activations; pickles; every key of the configuration that is not
+understood (compress/quantizing/foreign_keys.py), and every tensor of the file that has no place.
 """
 
 from __future__ import annotations
@@ -93,27 +92,21 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 def read_gptq(tensors, module: str, bits: int, group: int, config: dict) -> QuantizedTensor:
     codes = unpack_words(tensors.integers(f"{module}.qweight").T, bits)                         # [N, K]
-    columns = codes.shape[1]
-    group = columns if group in (-1, 0) else group
     if f"{module}.g_idx" not in tensors.places and config.get("desc_act"):
         raise UserError(f"{module} has no g_idx, which desc_act asks for")
-    _check_order(tensors, f"{module}.g_idx", columns, group)
     zeros = unpack_words(tensors.integers(f"{module}.qzeros"), bits).T                          # [N, G]
     if (config.get("checkpoint_format") or config.get("format")) != "gptq_v2":
         zeros = (zeros + 1) & (2**bits - 1)                                            # as its kernels wrap
-    return _tensor(module, codes, tensors[f"{module}.scales"].T, zeros, bits, group)
+    return _tensor(tensors, module, codes, tensors[f"{module}.scales"].T, zeros, bits, group, "g_idx")
 
 
 def read_awq(tensors, module: str, bits: int, group: int, config: dict) -> QuantizedTensor:
-    order = torch.tensor(AWQ_ORDER).argsort()
-
-    def rows(words: Tensor) -> Tensor:
-        return unpack_words(words, bits).unflatten(-1, (-1, 8))[..., order].flatten(-2).T
     if bits != 4:
         raise UserError(f"AWQ of {bits} bits is not known here: 4 is")
-    codes = rows(tensors.integers(f"{module}.qweight"))
-    group = codes.shape[1] if group in (-1, 0) else group
-    return _tensor(module, codes, tensors[f"{module}.scales"].T, rows(tensors.integers(f"{module}.qzeros")), bits, group)
+    order = torch.tensor(AWQ_ORDER).argsort()
+    codes, zeros = (unpack_words(tensors.integers(f"{module}.{name}"), bits).unflatten(-1, (-1, 8))[..., order].flatten(-2).T
+                    for name in ("qweight", "qzeros"))
+    return _tensor(tensors, module, codes, tensors[f"{module}.scales"].T, zeros, bits, group)
 
 
 def read_compressed(tensors, module: str, bits: int, group: int, config: dict) -> QuantizedTensor:
@@ -125,32 +118,31 @@ def read_compressed(tensors, module: str, bits: int, group: int, config: dict) -
     rows, columns = shape if len(shape) == 2 else (0, 0)
     if packed.shape[0] != rows or not 0 <= packed.shape[1] - columns < 32 // bits:
         raise UserError(f"{module}.weight_shape says {shape}, and weight_packed holds {list(packed.shape)} codes")
-    group = columns if group in (-1, 0) else group
     weights = next(iter(config["config_groups"].values()))["weights"]
     if weights.get("actorder") in ("group", "dynamic", True) and f"{module}.weight_g_idx" not in tensors.places:
         raise UserError(f"{module} has no weight_g_idx, which actorder {weights['actorder']!r} asks for")
-    _check_order(tensors, f"{module}.weight_g_idx", columns, group)
-    return _tensor(module, packed[:, :columns], scales, torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8), bits, group)
-
-
-def _check_order(tensors, name: str, columns: int, group: int) -> None:
-    """Raises UserError unless input k belongs to group k // group; all -1 means the same."""
-    if name in tensors.places:
-        found = tensors.integers(name, 1).long()
-        if not torch.equal(found, torch.arange(columns) // group) and not (len(found) == columns and bool((found == -1).all())):
-            raise UserError(f"{name}: it was quantized in activation order with its groups out of place, which contiguous groups "
-                            f"cannot hold: quantize it again without activation order (desc_act, actorder) or with static groups")
+    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return _tensor(tensors, module, packed[:, :columns], scales, zeros, bits, group, "weight_g_idx")
 
 
 READERS = {"gptq": read_gptq, "awq": read_awq, "compressed-tensors": read_compressed}
 
 
-def _tensor(module: str, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> QuantizedTensor:
+def _tensor(tensors, module: str, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int,
+            order: str = "") -> QuantizedTensor:
+    """Codes [N, K], scales and zeros [N, G] as ours. order: the tensor that may say which group an input belongs to."""
+    columns = codes.shape[1]
+    group = columns if group in (-1, 0) else group
+    if f"{module}.{order}" in tensors.places:
+        found = tensors.integers(f"{module}.{order}", 1).long()            # group k // group for input k; all -1 means the same
+        if not torch.equal(found, torch.arange(columns) // group) and not (len(found) == columns and bool((found == -1).all())):
+            raise UserError(f"{module}.{order}: it was quantized in activation order with its groups out of place, which contiguous groups "
+                            f"cannot hold: quantize it again without activation order (desc_act, actorder) or with static groups")
     exact, scales = scales.float(), scales.half()
     if not scales.ndim == codes.ndim == 2:
         raise UserError(f"{module}: its codes are {list(codes.shape)} and its scales {list(scales.shape)}, which should be matrices")
-    if scales.shape != zeros.shape or scales.shape[1] * group != codes.shape[1]:
-        raise UserError(f"{module} has {codes.shape[1]} inputs and {list(scales.shape)} scales, which do not fit groups of {group}")
+    if scales.shape != zeros.shape or scales.shape[1] * group != columns:
+        raise UserError(f"{module} has {columns} inputs and {list(scales.shape)} scales, which do not fit groups of {group}")
     if not torch.isfinite(scales).all():
         raise UserError(f"{module}.scales holds values that are not finite in fp16: the checkpoint cannot be used")
     if ((scales.float() - exact).abs() > exact.abs() / 256).any():

@@ -58,7 +58,7 @@ class Options(DataOptions):
     sparsity: str = arg("0.5", help="sparse: fraction of zeros, or 2:4", group="how much to keep")
     score: str = arg("sparsegpt", help="sparse: which weights go", choices=("magnitude", "wanda", "sparsegpt"),
                      group="how to choose")
-    ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more (pruning/ratios.py)",
+    ratios: str = arg("even", help="sparse: as many zeros in every linear, or fewer where they cost more",
                       choices=("even", "sensitivity"), group="how to choose")
     windows: int = arg(64, help="calibration windows, spread evenly over the data", least=1, group="how to choose")
     length: int = arg(512, help="tokens in a window", least=1, group="how to choose")
@@ -81,7 +81,6 @@ from torch import Tensor
 
 from compress.pruning import depth, sparse, vocabulary, width
 from compress.pruning.hidden import principal_directions, sliced
-from compress.pruning.ratios import sparsity_ratios
 from compress.text import corpus_windows, read_corpus
 from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.network.decoder import tensor_shapes
@@ -198,7 +197,7 @@ def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
     if options.ratios == "sensitivity":
         if pattern == "2:4":
             raise UserError("--ratios sensitivity and --sparsity 2:4 do not go together: give a fraction, such as --sparsity 0.5")
-        ratios = sparsity_ratios(checkpoint, ids, options.score, pattern)
+        ratios = sparse.sparsity_ratios(checkpoint, ids, options.score, pattern)
     return (checkpoint.config, sparse.sparsified(checkpoint, ids, options.score, pattern, ratios),
             {"sparsity": options.sparsity, "ratios": ratios})
 

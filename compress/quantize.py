@@ -97,29 +97,27 @@ class Options(DataOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.target_size is not None and self.target_bpw is not None:
-            raise UserError("--target-size and --target-bpw say the same thing twice: give one of them")
-        if self.mixed and not self.data:
-            raise UserError("--target-size and --target-bpw measure sensitivity on text: give --data FILES")
         method = METHODS[self.method]
-        if method.data and not self.data:
-            raise UserError(f"--method {self.method} is calibrated on text: give --data FILES")
-        for name in self.fold:
-            if name not in FOLDS:
-                raise UserError(f"--fold {name!r} is unknown: choose from {', '.join(FOLDS)}")
-        calibrates = {"--fold": self.fold, "--activation-scales static": self.activation_scales == "static",
-                      "--kv-cache": self.kv_cache != "float"}
-        for name, asked in calibrates.items():
-            if asked and not self.calibrated:
-                raise UserError(f"{name} looks at calibration text, which --method {self.method} does not: choose --method "
-                                f"clip or gptq")
-        if self.activation_scales == "static" and not self.activations:
-            raise UserError("--activation-scales is about int8 activations: give --activations 8")
-        if self.kind == "e4m3" and (self.method != "rtn" or self.bits != 8 or not self.symmetric):
-            raise UserError("--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric")
-        if self.mixed and not method.mixed or method.negative_scales and not self.negative_scales:
-            raise UserError("--method autoround has one format for all linears, and negative scales, which TensorRT does not "
-                            "run: choose --method gptq for --target-size, --target-bpw or --backend tensorrt")
+        looks = {"--fold": self.fold, "--activation-scales static": self.activation_scales == "static",
+                 "--kv-cache": self.kv_cache != "float"}
+        unlooked = next((name for name, asked in looks.items() if asked and not self.calibrated), None)
+        unknown = next((name for name in self.fold if name not in FOLDS), None)
+        for wrong, words in (
+                (self.target_size is not None and self.target_bpw is not None,
+                 "--target-size and --target-bpw say the same thing twice: give one of them"),
+                (self.mixed and not self.data, "--target-size and --target-bpw measure sensitivity on text: give --data FILES"),
+                (method.data and not self.data, f"--method {self.method} is calibrated on text: give --data FILES"),
+                (unknown, f"--fold {unknown!r} is unknown: choose from {', '.join(FOLDS)}"),
+                (unlooked, f"{unlooked} looks at calibration text, which --method {self.method} does not: choose --method clip or gptq"),
+                (self.activation_scales == "static" and not self.activations,
+                 "--activation-scales is about int8 activations: give --activations 8"),
+                (self.kind == "e4m3" and (self.method != "rtn" or self.bits != 8 or not self.symmetric),
+                 "--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric"),
+                (self.mixed and not method.mixed or method.negative_scales and not self.negative_scales,
+                 f"--method {self.method} has one format for all linears, and negative scales, which TensorRT does not run: choose "
+                 f"--method gptq for --target-size, --target-bpw or --backend tensorrt")):
+            if wrong:
+                raise UserError(words)
 
     @property
     def mixed(self) -> bool:

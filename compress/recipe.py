@@ -11,9 +11,8 @@
     stage = "recover"
     steps = 80
 
-Names, types and choices of options come from each stage's own `Options` dataclass. What the run itself provides (`FILLED`:
-the checkpoint to read, the teacher, the text, where to write) is no option of a recipe. The recipes that ship are the
-TOML files in compress/recipes, known by their names.
+What the run itself provides (`FILLED`: the checkpoint to read, the teacher, the text, where to write) is no option of a
+recipe. The recipes that ship are the TOML files in compress/recipes, known by their names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Matching what happens inside: hidden states and attention of a student against a teacher of another shape.
 
-Both are 0 where student and teacher agree, and take the teacher's values as given.
-
 - `hidden_loss`: after every layer of the student, the residual stream (through a learned linear map where the widths
   differ) against the teacher's after the layer at the same share of the depth: squared error over the teacher's mean
   square, token by token, averaged over the layers. Relative, because a few tokens have states a thousand times larger

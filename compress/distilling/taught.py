@@ -1,22 +1,24 @@
 """Text with what a teacher says about it, and the run in which a student learns it: what distill and recover share.
 
     left, held = set_apart(len(blocks), options.eval_rows)
-    trainer = trainer_of(distiller, options, taught(blocks, left, options, shared), ..., save, inputs)
-    fit(trainer)
+    train, valid = (taught(blocks, chosen, options, shared) for chosen in (left, held))
+    fit(trainer_of(distiller, options, train, valid, save, inputs))
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from compress.distilling.distiller import Distiller
-from compress.teacher import build_cache
+from compress.teacher import build_cache, write
 from models.data.corpus import IGNORE
 from models.formats.checkpoint import Checkpoint
 from models.formats.teacher_cache import TeacherCache, tokenizer_digest, tokenizer_size
+from models.network.decoder import Decoder
 from models.training.trainer import Rows, Trainer
 from runtime.errors import UserError
 
@@ -57,6 +59,39 @@ class Taught:
             return rows
         return *rows, self.cache.indices[indices].astype(np.int64), *(
             part[indices].astype(np.float32) for part in (self.cache.log_probabilities, self.cache.others))
+
+
+class OnPolicy:
+    """Rows of `blocks`, some continued by the student and scored by the teacher (Agarwal et al. 2024, "GKD").
+
+    With probability `share` a micro-batch keeps the first `prompt` tokens of each block and the student writes the rest at
+    temperature 1; the loss counts on what it wrote, and no gradient passes through the choice of tokens. A student that only
+    ever reads others' text never learns to go on from its own mistakes. Chance is drawn from the seed, the step and the rows,
+    so a resumed run writes the same. `trainer()` asks for the rows, and knows the step and the precision.
+    """
+
+    lengths = None
+
+    def __init__(self, blocks: Rows, student: Decoder, share: float, prompt: int, seed: int,
+                 trainer: Callable[[], Trainer], vocabulary: int | None = None):
+        self.blocks, self.student, self.share, self.prompt = blocks, student, share, prompt
+        self.seed, self.trainer, self.vocabulary = seed, trainer, vocabulary
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        input_ids, labels = self.blocks.rows(indices)
+        chance = np.random.default_rng((self.seed, self.trainer().step, *map(int, indices)))
+        if chance.random() >= self.share:
+            return input_ids, labels
+        device = self.student.model.embed_tokens.weight.device
+        generator = torch.Generator(device).manual_seed(int(chance.integers(2**62)))
+        with self.trainer().accelerator.autocast():
+            written = write(self.student, torch.from_numpy(input_ids[:, :self.prompt]).to(device),
+                            input_ids.shape[1] + 1 - self.prompt, generator, self.vocabulary).cpu().numpy()
+        labels = np.concatenate((np.full_like(labels[:, 1:self.prompt], IGNORE), written), 1)
+        return np.concatenate((input_ids[:, :self.prompt], written[:, :-1]), 1), labels
 
 
 def taught(blocks: Rows, chosen: np.ndarray, options, shared: int | None) -> Taught:

@@ -14,17 +14,21 @@ compression, and 2:4 gains speed on NVIDIA tensor cores alone (TensorRT, SM80 an
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from compress.quantizing.gptq import factorize
 from compress.layerwise import Walk, rewritten, second_moment
+from compress.quantizing.gptq import factorize
+from compress.quantizing.sensitivity import output_gradients, pivots
 from models.formats.checkpoint import Checkpoint
 from models.network.decoder import Layer
 from runtime.errors import UserError
 
+STEP = 0.05
+WINDOWS = 24                # that gradients are taken of, at most: a forward and a backward pass of the whole model
 BLOCK = 128                 # columns whose zeros SparseGPT chooses at once; 4 of them where the pattern is 2:4
 
 
@@ -74,7 +78,7 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
                ratios: dict[str, float] | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the whole model, the linears of every layer sparse. ids int64 [windows, tokens].
 
-    ratios: module -> pattern of its own (ratios.py).
+    ratios: module -> pattern of its own.
     """
     walk = Walk(checkpoint, ids)
 
@@ -93,3 +97,48 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
         walk.step(layer, visit)
         return layer.state_dict()
     return rewritten(walk, score, change)
+
+
+def sparsity_ratios(checkpoint: Checkpoint, ids: Tensor, score: str, fraction: float) -> dict[str, float]:
+    """Module -> fraction of zeros, `fraction` of all weights of the layers' linears, so that all together cost least.
+
+    What zeros cost is the estimate of compress/quantizing/sensitivity.py with the weight itself as the error: 1/2 sum_o G[o]
+    sum_k p[k] w[o, k]^2 over the weights that go, p the pivots of the inputs' Hessian for SparseGPT, which compensates, else
+    its diagonal. A linear's costs grow the sparser it gets, so the cheapest next STEP, over all linears, is taken until there
+    are zeros enough. ids: int64 [windows, tokens].
+    """
+    gradients, _ = output_gradients(checkpoint, ids[:: -(-len(ids) // WINDOWS)])
+    curves, sizes, walk = {}, {}, Walk(checkpoint, ids)
+    for number, layer in walk.layers("ratios"):
+        def visit(names: list[str], inputs: list[Tensor]) -> None:
+            moment = second_moment(inputs)
+            price = pivots(moment) if score == "sparsegpt" else moment.diagonal()
+            for name in names:
+                module, weight = f"model.layers.{number}.{name}", layer.get_submodule(name).weight
+                cost = weight.square() * price
+                order = (weight.abs() if score == "magnitude" else cost).argsort(1)
+                curves[module] = 0.5 * (gradients[module] @ cost.gather(1, order)).cumsum(0)        # by zeros in a row
+                sizes[module] = weight.numel()
+        walk.step(layer, visit)
+    return cheapest_ratios(curves, sizes, fraction)
+
+
+def cheapest_ratios(curves: dict[str, Tensor], sizes: dict[str, int], fraction: float) -> dict[str, float]:
+    """Module -> fraction of zeros. curves: module -> cost [K] of 1 to K zeros in every row; sizes: weights of a module."""
+    steps = dict.fromkeys(curves, 0)
+
+    def cost(module: str, taken: int) -> float:
+        zeros = round(taken * STEP * len(curves[module]))
+        return float(curves[module][zeros - 1]) if zeros else 0.0
+
+    def following(module: str) -> tuple[float, str]:
+        return (cost(module, steps[module] + 1) - cost(module, steps[module])) / sizes[module], module
+    queue = [following(module) for module in curves]
+    heapq.heapify(queue)
+    wanted = fraction * sum(sizes.values())
+    while queue and sum(STEP * steps[module] * sizes[module] for module in steps) < wanted - 1e-6:
+        _, module = heapq.heappop(queue)
+        steps[module] += 1
+        if (steps[module] + 1) * STEP < 1:                  # a linear of zeros alone is another model
+            heapq.heappush(queue, following(module))
+    return {module: round(taken * STEP, 6) for module, taken in steps.items()}

@@ -8,6 +8,7 @@ to itself. Rows of the embedding and the head follow. On a model of 135M paramet
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,6 @@ import numpy as np
 
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
-
 
 
 def plan(tokenizer: dict, counts: Counter, size: int | None) -> list[int]:
@@ -32,8 +32,7 @@ def plan(tokenizer: dict, counts: Counter, size: int | None) -> list[int]:
     vocabulary = model["vocab"]
     needs = {}                                              # a token -> the two tokens it is merged from
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        needs.setdefault(left + right, (left, right))
+        needs.setdefault("".join(_halves(merge)), _halves(merge))
     kept = {entry["id"] for entry in tokenizer.get("added_tokens", [])}
     kept |= {i for text, i in vocabulary.items() if len(text) == 1}
     if size is not None and size < len(kept):
@@ -56,32 +55,28 @@ def plan(tokenizer: dict, counts: Counter, size: int | None) -> list[int]:
 def trimmed_tokenizer(tokenizer: dict, kept: list[int]) -> dict:
     """The contents of tokenizer.json with only the kept tokens, renumbered by their place in `kept`."""
     new = {old: i for i, old in enumerate(kept)}
-    result = json.loads(json.dumps(tokenizer))
+    result = copy.deepcopy(tokenizer)
     vocabulary = {text: new[i] for text, i in tokenizer["model"]["vocab"].items() if i in new}
     result["model"]["vocab"] = vocabulary
-    result["model"]["merges"] = [m for m in tokenizer["model"]["merges"]
-                                 if all(t in vocabulary for t in _parts(m))]
+    result["model"]["merges"] = [merge for merge in tokenizer["model"]["merges"]
+                                 if vocabulary.keys() >= {*_halves(merge), "".join(_halves(merge))}]
     for entry in result.get("added_tokens", []):
         entry["id"] = new[entry["id"]]
     _renumber_template(result.get("post_processor"), new)
     return result
 
 
-def _parts(merge) -> tuple[str, str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right, left + right
+def _halves(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _renumber_template(node, new: dict[int, int]) -> None:
     """Ids inside a TemplateProcessing post-processor, wherever it is nested."""
-    if isinstance(node, dict):
-        if node.get("type") == "TemplateProcessing":
-            for special in node.get("special_tokens", {}).values():
-                special["ids"] = [new[i] for i in special["ids"]]
-        for value in node.values():
-            _renumber_template(value, new)
-    elif isinstance(node, list):
-        for value in node:
+    if isinstance(node, dict) and node.get("type") == "TemplateProcessing":
+        for special in node.get("special_tokens", {}).values():
+            special["ids"] = [new[i] for i in special["ids"]]
+    if isinstance(node, (dict, list)):
+        for value in node.values() if isinstance(node, dict) else node:
             _renumber_template(value, new)
 
 
@@ -95,18 +90,19 @@ def renumbered(value, new: dict[int, int]):
 def rewrite_files(folder: Path, kept: list[int]) -> None:
     """Tokenizer and generation files of a checkpoint folder in the new numbering, in place."""
     new = {old: i for i, old in enumerate(kept)}
-    _rewrite(folder / "tokenizer.json", lambda data: trimmed_tokenizer(data, kept))
-    _rewrite(folder / "generation_config.json", lambda data: {
-        k: renumbered(v, new) if k.endswith(("token_id", "token_ids")) else v for k, v in data.items()})
-    _rewrite(folder / "tokenizer_config.json", lambda data: data | ({"added_tokens_decoder": {
-        str(new[int(i)]): entry for i, entry in data["added_tokens_decoder"].items() if int(i) in new}}
-        if "added_tokens_decoder" in data else {}))
 
+    def generation(data: dict) -> dict:
+        return {key: renumbered(value, new) if key.endswith(("token_id", "token_ids")) else value for key, value in data.items()}
 
-def _rewrite(file: Path, change) -> None:
-    if file.is_file():
-        text = json.dumps(change(read_json(file, largest=LARGEST_TOKENIZER)), ensure_ascii=False, indent=1)
-        file.write_text(text + "\n", "utf-8")
+    def configuration(data: dict) -> dict:
+        added = {str(new[int(i)]): entry for i, entry in data.get("added_tokens_decoder", {}).items() if int(i) in new}
+        return data | ({"added_tokens_decoder": added} if "added_tokens_decoder" in data else {})
+    for name, change in (("tokenizer.json", lambda data: trimmed_tokenizer(data, kept)), ("generation_config.json", generation),
+                         ("tokenizer_config.json", configuration)):
+        file = folder / name
+        if file.is_file():
+            text = json.dumps(change(read_json(file, largest=LARGEST_TOKENIZER)), ensure_ascii=False, indent=1)
+            file.write_text(text + "\n", "utf-8")
 
 
 def count_tokens(tokens: np.ndarray) -> Counter:

@@ -5,8 +5,7 @@ columns D of such a linear W with inputs x costs, when the kept columns K take o
 
     min_V E |W x - V x_K|^2,   reached by   V = W_K + W_D H[D, K] H[K, K]^-1,   H = E[x x^T]
 
-(least squares over the calibration text; Kurtic et al. 2023, "ZipLM", and Ling et al. 2024, "SlimGPT", prune by the
-same algebra). Which to drop is decided by what each contributes alone, E[x_j^2] |W_j|^2, as a share of the residual
+(least squares; Kurtic et al. 2023, "ZipLM", and Ling et al. 2024, "SlimGPT"). Which to drop is decided by what each contributes alone, E[x_j^2] |W_j|^2, as a share of the residual
 stream's own energy, so that layers can be compared and each keeps what it needs. Every layer is calibrated on the errors
 of those before it (compress/layerwise.py).
 

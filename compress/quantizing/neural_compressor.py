@@ -1,8 +1,5 @@
 """Codes from neural-compressor: `--method hqq`, one weight at a time and without data, and `--method autoround`, on text.
 
-    tensor = hqq(weight, TensorFormat(4, 64, symmetric=False))                       # weight float32 [N, K]
-    tensors = autoround(folder, ids, {"model.layers.0.mlp.up_proj": form, ...}, 200)  # ids int64 [windows, tokens]
-
 HQQ chooses a zero point for each group such that few large errors are preferred to many small ones. Its zero points are
 fractions, which no backend here runs; they are rounded, and a weight takes the code nearest to it on the grid that is
 left, HQQ's own wherever the zero point was whole. Rounding gives back part of what HQQ won: at 4 bits expect no more than

@@ -162,7 +162,7 @@ class Trainer:
                 if due and self.evaluated != self.step:
                     metrics = self._evaluate()
                     self._save(metrics)
-                if self.step >= options.steps or self._out_of_patience():
+                if self.step >= options.steps or options.patience is not None and self.bad_evaluations >= options.patience:
                     break
                 if self._asked_to_stop():
                     self.stop.leave()
@@ -186,7 +186,7 @@ class Trainer:
 
     def _save_stopped(self) -> None:
         if self.step > (self.saved or 0):
-            self._write({})
+            self._save({})
         if self.accelerator.is_main_process:
             kept = f"{self.options.out / 'last'} keeps step {self.saved}: --resume continues" if self.saved else \
                 "nothing was learned yet: the same command starts again"
@@ -277,9 +277,6 @@ class Trainer:
         kept = "nothing was saved yet" if self.saved is None else f"{self.options.out / 'last'} keeps step {self.saved}"
         return CheckFailed(f"{what}; {kept}. Lower --learning-rate, or look at those rows")
 
-    def _out_of_patience(self) -> bool:
-        return self.options.patience is not None and self.bad_evaluations >= self.options.patience
-
     def _log(self, kind: str, **values: float) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -289,37 +286,31 @@ class Trainer:
             self.board.add_scalar(f"{kind}/{name}", value, self.step)
 
     def _save(self, metrics: dict) -> None:
-        """Write best/ where the loss is the lowest yet, and last/ with the state to continue from."""
-        better = metrics["valid_loss"] < self.best
-        self.best = min(self.best, metrics["valid_loss"])
-        self._write(metrics, better)
-
-    def _write(self, metrics: dict, better: bool = False) -> None:
+        """Write last/ with the state to continue from, and best/ where the loss is the lowest yet."""
+        better = metrics.get("valid_loss", math.inf) < self.best
+        if better:
+            self.best = metrics["valid_loss"]
         if self.sharded:                             # state_dict() also shards again what validation left whole
             weights = {name: whole(tensor) for name, tensor in self.module.state_dict().items()}
             if self.accelerator.is_main_process:
                 self.whole.load_state_dict(weights)
         tensors, updates = training_tensors(self.module, self.optimizer)
+        scaler = self.accelerator.scaler
+        state = {"step": self.step, "updates": updates, "best": self.best, "bad_evaluations": self.bad_evaluations,
+                 "evaluated": self.evaluated, "loss_scale": scaler.state_dict() if scaler else None,
+                 "options": comparable(self.options), "inputs": self.inputs}
         if self.accelerator.is_main_process:
             try:
                 if better:
                     with new_folder(self.options.out / "best") as folder:
-                        self.save_module(self.whole, folder, metrics=metrics)
+                        self.save_module(self.whole, folder, metrics)
                 with new_folder(self.options.out / "last") as folder:
-                    self._write_last(metrics, tensors, updates, folder)
+                    self.save_module(self.whole, folder, metrics)
+                    save_state(folder, tensors, state)
             except UserError as error:
                 raise UserError(f"{error}. Free some space and continue with --resume") from None
         self.accelerator.wait_for_everyone()
         self.saved = self.step
-
-    def _write_last(self, metrics: dict, tensors: dict, updates: int, folder: Path) -> None:
-        self.save_module(self.whole, folder, metrics=metrics)
-        scaler = self.accelerator.scaler
-        save_state(folder, tensors, {
-            "step": self.step, "updates": updates, "best": self.best, "bad_evaluations": self.bad_evaluations,
-            "evaluated": self.evaluated,
-            "loss_scale": scaler.state_dict() if scaler else None,
-            "options": comparable(self.options), "inputs": self.inputs})
 
     def _check_sharded(self) -> None:
         if not self.accelerator.is_fsdp2:

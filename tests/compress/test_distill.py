@@ -17,7 +17,7 @@ from compress.distill import every_kth_layer, main
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
 from compress.distilling.matching import hidden_loss
-from compress.distilling.on_policy import OnPolicy
+from compress.distilling.taught import OnPolicy
 from compress.teacher import write
 from compress.quantize import main as quantize
 from models.formats.checkpoint import load_decoder, open_checkpoint
