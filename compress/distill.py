@@ -3,8 +3,7 @@
     python -m compress.distill --teacher A --student B -o OUT --data FILES
 
 The student is any full-precision checkpoint with the teacher's tokenizer (a pruned teacher, usually), every k-th layer of
-one (--layers), or a new model (--preset). The loss, divergences, the matching of hidden states and attention, and
---on-policy are in compress/distilling/.
+one (--layers), or a new model (--preset). The loss is in compress/distilling/.
 
 The teacher's top-k predictions are cached on disk first (compress/teacher.py), so that several runs, and several passes
 over the text, ask it once. A live teacher (--live) gives whole distributions, and is needed where the cache cannot say: a
@@ -13,8 +12,7 @@ temperature, hidden states, attention, the student's own text. With --label-shar
 A run learns from steps x batch blocks, spread evenly over the text, again and again where the text has fewer. Held-out
 blocks (--valid, or --eval-rows blocks of the text set aside) show KL(teacher || student), "valid_loss", counted on the
 cached events, and top-1 agreement. OUT is a run's folder as in models.train: last/ and best/ are checkpoints, --resume
-goes on after kill -9. A teacher of another tokenizer is refused; one whose table is only padded to another size teaches
-the tokens that both have.
+goes on after kill -9.
 """
 
 from __future__ import annotations
@@ -158,8 +156,7 @@ def _student(options: Options, teacher: Checkpoint) -> tuple[Decoder, Checkpoint
     if options.context > source.config.context_length:
         raise UserError(f"--context {options.context}: the student's context is {source.config.context_length}")
     decoder = load_decoder(source.path)
-    if options.layers is not None:
-        decoder = every_kth_layer(decoder, options.layers)
+    decoder = decoder if options.layers is None else every_kth_layer(decoder, options.layers)
     return decoder, source, replace(options, learning_rate=5e-4 if rate is None else rate)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from models.data.corpus import DataOptions
 from models.formats import lineage
 from models.progress import progress
 from runtime.capabilities import BACKENDS
-from runtime.cli import arg, run, table
+from runtime.cli import arg, parse_size, run, table
 from runtime.errors import UserError
 from runtime.files import clear_work, lock, work_folder
 from runtime.machine import peak_rss_mb
@@ -145,7 +146,7 @@ import torch
 from compress.text import corpus_windows
 from compress.quantizing.calibrated import calibrated
 from compress.quantizing.memory import calibration_bytes, gradient_bytes
-from compress.quantizing.mixed import budget, candidates, check_backend, check_target, mixed_formats
+from compress.quantizing.mixed import candidates, check_backend, check_target, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
 from models.formats.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
@@ -165,7 +166,7 @@ def quantize(options: Options) -> None:
     check_backend(plan, options.backend)
     skip = _skipped(checkpoint.modules(), options.skip)
     if options.mixed:
-        size = budget(checkpoint, options.target_size, options.target_bpw)
+        size = parse_size(options.target_size) if options.target_size else int(options.target_bpw * _weights(checkpoint) / 8)
         check_target(checkpoint, size, options.backend, skip)
     length = min(options.length, checkpoint.config.context_length)
     ids = corpus_windows(checkpoint, options, options.windows, length) if options.data else None
@@ -192,6 +193,10 @@ def quantize(options: Options) -> None:
         write_checkpoint(options.out, config, tensors, options.checkpoint, lineage.stage("compress.quantize", options, inputs))
         clear_work(options.out)
     _report(checkpoint, open_checkpoint(options.out))
+
+
+def _weights(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
 def _function(name: str):
@@ -268,11 +273,10 @@ def _quantized(checkpoint: Checkpoint, ids: torch.Tensor | None, formats: dict[s
 
 def _report(before: Checkpoint, after: Checkpoint) -> None:
     """Print what became of the weights, and keep it in the lineage."""
-    weights = sum(torch.Size(before.shape(name)).numel() for name in before.names())
     metrics = {}
     for label, checkpoint in (("before", before), ("after", after)):
         size = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-        metrics[label] = {"bytes": size, "bits_per_weight": 8 * size / weights}
+        metrics[label] = {"bytes": size, "bits_per_weight": 8 * size / _weights(before)}
     metrics["after"]["peak_rss_mb"] = peak_rss_mb()
     lineage.add_metrics(after.path, metrics)
     for form, count in Counter(after.quantization.tensors.values()).items():

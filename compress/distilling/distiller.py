@@ -6,15 +6,12 @@
 The loss of a token is (1 - label_share) D(teacher, student) + label_share * -ln q(label) + hidden_weight * hidden +
 attention_weight * attention, the divergence D over the whole vocabulary with a live teacher, and over the cached top-k
 and "any other" with a cache (divergence.py, chunked_loss.py, matching.py). A temperature T divides both sides' logits,
-and D is multiplied by T^2, so that its gradient keeps its size (Hinton et al. 2015).
-
-Where one's table is padded to another size than the other's, D is over the `shared` first tokens, and the probability that
-the student gives to those beyond is driven to 0 (divergence.py).
+and D is multiplied by T^2, so that its gradient keeps its size (Hinton et al. 2015). Where one's table is padded to
+another size than the other's, D is over the `shared` first tokens, and what the student gives to the others goes to 0.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -57,32 +54,25 @@ class Distiller(nn.Module):
         With a cache: index int64 and log_probabilities [b, s, k], others [b, s], as in models/formats/teacher_cache.py.
         """
         learned = labels != IGNORE
-        with ExitStack() as open_hooks:
-            ours, theirs = self._watch(open_hooks)
-            hidden = self.student.model(input_ids)
-            taught = None
+        pairs = ([], [])                            # modules of student and teacher whose outputs are matched
+        if self.losses.hidden_weight:
+            pairs = hidden_modules(self.student, self.teacher)
+        if self.losses.attention_weight:
+            pairs = pairs[0] + attention_modules(self.student), pairs[1] + attention_modules(self.teacher)
+        with watched(pairs[0]) as ours, watched(pairs[1]) as theirs:
+            hidden, taught = self.student.model(input_ids), None
             if self.teacher is not None:
                 with torch.no_grad():
                     taught = for_products(self.teacher.model(input_ids)[learned]), for_products(_head(self.teacher))
         told = None if index is None else (index[learned], torch.cat((log_probabilities, others[..., None]), -1)[learned])
         head = _head(self.student)
         total = chunked_loss(hidden[learned], head, self._token_loss(labels[learned], told, taught))
-        losses = self.losses
-        layers = len(self.maps)
+        losses, layers = self.losses, len(self.maps)
         if losses.hidden_weight:
             total = total + losses.hidden_weight * hidden_loss(ours[:layers], theirs[:layers], self.maps)[learned].sum()
         if losses.attention_weight:
             total = total + losses.attention_weight * attention_loss(ours[layers:], theirs[layers:])[learned].sum()
         return total
-
-    def _watch(self, open_hooks: ExitStack) -> tuple[list[Tensor], list[Tensor]]:
-        """What the matching losses look at: layers' outputs, then queries, keys and values."""
-        ours, theirs = [], []
-        if self.losses.hidden_weight:
-            ours, theirs = hidden_modules(self.student, self.teacher)
-        if self.losses.attention_weight:
-            ours, theirs = ours + attention_modules(self.student), theirs + attention_modules(self.teacher)
-        return open_hooks.enter_context(watched(ours)), open_hooks.enter_context(watched(theirs))
 
     def _token_loss(self, labels: Tensor, told: tuple[Tensor, Tensor] | None,
                     taught: tuple[Tensor, Tensor] | None):

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from compress.distilling.divergence import kl
 from compress.layerwise import fast_matmul
 from models.network.decoder import Decoder
-from models.progress import progress as shown
+from models.progress import progress
 
 BEAM = 3
 
 
 @torch.no_grad()
-def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, progress: bool = True) -> list[int]:
+def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str) -> list[int]:
     """Numbers of the layers to drop, first to go first. ids int64 [windows, tokens]; 0 < drop < number of layers."""
     if order == "influence":
         return torch.tensor(block_influence(decoder, ids)).argsort()[:drop].tolist()
@@ -38,7 +38,7 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, progress
             bar.update()
             return _divergence(decoder, ids, whole, [n for n in every if n not in gone])
 
-        with shown(label="layers", unit="trial", quiet=not progress) as bar:
+        with progress(label="layers", unit="trial") as bar:
             if order == "kl":
                 return sorted(every, key=lambda layer: damage((layer,)))[:drop]
             best: list[tuple[int, ...]] = [()]                   # removals, each in the order they were made

@@ -17,7 +17,6 @@ from models.formats.checkpoint import Checkpoint
 from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, TensorFormat
 from runtime.capabilities import BACKENDS, lacks
-from runtime.cli import parse_size
 from runtime.errors import UserError
 from runtime.tensors import LARGE, PAGE, VECTOR
 
@@ -39,13 +38,6 @@ def check_backend(plan: Quantization, backend: str) -> None:
         ways = [mends[lack.field]] if lack.field in mends else []
         ways += [f"choose --backend {' or '.join(others)}"] if others else []
         raise UserError(f"{lack.where}: {lack.what} do not run in {backend}: {', or '.join(ways) or 'no backend runs all of it'}")
-
-
-def budget(checkpoint: Checkpoint, target_size: str | None, target_bpw: float | None) -> int:
-    """Bytes of tensors that a target allows. Raises UserError for a target that cannot be."""
-    if target_size is not None:
-        return parse_size(target_size)
-    return int(target_bpw * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) / 8)
 
 
 def check_target(checkpoint: Checkpoint, budget_bytes: int, backend: str, skip: tuple[str, ...] = ()) -> None:

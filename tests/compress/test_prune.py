@@ -149,8 +149,8 @@ def test_a_beam_finds_what_greedy_misses(monkeypatch):
     decoder.forward = lambda ids: torch.zeros(1, 1, 2)
     monkeypatch.setattr(depth, "_divergence", lambda d, ids, whole, left: costs[tuple(sorted({0, 1, 2} - set(left)))])
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    assert depth.choose_layers(decoder, ids, 2, "greedy", progress=False) == [0, 2]
-    assert sorted(depth.choose_layers(decoder, ids, 2, "beam", progress=False)) == [1, 2]
+    assert depth.choose_layers(decoder, ids, 2, "greedy") == [0, 2]
+    assert sorted(depth.choose_layers(decoder, ids, 2, "beam")) == [1, 2]
 
 
 def test_sizes_are_met(tiny_checkpoint, tmp_path, data):
