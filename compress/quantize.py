@@ -42,12 +42,13 @@ class Method:
     data: bool = False                   # whether it is calibrated on text
     mixed: bool = True                   # whether modules may have formats of their own
     negative_scales: bool = False        # whether it cannot do without
+    vocabulary: bool = False             # whether the embedding and the head are fitted too, to what sensitivity.py measures
 
 
 METHODS = {"rtn": Method("rtn.round_to_nearest", "weight"),
            "hqq": Method("neural_compressor.hqq", "weight"),
            "clip": Method("calibrated.clip", "layer", data=True),
-           "gptq": Method("calibrated.gptq_descended", "layer", data=True),
+           "gptq": Method("calibrated.gptq_descended", "layer", data=True, vocabulary=True),
            "autoround": Method("neural_compressor.autoround", "model", data=True, mixed=False, negative_scales=True)}
 FOLDS = {"awq": "folds.awq", "smooth": "folds.smooth", "values": "folds.rotate_values"}
 VOCABULARY = ("model.embed_tokens", "lm_head")
@@ -143,12 +144,12 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.text import corpus_windows
 from compress.quantizing.calibrated import calibrated
 from compress.quantizing.memory import calibration_bytes, gradient_bytes
 from compress.quantizing.mixed import candidates, check_backend, check_target, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
+from compress.text import corpus_windows
 from models.formats.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from models.network.quantized import Quantization, TensorFormat
 from models.training.memory import memory_line
@@ -156,7 +157,7 @@ from models.training.memory import memory_line
 
 def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
-    checkpoint = open_checkpoint(options.checkpoint)
+    checkpoint, method = open_checkpoint(options.checkpoint), METHODS[options.method]
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")
@@ -175,7 +176,7 @@ def quantize(options: Options) -> None:
     inputs, found = {"checkpoint": checkpoint.sha256()}, None
     if ids is not None:
         inputs["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    if options.mixed or (options.method == "gptq" and options.embedding_bits):
+    if options.mixed or (method.vocabulary and options.embedding_bits):
         found = _sensitivity(checkpoint, options, ids)
     if options.mixed:
         formats, damage = mixed_formats(checkpoint, found, size, options.backend, skip)
@@ -184,8 +185,8 @@ def quantize(options: Options) -> None:
     if options.calibrated:
         work = work_folder(options.out, [inputs, options.method, options.fold, options.negative_scales, plan.to_dict()])
         folds = tuple(_function(FOLDS[name]) for name in options.fold)
-        tensors = calibrated(checkpoint, ids, plan, _function(METHODS[options.method].function), work, folds,
-                             found and found.vocabulary, options.negative_scales)
+        tensors = calibrated(checkpoint, ids, plan, _function(method.function), work, folds, found and found.vocabulary,
+                             options.negative_scales)
     else:
         tensors = _quantized(checkpoint, ids, plan.tensors, options)
     config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}

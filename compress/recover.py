@@ -72,11 +72,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.text import corpus_windows
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import kl
 from compress.distilling.taught import Windows, check_tokenizers, fit, set_apart, taught, trainer_of, with_defaults
 from compress.quantizing.grid import fp16
+from compress.text import corpus_windows
 from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.decoder import Decoder, for_products
