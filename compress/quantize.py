@@ -144,11 +144,10 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.quantizing.calibrated import calibrated
-from compress.quantizing.memory import calibration_bytes, gradient_bytes
+from compress.quantizing.calibrated import calibrated, calibration_bytes
 from compress.quantizing.mixed import candidates, check_backend, check_target, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
-from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, stored_bytes
+from compress.quantizing.sensitivity import Sensitivity, gradient_bytes, measure_sensitivity, stored_bytes
 from compress.text import corpus_windows
 from models.formats.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from models.network.quantized import Quantization, TensorFormat

@@ -8,12 +8,13 @@ its codes stand for (compress/layerwise.py). A finished layer is kept in the fol
 written, so an interrupted run goes on where it stopped. The embedding and the head are fitted to the Hessian that
 sensitivity.py gives for them.
 
-Static scales of activations (static_scale.py) and those of an int8 KV cache, max|x| / 127, are of the calibration
+Static scales of activations and those of an int8 KV cache, max|x| / 127, are of the calibration
 text, as the layer meets it in the end (models/network/quantized.py).
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,17 +27,23 @@ from tqdm import tqdm
 
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
-from compress.layerwise import KeyValueRanges, Walk, second_moment
-from compress.quantizing.static_scale import static_scale
+from compress.layerwise import KeyValueRanges, Walk, largest, second_moment
 from models.formats.checkpoint import Checkpoint
-from models.network.decoder import Layer
+from models.network.activations import fake_int8
+from models.network.config import ModelConfig
+from models.network.decoder import Layer, tensor_shapes
 from models.network.quantized import Quantization, QuantizedTensor, TensorFormat, unpack
 from models.formats.safetensors_file import save_tensors
+from models.training.memory import PROCESS_BYTES
 from runtime.errors import UserError
 from runtime.files import new_file
 
 DESCENTS = 2
 PART = 1 << 23            # weights whose codes are chosen at once: what GPTQ holds in copies
+COPIES = 12               # float32 copies of PART weights that gptq.py makes at most
+FACTORS = 32              # bytes for each element of a Hessian: itself, damped, and three in float64
+RATIOS = [2 ** (-n / 2) for n in range(7)]         # of max|x| / 127: static scales that are tried
+SAMPLE = 2048             # tokens whose error is measured
 Fold = Callable[[Layer, Walk, dict[str, TensorFormat]], None]
 Choose = Callable[[Tensor, Tensor, TensorFormat, bool], QuantizedTensor]
 
@@ -161,3 +168,41 @@ def _restored(layer: Layer, tensors: dict[str, Tensor], prefix: str, formats: di
                                           form.group, form.symmetric).dequantize()
     layer.load_state_dict(state, assign=True)
     return layer
+
+
+def static_scale(inputs: list[Tensor], importance: Tensor) -> Tensor:
+    """The step to int8 for an input of linears, whatever the text, that harms their outputs least: float32 [1].
+
+    max|x| / 127 rounds every input to a grid that its one largest value has chosen. A smaller scale clips that value and
+    rounds all others more finely: of RATIOS of it the one whose squared error, weighted by the importance [K] (the squared
+    weights of the linears behind, summed over their outputs), is least over a sample of the inputs, chunks [..., K]. It does
+    not help where a few values carry the model and all others too, as what down_proj reads in most models.
+    """
+    most = largest(inputs).amax(0, keepdim=True)
+    if most == 0:
+        return torch.ones(1)
+    rows = torch.cat([part.flatten(0, -2) for part in inputs[::max(1, len(inputs) // 16)]])
+    rows = rows[::-(-len(rows) // SAMPLE)]
+    scales = [most * ratio / 127 for ratio in RATIOS]
+    errors = torch.stack([((fake_int8(rows, scale) - rows).square() @ importance).sum() for scale in scales])
+    return scales[int(errors.argmin())]
+
+
+def calibration_bytes(config: ModelConfig, windows: int, length: int) -> dict[str, int]:
+    """Predicted peak memory by kind: the residual stream of all windows, normed, a layer's widest input, and one layer at work.
+
+    What the resident set shows besides is the checkpoint's file, whose pages the system takes back when it needs them.
+    """
+    tokens, shapes = windows * min(length, config.context_length), tensor_shapes(config)
+    inputs = [max(layer.mlp_size, layer.heads * config.head_dim, config.hidden_size) for layer in config.layers]
+    layers = [sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(f"model.layers.{number}."))
+              for number in range(len(config.layers))]
+    matrices = [math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.")]
+    table = config.vocab_size * config.hidden_size
+
+    def chosen(weights: int) -> int:                # a matrix, what its codes stand for, the codes, and copies of a part of it
+        return 9 * weights + 4 * COPIES * min(weights, PART)
+    walking = {"token table": 4 * table, "activations": 4 * tokens * (2 * config.hidden_size + max(inputs)),
+               "layer": 5 * max(layers), "Hessian": FACTORS * max(inputs) ** 2, "matrix": chosen(max(matrices))}
+    before = {"token table": chosen(table), "Hessian": FACTORS * config.hidden_size**2}
+    return max(walking, before, key=lambda parts: sum(parts.values())) | {"process": PROCESS_BYTES}

@@ -23,6 +23,7 @@ price of rounding); the factorization over inputs and outputs is Martens and Gro
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,9 +36,12 @@ from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import activation_order, factorize
 from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
 from models.formats.checkpoint import Checkpoint, load_decoder
-from models.progress import progress
-from models.network.quantized import TensorFormat
 from models.formats.safetensors_file import save_tensors
+from models.network.config import ModelConfig
+from models.network.decoder import tensor_shapes
+from models.network.quantized import TensorFormat
+from models.progress import progress
+from models.training.memory import PROCESS_BYTES
 from runtime.errors import UserError
 from runtime.files import new_file, parse_json
 
@@ -185,3 +189,12 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
     uses = {"model.embed_tokens": [as_table, as_head]} if decoder.lm_head is None else {
         "model.embed_tokens": [as_table], "lm_head": [as_head]}
     return {name: total / tokens for name, total in squares.items()}, uses
+
+
+def gradient_bytes(config: ModelConfig, length: int, bytes_a_parameter: int) -> dict[str, int]:
+    """Predicted peak memory by kind: the whole model, mapped from its file, and the activations of one window."""
+    tokens = min(length, config.context_length)
+    kept = sum(8 * config.hidden_size + 4 * layer.heads * config.head_dim + 4 * layer.mlp_size for layer in config.layers)
+    return {"weights": bytes_a_parameter * sum(math.prod(shape) for shape in tensor_shapes(config).values()),
+            "activations": 4 * tokens * kept, "logits": 16 * tokens * config.vocab_size,
+            "token table": 4 * config.vocab_size * config.hidden_size, "process": PROCESS_BYTES}

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from compress.quantizing.memory import calibration_bytes, gradient_bytes
+from compress.quantizing.calibrated import calibration_bytes
+from compress.quantizing.sensitivity import gradient_bytes
 from models.formats.checkpoint import open_checkpoint
 from models.network.config import ModelConfig
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.quantizing.static_scale import SAMPLE, static_scale
+from compress.quantizing.calibrated import SAMPLE, static_scale
 from models.network.activations import fake_int8
 
 
