@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.distilling.chunked_loss import CHUNK, chunked_loss, chunks, top_events
+from compress.distilling.chunked_loss import ROWS, chunked_loss, chunks, top_events
 from compress.distilling.divergence import Divergence, kl, mass_beyond
 from compress.distilling.matching import attention_loss, attention_modules, hidden_loss, hidden_maps, hidden_modules, watched
 from models.data.corpus import IGNORE
@@ -106,7 +106,7 @@ class Distiller(nn.Module):
         hidden, labels, index = self.student.model(input_ids)[learned], labels[learned], index[learned]
         log_p = torch.cat((log_probabilities, others[..., None]), -1)[learned]
         sums = {"loss": 0.0, "nll": 0.0, "top1": 0.0}
-        for part in chunks(len(hidden), CHUNK):
+        for part in chunks(len(hidden), ROWS):
             logits = self.student.head(hidden[part])
             sums["nll"] += F.cross_entropy(logits, labels[part], reduction="sum")
             logits = logits[:, :self.shared]
