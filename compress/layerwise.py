@@ -140,7 +140,7 @@ class KeyValueRanges:
     def __init__(self):
         self.largest = [torch.zeros(1), torch.zeros(1)]
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """keys (after RoPE) and values [b, kv_heads, s, head_dim], which are what attention sees."""
         self.largest = [torch.maximum(before, x.abs().amax((0, 2)).flatten())
                         for before, x in zip(self.largest, (keys, values))]

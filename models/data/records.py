@@ -24,6 +24,8 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,12 @@ class Record(NamedTuple):
     fields: dict
 
 
+class _How(NamedTuple):
+    unit: str
+    header: str
+    wanted: tuple
+
+
 def find_sources(names: Iterable[str | Path]) -> list[str]:
     """Files of every name: a file, a folder (searched to the bottom for known endings), a glob, or `hf:NAME@SPLIT`.
 
@@ -51,12 +59,9 @@ def find_sources(names: Iterable[str | Path]) -> list[str]:
     """
     found: list[str] = []
     for name in map(str, names):
-        if name.startswith("hf:"):
-            found.append(name)
-            continue
         if Path(name).is_dir():
             files = sorted(str(p) for p in Path(name).rglob("*") if p.is_file() and p.suffix.lower() in FORMATS)
-        elif Path(name).is_file():
+        elif Path(name).is_file() or name.startswith("hf:"):
             files = [name]
         else:
             files = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
@@ -76,12 +81,16 @@ def read_records(sources: Iterable[str], format: str | None = None, unit: str = 
     `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
     Raises UserError for a file that is empty, binary, not UTF-8, malformed, or of uneven columns.
     """
+    how = _How(unit, header, tuple(wanted))
     for source in sources:
-        empty = True
-        for record in _read_source(source, format, unit, header, tuple(wanted)):
-            empty = False
+        kind = "hf" if source.startswith("hf:") else format or FORMATS.get(Path(source).suffix.lower())
+        if kind not in _READERS:
+            raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of "
+                            f"{', '.join(name for name in _READERS if name != 'hf')}")
+        record = None
+        for record in _READERS[kind](source, how):
             yield record
-        if empty:
+        if record is None:
             raise UserError(f"{source}: holds no records; remove it from the data or fill it")
 
 
@@ -91,21 +100,9 @@ def source_digest(source: str) -> str:
         with open(source, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for record in _read_hf(source):
+    for record in _read_hf(source, None):
         digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _read_source(source, format, unit, header, wanted):
-    if source.startswith("hf:"):
-        return _read_hf(source)
-    kind = format or FORMATS.get(Path(source).suffix.lower())
-    readers = {"text": lambda s: _read_text(s, unit), "jsonl": _read_jsonl, "json": _read_json, "conll": _read_conll,
-               "tsv": lambda s: _read_table(s, "\t", header, wanted), "csv": lambda s: _read_table(s, ",", header, wanted)}
-    if kind not in readers:
-        raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of "
-                        f"{', '.join(readers)}")
-    return readers[kind](source)
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
@@ -126,33 +123,29 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _read_text(source, unit):
+def _read_text(source, how):
+    unit = how.unit
     if unit not in ("file", "line", "paragraph"):
         raise UserError(f"a document of plain text is a file, a line or a paragraph, not {unit!r}")
     held, size, start = [], 0, 1
-    for number, line in _lines(source):
-        full = unit == "file" and size >= DOCUMENT_BYTES and not line[0].isspace()
-        if held and (unit == "line" or full or (unit == "paragraph" and not line.strip())):
-            yield from _document(source, start, held, unit)
+    for number, line in chain(_lines(source), [(0, None)]):               # None: the end
+        full = unit == "file" and size >= DOCUMENT_BYTES and line and not line[0].isspace()
+        if line is None or held and (unit == "line" or full or unit == "paragraph" and not line.strip()):
+            text = "".join(held)
+            if text.strip():
+                yield Record(f"{source}:{start}", {"text": text if unit == "file" else text.strip()})
             held, size, start = [], 0, number
         held.append(line)
-        size += len(line)
-    yield from _document(source, start, held, unit)
+        size += len(line or "")
 
 
-def _document(source, start, lines, unit):
-    text = "".join(lines) if unit == "file" else "".join(lines).strip()
-    if text.strip():
-        yield Record(f"{source}:{start}", {"text": text})
-
-
-def _read_jsonl(source):
+def _read_jsonl(source, how):
     for number, line in _lines(source):
         if line.strip():
             yield _object(f"{source}:{number}", _parse_json(line, f"{source}:{number}"))
 
 
-def _read_json(source):
+def _read_json(source, how):
     text = "".join(line for _, line in _lines(source))
     if not text.strip():
         return
@@ -190,9 +183,9 @@ def _squad(source, articles):
         raise UserError(f"{source}: not SQuAD's layout (data, paragraphs, qas): {error} is missing") from None
 
 
-def _read_conll(source):
+def _read_conll(source, how):
     tokens, tags, start, columns = [], [], 1, None
-    for number, line in _lines(source):
+    for number, line in chain(_lines(source), [(0, "")]):                 # a blank line ends the last sentence too
         cells = line.split()
         if not cells:
             if tokens:
@@ -205,12 +198,10 @@ def _read_conll(source):
                             "every line is a token and its tag")
         tokens.append(cells[0])
         tags.append(cells[-1])
-    if tokens:
-        yield Record(f"{source}:{start}", {"tokens": tokens, "tags": tags})
 
 
-def _read_table(source, delimiter, header, wanted):
-    names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, header, wanted)
+def _read_table(source, how, delimiter):
+    names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, how.header, how.wanted)
     for line, row in rows:
         names = names or [str(i) for i in range(len(row))]
         if len(row) != len(names):
@@ -218,7 +209,7 @@ def _read_table(source, delimiter, header, wanted):
         yield Record(f"{source}:{line}", dict(zip(names, row)))
 
 
-def _read_hf(source):
+def _read_hf(source, how):
     try:
         import datasets
     except ImportError:
@@ -234,6 +225,10 @@ def _read_hf(source):
         raise UserError(f"{source}: the dataset cannot be opened: {str(error).splitlines()[0]}") from None
     for index, item in enumerate(data):
         yield Record(f"{source}:record {index}", item)
+
+
+_READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "conll": _read_conll,
+            "tsv": partial(_read_table, delimiter="\t"), "csv": partial(_read_table, delimiter=","), "hf": _read_hf}
 
 
 def as_text(record: Record, field: str | None = None) -> str:

@@ -21,21 +21,15 @@ import gguf
 import numpy as np
 import torch
 
-from models.network.config import LayerConfig, ModelConfig
+from models.network.config import FAMILIES, LayerConfig, ModelConfig
 from models.network.decoder import inverse_frequencies, tensor_shapes
 from models.formats.gguf_tokenizer import token_id
+from models.formats.weight_names import GGUF
 from runtime.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 PLAIN = ("F32", "F16", "BF16")
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-NAMES = {"token_embd": "model.embed_tokens", "position_embd": "model.embed_positions", "output_norm": "model.norm",
-         "output": "lm_head"}
-LAYER_NAMES = {"attn_norm": ["input_layernorm"], "attn_q": ["self_attn.q_proj"], "attn_k": ["self_attn.k_proj"],
-               "attn_v": ["self_attn.v_proj"], "attn_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-               "attn_output": ["self_attn.o_proj"], "attn_q_norm": ["self_attn.q_norm"],
-               "attn_k_norm": ["self_attn.k_norm"], "ffn_norm": ["post_attention_layernorm"],
-               "ffn_gate": ["mlp.gate_proj"], "ffn_up": ["mlp.up_proj"], "ffn_down": ["mlp.down_proj"]}
 # What every published Llama 3 model has; `factor` (8 or 32) is read off the file.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
@@ -110,15 +104,11 @@ class GGUFFile:
         config = self._model_config(
             family=self.architecture, vocab_size=int(self._tensor("token_embd.weight").shape[-1]), hidden_size=hidden,
             layers=(layer,) * count, head_dim=head_dim, context_length=self._size("context_length"),
-            norm="layer" if gpt2 else "rms",
             norm_eps=self._number("attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon"),
-            positions="learned" if gpt2 else "rope", rope_theta=self._number("rope.freq_base", 10000.0),
-            activation="gelu_tanh" if gpt2 else "silu", gated_mlp=not gpt2,
-            attention_bias=attention_bias or self.architecture in ("gpt2", "qwen2"),
-            output_bias=gpt2 or attention_bias and self.architecture != "qwen2",
-            mlp_bias=gpt2 or mlp_bias and self.architecture == "llama", qk_norm=self.architecture == "qwen3",
-            tied_embeddings=self._tied(), bos_token_id=bos, eos_token_ids=() if eos is None else (eos,),
-            pad_token_id=pad)
+            rope_theta=self._number("rope.freq_base", 10000.0), activation="gelu_tanh" if gpt2 else "silu",
+            tied_embeddings=self._tied(), bos_token_id=bos, eos_token_ids=() if eos is None else (eos,), pad_token_id=pad,
+            **{"attention_bias": attention_bias, "output_bias": attention_bias and self.architecture != "qwen2",
+               "mlp_bias": mlp_bias and self.architecture == "llama"} | FAMILIES[self.architecture].fixed)
         return replace(config, rope_scaling=self._rope_scaling(config))
 
     def _model_config(self, **fields) -> ModelConfig:
@@ -148,11 +138,8 @@ class GGUFFile:
         """"blk.3.attn_q.weight" -> ["model.layers.3.self_attn.q_proj.weight"]; none for what is no parameter."""
         if name == "rope_freqs.weight" or name == "output.weight" and self.config.tied_embeddings:
             return []
-        match name.split("."):
-            case ["blk", number, kind, ("weight" | "bias") as parameter] if kind in LAYER_NAMES:
-                return [f"model.layers.{number}.{module}.{parameter}" for module in LAYER_NAMES[kind]]
-            case [kind, ("weight" | "bias") as parameter] if kind in NAMES:
-                return [f"{NAMES[kind]}.{parameter}"]
+        if ours := GGUF.decoder_names(name):
+            return ours
         raise UserError(f"{self.path}: tensor {name} belongs to no supported model of architecture "
                         f"{self.architecture!r} (mixtures of experts are not supported)")
 

@@ -17,9 +17,12 @@ Shazeer 2020 (gated MLP); Radford et al. 2019 (initialization).
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,42 +34,57 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x,
 
 
 class KVCache:
-    """Keys and values of `rows` sequences of at most `capacity` tokens, per layer [rows, kv_heads, capacity, head_dim].
+    """A `runtime.backend.Cache`: per layer the keys and values [rows, kv_heads, capacity, head_dim] of `rows` sequences.
 
-    `lengths` int64 [rows] counts the filled slots of each row. The forward pass does not touch it: only the caller
-    knows which tokens were padding. `scales`, one (keys', values') pair a layer, float32 [1] or [kv_heads * head_dim],
-    makes it hold the values of an int8 cache.
+    `lengths` int64 [rows] counts the filled slots of each row; the forward pass does not touch it. `scales`, one (keys',
+    values') pair a layer, float32 [1] or [kv_heads * head_dim], makes it hold the values of an int8 cache.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", scales: list[tuple[Tensor, Tensor]] | None = None):
-        shapes = [(rows, layer.kv_heads, capacity, config.head_dim) for layer in config.layers]
-        self.rows, self.capacity = rows, capacity
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.scales = scales
+        self.keys, self.values = ([torch.zeros(rows, layer.kv_heads, capacity, config.head_dim, dtype=dtype, device=device)
+                                   for layer in config.layers] for _ in "kv")
+        self.lengths, self.scales = np.zeros(rows, np.int64), scales
 
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
 
-@dataclass(frozen=True)
-class _LayerCache:
-    """One layer's storage during one forward pass."""
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
 
-    keys: Tensor
-    values: Tensor
-    slots: Tensor       # int64 [b, s], where the new tokens go
-    filled: int         # slots that any row may look at after this pass
-    scales: tuple[Tensor, Tensor] | None = None
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.keys + self.values)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new [b, kv_heads, s, head_dim]; returns everything up to the last filled slot."""
-        if self.scales is not None:
-            keys, values = (fake_int8(x, scale.view(-1, 1, x.shape[3] if len(scale) > 1 else 1))
-                            for x, scale in zip((keys, values), self.scales))
-        index = self.slots[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
-        self.values.scatter_(2, index, values.to(self.values.dtype))
-        return self.keys[:, :, :self.filled].to(keys.dtype), self.values[:, :, :self.filled].to(values.dtype)
+    def truncate(self, row: int, length: int) -> None:
+        self.lengths[row] = min(self.lengths[row], length)
+
+    def fork(self, source: int, target: int) -> None:
+        for tensor in (*self.keys, *self.values, self.lengths):
+            tensor[target] = tensor[source]
+
+    def view(self, start: int, stop: int) -> KVCache:
+        part = copy.copy(self)
+        part.keys, part.values = ([t[start:stop] for t in tensors] for tensors in (self.keys, self.values))
+        part.lengths = self.lengths[start:stop]
+        return part
+
+    def grow(self, capacity: int) -> None:
+        more = capacity - self.capacity
+        self.keys, self.values = ([F.pad(t, (0, 0, 0, more)) for t in tensors] for tensors in (self.keys, self.values))
+
+    def append(self, layer: int, slots: Tensor, filled: int, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Store a layer's new keys and values [b, kv_heads, s, head_dim] in int64 `slots` [b, s]; both up to slot `filled`."""
+        held = []
+        for number, (x, storage) in enumerate(((keys, self.keys[layer]), (values, self.values[layer]))):
+            if self.scales is not None:
+                scale = self.scales[layer][number]
+                x = fake_int8(x, scale.view(-1, 1, x.shape[3] if len(scale) > 1 else 1))
+            storage.scatter_(2, slots[:, None, :, None].expand_as(x), x.to(storage.dtype))
+            held.append(storage[:, :, :filled].to(x.dtype))
+        return held
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -135,7 +153,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
-                cache: _LayerCache | None) -> Tensor:
+                store: Callable | None) -> Tensor:
         q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim))
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
@@ -143,8 +161,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        if store is not None:
+            k, v = store(k, v)
         return self.o_proj(_attend(q, k, v, mask, self.grouped).transpose(1, 2).flatten(2))
 
 
@@ -171,8 +189,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config, layer)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
-                cache: _LayerCache | None) -> Tensor:
-        x = x + self.self_attn(for_products(self.input_layernorm(x)), rope, mask, cache)
+                store: Callable | None) -> Tensor:
+        x = x + self.self_attn(for_products(self.input_layernorm(x)), rope, mask, store)
         return x + self.mlp(for_products(self.post_attention_layernorm(x)))
 
 
@@ -195,7 +213,8 @@ class Backbone(nn.Module):
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         slots = steps[None]
         if cache is not None:
-            slots = (cache.lengths if write_index is None else write_index)[:, None] + steps
+            first = cache.lengths if write_index is None else write_index
+            slots = torch.as_tensor(first, device=steps.device)[:, None] + steps
         if position_ids is None:
             position_ids = slots
         x = self.embed_tokens(input_ids)
@@ -213,9 +232,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
             mask = self._mask(position_ids, torch.arange(filled, device=x.device))
         for number, layer in enumerate(self.layers):
-            storage = None if cache is None else _LayerCache(cache.keys[number], cache.values[number], slots, filled,
-                                                             cache.scales and cache.scales[number])
-            x = layer(x, rope, mask, storage)
+            x = layer(x, rope, mask, None if cache is None else partial(cache.append, number, slots, filled))
         return self.norm(x)
 
     def _mask(self, positions: Tensor, slots: Tensor) -> Tensor:
