@@ -12,18 +12,17 @@ are fetched; weights in pickles and tokenizers without a tokenizer.json are refu
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.data.records import source_digest
 from models.formats import lineage
 from models.formats.chat import MORE_TEMPLATES, named_templates
 from models.network.config import ModelConfig
-from models.formats.gguf_tokenizer import write_tokenizer
+from models.formats.gguf_tokenizer import write_json, write_tokenizer
 from models.progress import progress
 from runtime.cli import arg, run
 from runtime.errors import UserError
@@ -121,9 +120,8 @@ Read = tuple[dict, Iterable[tuple[str, torch.Tensor]], str, Callable[[Path], Non
 
 def _read_gguf(path: Path) -> Read:
     file = GGUFFile(path)
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return file.config.to_hf(), file.tensors(), digest, lambda folder: write_tokenizer(file.metadata, path, folder)
+    return (file.config.to_hf(), file.tensors(), source_digest(str(path)),
+            lambda folder: write_tokenizer(file.metadata, path, folder))
 
 
 def _read_folder(path: Path) -> Read:
@@ -144,15 +142,11 @@ def _complete(source: Path, folder: Path, config: ModelConfig) -> None:
         file = folder / ("chat_template.jinja" if name == "default" else f"{MORE_TEMPLATES}/{Path(str(name)).name}.jinja")
         file.parent.mkdir(exist_ok=True)
         file.write_text(template, encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", tokenizer)
     hf = config.to_hf()
-    _write_json(folder / "generation_config.json", _json(folder / "generation_config.json", {
+    write_json(folder / "generation_config.json", _json(folder / "generation_config.json", {
         key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}))
 
 
 def _json(file: Path, default: dict) -> dict:
     return read_json(file, strict=False) if file.exists() else default
-
-
-def _write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.formats import lineage
+from models.formats.chat import MORE_TEMPLATES
 from models.network.activations import round_inputs
 from models.network.config import ModelConfig
 from models.network.decoder import Decoder, tensor_shapes
@@ -41,7 +42,6 @@ _STORED = {torch.uint8: "U8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
                "LICENSE", "NOTICE")
-_MORE_TEMPLATES = "additional_chat_templates"         # chat templates with other names than the default
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""
         place = self._places[name]
-        size = _FLOATS[place.dtype].itemsize if place.dtype in _FLOATS else 1
-        return size * torch.Size(place.shape).numel()
+        return torch.Size(place.shape).numel() * (_FLOATS[place.dtype].itemsize if place.dtype in _FLOATS else 1)
 
     def read(self, name: str) -> torch.Tensor:
         """The stored tensor in its stored dtype, mapped from the file: not to be written to.
@@ -147,10 +146,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise UserError(f"{path / CONFIG}: {error}") from None
     files, places = {}, {}
     for file, stored in stored_tensors(path, files):
-        for name, place in _places(file, files[file], stored, config).items():
+        piece = files[file].get_slice(stored)
+        for name, part in decoder_names(config.family, stored):
             if name in places:
                 raise UserError(f"{path} holds {name} twice: as {places[name].name} and as {stored}")
-            places[name] = place
+            places[name] = _Place(file, stored, part, piece.get_dtype(), part.shape(tuple(piece.get_shape())))
     if config.tied_embeddings:
         _tie(path, files, places)
     shapes = tensor_shapes(config)
@@ -170,8 +170,7 @@ def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decode
     for name in decoder.state_dict():
         module = name.removesuffix(".weight")
         quantized = checkpoint.quantized(module) if name.endswith(".weight") else None
-        source = checkpoint.read(name) if quantized is None else quantized.dequantize()
-        state[name] = source.to(dtype).contiguous()
+        state[name] = (checkpoint.read(name) if quantized is None else quantized.dequantize()).to(dtype).contiguous()
     decoder.load_state_dict(state, assign=True)
     if checkpoint.quantization:
         round_inputs(decoder, checkpoint.quantization.rounding_linears(), checkpoint.input_scales())
@@ -221,11 +220,14 @@ def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, 
     room = sum(3 * len(name) + 400 for name in tensor_shapes(config))      # a weight may become three tensors
     if config.family == "gpt2" and config.publishable and "quantization_config" not in hf_config:
         tensors = publish_gpt2(tensors)
-    for companion in _COMPANIONS if source is not None else ():
-        if (Path(source) / companion).is_file():
-            shutil.copyfile(Path(source) / companion, folder / companion)
-    if source is not None and (Path(source) / _MORE_TEMPLATES).is_dir():
-        shutil.copytree(Path(source) / _MORE_TEMPLATES, folder / _MORE_TEMPLATES)
+    trail = []
+    if source is not None:
+        trail = lineage.read(source)
+        for companion in _COMPANIONS:
+            if (Path(source) / companion).is_file():
+                shutil.copyfile(Path(source) / companion, folder / companion)
+        if (Path(source) / MORE_TEMPLATES).is_dir():
+            shutil.copytree(Path(source) / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     if companions:
         companions(folder)
     sizes = write_safetensors(folder / WEIGHTS, tensors, room)
@@ -233,7 +235,7 @@ def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, 
     name = str(_FLOATS[dtype]).removeprefix("torch.")
     text = json.dumps(hf_config | {"dtype": name, "torch_dtype": name}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    lineage.write(folder, [*(lineage.read(Path(source)) if source is not None else ()), stage])
+    lineage.write(folder, [*trail, stage])
     try:
         open_checkpoint(folder)
     except UserError as error:
@@ -270,10 +272,10 @@ def stored_tensors(path: Path, files: dict) -> Iterator[tuple[Path, str]]:
     for file, names in listed.items():
         files[file] = _open_safetensors(file)
         held = set(files[file].keys())
-        if odd := held.symmetric_difference(names):
-            which = "lacks" if odd - held else "holds"
-            but = f"which {INDEX} puts there" if odd - held else f"which {INDEX} does not know of"
-            raise UserError(f"{file} {which} {_some(sorted(odd - held or odd))}, {but}: fetch it again")
+        if lacking := set(names) - held:
+            raise UserError(f"{file} lacks {_some(sorted(lacking))}, which {INDEX} puts there: fetch it again")
+        if unknown := held - set(names):
+            raise UserError(f"{file} holds {_some(sorted(unknown))}, which {INDEX} does not know of: fetch it again")
         yield from ((file, name) for name in names)
 
 
@@ -286,14 +288,6 @@ def _open_safetensors(file: Path):
         raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
 
 
-def _places(file: Path, opened, stored: str, config: ModelConfig) -> dict[str, _Place]:
-    """The Decoder's tensors that `stored` holds."""
-    piece = opened.get_slice(stored)
-    shape = tuple(piece.get_shape())
-    return {name: _Place(file, stored, part, piece.get_dtype(), part.shape(shape))
-            for name, part in decoder_names(config.family, stored)}
-
-
 def _tie(path: Path, files: dict, places: dict[str, _Place]) -> None:
     """Let a tied model's table be the one that is stored, whichever of its two names it has; two must be equal."""
     head, table = places.pop("lm_head.weight", None), places.get("model.embed_tokens.weight")
@@ -301,14 +295,11 @@ def _tie(path: Path, files: dict, places: dict[str, _Place]) -> None:
         return
     if table is None:
         places["model.embed_tokens.weight"] = head
-    elif head.shape != table.shape or not _equal(*(files[place.file].get_tensor(place.name) for place in (head, table))):
+        return
+    pieces = zip(*(files[place.file].get_tensor(place.name).split(4096) for place in (head, table)))       # not all in memory
+    if head.shape != table.shape or not all(torch.equal(one.float(), other.float()) for one, other in pieces):
         raise UserError(f"{path} holds {head.name} beside {table.name} with other values, while {CONFIG} ties the two: set "
                         f"tie_word_embeddings to false there, or remove {head.name}")
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two matrices are equal, read a piece at a time."""
-    return all(torch.equal(x.float(), y.float()) for x, y in zip(a.split(4096), b.split(4096)))
 
 
 def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], quantization: Quantization | None,

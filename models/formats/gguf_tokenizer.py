@@ -99,22 +99,19 @@ def write_tokenizer(metadata: dict, path: Path, folder: Path) -> None:
     build_tokenizer(metadata, path).save(str(folder / "tokenizer.json"))
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: token_id(metadata, in_gguf, path) for name, in_gguf in names.items()}
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         # Not the family's own class (GPT2Tokenizer, Qwen2Tokenizer): those rebuild the pre-tokenizer themselves.
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         **{name: metadata["tokenizer.ggml.tokens"][i] for name, i in ids.items() if i is not None}})
-    _write_json(folder / "generation_config.json", _generation_config(metadata, path))
+    # BOS, PAD and every id that ends a reply (end of text, of turn, of message), by Hugging Face's names
+    bos, pad, *ends = (token_id(metadata, name, path) for name in ("bos", "padding", "eos", "eot", "eom"))
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    found = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
+    write_json(folder / "generation_config.json", {name: value for name, value in found.items() if value is not None})
     if template := metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _generation_config(metadata: dict, path: Path) -> dict:
-    """BOS, PAD and every id that ends a reply (end of text, of turn, of message), by Hugging Face's names."""
-    bos, pad, *ends = (token_id(metadata, name, path) for name in ("bos", "padding", "eos", "eot", "eom"))
-    ends = list(dict.fromkeys(i for i in ends if i is not None))
-    found = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Write a file of settings as `transformers` lays it out."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
