@@ -11,7 +11,6 @@ The run's folder, resuming and several processes are those of models.train.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -95,8 +94,7 @@ def finetune(options: FinetuneOptions) -> None:
     checkpoint, tokenizer_file = open_checkpoint(options.checkpoint), options.checkpoint / "tokenizer.json"
     if checkpoint.quantization:
         raise UserError(f"{options.checkpoint} is quantized; fine-tune the checkpoint it was made of")
-    if options.context is None:
-        options = dataclasses.replace(options, context=min(512, checkpoint.config.context_length))
+    options = options.filled(context=min(512, checkpoint.config.context_length))
     if options.context > checkpoint.config.context_length:
         raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length}")
     if not tokenizer_file.is_file():
@@ -107,7 +105,10 @@ def finetune(options: FinetuneOptions) -> None:
     pad = checkpoint.config.pad_token_id or 0
     train, valid = (Examples(fitting(part, options.context, name), pad)
                     for part, name in zip(_split(options, task), ("training data", "validation data")))
-    options = _with_defaults(options, train)
+    batch = options.batch or 16
+    steps = options.steps if options.steps is not None else options.epochs * -(-len(train) // batch)
+    options = options.filled(batch=batch, steps=steps, micro_batch=min(batch, max(1, MICRO_TOKENS // train.context)),
+                             warmup=steps // 20, learning_rate=5e-4 if options.method == "lora" else 2e-5)
     torch.manual_seed(options.seed)
     model = load_decoder(options.checkpoint)
     if options.method == "lora":
@@ -148,7 +149,7 @@ class Chat:
         return encode_chat(as_messages(record), self.chat, record.place, **known)
 
     def accuracy(self, trainer) -> None:
-        return None
+        """There is none."""
 
 
 class Classify:
@@ -221,15 +222,6 @@ def _split(options: FinetuneOptions, task):
         raise UserError(f"{options.data[0]}: {len(records)} examples are too few to set {options.valid_share:.0%} "
                         "aside; give --valid files")
     return parts
-
-
-def _with_defaults(options: FinetuneOptions, train: Examples) -> FinetuneOptions:
-    batch = options.batch or 16
-    steps = options.steps if options.steps is not None else options.epochs * -(-len(train) // batch)
-    micro = min(batch, max(1, MICRO_TOKENS // train.context))
-    filled = {"batch": batch, "steps": steps, "micro_batch": micro, "warmup": steps // 20,
-              "learning_rate": 5e-4 if options.method == "lora" else 2e-5}
-    return dataclasses.replace(options, **{k: v for k, v in filled.items() if getattr(options, k) is None})
 
 
 def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:

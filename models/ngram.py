@@ -53,7 +53,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 
 from models.formats.baseline import read_baseline, write_baseline
-from models.train import tokenizer_facts
+from models.train import tokenizer_facts, tokenizer_file
 
 MODEL_TYPE = "edgewright_ngram"
 
@@ -126,11 +126,7 @@ def count_ngrams(tokens: np.ndarray, order: int, vocab_size: int) -> NgramModel:
         raise UserError(f"--order {order}: from 1 to {64 // bits} with a vocabulary of {vocab_size}")
     if len(tokens) < order:
         raise UserError(f"the data has {len(tokens)} tokens, fewer than --order {order}; give more text")
-    stream = np.asarray(tokens).astype(np.uint64)
-    keys = np.zeros(len(stream) - order + 1, dtype=np.uint64)
-    for k in range(order):
-        keys = (keys << np.uint64(bits)) | stream[k:len(stream) - order + 1 + k]
-    keys, counts = np.unique(keys, return_counts=True)
+    keys, counts = np.unique(pack_keys(np.lib.stride_tricks.sliding_window_view(tokens, order), bits), return_counts=True)
     orders = []
     for k in range(order, 0, -1):
         orders.append(_smooth(keys, counts, bits))
@@ -158,9 +154,7 @@ def _smooth(keys: np.ndarray, counts: np.ndarray, bits: int) -> Order:
 def train_ngram(options: NgramOptions) -> None:
     if options.out.exists():
         raise UserError(f"{options.out} already exists; choose another -o or remove it")
-    file = options.tokenizer / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{options.tokenizer}: no tokenizer.json there; make one with python -m models.tokenizer train")
+    file = tokenizer_file(options.tokenizer)
     eos, vocab_size = tokenizer_facts(options.tokenizer)
     train, valid = (build_corpus(options, names, file, eos) for names in (options.data, options.valid))
     model = count_ngrams(train.tokens, options.order, vocab_size)
@@ -174,12 +168,11 @@ def train_ngram(options: NgramOptions) -> None:
 
 
 def write_ngram(out: Path, model: NgramModel, tokenizer: Path, stage: dict) -> None:
-    tensors = {}
-    for k, order in enumerate(model.orders, 1):      # safetensors' torch side takes uint64 as its int64 bits
-        tensors |= {f"{k}.keys": order.keys.view(np.int64), f"{k}.discounted": order.discounted,
-                    f"{k}.contexts": order.contexts.view(np.int64), f"{k}.backoff": order.backoff}
+    # safetensors' torch side takes uint64 as its int64 bits
+    tensors = {f"{k}.{name}": torch.from_numpy(array.view(np.int64) if array.dtype == np.uint64 else array)
+               for k, order in enumerate(model.orders, 1) for name, array in vars(order).items()}
     config = {"model_type": MODEL_TYPE, "order": len(model.orders), "vocab_size": model.vocab_size}
-    write_baseline(out, config, {name: torch.from_numpy(array) for name, array in tensors.items()}, tokenizer, stage)
+    write_baseline(out, config, tensors, tokenizer, stage)
 
 
 def load_ngram(path: Path | str) -> NgramModel:

@@ -11,7 +11,7 @@ Many processes: `accelerate launch --num_processes 2 -m models.train ...`.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,30 +75,27 @@ LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
 def train(options: TrainOptions) -> None:
     """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss not finite."""
     folder = options.checkpoint or options.tokenizer
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
+    tokenizer = tokenizer_file(folder)
     check_output(options.out / "last", options.checkpoint)
     torch.manual_seed(options.seed)
     model, options, eos = _model_and_options(options, folder)
     state = process_state()
     with state.main_process_first():
-        train_corpus, valid_corpus = _corpora(options, folder / "tokenizer.json", eos)
+        train_corpus, valid_corpus = _corpora(options, tokenizer, eos)
     train_rows, valid_rows = (Blocks(c, options.context, options.boundaries) for c in (train_corpus, valid_corpus))
-    inputs = {"data": train_corpus.digest, "valid": valid_corpus.digest,
-              "tokenizer": source_digest(str(folder / "tokenizer.json"))}
+    inputs = {"data": train_corpus.digest, "valid": valid_corpus.digest, "tokenizer": source_digest(str(tokenizer))}
     if options.checkpoint:
         inputs["checkpoint"] = open_checkpoint(options.checkpoint).sha256()
     trainer = Trainer(model, options, train_rows, valid_rows, partial(_save, folder, options, inputs), inputs)
     if state.is_main_process:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{parameters / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training and {len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x "
-              f"{options.context} tokens")
+        print(f"{_parameters(model) / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training and "
+              f"{len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x {options.context} tokens")
         if isinstance(model, Decoder):
             print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
                                              options.checkpointing)))
     metrics = trainer.fit()
     if state.is_main_process:
-        bits = metrics["valid_loss"] / 0.6931471805599453 * len(valid_corpus.tokens) / valid_corpus.text_bytes
+        bits = metrics["valid_loss"] / math.log(2) * len(valid_corpus.tokens) / valid_corpus.text_bytes
         print(f"{options.out / 'last'}: step {trainer.step}, validation loss {metrics['valid_loss']:.4f} nats a token "
               f"({bits:.3f} bits a byte); lowest {trainer.best:.4f} in {options.out / 'best'}")
 
@@ -119,17 +116,23 @@ def _model_and_options(options: TrainOptions, folder: Path):
         eos, vocab = tokenizer_facts(folder)
         shape = preset(options.preset, vocab, options.context, eos)
         rate, tokens = shape.learning_rate, shape.batch_tokens
-        if options.architecture == "gru":
-            model = gru_of_size(parameter_target(options.preset), vocab)
-        else:
-            model = Decoder(shape.config)
+        model = gru_of_size(parameter_target(options.preset), vocab) if options.architecture == "gru" else Decoder(shape.config)
     batch = max(1, tokens // options.context) if options.batch is None else options.batch
     steps = options.steps
     if steps is None:
-        steps = -(-TOKENS_PER_PARAMETER * sum(p.numel() for p in model.parameters()) // (batch * options.context))
+        steps = -(-TOKENS_PER_PARAMETER * _parameters(model) // (batch * options.context))
     micro = min(batch, max(1, LOGIT_FLOATS // (vocab * options.context)))
-    filled = {"batch": batch, "steps": steps, "micro_batch": micro, "learning_rate": rate, "warmup": steps // 20}
-    return model, dataclasses.replace(options, **{k: v for k, v in filled.items() if getattr(options, k) is None}), eos
+    return model, options.filled(batch=batch, steps=steps, micro_batch=micro, learning_rate=rate, warmup=steps // 20), eos
+
+
+def _parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def tokenizer_file(folder: Path) -> Path:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
+    return folder / "tokenizer.json"
 
 
 def tokenizer_facts(folder: Path) -> tuple[int, int]:

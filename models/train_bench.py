@@ -63,16 +63,11 @@ class PlainLayer(nn.Module):
     def forward(self, x, cos, sin):
         b, s, _ = x.shape
         q, k, v = (t.view(b, s, -1, self.d).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(self.sizes, -1))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.o(y.transpose(1, 2).reshape(b, s, -1))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
-
-
-def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class PlainModel(nn.Module):
@@ -95,9 +90,8 @@ class PlainModel(nn.Module):
 
 class PlainLoop:
     def __init__(self, config: ModelConfig, rows, options: BenchOptions, device: torch.device):
-        self.model, self.data, self.batch = PlainModel(config).to(device), rows, options.batch
+        self.model, self.data, self.batch, self.device = PlainModel(config).to(device), rows, options.batch, device
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-        self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=BETAS, weight_decay=0.1, fused=True)
 
     def train_step(self):
@@ -142,11 +136,10 @@ def bench(options: BenchOptions) -> None:
                     loop.train_step()
                 if number:                                           # the first round warms up
                     speeds[name].append(tokens / (time.perf_counter() - start))
-    parameters = {"plain": plain.model, "ours": ours.module}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in (("plain", plain.model), ("ours", ours.module))}
     title = f"{options.preset}, {options.batch} x {options.context} tokens an update, {options.precision}, " \
             f"{torch.get_num_threads()} threads"
-    print(table([{"loop": name, "parameters": sum(p.numel() for p in parameters[name].parameters()),
-                  "tokens/s": round(statistics.median(values)), "least": round(min(values)), "most": round(max(values))}
-                 for name, values in speeds.items()], title=title))
+    print(table([{"loop": name, "parameters": sizes[name], "tokens/s": round(statistics.median(values)),
+                  "least": round(min(values)), "most": round(max(values))} for name, values in speeds.items()], title=title))
     ratios = sorted(o / p for o, p in zip(speeds["ours"], speeds["plain"]))
     print(f"ours / plain: median {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")

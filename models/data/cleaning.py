@@ -80,24 +80,21 @@ def clean(documents: Iterable[str], options: Cleaning, counts: Counter) -> Itera
     for text in documents:
         if options.normalize:
             text = normalize(text)
-        reason = _reason_to_drop(text, options, seen)
+        reason = _reason_to_drop(text, options)
+        if reason is None and options.deduplicate:
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            reason = "repeated" if digest in seen else None
+            seen.add(digest)
         counts[reason or "kept"] += 1
         if reason is None:
             yield text
 
 
-def _reason_to_drop(text, options, seen):
+def _reason_to_drop(text, options):
     if not text.strip():
         return "empty"
     if len(text) < options.min_chars:
         return "too short"
     if options.max_chars is not None and len(text) > options.max_chars:
         return "too long"
-    if options.languages and language_of(text) not in options.languages:
-        return "other language"
-    if options.deduplicate:
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if digest in seen:
-            return "repeated"
-        seen.add(digest)
-    return None
+    return "other language" if options.languages and language_of(text) not in options.languages else None

@@ -4,18 +4,15 @@
     blocks = Blocks(corpus, context=512)
     input_ids, labels = blocks.rows(batch_indices(len(blocks), batch=8, seed=0, step=17))   # int64 [8, 512] each
 
-`build_corpus` reads documents (records.py), cleans them (cleaning.py), tokenizes them on all cores, ends each
-with the EOS token and writes one flat file of ids (uint16 or uint32) and one of document starts. The folder's name is a
-hash of the files' contents, the tokenizer and every option that matters, so equal input is read from the cache and
-changed input never is; it appears by a rename when it is whole. The cache is memory-mapped: a corpus larger than
-memory trains.
+`build_corpus` reads documents (records.py), cleans them (cleaning.py), tokenizes them on all cores, ends each with the EOS
+token and writes one flat file of ids (uint16 or uint32) and one of document starts: memory-mapped, so that a corpus larger
+than memory trains. The folder's name is a hash of the files' contents, the tokenizer and every option that matters, so equal
+input is read from the cache and changed input never is. No BOS token is added.
 
-Document boundaries. `Blocks(boundaries="eos")` cuts the stream every `context` tokens; a document's first token is
-never a label, because nothing before it belongs to it. With `boundaries="block"` every document starts a block of its
-own, so that no token can attend to another document, at the price of padding.
-
-The order of blocks is a function of (seed, step) alone: resuming needs no state, and every process of a distributed run
-computes the same global batch. No BOS token is added.
+`Blocks(boundaries="eos")` cuts the stream every `context` tokens; a document's first token is never a label, because nothing
+before it belongs to it. With "block" every document starts a block of its own, so that no token attends to another document,
+at the price of padding. The order of blocks is a function of (seed, step) alone: resuming needs no state, and every process of
+a distributed run computes the same global batch.
 """
 
 from __future__ import annotations
@@ -47,7 +44,7 @@ BATCH_DOCUMENTS, BATCH_CHARS = 1024, 8 << 20       # tokenized at once, over all
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Checked):
-    """Which documents to read, and how to clean them: the options shared by every stage that reads a corpus."""
+    """Which documents to read, and how to clean them."""
     data: tuple[str, ...] = arg(help="files, folders, globs or hf:NAME@SPLIT to learn from")
     format: str | None = arg(None, help="format of every file, in place of its ending",
                              choices=("text", "jsonl", "json", "tsv", "csv", "conll"), group="reading text")
@@ -126,7 +123,9 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
             if not folder.is_dir():          # another process may have finished it meanwhile
                 with new_folder(folder) as temporary:
                     _write_corpus(temporary, options, sources, tokenizer, eos, split, key)
-    return _open_corpus(folder)
+    meta = read_json(folder / "corpus.json")
+    return Corpus(folder, np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+                  np.memmap(folder / "starts.bin", dtype=np.int64, mode="r"), meta["text_bytes"], meta["eos"])
 
 
 def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
@@ -163,12 +162,6 @@ def _batches(documents):
             batch, chars = [], 0
     if batch:
         yield batch
-
-
-def _open_corpus(folder: Path) -> Corpus:
-    meta = read_json(folder / "corpus.json")
-    return Corpus(folder, np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
-                  np.memmap(folder / "starts.bin", dtype=np.int64, mode="r"), meta["text_bytes"], meta["eos"])
 
 
 class Blocks:

@@ -13,9 +13,8 @@ Formats, told by the file's ending or by `format`:
     conll   .conll .bio .iob   {"tokens", "tags"}: token and last column of each line; a blank line ends a sentence
     hf:NAME@SPLIT              a Hugging Face dataset (needs the `datasets` package): a hub name or a local folder
 
-Everything streams, except a .json file, which is read whole (use JSONL for large data). A text file of more than
-`DOCUMENT_BYTES` counts as several documents, cut before a line that starts with a visible character, where byte-level
-tokenizers split anyway. Files must be UTF-8 without NUL bytes; what is not is refused with the file and place.
+Everything streams but a .json file, which is read whole. A text file of more than `DOCUMENT_BYTES` counts as several documents,
+cut before a line that starts with a visible character, where byte-level tokenizers split anyway. Files must be UTF-8.
 """
 
 from __future__ import annotations
@@ -77,9 +76,8 @@ def read_records(sources: Iterable[str], format: str | None = None, unit: str = 
                  wanted: Iterable[str | None] = ()) -> Iterator[Record]:
     """Stream the records of `sources` (from `find_sources`) in order.
 
-    `header` and `wanted` (columns that will be asked for) say whether a table's first row is data (tables.py).
-    `unit` says what a document of plain text is: "file", "line" or "paragraph" (blank lines between).
-    Raises UserError for a file that is empty, binary, not UTF-8, malformed, or of uneven columns.
+    unit: of plain text, "file", "line" or "paragraph" (blank lines between). header, wanted (columns that will be asked
+    for): of tables (tables.py). Raises UserError for a file that is empty, binary, not UTF-8, malformed, or uneven.
     """
     how = _How(unit, header, tuple(wanted))
     for source in sources:
@@ -232,10 +230,7 @@ _READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "conll
 
 
 def as_text(record: Record, field: str | None = None) -> str:
-    """The record as one document for language modelling: `field`, else its text, else its parts joined by newlines.
-
-    Names count in upper or lower case alike.
-    """
+    """The record as one document: `field`, else its text, else its parts joined by newlines. Names count in any case."""
     fields = _folded(record)
     if field is not None:
         return _named(record, field, "--field")
@@ -294,12 +289,10 @@ def as_messages(record: Record) -> list[dict]:
             raise KeyError("messages")
         texts = all(isinstance(message.get("content"), str) or message.get("tool_calls") for message in messages)
         if not messages or messages[-1]["role"] != "assistant" or not texts:
-            raise ValueError("messages must be texts that end with the assistant's reply")
+            raise UserError(f"{record.place}: messages must be texts that end with the assistant's reply")
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{record.place}: not a chat or instruction record: {error} is missing; it has "
                         f"{', '.join(map(str, record.fields))}") from None
-    except ValueError as error:
-        raise UserError(f"{record.place}: {error}") from None
     return messages
 
 

@@ -47,16 +47,21 @@ def open_table(source: str, lines: Iterable[str], delimiter: str, header: str = 
     sample = list(islice(rows, SAMPLE + 1))
     if not sample:
         return None, iter(())
-    line, first = sample[0]
-    first = [cell.strip() for cell in first]
-    names = None
-    if _is_header(source, first, [[cell.strip() for cell in row] for _, row in sample[1:]], header, wanted):
+    line, names = sample[0][0], None
+    first, *below = ([cell.strip() for cell in row] for _, row in sample)
+    if _is_header(source, first, below, header, wanted):
         names = [cell or f"column {number}" for number, cell in enumerate(first, 1)]
         folded = [name.casefold() for name in names]
         if twice := [name for name in names if folded.count(name.casefold()) > 1]:
             raise UserError(f"{source}:{line}: two columns are named {twice[0]!r}: rename one")
         del sample[0]
-    _tell(source, names, len(first), separator, quoted, delimiter)
+    said = f"columns {', '.join(names)}, named by the first row" if names else \
+        f"{len(first)} column{'s' * (len(first) > 1)} without names, data from the first row on"
+    said += f"; separated by {separator!r}" if separator != delimiter else ""
+    said += "; with quotes" if quoted and delimiter == "\t" else ""
+    if (source, said) not in _told:
+        _told.add((source, said))
+        print(f"{source}: {said}", file=sys.stderr)
     return names, _below(source, chain(sample, rows), first if names else None)
 
 
@@ -135,13 +140,3 @@ def _number(cell: str) -> bool:
         return float(cell) is not None
     except ValueError:
         return False
-
-
-def _tell(source: str, names: list[str] | None, columns: int, separator: str, quoted: bool, usual: str) -> None:
-    said = f"columns {', '.join(names)}, named by the first row" if names else \
-        f"{columns} column{'s' * (columns > 1)} without names, data from the first row on"
-    how = f"; separated by {separator!r}" if separator != usual else ""
-    how += "; with quotes" if quoted and usual == "\t" else ""
-    if (source, said, how) not in _told:
-        _told.add((source, said, how))
-        print(f"{source}: {said}{how}", file=sys.stderr)

@@ -7,6 +7,7 @@ Every stage that writes a checkpoint appends its entry to those of the checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,7 +21,6 @@ from runtime.errors import UserError
 from runtime.files import read_json
 
 FILE, VERSION = "lineage.json", 1
-_PACKAGES = ("numpy", "torch", "safetensors")
 
 
 def stage(name: str, options, inputs: dict[str, str], metrics: dict | None = None, seed: int | None = None) -> dict:
@@ -29,20 +29,19 @@ def stage(name: str, options, inputs: dict[str, str], metrics: dict | None = Non
     Of paths only the last name is kept: a trail is shipped, and where files lay is nobody else's affair.
     """
     options = asdict(options) if is_dataclass(options) else dict(options)
-    return {"stage": name, "options": {key: _named(value) for key, value in options.items()},
-            "inputs": _inputs(inputs),
-            "versions": _versions(), "seed": seed, "metrics": metrics or {},
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-
-def _inputs(inputs: dict[str, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for source, digest in inputs.items():
-        name, number = _named(source), 1
-        while (unique := name if number == 1 else f"{name} ({number})") in found:
+        last, number = _named(source), 1
+        while (unique := last if number == 1 else f"{last} ({number})") in digests:
             number += 1
-        found[unique] = digest
-    return found
+        digests[unique] = digest
+    versions = {"python": platform.python_version(), "edgewright": __version__}
+    for package in ("numpy", "torch", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"stage": name, "options": {key: _named(value) for key, value in options.items()}, "inputs": digests,
+            "versions": versions, "seed": seed, "metrics": metrics or {},
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _named(value):
@@ -75,13 +74,3 @@ def add_metrics(folder: Path, metrics: dict) -> None:
     stages = read(folder)
     stages[-1]["metrics"] |= metrics
     write(folder, stages)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "edgewright": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -50,9 +50,8 @@ def gru_of_size(parameters: float, vocab_size: int) -> GRULanguageModel:
 
 
 def write_gru(out: Path, model: GRULanguageModel, tokenizer: Path, stage: dict) -> None:
-    config = {"model_type": MODEL_TYPE, "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
-              "num_hidden_layers": model.num_layers}
-    write_baseline(out, config, model.state_dict(), tokenizer, stage)
+    sizes = {"vocab_size": model.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers}
+    write_baseline(out, {"model_type": MODEL_TYPE} | sizes, model.state_dict(), tokenizer, stage)
 
 
 def load_gru(path: Path | str) -> GRULanguageModel:

@@ -1,12 +1,9 @@
 """Quantized weights: integer codes, scales and zero points, and how a checkpoint stores them.
 
-A quantized weight W [N, K] (out, in) is decided once, as unsigned codes of `bits` bits with one fp16 scale for each
-group of `group` inputs of a row (group 0: one for the whole row):
+A quantized weight W [N, K] (out, in) is decided once (in compress/), as unsigned codes of `bits` bits with one fp16 scale for
+each group of `group` inputs of a row (group 0: one for the whole row), and every consumer computes from these codes:
 
-    W[n, k] = (codes[n, k] - zero) * float32(scales[n, k // group])
-
-with zero = 2^(bits-1) where symmetric, else zeros[n, k // group]. Every consumer computes from these codes; nothing
-quantizes again.
+    W[n, k] = (codes[n, k] - zero) * float32(scales[n, k // group])         zero = 2^(bits-1), or zeros[n, k // group]
 
 In a checkpoint, module M has `M.codes` uint8 [N, ceil(K*bits/8)], each row a little-endian bit stream (code i occupies
 bits i*bits .. (i+1)*bits-1), `M.scales` float16 [N, K/group] ([N, 1] for group 0) and, where asymmetric, `M.zeros`
@@ -21,8 +18,6 @@ A tensor of kind "e4m3" has 8-bit floating-point codes instead (torch.float8_e4m
 stored scale `M.input_scale` float32 [1]; those whose last name "except" lists do not round. "kv_cache" (null for none):
 keys (after RoPE) and values are kept as round(x / scale) in int8, scales `model.layers.N.self_attn.k_scale` and `.v_scale`
 float32 [1], or [kv_heads * head_dim] per channel.
-
-This file does not decide codes: see compress/.
 """
 
 from __future__ import annotations
@@ -57,7 +52,6 @@ class TensorFormat:
             raise UserError(f"group is {self.group!r}, which should be 0 (one scale a row) or a positive number")
         if type(self.symmetric) is not bool:
             raise UserError(f"symmetric is {self.symmetric!r}, which should be true or false")
-
         if self.kind not in KINDS or (self.kind == "e4m3" and (self.bits != 8 or not self.symmetric)):
             raise UserError(f"kind is {self.kind!r} with {self.bits} bits: supported are {' and '.join(KINDS)}, the latter "
                             f"with 8 bits and without zero points")
@@ -101,11 +95,9 @@ class Quantization:
 
     def rounding_linears(self) -> list[str]:
         """The linears that round their inputs where activations are quantized: those of the layers, not the head."""
-        if not self.activations:
-            return []
         excepted = self.activations.get("except", ())
-        return [name for name in self.tensors
-                if name.startswith("model.layers.") and name.rsplit(".", 1)[1] not in excepted]
+        return [name for name in self.tensors if self.activations
+                and name.startswith("model.layers.") and name.rsplit(".", 1)[1] not in excepted]
 
     @classmethod
     def from_dict(cls, data: dict) -> Quantization:
@@ -117,12 +109,11 @@ class Quantization:
             raise UserError(f"quantization version {data.get('version')!r} is not supported: this program reads "
                             f"version {VERSION}, so quantize the original checkpoint again")
         tensors, activations, kv_cache = data.get("tensors"), data.get("activations", {}), data.get("kv_cache")
-        for name, value, kinds in (("tensors", tensors, dict), ("activations", activations, dict),
-                                   ("kv_cache", kv_cache, (dict, type(None)))):
-            if not isinstance(value, kinds):
+        for name, value, known in (("tensors", tensors, None), ("activations", activations, ACTIVATIONS),
+                                   ("kv_cache", kv_cache, KV_CACHES)):
+            if not isinstance(value, dict) and not (value is None and known is KV_CACHES):
                 raise UserError(f"quantization_config has {name} {value!r}, which should be an object")
-        for name, value, known in (("activations", activations, ACTIVATIONS), ("kv_cache", kv_cache, KV_CACHES)):
-            if value not in known:
+            if known and value not in known:
                 raise UserError(f"quantization_config has {name} {value!r}: supported are {', '.join(map(str, known))}")
         formats = {}
         for name, value in tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,3 +33,7 @@ class TrainerOptions(Checked):
     patience: int | None = arg(None, help="stop after this many evaluations without a better loss", least=1, group="training")
     seed: int = arg(0, help="seed of the initial weights and the order of the data", least=0, most=2**63 - 1, group="training")
     resume: bool = arg(False, help="continue the run in --out exactly where its last/ stands", group="training")
+
+    def filled(self, **defaults):
+        """The options, with a default for each that was not given."""
+        return dataclasses.replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
