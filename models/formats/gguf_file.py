@@ -87,7 +87,9 @@ class GGUFFile:
                 continue
             values = self._values(tensor)
             if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-                values = _halves(values, self.config.head_dim)
+                # rows (x0 y0 x1 y1 ...) of each head in the order (x0 x1 ... y0 y1 ...)
+                pairs = values.view(-1, self.config.head_dim // 2, 2, *values.shape[1:])
+                values = pairs.transpose(1, 2).reshape(values.shape)
             yield from zip(ours, values.chunk(len(ours)))
 
     def _config(self) -> ModelConfig:
@@ -101,7 +103,7 @@ class GGUFFile:
         self._tensor(f"blk.{count - 1}.attn_norm.weight")      # a corrupt count is found before layers are made of it
         bos, eos, pad = (token_id(self.metadata, name, self.path) for name in ("bos", "eos", "padding"))
         attention_bias, mlp_bias = (f"blk.0.{name}.bias" in self._tensors for name in ("attn_q", "ffn_up"))
-        config = self._model_config(
+        fields = dict(
             family=self.architecture, vocab_size=int(self._tensor("token_embd.weight").shape[-1]), hidden_size=hidden,
             layers=(layer,) * count, head_dim=head_dim, context_length=self._size("context_length"),
             norm_eps=self._number("attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon"),
@@ -109,13 +111,11 @@ class GGUFFile:
             tied_embeddings=self._tied(), bos_token_id=bos, eos_token_ids=() if eos is None else (eos,), pad_token_id=pad,
             **{"attention_bias": attention_bias, "output_bias": attention_bias and self.architecture != "qwen2",
                "mlp_bias": mlp_bias and self.architecture == "llama"} | FAMILIES[self.architecture].fixed)
-        return replace(config, rope_scaling=self._rope_scaling(config))
-
-    def _model_config(self, **fields) -> ModelConfig:
         try:
-            return ModelConfig(**fields)
+            config = ModelConfig(**fields)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
+        return replace(config, rope_scaling=self._rope_scaling(config))
 
     def _check_tensors(self) -> None:
         expected, found = tensor_shapes(self.config), {}
@@ -124,9 +124,9 @@ class GGUFFile:
                 raise UserError(f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, which is not "
                                 f"read; get the model in one of {', '.join(PLAIN + QUANTIZED)}")
             ours = self._decoder_names(name)
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            found |= {part: (shape[0] // len(ours), *shape[1:]) for part in ours}
+            rows, *columns = (int(size) for size in reversed(tensor.shape))
             for part in ours:
+                found[part] = (rows // len(ours), *columns)
                 if found[part] != expected.get(part):
                     wanted = f"be {list(expected[part])}" if part in expected else "not be there"
                     raise UserError(f"{self.path}: {part} (from {name}) has shape {list(found[part])}, but should "
@@ -144,12 +144,10 @@ class GGUFFile:
                         f"{self.architecture!r} (mixtures of experts are not supported)")
 
     def _values(self, tensor) -> torch.Tensor:
-        kind = tensor.tensor_type.name
+        kind, data = tensor.tensor_type.name, tensor.data             # mapped from the file, read-only
         if kind == "BF16":
-            return torch.from_numpy(tensor.data.view(np.int16).copy()).view(torch.bfloat16)
-        if kind in PLAIN:
-            return torch.from_numpy(tensor.data.copy())       # the file itself is mapped read-only
-        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+            return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(data.copy() if kind in PLAIN else gguf.dequantize(data, tensor.tensor_type))
 
     def _tied(self) -> bool:
         """Files without an output matrix use the embedding; some GPT-2 files hold the same matrix twice."""
@@ -194,8 +192,3 @@ class GGUFFile:
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise UserError(f"{self.path}: its RoPE factors are not Llama 3's; get the model as a Hugging Face folder")
         return scaling
-
-
-def _halves(values: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (x0 y0 x1 y1 ...) of each head in the order (x0 x1 ... y0 y1 ...). values [heads * head_dim, ...]."""
-    return values.view(-1, head_dim // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

@@ -4,12 +4,9 @@
     kl = cache.divergence(window, logits)              # KL(teacher || student) per token, nats
 
 For each token the cache holds the k most likely next tokens, their log-probabilities (fp16) and the log of the mass of
-all others (fp16): (2 or 4 + 2) k + 2 bytes a token, 258 for k = 64 and vocabularies up to 65,536. The divergence counts
-the others as one event, which makes it a lower bound of the full KL divergence, below it by the disagreement within the
-others' mass. It feeds distillation, recovery after quantization and pruning, and evaluation.
-
-Arrays are memory-mapped files beside a `state.json` that gives their shapes, how many windows are finished, and which
-teacher and tokenizer they belong to.
+all others (fp16): (2 or 4 + 2) k + 2 bytes a token. The divergence counts the others as one event, which makes it a lower
+bound of the full KL divergence. Arrays are memory-mapped files beside a `state.json` that gives their shapes, how many
+windows are finished, and which teacher and tokenizer they belong to.
 """
 
 from __future__ import annotations

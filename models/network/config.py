@@ -1,14 +1,12 @@
 """The shape of a decoder-only language model, and its reading and writing as a Hugging Face `config.json`.
 
 `ModelConfig` says everything that `decoder.py` and the export need to know; layers may differ in heads and MLP
-width, so that a structurally pruned model is an ordinary model. `from_hf` / `to_hf` speak the published keys of five
-families: llama (SmolLM and SmolLM2 too), mistral, qwen2, qwen3 and gpt2. A model whose shape those keys cannot say
-adds one key of ours, `edgewright_layers: [[heads, kv_heads, mlp_size], ...]`. `to_dict` / `from_dict` are the plain
-JSON that travels in a bundle's manifest.
+width, so that a structurally pruned model is an ordinary model. `from_hf` / `to_hf` speak the published keys of a table of
+families (SmolLM and SmolLM2 are llama). A model whose shape those keys cannot say adds one key of ours,
+`edgewright_layers: [[heads, kv_heads, mlp_size], ...]`. `to_dict` / `from_dict` are the plain JSON of a bundle's manifest.
 
 RoPE scaling: none, or Llama 3's ("llama3"). Sliding windows: one width for every layer. Other kinds are refused, and so
-is any other key that by its name changes what a model computes, unless its value switches it off. What a missing key
-means is what `transformers` takes it for.
+is any other key that by its name changes what a model computes, unless its value switches it off.
 """
 
 from __future__ import annotations
@@ -173,8 +171,7 @@ class ModelConfig:
                  "head_dim": _given(told["head_dim"], family.head_dim or hidden // heads),
                  "context_length": told["context_length"], "norm_eps": told["norm_eps"], "activation": _ACTIVATIONS[activation],
                  "tied_embeddings": _take(hf, "tie_word_embeddings", bool, family.tied)} | family.fixed
-        for key in family.biases:
-            shape[key] = _take(hf, key, bool, False)
+        shape |= {key: _take(hf, key, bool, False) for key in family.biases}
         if "attention_bias" in family.biases:
             shape["output_bias"] = shape["attention_bias"]
         if name != "gpt2":
@@ -193,14 +190,12 @@ class ModelConfig:
         if not self.layers or self.family not in list(FAMILIES):
             raise ValueError(f"{self.family!r} is none of {', '.join(FAMILIES)}")
         family, gpt2 = FAMILIES[self.family], self.family == "gpt2"
-        said = {name: max(getattr(layer, name) for layer in self.layers) for name in ("heads", "kv_heads", "mlp_size")}
-        said |= {"hidden_size": self.hidden_size, "layers": len(self.layers), "context_length": self.context_length,
-                 "norm_eps": self.norm_eps,
-                 "activation": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == self.activation)}
-        if not gpt2:
-            said["head_dim"] = self.head_dim
-        elif not self.publishable:
-            said["heads"] = 1                                # edgewright_layers says the rest
+        said = vars(self) | {"layers": len(self.layers),
+                             "activation": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == self.activation)}
+        said |= {name: max(getattr(layer, name) for layer in self.layers) for name in ("heads", "kv_heads", "mlp_size")}
+        if gpt2:
+            del said["head_dim"]
+            said["heads"] = said["heads"] if self.publishable else 1           # edgewright_layers says the rest
         hf = {"architectures": [family.architecture], "model_type": self.family, "vocab_size": self.vocab_size}
         hf |= {key: said[what] for what, (key, *_) in family.keys.items() if what in said}
         if not gpt2:
@@ -318,8 +313,8 @@ def _rope(hf: dict) -> tuple[float, dict | None]:
     if kind == "default":
         return theta, None
     scaling = {key: _take(rope, key, float) for key in _LLAMA3_KEYS}
-    if not all(0 < value < math.inf for value in scaling.values()) \
-            or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    positive = all(0 < value < math.inf for value in scaling.values())
+    if not positive or scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError(f"the RoPE scaling {scaling} should be positive, low_freq_factor below high_freq_factor")
     scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
     return theta, {"rope_type": "llama3"} | scaling

@@ -126,8 +126,7 @@ def for_products(x: Tensor) -> Tensor:
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.norm_eps)
+    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.hidden_size, eps=config.norm_eps)
 
 
 class Linear(nn.Linear):
