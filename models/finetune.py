@@ -2,11 +2,8 @@
 
 `chat`: chats and instructions (chat, ShareGPT, Alpaca, prompt and completion, SQuAD) through the model's own template,
 the loss on the assistant's replies alone. `classify`: a text and a label; the model reads `--prompt` with the text
-and learns to continue with the label's words; its answer is the label it finds likeliest, and accuracy is measured
-before and after. LoRA by default, merged when saved or kept as a `peft` adapter (`--keep-adapter`); `--method full`
-trains every weight. Data beyond the context is left out and counted. Memory is predicted before the first step.
-
-The run's folder, resuming and several processes are those of models.train.
+and learns to continue with the label's words; its answer is the label it finds likeliest. LoRA (merged when saved, or kept
+as a `peft` adapter) or every weight. The run's folder, resuming and several processes are those of models.train.
 """
 
 from __future__ import annotations

@@ -6,11 +6,8 @@
 c counts occurrences at the highest order and, below, the different tokens an n-gram was seen after (Kneser and Ney
 1995; Chen and Goodman 1999, whose discounts D1, D2, D3+ are estimated per order from counts of counts). N_i(h) is the
 number of tokens seen i times after h. The lowest order is mixed with a uniform 1 / vocabulary, so nothing has
-probability 0. A baseline to beat and a draft: looking a token up is a binary search.
-
-An n-gram is one 64-bit key, its tokens in equal bit fields; order x bits of a token may not exceed 64. Per order the
-model holds sorted keys with the discounted probability, and sorted context keys with g. N-grams run across document
-ends, EOS between; the loss leaves out each document's first token, as everywhere here.
+probability 0. An n-gram is one 64-bit key, its tokens in equal bit fields; order x bits of a token may not exceed 64.
+N-grams run across document ends, EOS between; the loss leaves out each document's first token.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Writes a folder with `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` (ChatML), which `transformers`
 and every stage here open. Byte-level (GPT-2; Radford et al. 2019): any text goes through and comes back unchanged.
-Digits are split one by one, as in SmolLM2, and text is not normalized. Special tokens come first: <|endoftext|> (0:
-BOS, EOS and PAD), <|im_start|> (1), <|im_end|> (2). Training is by the `tokenizers` library; documents are read and
-cleaned as for `models.train`, and the merges depend on their contents alone.
+Digits are split one by one, as in SmolLM2. Special tokens come first: <|endoftext|> (0: BOS, EOS and PAD), <|im_start|>
+(1), <|im_end|> (2). Documents are read and cleaned as for `models.train`.
 """
 
 from __future__ import annotations
@@ -61,19 +60,15 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     if not counts["kept"]:
         raise UserError(f"{options.data[0]}: cleaning left no document: {dict(counts)}")
     inputs = {source: source_digest(source) for source in sources}
-    _write_folder(options.out, tokenizer, lineage.stage("tokenizer", options, inputs, dict(counts)))
-    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
-
-
-def _write_folder(out: Path, tokenizer: Tokenizer, stage: dict) -> None:
     end = SPECIAL_TOKENS[0]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
               "clean_up_tokenization_spaces": False}
-    with new_folder(out) as folder:
+    with new_folder(options.out) as folder:
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
         (folder / "chat_template.jinja").write_text(CHATML)
-        lineage.write(folder, [stage])
+        lineage.write(folder, [lineage.stage("tokenizer", options, inputs, dict(counts))])
+    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
 
 
 def main(argv=None) -> int:

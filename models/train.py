@@ -1,8 +1,7 @@
 """Train a language model, from scratch or continued: `python -m models.train`.
 
 From scratch, `--preset 5m` derives the model's shape, learning rate, batch and number of steps (20 tokens a
-parameter; Hoffmann et al. 2022); any of them can be given instead. `--checkpoint` continues a checkpoint on
-new text. Validation data is `--valid`, or a `--valid-share` of the documents set aside by the hash of their text.
+parameter; Hoffmann et al. 2022); any of them can be given instead. `--checkpoint` continues a checkpoint on new text.
 
 The run's folder holds best/ and last/ (Hugging Face folders), metrics.jsonl and TensorBoard logs/. After a crash or
 kill -9, the same command with --resume continues from last/ with the losses an uninterrupted run would have had.
@@ -153,8 +152,7 @@ def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, 
 
 def _save(source: Path, options: TrainOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("train", options, inputs, metrics, options.seed)
-    if isinstance(model, Decoder):
-        hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()
-        fill_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)
-    else:
-        write_gru(folder, model, source, stage)
+    if not isinstance(model, Decoder):
+        return write_gru(folder, model, source, stage)
+    hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()
+    fill_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)

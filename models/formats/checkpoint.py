@@ -2,13 +2,10 @@
 
 Reading checks everything before anything large is allocated: the configuration, every safetensors header, every
 tensor's name and shape. Tensors are then mapped from the file one at a time, under the Decoder's names whatever the
-file calls them (weight_names.py). Quantized checkpoints (models/network/quantized.py) are read the same way.
+file calls them (weight_names.py). Pickles (.bin, .pt) are refused: they run code when opened.
 
-Writing streams tensors into a temporary folder beside the target, reads its headers back, and renames it into place:
-whatever interrupts it, an older result stays as it was. Folders of a known family and uniform shape open in
-`transformers` with equal logits.
-
-Pickles (.bin, .pt) are refused: they run code when opened.
+Writing streams tensors into a temporary folder beside the target, reads its headers back, and renames it into place.
+Folders of a known family and uniform shape open in `transformers` with equal logits.
 """
 
 from __future__ import annotations

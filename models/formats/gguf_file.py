@@ -1,8 +1,7 @@
 """Read a GGUF file (llama.cpp's format, versions 2 and 3): configuration and tensors, as this project names them.
 
-Architectures: llama (SmolLM, SmolLM2 and Mistral too, which GGUF does not tell apart), qwen2, qwen3, gpt2. Tensors in
-F32, F16 and BF16 keep their type; Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are dequantized to float32 by the
-`gguf` package. One tensor is in memory at a time. The tokenizer is in `gguf_tokenizer.py`.
+Architectures: llama (SmolLM, SmolLM2 and Mistral too, which GGUF does not tell apart), qwen2, qwen3, gpt2. `PLAIN` tensors
+keep their type, `QUANTIZED` ones are dequantized to float32 by the `gguf` package, one in memory at a time.
 
 Two things are undone that the conversion to GGUF did. In llama files the rows of q and k are interleaved, because
 ggml rotates neighbouring pairs of a head where Hugging Face rotates its two halves. And Llama 3's RoPE scaling is

@@ -4,10 +4,8 @@
                                             or {"bits": 8, "per": "tensor", "except": ["down_proj"]}
 
 Input x [..., K] becomes round(x / s) * s, limited to the int8 range, before the product with the weights its codes stand
-for: the same numbers as an int8 x int8 product with int32 sums. "row": s = max|x| / 127 of each token's row, found as it
-comes. "tensor": one s for each linear, found on calibration text and stored (`M.input_scale`), as QuantizeLinear and
-DequantizeLinear compute it. Either way a row's answer depends on that row alone. It applies to the quantized linears of
-the layers; the head stays as it is.
+for: the same numbers as an int8 x int8 product with int32 sums. "row": s = max|x| / 127 of each token's row. "tensor": one s
+for each linear, found on calibration text and stored (`M.input_scale`), as QuantizeLinear and DequantizeLinear compute it.
 """
 
 from __future__ import annotations
