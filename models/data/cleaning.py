@@ -17,9 +17,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-
-from runtime.errors import UserError
 
 SCRIPTS = {"zh": "CJK", "ja": "HIRAGANA", "ko": "HANGUL", "ru": "CYRILLIC", "el": "GREEK", "ar": "ARABIC",
            "he": "HEBREW", "hi": "DEVANAGARI", "th": "THAI"}
@@ -38,18 +35,7 @@ _WORDS = {language: set(words.split()) for language, words in FUNCTION_WORDS.ite
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    normalize: bool = False
-    min_chars: int = 0
-    max_chars: int | None = None
-    languages: tuple[str, ...] = ()
-    deduplicate: bool = False
-
-    def __post_init__(self):
-        for language in self.languages:
-            if language not in LANGUAGES:
-                raise UserError(f"--languages {language}: unknown; choose from {', '.join(LANGUAGES)}")
+STEPS = ("normalize", "min_chars", "max_chars", "languages", "deduplicate")         # the options that say what is done
 
 
 def normalize(text: str) -> str:
@@ -74,8 +60,8 @@ def language_of(text: str) -> str | None:
     return best if hits[best] else None
 
 
-def clean(documents: Iterable[str], options: Cleaning, counts: Counter) -> Iterator[str]:
-    """The documents that pass; `counts` gains "kept" and, for each reason, how many were dropped."""
+def clean(documents: Iterable[str], options, counts: Counter) -> Iterator[str]:
+    """The documents that pass; `options` has STEPS, `counts` gains "kept" and, for each reason, how many were dropped."""
     seen: set[bytes] = set()
     for text in documents:
         if options.normalize:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.data.cleaning import Cleaning, clean
+from models.data.cleaning import LANGUAGES, STEPS, clean
 from models.data.records import as_text, find_sources, read_records, source_digest
 from models.data.tables import HEADERS
 from models.progress import progress
@@ -61,8 +61,10 @@ class DataOptions(Checked):
                                      group="reading text")
     cache: Path = arg(Path("~/.cache/edgewright/data"), help="where tokenized data is kept", group="reading text")
 
-    def cleaning(self) -> Cleaning:
-        return Cleaning(self.normalize, self.min_chars, self.max_chars, self.languages, self.deduplicate)
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := [language for language in self.languages if language not in LANGUAGES]:
+            raise UserError(f"--languages {unknown[0]}: unknown; choose from {', '.join(LANGUAGES)}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read_documents(options: DataOptions, sources: list[str], counts: Counter, de
                 bar.update(len(text.encode("utf-8", "surrogatepass")))
                 yield text
                 bar.set_postfix(counts, refresh=False)
-        yield from clean(texts(), options.cleaning(), counts)
+        yield from clean(texts(), options, counts)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
     key = {"version": CACHE_VERSION, "sources": [source_digest(s) for s in sources],
            "tokenizer": source_digest(str(tokenizer_file)), "eos": eos, "split": split and asdict(split),
            "format": options.format, "documents": options.documents, "field": options.field, "header": options.header,
-           "cleaning": asdict(options.cleaning())}
+           "cleaning": {step: getattr(options, step) for step in STEPS}}
     folder = options.cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if not restored(folder).is_dir():
         with lock(folder, wait=True):

@@ -45,12 +45,6 @@ class Record(NamedTuple):
     fields: dict
 
 
-class _How(NamedTuple):
-    unit: str
-    header: str
-    wanted: tuple
-
-
 def find_sources(names: Iterable[str | Path]) -> list[str]:
     """Files of every name: a file, a folder (searched to the bottom for known endings), a glob, or `hf:NAME@SPLIT`.
 
@@ -79,14 +73,14 @@ def read_records(sources: Iterable[str], format: str | None = None, unit: str = 
     unit: of plain text, "file", "line" or "paragraph" (blank lines between). header, wanted (columns that will be asked
     for): of tables (tables.py). Raises UserError for a file that is empty, binary, not UTF-8, malformed, or uneven.
     """
-    how = _How(unit, header, tuple(wanted))
+    how = {"unit": unit, "header": header, "wanted": tuple(wanted)}
     for source in sources:
         kind = "hf" if source.startswith("hf:") else format or FORMATS.get(Path(source).suffix.lower())
         if kind not in _READERS:
             raise UserError(f"{source}: unknown format {kind or Path(source).suffix!r}; pass --format with one of "
                             f"{', '.join(name for name in _READERS if name != 'hf')}")
         record = None
-        for record in _READERS[kind](source, how):
+        for record in _READERS[kind](source, **how):
             yield record
         if record is None:
             raise UserError(f"{source}: holds no records; remove it from the data or fill it")
@@ -98,7 +92,7 @@ def source_digest(source: str) -> str:
         with open(source, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for record in _read_hf(source, None):
+    for record in _read_hf(source):
         digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -121,8 +115,7 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _read_text(source, how):
-    unit = how.unit
+def _read_text(source, unit, **how):
     if unit not in ("file", "line", "paragraph"):
         raise UserError(f"a document of plain text is a file, a line or a paragraph, not {unit!r}")
     held, size, start = [], 0, 1
@@ -137,13 +130,13 @@ def _read_text(source, how):
         size += len(line or "")
 
 
-def _read_jsonl(source, how):
+def _read_jsonl(source, **how):
     for number, line in _lines(source):
         if line.strip():
             yield _object(f"{source}:{number}", _parse_json(line, f"{source}:{number}"))
 
 
-def _read_json(source, how):
+def _read_json(source, **how):
     text = "".join(line for _, line in _lines(source))
     if not text.strip():
         return
@@ -181,7 +174,7 @@ def _squad(source, articles):
         raise UserError(f"{source}: not SQuAD's layout (data, paragraphs, qas): {error} is missing") from None
 
 
-def _read_conll(source, how):
+def _read_conll(source, **how):
     tokens, tags, start, columns = [], [], 1, None
     for number, line in chain(_lines(source), [(0, "")]):                 # a blank line ends the last sentence too
         cells = line.split()
@@ -198,8 +191,8 @@ def _read_conll(source, how):
         tags.append(cells[-1])
 
 
-def _read_table(source, how, delimiter):
-    names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, how.header, how.wanted)
+def _read_table(source, delimiter, header, wanted, **how):
+    names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, header, wanted)
     for line, row in rows:
         names = names or [str(i) for i in range(len(row))]
         if len(row) != len(names):
@@ -207,7 +200,7 @@ def _read_table(source, how, delimiter):
         yield Record(f"{source}:{line}", dict(zip(names, row)))
 
 
-def _read_hf(source, how):
+def _read_hf(source, **how):
     try:
         import datasets
     except ImportError:
@@ -225,6 +218,7 @@ def _read_hf(source, how):
         yield Record(f"{source}:record {index}", item)
 
 
+# Each takes what a caller says of any format, and what it does not need as `how`.
 _READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "conll": _read_conll,
             "tsv": partial(_read_table, delimiter="\t"), "csv": partial(_read_table, delimiter=","), "hf": _read_hf}
 

@@ -6,7 +6,8 @@ import json
 import pandas
 import pytest
 
-from models.data.cleaning import Cleaning, clean, language_of, normalize
+from models.data.cleaning import clean, language_of, normalize
+from models.data.corpus import DataOptions
 from models.data.records import as_labelled, as_messages, as_text, find_sources, read_records, source_digest
 from runtime.errors import UserError
 
@@ -212,12 +213,12 @@ def test_clean_counts_each_reason():
     from collections import Counter
     counts = Counter()
     texts = ["good text here", "good text here", "short", "  \n", "x" * 50, "это совсем другой язык"]
-    options = Cleaning(min_chars=6, max_chars=40, languages=("en", "zh"), deduplicate=True)
+    options = DataOptions(data=(), min_chars=6, max_chars=40, languages=("en", "zh"), deduplicate=True)
     kept = list(clean(texts + ["the cat is on the mat", "这是一个中文句子"], options, counts))
     assert kept == ["the cat is on the mat", "这是一个中文句子"]
     assert counts == {"kept": 2, "too short": 1, "empty": 1, "too long": 1, "other language": 3}
     counts.clear()
-    assert list(clean(["a b", "c", "a b"], Cleaning(deduplicate=True), counts)) == ["a b", "c"]
+    assert list(clean(["a b", "c", "a b"], DataOptions(data=(), deduplicate=True), counts)) == ["a b", "c"]
     assert counts["repeated"] == 1
 
 
@@ -232,4 +233,4 @@ def test_language_of_real_text(shared_data):
 
 def test_unknown_language_is_refused():
     with pytest.raises(UserError, match="tlh"):
-        Cleaning(languages=("tlh",))
+        DataOptions(data=(), languages=("tlh",))
