@@ -145,6 +145,13 @@ class DecoderGraph(GraphBuilder):
         return self.op("Split", [self.linear(x, name), self.constant(list(parts.values()))],
                        [f"{prefix}.{part}.split" for part in parts], axis=-1)
 
+    def queries_keys_values(self, x: str, layer: int) -> tuple[dict[str, int], list[str]]:
+        """Heads of q, k and v, and their values [b, s, heads * head_dim]."""
+        shape = self.config.layers[layer]
+        heads = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+        sizes = {part: count * self.config.head_dim for part, count in heads.items()}
+        return heads, self.split_linear(x, f"layers.{layer}.qkv", sizes)
+
     def mlp(self, x: str, layer: int, *, bias: bool = True) -> str:
         """down(act(gate(x)) * up(x)), or down(act(up(x))); `bias` False leaves down's to the caller."""
         prefix, size = f"layers.{layer}", self.config.layers[layer].mlp_size

@@ -158,11 +158,10 @@ class FastGraph(DecoderGraph):
         if self.holds(f"{name}.qkv") and not config.qk_norm:
             inputs = [self.linear(x, f"{name}.qkv"), "", ""]
         else:
-            sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-            inputs = self.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
+            heads, inputs = self.queries_keys_values(x, layer)
             for i, part in enumerate("qk" if config.qk_norm else ()):
-                normed = self.head_norm(inputs[i], f"{name}.{part}_norm", sizes[part])
-                inputs[i] = self.op("Reshape", [normed, self.constant([0, -1, sizes[part] * config.head_dim])],
+                normed = self.head_norm(inputs[i], f"{name}.{part}_norm", heads[part])
+                inputs[i] = self.op("Reshape", [normed, self.constant([0, -1, heads[part] * config.head_dim])],
                                     f"{name}.{part}_norm.rows")
         scales, how = self.weights(name, "k_scale", "v_scale"), {}
         if scales:

@@ -52,12 +52,10 @@ def _mask(graph: DecoderGraph) -> str:
 
 
 def _attention(graph: DecoderGraph, x: str, visible: str, layer: int) -> str:
-    config, shape, name = graph.config, graph.config.layers[layer], f"layers.{layer}"
-    sizes = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-    parts = graph.split_linear(x, f"{name}.qkv", {part: heads * config.head_dim for part, heads in sizes.items()})
-    turned = {}
-    for (part, heads), value in zip(sizes.items(), parts):
-        value = graph.head_norm(value, f"{name}.{part}_norm", heads)
+    config, name, turned = graph.config, f"layers.{layer}", {}
+    heads, parts = graph.queries_keys_values(x, layer)
+    for (part, count), value in zip(heads.items(), parts):
+        value = graph.head_norm(value, f"{name}.{part}_norm", count)
         value = graph.op("Transpose", [value], f"{name}.{part}.turned", perm=[0, 2, 1, 3])
         if part != "v" and config.positions == "rope":
             tables = [graph.weight("rope.cos"), graph.weight("rope.sin")]
@@ -68,5 +66,5 @@ def _attention(graph: DecoderGraph, x: str, visible: str, layer: int) -> str:
     attended = graph.op("Attention", [turned["q"], turned["k"], turned["v"], visible], f"{name}.attended",
                         scale=config.head_dim ** -0.5)
     rows = graph.op("Transpose", [attended], f"{name}.attended.turned", perm=[0, 2, 1, 3])
-    rows = graph.op("Reshape", [rows, graph.constant([0, -1, shape.heads * config.head_dim])], f"{name}.attended.rows")
+    rows = graph.op("Reshape", [rows, graph.constant([0, -1, heads["q"] * config.head_dim])], f"{name}.attended.rows")
     return graph.linear(rows, f"{name}.o")

@@ -98,13 +98,13 @@ def fix_inputs(model: onnx.ModelProto, given: tuple[str, ...]) -> None:
         dtype = helper.tensor_dtype_to_np_dtype(known[name].type.tensor_type.elem_type)
         try:
             numbers = np.array([float(v) if dtype.kind == "f" else int(v) for v in value.split(",")]).astype(dtype)
-            array = numbers if shape and not all(isinstance(d, int) for d in shape) else np.broadcast_to(numbers, shape) \
-                if shape else numbers.reshape(())
+            if all(isinstance(d, int) for d in shape):
+                numbers = np.broadcast_to(numbers if shape else numbers.reshape(()), shape)
         except (ValueError, OverflowError, TypeError):
             raise UserError(f"--fix {text}: {name} takes {dtype} of shape [{', '.join(map(str, shape))}]; give one number "
                             "or all, with commas between") from None
         model.graph.input.remove(known[name])
-        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        model.graph.initializer.append(numpy_helper.from_array(numbers.copy(), name))
 
 
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
