@@ -171,6 +171,8 @@ def _write_graph(model, inputs, outputs, path: Path) -> None:
             program = torch.onnx.export(model, kwargs=inputs, dynamo=True, opset_version=OPSET, verbose=False,
                                         input_names=list(inputs), output_names=list(outputs),
                                         dynamic_shapes={name: {0: batch, 1: length} for name in inputs})
+        except ModuleNotFoundError:                          # onnxscript: runtime.cli says what installs it
+            raise
         except Exception as error:                           # of a library that promises no type
             raise UserError(f"PyTorch's exporter cannot export this {model.model.config.model_type} model "
                             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from None

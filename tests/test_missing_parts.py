@@ -37,7 +37,7 @@ NEEDS = {
     "compress.teacher CKPT --data TEXT -o OUT": "torch safetensors",
     "compress.run balanced --model CKPT --data TEXT -o OUT": "torch safetensors",
     "export.onnx CKPT -o OUT": "torch safetensors onnx tqdm",
-    "export.onnx CKPT -o OUT --task feature-extraction": "torch transformers",
+    "export.onnx CKPT -o OUT --task feature-extraction": "torch transformers onnxscript",
     "export.ort BUNDLE": "onnx",
     "export.verify CKPT BUNDLE": "torch safetensors",
     "export.trt BUNDLE": "onnx tensorrt_rtx",
