@@ -22,6 +22,7 @@ from torch import Tensor
 from models.network.decoder import for_products
 
 CHUNK = 1024                      # tokens whose logits are in memory at once
+FROZEN_CHUNK = 256                # the same where the head is not trained
 ROWS = 64                         # tokens whose logits go through the loss at once
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 
@@ -43,8 +44,10 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_gradient, head_gradient = torch.empty_like(hidden), None
         weight, inputs = for_products(head), for_products(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            buffer = inputs.new_empty(min(CHUNK, len(inputs)), len(weight))
-            for part in chunks(len(inputs), CHUNK):
+            # each chunk adds up a gradient the size of the head; where it is frozen, short chunks cost nothing
+            size = CHUNK if head.requires_grad else min(CHUNK, FROZEN_CHUNK)
+            buffer = inputs.new_empty(min(size, len(inputs)), len(weight))
+            for part in chunks(len(inputs), size):
                 logits = torch.mm(inputs[part], weight.T, out=buffer[:part.stop - part.start])
                 for rows in chunks(part.stop, ROWS, part.start):
                     here = logits[rows.start - part.start:rows.stop - part.start]
