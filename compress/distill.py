@@ -15,8 +15,6 @@ cached events, and top-1 agreement. OUT is a run's folder as in models.train: la
 goes on after kill -9.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

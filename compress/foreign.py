@@ -15,8 +15,6 @@ asymmetric compressed-tensors; rotations and quantized activations; pickles; eve
 understood (compress/quantizing/foreign_keys.py), and every tensor of the file that has no place.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass

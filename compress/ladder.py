@@ -9,8 +9,6 @@ reference is the model that the compression began with. A size is that of a bund
 (export.onnx, runtime.bench), each in a process of its own; it depends on what else the machine does.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

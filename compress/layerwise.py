@@ -14,8 +14,6 @@ bytes. Matrix products run in bfloat16 with float32 sums where the CPU has such 
 the Hessian stays the exact second moment of inputs rounded to 8 bits of mantissa.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 

@@ -8,8 +8,6 @@ Prune one way, then another: stages compose. What was lost comes back in part by
 compress.distill).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -12,8 +12,6 @@ or --target-bpw every module gets its own format (compress/quantizing/mixed.py).
 bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import math

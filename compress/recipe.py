@@ -15,8 +15,6 @@ What the run itself provides (`FILLED`: the checkpoint to read, the teacher, the
 recipe. The recipes that ship are the TOML files in compress/recipes, known by their names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import types

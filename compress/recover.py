@@ -18,8 +18,6 @@ Sources: Liu et al. 2023, "LLM-QAT" (distillation of a quantized model); Chen et
 scales alone, end to end); Bengio et al. 2013 (straight-through estimator).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial

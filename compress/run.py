@@ -12,8 +12,6 @@ After every stage the ladder is printed (compress/ladder.py), judged on --valid 
 file of --data, which no stage then sees (compress/text.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

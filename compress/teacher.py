@@ -14,8 +14,6 @@ what a student is ever near. A cache that something nearly lossless is judged ag
     python -m compress.teacher CKPT --self 200 -o CACHE        # no text at hand: the teacher writes its own
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from contextlib import nullcontext

@@ -5,8 +5,6 @@ speeches and half a megabyte of encyclopedia forgets the latter. A text too shor
 others more. More texts than windows count as one.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

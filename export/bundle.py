@@ -9,8 +9,6 @@ new file or without.
 register), those over 1 MiB to 4096 (a page, so that they can be mapped), hashed on the way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

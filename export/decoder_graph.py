@@ -11,8 +11,6 @@ DequantizeLinear for stored scales; Abs, ReduceMax, Div, Round, Mul for a scale 
 read the input.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from export.graph import ELEMENT_TYPES, GraphBuilder

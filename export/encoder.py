@@ -9,8 +9,6 @@ A sentence's embedding is the mean over its real tokens, or the first token's st
 what sentence-transformers gives for such folders. Other poolings and further modules are refused.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import shutil

@@ -10,8 +10,6 @@ end-of-sequence token. prompt_ids are what the bundle's tokenizer gives for the 
 that it spells.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Callable

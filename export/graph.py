@@ -6,8 +6,6 @@ weights, and several graphs can read one file. It knows nothing of language mode
 `portable.py` and `ort.py`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper

@@ -9,8 +9,6 @@ TensorRT and the native core: ONNX Runtime's CPU lacks most of its operators. A 
 with weights of 2, 3, 5 or 6 bits gives a bundle without graphs, because ONNX has no such types: the native core runs it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -18,8 +18,6 @@ models with others are refused, and run the portable graph. Tables with zero poi
 block divides keep the portable form: right, but slow.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -10,8 +10,6 @@ The cache's capacity is symbolic; `export.trt` fixes it.
 What TensorRT refuses and ONNX Runtime runs is written all the same (runtime/capabilities.py).
 """
 
-from __future__ import annotations
-
 from export.decoder_graph import DecoderGraph
 
 

@@ -11,8 +11,6 @@ data-centre GPUs are none of its targets: for them the one command to run on the
 bundle's manifest as "on_device". It has not been shown here that an engine runs: that takes a GPU.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from contextlib import nullcontext

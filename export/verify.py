@@ -23,8 +23,6 @@ The report ends with every runner of the bundle: what ran here and with what res
 needs a GPU (`python -m runtime.verify`, on the device) and was "built, never run".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise

@@ -18,8 +18,6 @@ Tensors pass through one at a time, large ones in pieces, and the checkpoint is 
 back the pages mapped so far.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -15,8 +15,6 @@ draft's context is the reply itself. Of two models with tables of other sizes (o
 both have. Checkpoints and bundles alike; no time is measured here.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import islice

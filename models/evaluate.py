@@ -10,8 +10,6 @@ checkpoint, a bundle, or a cache of compress.teacher, whose own text is then the
 their files are in models/judging/tasks.py; every number has its 95% bootstrap interval beside it.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

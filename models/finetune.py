@@ -6,8 +6,6 @@ and learns to continue with the label's words; its answer is the label it finds 
 as a `peft` adapter) or every weight. The run's folder, resuming and several processes are those of models.train.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ quantized GGUF weights become float32. `--off-grid` moves them off the grid of a
 (models/network/offgrid.py), without which figures for 4 bits mean nothing on a model that came in 4 bits.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ Memory is the weights as stored plus one sequence's cache in float32, as the CPU
 the runtime itself come on top. Bits per weight count scales and zero points.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ generation) on top of `LanguageModel`, tokenizing as the harness's own Hugging F
 give equal scores. Tasks that are not in a local folder are fetched by the harness, which needs a network.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

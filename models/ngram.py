@@ -10,8 +10,6 @@ probability 0. An n-gram is one 64-bit key, its tokens in equal bit fields; orde
 N-grams run across document ends, EOS between; the loss leaves out each document's first token.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How far a long stage is: a bar on a terminal, one line for the stage anywhere else."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -6,8 +6,6 @@ Digits are split one by one, as in SmolLM2. Special tokens come first: <|endofte
 (1), <|im_end|> (2). Documents are read and cleaned as for `models.train`.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

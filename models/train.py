@@ -8,8 +8,6 @@ kill -9, the same command with --resume continues from last/ with the losses an 
 Many processes: `accelerate launch --num_processes 2 -m models.train ...`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ checkpoints, no accelerate. Both learn from random tokens in blocks of the same 
 after a warm-up; tokens/s are medians over rounds, with the ratio of each pair of neighbours beside them.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

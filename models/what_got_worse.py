@@ -12,8 +12,6 @@
 Prints tables; `--html` writes one self-contained page with plots (models/judging/page.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

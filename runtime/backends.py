@@ -7,8 +7,6 @@ Each step down is logged once, in one line with its reason; `Engine.explain()` r
 engine does not climb again. A named provider is insisted on instead: its reason is raised.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import logging

@@ -13,8 +13,6 @@ and is not counted. Reported is the median over the runs of each figure, with th
 Runs of other processes show in the spread. To compare two systems, run them in turns.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import random

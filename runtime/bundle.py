@@ -11,8 +11,6 @@ that lies outside its file is refused before anything maps it. The manifest itse
 can replace the bundle. Format: docs/formats.md.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ A plan is a checkpoint's `quantization_config` (models/network/quantized.py), or
 "tensors", name -> {"bits", "group", "symmetric" and, where it is not "int", "kind"}; "activations"; "kv_cache".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The conversation so far goes into every reply. /reset forgets it, /exit or Ctrl-
 is being made: what has been said of it stays.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -13,8 +13,6 @@ Control tokens are the tokenizer's special tokens and, except in what the assist
 writes (`<tool_call>`): a thought or a call in an earlier reply is still one.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field

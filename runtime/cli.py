@@ -23,8 +23,6 @@ line on stderr and exit code 2, `CheckFailed` into 1, and Ctrl-C into 130; anyth
 traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import errno

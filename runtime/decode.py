@@ -12,8 +12,6 @@ except that kernels may round differently for another number of rows: where two 
 may then differ.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -16,8 +16,6 @@ one left. File systems without flock give up the lock alone.
 so a FIFO does not block. Of equal keys the last counts, as everywhere in Python.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import json

@@ -1,10 +1,9 @@
 """Generate text from a bundle: `python -m runtime.generate BUNDLE -p TEXT`. The reply goes to stdout as it is made."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from .cli import Checked, arg, run
 from .engine import PROVIDERS, Engine, GenerationOptions, Reply
@@ -36,7 +35,8 @@ class EngineOptions(Checked):
 # EngineOptions and how replies are made: every field of GenerationOptions that has a help text. What is not given (None) is as the
 # model's generation_config.json says, else as the default there.
 ReplyOptions = make_dataclass("ReplyOptions", [
-    (field.name, f"{field.type} | None", arg(None, help=field.metadata["help"], group="sampling (default: as the model's own settings)"))
+    (field.name, get_type_hints(GenerationOptions)[field.name] | None,
+     arg(None, help=field.metadata["help"], group="sampling (default: as the model's own settings)"))
     for field in fields(GenerationOptions) if "help" in field.metadata], bases=(EngineOptions,), frozen=True, kw_only=True)
 
 

@@ -4,8 +4,6 @@ Its sha256 is in the manifest; but a file that was written wrongly must not end 
 anything to compare. Every field is there, of its type, within its range and as long as the others say.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ itself. Linux is read exactly (/proc, cgroup v1 and v2); elsewhere the number of
 memory is unknown (None).
 """
 
-from __future__ import annotations
-
 import ctypes
 import numbers
 import os

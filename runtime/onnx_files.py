@@ -5,8 +5,6 @@ whose sizes were checked and whose hashes `verify` compares. This walks the few 
 (onnx.proto3) and looks at nothing else in them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 

@@ -7,8 +7,6 @@
 `Engine` answers through it, and so does whoever measures a model, in PyTorch too.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

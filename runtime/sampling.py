@@ -14,8 +14,6 @@ largest one, so everything smaller is dropped before any sorting. The logits are
 backend's own buffer. Log probabilities are those of the model's own logits, before any adjustment.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

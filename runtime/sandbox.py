@@ -10,8 +10,6 @@ The environment is that of `transformers` (`apply_chat_template`): the same whit
 `tojson`, `break` and `continue`, and the `generation` tag, which shows as its contents.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import json

@@ -6,8 +6,6 @@ The process starts with the first template (50 ms, most of it Jinja's import, wh
 is started again where a limit ended it, and ends with this one.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

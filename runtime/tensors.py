@@ -9,8 +9,6 @@ can leave out a bias or a zero point and give other tokens. The first manifests 
 are then those that the table shows. The layout is export/weights.py's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from .bundle import DTYPE_BITS, MANIFEST, Bundle

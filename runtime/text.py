@@ -12,8 +12,6 @@ sentencepiece's byte fallback alone, a reply cut off inside a character keeps th
 `decode` of all tokens would lose.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

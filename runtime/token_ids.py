@@ -4,8 +4,6 @@ A config.json, a generation_config.json and a bundle's manifest may hold anythin
 the file is read, because it fails (or is never met, so that a reply does not end) only much later.
 """
 
-from __future__ import annotations
-
 from .errors import UserError, shown
 
 

@@ -5,8 +5,6 @@ Addresses are ints, sizes bytes. Copies and launches are queued on the one strea
 from or to numpy needs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib

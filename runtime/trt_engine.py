@@ -3,8 +3,6 @@
 Every reason why an engine does not fit is an Unavailable with that reason, so that the runtime can step down and say why.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import zlib

@@ -8,8 +8,6 @@ the exit code is 1, as it is where no runner ran at all. Kernels differ from mac
 command for the device and not a certificate.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ gradient is written out, because autograd's way keeps several float32 copies of 
 for event gradients g, with S their sum, d/dz_j = g_j - q_j S where j is given, (g_other / q_other - S) q_j elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -10,8 +10,6 @@ and D is multiplied by T^2, so that its gradient keeps its size (Hinton et al. 2
 another size than the other's, D is over the `shared` first tokens, and what the student gives to the others goes to 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

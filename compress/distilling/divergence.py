@@ -11,8 +11,6 @@ vocabulary, or the teacher's top-k tokens and "any other" (chunked_loss.py). Gra
 - "skew": KL(p || a p + (1 - a) q): gradients stay bounded where q is near zero (Ko et al. 2024, "DistiLLM").
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -9,8 +9,6 @@
   be cut into; KL of the teacher's from the student's. Head counts and widths may differ (Wang et al. 2021, "MiniLMv2").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

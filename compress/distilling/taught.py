@@ -5,8 +5,6 @@
     fit(trainer_of(distiller, options, train, valid, save, inputs))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

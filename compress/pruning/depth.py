@@ -11,8 +11,6 @@ Four orders in which layers go:
 What is left is an ordinary model with fewer layers; nothing is retrained here.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -15,8 +15,6 @@ so a tied model with an uneven one is refused (SmolLM2-135M: KL 16 with every ch
 Source: Ashkboos et al. 2024, "SliceGPT", with one rotation for all layers, which an ordinary model can hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -12,8 +12,6 @@ compression, and 2:4 gains speed on NVIDIA tensor cores alone (TensorRT, SM80 an
 (depth.py, width.py) is what makes a model faster everywhere.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator
 

@@ -6,8 +6,6 @@ order; merges whose result is gone go too, so text outside the corpus falls apar
 to itself. Rows of the embedding and the head follow. On a model of 135M parameters the embedding is a fifth of all bytes.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

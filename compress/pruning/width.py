@@ -12,8 +12,6 @@ of those before it (compress/layerwise.py).
 MLP widths are kept at multiples of `step`, which later quantization groups must divide. The hidden size stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

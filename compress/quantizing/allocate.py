@@ -8,8 +8,6 @@ still fits, and is worse than the best by no more than the rounding (0.03% of th
 (sensitivity.py) add up because the errors of different modules are nearly uncorrelated.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

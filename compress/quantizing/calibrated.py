@@ -12,8 +12,6 @@ Static scales of activations and those of an int8 KV cache, max|x| / 127, are of
 text, as the layer meets it in the end (models/network/quantized.py).
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator

@@ -11,8 +11,6 @@ Source: Banner et al. 2018, "Post training 4-bit quantization" (clipping by mean
 llama.cpp's importance matrix. It does not look at correlations between inputs: gptq.py does.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

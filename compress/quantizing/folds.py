@@ -21,8 +21,6 @@ channels over all: rows of v become R v and the columns of o in every head that 
 random signs where head_dim is a power of two, else a random rotation. The softmax mixes tokens, so R passes through it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

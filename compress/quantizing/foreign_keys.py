@@ -5,8 +5,6 @@ that are understood; a value that switches something off is too, unless the rule
 another value, is refused by name, because a layout read wrongly gives weights that look right.
 """
 
-from __future__ import annotations
-
 from runtime.errors import UserError
 
 _HOW_FOUND = dict.fromkeys((

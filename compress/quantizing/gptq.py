@@ -17,8 +17,6 @@ Sources: Frantar et al. 2023, "GPTQ"; the revisiting of codes is cyclic coordina
 "QuantEase").
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

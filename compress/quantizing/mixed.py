@@ -7,8 +7,6 @@ costs in KL comes from sensitivity.py, and allocate.py finds the best combinatio
 weights file: codes, scales, what is not quantized, RoPE's tables and the gaps that align tensors.
 """
 
-from __future__ import annotations
-
 import math
 
 from compress.quantizing.allocate import Choice, allocate, size_bytes

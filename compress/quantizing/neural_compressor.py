@@ -13,8 +13,6 @@ Needs the extra [quant]. Sources: Badri and Shaji 2023, "Half-Quadratic Quantiza
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs" (2309.05516).
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from pathlib import Path

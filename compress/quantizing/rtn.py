@@ -6,8 +6,6 @@ lowest code. Asymmetric: scale = (max - min) / (2^bits - 1) over the range with 
 what int8 needs, and costs at 4 bits what clipping.py and gptq.py win back.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

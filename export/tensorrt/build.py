@@ -10,8 +10,6 @@ layer. Models declare wrong outputs, so where a declaration differs from the net
 Runtime say which of the two is wrong; a wrong declaration is a note.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools

@@ -5,8 +5,6 @@ before either is loaded; Ctrl-C and SIGTERM are passed on to it, and its exit co
 cannot fork, the command runs as it is.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -8,8 +8,6 @@ of ONNX shape inference. It reads no external data: only constants kept inside t
 ones, as zero points and scales of one value are), and others are left to the checks after parsing (`build.py`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ decide (onnxscript's optimizer): TensorRT cannot analyse many branches that othe
 `skeleton` is the model without its large constants: checkers read it at any size.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator

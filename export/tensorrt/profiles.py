@@ -6,8 +6,6 @@ holds the kernels of every profile, so where its size counts more than its speed
 too. Any other model gets one, from `--shapes name:min,opt,max`, or none where its inputs are fixed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx

@@ -8,8 +8,6 @@ kernel it will compile on the device, 136 KB of it for each kernel and profile, 
 size"), and only the copy in memory needs that.
 """
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json

@@ -5,8 +5,6 @@ Its parser and builder speak in C++: conditions, functions, source files, a CUDA
 TensorRT must know before it builds, offers `--fix`. The whole log is there with --verbose.
 """
 
-from __future__ import annotations
-
 import re
 
 import onnx

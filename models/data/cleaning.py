@@ -10,8 +10,6 @@ In this order, each step only where asked for:
 4. deduplicate: exact repetitions of an earlier document dropped (128-bit hash, 16 bytes of memory a document).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

@@ -15,8 +15,6 @@ at the price of padding. The order of blocks is a function of (seed, step) alone
 a distributed run computes the same global batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

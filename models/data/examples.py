@@ -9,8 +9,6 @@ context. The text of a reply is found by rendering the chat up to it and through
 ever appends; one that rewrites earlier turns is refused.
 """
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -17,8 +17,6 @@ Everything streams but a .json file, which is read whole. A text file of more th
 cut before a line that starts with a visible character, where byte-level tokenizers split anyway. Files must be UTF-8.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

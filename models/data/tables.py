@@ -12,8 +12,6 @@ A .csv whose first line has no comma may be separated by semicolons, tabs or bar
 doubled inside. Rows without any text are passed over. Rows are not checked for their number of cells here.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import sys

@@ -6,8 +6,6 @@
 They are no transformers: `models.formats.checkpoint` and everything built on it refuse them by their model_type.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -5,8 +5,6 @@ are the tokenizer's (never the ids in config.json), and a reply ends where gener
 where that says nothing. Every stage asks here, and a bundle's manifest keeps the answers.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -8,8 +8,6 @@ Writing streams tensors into a temporary folder beside the target, reads its hea
 Folders of a known family and uniform shape open in `transformers` with equal logits.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -10,8 +10,6 @@ stored as its result, one factor a frequency; the parameters it came from are fo
 Not read: mixtures of experts, other RoPE scalings, files in several parts, big-endian files. All are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

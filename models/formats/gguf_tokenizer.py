@@ -8,8 +8,6 @@ out), tokenizer.json is followed, because the model was trained with it.
 Not read: tokenizers of another kind (SentencePiece "llama", "bert", "t5") and other pre-tokenizers; both are refused.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 Every stage that writes a checkpoint appends its entry to those of the checkpoint it read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

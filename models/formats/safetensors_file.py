@@ -5,8 +5,6 @@ place, then the bytes. Here the header comes last into room kept for it and is p
 allows. Reading is the `safetensors` library's.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

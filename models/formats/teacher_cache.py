@@ -9,8 +9,6 @@ bound of the full KL divergence. Arrays are memory-mapped files beside a `state.
 windows are finished, and which teacher and tokenizer they belong to.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ k and v fused into one `c_attn`. A GPT-2 whose shape its published form cannot h
 stored under the Decoder's names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each function looks at one reply and answers yes or no; rates over the same prom
 what changed. Heuristics, and meant as such: they are compared with themselves, not with the truth.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -12,8 +12,6 @@ made to sum to one over them. A reference may also be a teacher's cached predict
 (models/formats/teacher_cache.py): its kl is then a lower bound, top1_agreement is exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ A folder with a manifest.json is a bundle and runs through `runtime`; any other 
 end in a `runtime.backend.Backend`, so whatever is measured above it is measured by the same lines.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -7,8 +7,6 @@ Sources: SQuAD's exact match and F1 (Rajpurkar et al. 2016); ROUGE (Lin 2004) th
 through `sacrebleu` (Post 2018); METEOR (Banerjee and Lavie 2005) through `nltk`; the percentile bootstrap (Efron 1979).
 """
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

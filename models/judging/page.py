@@ -6,8 +6,6 @@
 The page says what each measure means, shortens nothing and fits a telephone: rows become blocks where there is no room.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from dataclasses import dataclass

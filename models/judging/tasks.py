@@ -13,8 +13,6 @@ A prompt is `instruction`, then `shots` solved examples, then the example to sol
 the same names). Classification does not generate: it asks which label is the likeliest continuation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import random

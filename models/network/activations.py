@@ -8,8 +8,6 @@ for: the same numbers as an int8 x int8 product with int32 sums. "row": s = max|
 for each linear, found on calibration text and stored (`M.input_scale`), as QuantizeLinear and DequantizeLinear compute it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -4,8 +4,6 @@ Token embedding -> gated recurrent units (Cho et al. 2014; torch.nn.GRU) -> proj
 Trained by `python -m models.train --architecture gru` with the same data, loss and checkpoints as the decoder.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

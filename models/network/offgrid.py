@@ -13,8 +13,6 @@ The logits stay equal to rounding. Factors depend only on seed, layer and channe
 q/k-norms are left as they are. Needs RMSNorm and a gated MLP (llama, mistral, qwen2, qwen3): GPT-2 is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

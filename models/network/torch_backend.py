@@ -4,8 +4,6 @@ Evaluation and verification read logits and generate through one interface, so a
 `runtime` run the same code and differ in nothing but who multiplies. Not for serving: the runtime never imports it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -6,8 +6,6 @@ training draws nothing random. Where products are made in bf16 anyway, the froze
 goes by the checkpoint's own.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,8 +7,6 @@ differ in length, for the holes that leaves in the heap; the checkpoint, mapped 
 what the process takes by itself. A prediction in fp32: mixed precision needs less for activations.
 """
 
-from __future__ import annotations
-
 import torch
 
 from models.network.config import ModelConfig

@@ -6,8 +6,6 @@ cosine (Loshchilov and Hutter 2017) falls along half a cosine to `floor` times t
 `decay_share` of the steps.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable

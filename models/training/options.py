@@ -1,7 +1,5 @@
 """Options of the training loop (trainer.py), apart from it because that loads PyTorch."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

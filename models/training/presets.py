@@ -7,8 +7,6 @@ is Kaplan et al. 2020's rule of thumb (eq. D.1), and a step learns from 4,096 to
 the square root of the parameters.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ function of the step, and nothing random is drawn after initialization, so this 
 needs. Ctrl-C and SIGTERM let the step that runs come to its end, and the state is written (`noticed`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

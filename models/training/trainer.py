@@ -17,8 +17,6 @@ summation, and the state kept is the same. Without GPUs accelerate falls back fr
 reproducible to the bit.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

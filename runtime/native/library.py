@@ -3,8 +3,6 @@
 `load()` opens the shared library that `pip install` built beside this file. ctypes releases the GIL for every call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -4,8 +4,6 @@ The wall of a part is the time its weights (and filled cache) take at the bandwi
 per CPU summing a buffer several times larger than the caches. A part far above its wall is the next one to improve.
 """
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
