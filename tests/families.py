@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +33,7 @@ from runtime.golden import read_golden
 from runtime.native.backend import NativeBackend
 from runtime.ort_backend import OrtBackend
 from runtime.trt_backend import TrtBackend
+from runtime.verify import replay
 
 sys.path.append(str(Path(__file__).parent))
 from tiny import FAMILIES, SENTENCES, tiny_model, tiny_tokenizer, write_tiny     # noqa: E402
@@ -118,12 +118,10 @@ HARDWARE = {"native core, AMX": "avx512-amx", "native core, AVX-512 VNNI": "avx5
 def hardware(bundle: Path) -> dict[str, str]:
     """Engine -> "yes" where it answers a verified bundle's first golden prompt as PyTorch does, or why it did not run here."""
     opened = open_bundle(bundle)
-    golden = read_golden(opened)["prompts"][0]
-    ids = np.array([golden["prompt_ids"] + golden["tokens"][:-1]], np.int64)
-    wanted = np.arange(len(golden["prompt_ids"]) - 1, ids.shape[1])[None]
+    _, prompts = read_golden(opened)
     ways = {name: partial(NativeBackend, opened, threads=1, isa=isa) for name, isa in HARDWARE.items()}
-    ways |= {"ONNX Runtime, CPU": partial(OrtBackend, opened, threads=1), "ONNX Runtime, CUDA": partial(OrtBackend, opened, provider="cuda"),
-             "TensorRT engines": partial(TrtBackend, opened)}
+    ways |= {"ONNX Runtime, CPU": partial(OrtBackend, opened, threads=1),
+             "ONNX Runtime, CUDA": partial(OrtBackend, opened, provider="cuda"), "TensorRT engines": partial(TrtBackend, opened)}
     found = {}
     for name, way in ways.items():
         try:
@@ -132,11 +130,8 @@ def hardware(bundle: Path) -> dict[str, str]:
             found[name] = str(error)
             continue
         with contextlib.closing(backend):
-            logits = backend.forward(ids, np.arange(ids.shape[1])[None], np.zeros(1, np.int64), wanted, backend.new_cache(1, ids.shape[1]))[0]
-        log_q = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
-        log_p = np.array(golden["top_logits"]) - np.array(golden["logsumexp"])[:, None]
-        kl = (np.exp(log_p) * (log_p - np.take_along_axis(log_q, np.array(golden["top_ids"]), 1))).sum(1).mean()
-        assert abs(kl) < 0.02, f"{name}: a KL of {kl} over PyTorch's likeliest tokens"
+            compared = replay(backend, prompts[0])
+        assert compared.keeps(0.02), f"{name}: a mean KL of {compared.kl.mean()}"
         found[name] = "yes"
     return found
 

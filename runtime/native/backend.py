@@ -14,10 +14,12 @@ at most 128 tokens; longer inputs go through pass by pass, and Ctrl-C is heard b
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -184,7 +186,10 @@ class _Storage:
 
     def __del__(self):
         if hasattr(self, "handle"):
-            self._free(self.handle)
+            try:
+                self._free(self.handle)
+            except KeyboardInterrupt:         # heard during the call: Python swallows it here, so it comes again outside
+                threading.Timer(0.01, _thread.interrupt_main).start()
 
 
 class NativeCache(Cache):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -110,3 +111,16 @@ else:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert ending != "Ctrl-C" or done.stderr == "interrupted\n"
+
+
+def test_ctrl_c_while_a_cache_is_freed_is_not_lost(tiny):
+    with Engine(tiny[1], provider="native", threads=1) as engine, pytest.raises(KeyboardInterrupt):
+        cache = engine.backend.new_cache(1, 64)
+        free = cache.storage._free
+
+        def interrupted(handle):
+            free(handle)
+            raise KeyboardInterrupt
+        cache.storage._free = interrupted
+        del cache
+        time.sleep(5)
