@@ -20,10 +20,10 @@ from runtime.errors import UserError
 from runtime.files import new_folder
 from runtime.machine import release_free_memory
 from runtime.sampling import check_defaults
+from runtime.tensors import DEFAULT_CONTEXT
 from runtime.text import Tokenizer
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DEFAULT_CONTEXT = 8192
 EXAMPLES = """examples:
   python -m export.onnx build/smollm2-135m-int4-checkpoint -o build/smollm2-135m-int4
   python -m export.onnx build/smollm2-135m -o build/smollm2-135m-fp16 --dtype fp16 --max-context 2048

@@ -120,8 +120,12 @@ def evaluate(options: Options) -> None:
     if unknown:
         raise UserError(f"there is no task {unknown[0]!r} in the harness or in {options.include_path or 'a folder of yours (--include-path)'}")
     model = EdgewrightLM(open_model(options.model, threads=options.threads, graph=options.graph))
-    results = simple_evaluate(model, tasks=list(options.tasks), task_manager=manager, num_fewshot=options.shots,
-                              limit=options.limit)["results"]
+    try:
+        results = simple_evaluate(model, tasks=list(options.tasks), task_manager=manager, num_fewshot=options.shots,
+                                  limit=options.limit)["results"]
+    except ConnectionError as error:              # datasets' and huggingface_hub's, where a task's data is on the hub
+        raise UserError(f"the data of {', '.join(options.tasks)} cannot be reached ({str(error).splitlines()[0]}); connect, or give a "
+                        "task of your own whose data is a file (--include-path)") from None
     rows = [{"task": task, "metric": name.split(",")[0], "value": f"{value:.4f}",
              "standard error": f"{scores[stderr]:.4f}" if isinstance(scores.get(stderr := name.replace(',', '_stderr,', 1)), float) else ""}
             for task, scores in results.items() for name, value in scores.items()

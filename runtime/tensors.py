@@ -16,6 +16,7 @@ from .errors import UserError
 
 FLOATS = ("float32", "float16", "bfloat16")
 VECTOR, PAGE, LARGE = 64, 4096, 1 << 20                    # bytes that a tensor is aligned to: any, and one over LARGE
+DEFAULT_CONTEXT = 8192            # positions of RoPE's tables, unless export.onnx is told otherwise
 
 
 def check_tensors(bundle: Bundle) -> dict:

@@ -16,10 +16,9 @@ from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, TensorFormat
 from runtime.capabilities import BACKENDS, lacks
 from runtime.errors import UserError
-from runtime.tensors import LARGE, PAGE, VECTOR
+from runtime.tensors import DEFAULT_CONTEXT, LARGE, PAGE, VECTOR
 
 GROUPS = (32, 64, 128)
-BUNDLE_CONTEXT = 8192             # most positions of a bundle's RoPE tables, unless export.onnx is told otherwise
 
 
 def candidates(backend: str) -> list[TensorFormat]:
@@ -77,7 +76,7 @@ def mixed_formats(checkpoint: Checkpoint, sensitivity: Sensitivity, budget_bytes
 def bundle_extras(checkpoint: Checkpoint) -> int:
     """Bytes that a bundle's weights file has beyond the checkpoint's tensors: RoPE's tables, and at most this alignment."""
     config = checkpoint.config
-    tables = 4 * min(config.context_length, BUNDLE_CONTEXT) * config.head_dim if config.positions == "rope" else 0
+    tables = 4 * min(config.context_length, DEFAULT_CONTEXT) * config.head_dim if config.positions == "rope" else 0
     # gate and up, or q, k and v, may be stored as one
     shapes = tensor_shapes(config)
     large = sum(2 * math.prod(shapes[f"{module}.weight"]) >= LARGE for module in checkpoint.modules())

@@ -87,3 +87,14 @@ def test_command_and_unknown_task(tasks, tiny_checkpoint, tmp_path, capsys):
     assert "acc,none" in json.loads((tmp_path / "out.json").read_text())["tiny_choice"]
     assert lm_eval_adapter.main([folder, "--tasks", "tiny_chioce", "--include-path", str(tasks)]) == 2
     assert "no task 'tiny_chioce'" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_reached(tasks, tiny_checkpoint, monkeypatch, capsys):
+    import huggingface_hub.constants
+    from models import lm_eval_adapter
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tasks / "hub.yaml").write_text(CHOICE.replace("dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}",
+                                                   "dataset_path: nobody/nothing").replace("tiny_choice", "tiny_hub")
+                                    .replace("{{", "{").replace("}}", "}"))
+    assert lm_eval_adapter.main([str(tiny_checkpoint("smollm2")), "--tasks", "tiny_hub", "--include-path", str(tasks)]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
