@@ -101,7 +101,7 @@ from compress.distilling.taught import (OnPolicy, Taught, check_tokenizers, fit,
                                          with_defaults)
 from compress.teacher import frozen_decoder
 from compress.text import read_corpus
-from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
+from models.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.decoder import Decoder
 from models.training.trainer import mixed_precision

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from compress.quantizing.foreign_keys import scheme
-from models.formats.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
+from models.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
 from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, QuantizedTensor
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from compress.quantizing.mixed import bundle_extras
 from models.data.records import as_text, find_sources, read_records
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.judging.fidelity import cut_windows, measure
 from models.network.torch_backend import TorchBackend
 from runtime.cli import table

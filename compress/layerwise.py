@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.network.decoder import Layer, inverse_frequencies, rotations
 from models.progress import progress
 

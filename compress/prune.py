@@ -80,7 +80,7 @@ from torch import Tensor
 from compress.pruning import depth, sparse, vocabulary, width
 from compress.pruning.hidden import principal_directions, sliced
 from compress.text import corpus_windows, read_corpus
-from models.formats.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.network.decoder import tensor_shapes
 
 

@@ -147,7 +147,7 @@ from compress.quantizing.mixed import candidates, check_backend, check_target, m
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, gradient_bytes, measure_sensitivity, stored_bytes
 from compress.text import corpus_windows
-from models.formats.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from models.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
 from models.network.quantized import Quantization, TensorFormat
 from models.training.memory import memory_line
 

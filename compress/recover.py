@@ -75,7 +75,7 @@ from compress.distilling.divergence import kl
 from compress.distilling.taught import Windows, check_tokenizers, fit, set_apart, taught, trainer_of, with_defaults
 from compress.quantizing.grid import fp16
 from compress.text import corpus_windows
-from models.formats.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
+from models.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.decoder import Decoder, for_products
 from models.network.quantized import QuantizedTensor

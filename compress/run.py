@@ -71,7 +71,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 from compress.ladder import ladder, measure_quality, measure_speed
 from compress.text import split_text
-from models.formats.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint
 
 
 def compress(options: Options) -> int:

@@ -66,7 +66,7 @@ from torch import Tensor
 from compress.distilling.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
 from compress.text import corpus_windows
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.decoder import Decoder, KVCache
 from models.formats.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, tokenizer_size, write_state
 

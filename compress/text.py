@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.data.corpus import Corpus, DataOptions, build_corpus, read_documents
 from models.data.records import find_sources
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime.errors import UserError
 from runtime.files import new_file
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from models.formats.chat import template_source
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.bundle import FORMAT, MANIFEST, VERSION, tensor_bytes
 from runtime.errors import UserError

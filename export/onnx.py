@@ -57,7 +57,7 @@ from export.graph import OPSET
 from export.portable import portable_graph
 from export.weights import write_weights
 from models.formats.chat import special_ids, special_tokens
-from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import Checkpoint, open_checkpoint
 from models.network.quantized import Quantization
 
 GRAPH = "portable.onnx"

@@ -66,7 +66,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 
 from export import bundle as bundles
-from models.formats.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from models.network.torch_backend import TorchBackend
 
 EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by the type of what is not quantized

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from export.bundle import WeightsWriter
-from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import Checkpoint, open_checkpoint
 from models.network.decoder import inverse_frequencies, rotations
 from models.progress import progress
 from models.network.quantized import QuantizedTensor, described, pack

@@ -74,7 +74,7 @@ import torch
 import torch.nn.functional as F
 
 from models.formats.chat import chat_encoder
-from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.training.lora import add_lora, merged_tensors, save_adapter
 from models.training.memory import memory_line, training_bytes
 from models.training.trainer import Trainer, mixed_precision, process_state

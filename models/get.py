@@ -48,7 +48,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from models.formats.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.checkpoint import check_output, open_checkpoint, write_checkpoint
 from models.network.decoder import tensor_shapes
 from models.formats.gguf_file import GGUFFile
 from models.network.offgrid import off_grid

@@ -29,7 +29,7 @@ def main(argv=None) -> int:
 if __name__ == "__main__":          # before the imports of the work (see runtime/cli.py)
     raise SystemExit(main())
 
-from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import Checkpoint, open_checkpoint
 from models.network.decoder import tensor_shapes
 
 MIB = 2**20

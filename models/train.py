@@ -59,7 +59,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
+from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.network.decoder import Decoder
 from models.network.gru import gru_of_size, write_gru
 from models.training.memory import memory_line, training_bytes

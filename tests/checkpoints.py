@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from compress.quantizing.rtn import round_to_nearest
 from export import onnx as export_onnx
 from models.formats import lineage
-from models.formats.checkpoint import load_decoder, write_checkpoint
+from models.checkpoint import load_decoder, write_checkpoint
 from models.network.config import LayerConfig, ModelConfig
 from models.network.decoder import Decoder
 from models.network.quantized import Quantization, QuantizedTensor, TensorFormat

@@ -26,7 +26,7 @@ import export.trt
 import export.verify
 import models.finetune
 import models.get
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from runtime.bundle import open_bundle
 from runtime.errors import Unavailable, UserError
 from runtime.golden import read_golden

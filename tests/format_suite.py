@@ -28,7 +28,7 @@ from scipy.special import log_softmax, rel_entr
 
 from export import onnx as export_onnx
 from export import ort
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.config import ModelConfig
 from models.network.quantized import TensorFormat
 from runtime.bundle import open_bundle

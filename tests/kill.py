@@ -68,7 +68,7 @@ class Command:
 
 
 def opens_checkpoint(out: Path) -> None:
-    from models.formats.checkpoint import open_checkpoint
+    from models.checkpoint import open_checkpoint
     if (out / "model").exists():
         checkpoint = open_checkpoint(out / "model")
         for name in checkpoint.names():
@@ -82,7 +82,7 @@ def opens_run(out: Path) -> None:
 
 
 def opens_checkpoint_at(folder: Path) -> None:
-    from models.formats.checkpoint import open_checkpoint
+    from models.checkpoint import open_checkpoint
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.names():
         checkpoint.read(name)

@@ -199,7 +199,7 @@ def engines(bundle: Path, checkpoint: Path | None):
     yield "ONNX Runtime, portable graph", over(OrtBackend(Engine(bundle, provider="cpu", threads=1).bundle, role="portable", threads=cpus))
     if checkpoint is None:
         return
-    from models.formats.checkpoint import load_decoder
+    from models.checkpoint import load_decoder
     from models.network.torch_backend import TorchBackend
     yield "PyTorch", over(TorchBackend(load_decoder(checkpoint)))
     try:

@@ -17,7 +17,7 @@ from compress import quantize
 from compress.quantizing.mixed import check_target
 from export import onnx as export_onnx
 from export import ort
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 from runtime import Engine
 from runtime.bundle import open_bundle

@@ -14,7 +14,7 @@ import torch
 from compress.distilling.distiller import Distiller
 from compress.teacher import build_cache, write
 from models.data.corpus import IGNORE
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.formats.teacher_cache import TeacherCache, tokenizer_digest, tokenizer_size
 from models.network.decoder import Decoder
 from models.training.trainer import Rows, Trainer

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.layerwise import Walk, second_moment
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime.errors import UserError
 
 READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",      # linear: its norm

@@ -21,7 +21,7 @@ from torch import Tensor
 from compress.layerwise import Walk, rewritten, second_moment
 from compress.quantizing.gptq import factorize
 from compress.quantizing.sensitivity import output_gradients, pivots
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.network.decoder import Layer
 from runtime.errors import UserError
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.layerwise import Walk, rewritten, second_moment
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.network.config import ModelConfig
 from models.network.decoder import Layer
 

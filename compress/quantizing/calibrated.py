@@ -26,7 +26,7 @@ from tqdm import tqdm
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
 from compress.layerwise import KeyValueRanges, Walk, largest, second_moment
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.network.activations import fake_int8
 from models.network.config import ModelConfig
 from models.network.decoder import Layer, tensor_shapes

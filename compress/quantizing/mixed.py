@@ -11,7 +11,7 @@ import math
 
 from compress.quantizing.allocate import Choice, allocate, size_bytes
 from compress.quantizing.sensitivity import Sensitivity
-from models.formats.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
 from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, TensorFormat
 from runtime.capabilities import BACKENDS, lacks

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import activation_order, factorize
 from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
-from models.formats.checkpoint import Checkpoint, load_decoder
+from models.checkpoint import Checkpoint, load_decoder
 from models.formats.safetensors_file import save_tensors
 from models.network.config import ModelConfig
 from models.network.decoder import tensor_shapes

@@ -3,7 +3,7 @@
     config.json        {"model_type": "edgewright_gru" | "edgewright_ngram", ...}
     model.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja, lineage.json
 
-They are no transformers: `models.formats.checkpoint` and everything built on it refuse them by their model_type.
+They are no transformers: `models.checkpoint` and everything built on it refuse them by their model_type.
 """
 
 import json

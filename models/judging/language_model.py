@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.formats.chat import chat_encoder, special_ids, special_tokens
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.formats.teacher_cache import shared_vocabulary
 from models.network.torch_backend import TorchBackend
 from models.progress import progress as shown

@@ -11,7 +11,7 @@ from tiny import SENTENCES
 from tokenizers import Tokenizer
 
 from compress.quantize import main
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 
 pytest.importorskip("auto_round")
 

@@ -13,7 +13,7 @@ from compress.quantizing import calibrated as module
 from compress.quantizing.mixed import bundle_extras
 from compress.quantize import main
 from export.onnx import main as export
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.text import calibration_windows, corpus_windows, equal_shares
-from models.formats.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint
 from models.data.corpus import DataOptions
 from runtime.errors import UserError
 from runtime.text import Tokenizer

@@ -20,7 +20,7 @@ from compress.distilling.matching import hidden_loss
 from compress.distilling.taught import OnPolicy
 from compress.teacher import write
 from compress.quantize import main as quantize
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.data.corpus import IGNORE
 from tiny import SENTENCES
 

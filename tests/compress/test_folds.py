@@ -6,7 +6,7 @@ import torch
 from compress.quantizing.calibrated import clip
 from compress.layerwise import Walk, second_moment
 from compress.quantizing.folds import awq, rotate_values, rotation, smooth
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 
 FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2")

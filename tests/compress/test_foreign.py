@@ -10,7 +10,7 @@ from transformers import AwqConfig, GPTQConfig
 
 from compress.foreign import AWQ_ORDER, main
 from compress.quantizing.rtn import minmax_grid
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 
 BITS, GROUP = 4, 32

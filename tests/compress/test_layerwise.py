@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.layerwise import Walk, second_moment
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 
 FAMILIES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "gpt2")
 

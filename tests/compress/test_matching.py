@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.distilling.matching import attention_loss, hidden_loss, hidden_maps, hidden_modules, layer_pairs, watched
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 
 DRAW = torch.Generator().manual_seed(0)
 

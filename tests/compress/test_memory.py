@@ -8,7 +8,7 @@ import pytest
 
 from compress.quantizing.calibrated import calibration_bytes
 from compress.quantizing.sensitivity import gradient_bytes
-from models.formats.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint
 from models.network.config import ModelConfig
 
 LLAMA_7B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,

@@ -14,7 +14,7 @@ from compress.pruning import depth, sparse, vocabulary, width
 from compress import prune
 from compress.quantizing.gptq import DAMPING
 from compress.pruning.sparse import cheapest_ratios
-from models.formats.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 
 TEXT = "The small engine reads a sentence and answers in another. " * 40
 

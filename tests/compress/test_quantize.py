@@ -11,7 +11,7 @@ from tiny import FAMILIES
 from compress.ladder import measure_quality
 from compress.quantize import main
 from compress.quantizing.rtn import round_to_nearest
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 
 
@@ -85,7 +85,7 @@ def test_memory_holds_one_tensor_at_a_time(tiny_checkpoint, tmp_path, monkeypatc
     """No weight is alive when the next one is read."""
     import weakref
 
-    from models.formats.checkpoint import Checkpoint
+    from models.checkpoint import Checkpoint
     alive, read = [], Checkpoint.weight
 
     def watched(self, module):

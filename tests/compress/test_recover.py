@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from compress.quantize import main as quantize
 from compress.recover import CodedLinear, main, student_of
 from compress.quantizing.rtn import round_to_nearest
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 from models.training.trainer import Trainer
 

@@ -10,7 +10,7 @@ from compress.ladder import ladder
 from compress.quantizing.mixed import bundle_extras
 from compress.recipe import Recipe, Stage
 from models.formats import lineage
-from models.formats.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint
 from models.data.corpus import DataOptions
 from models.evaluate import main as evaluate
 from runtime.errors import UserError

@@ -7,7 +7,7 @@ from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import DAMPING, activation_order, gptq
 from compress.quantizing.grid import Grid
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 from runtime.errors import UserError
 

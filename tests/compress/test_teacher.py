@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compress.teacher import build_cache, main, write_own_text
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from runtime.errors import UserError
 
 IDS = torch.randint(0, 384, (5, 24), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from export import bundle as bundles
 from export import onnx as export_onnx
 from export import ort
-from models.formats.checkpoint import open_checkpoint
+from models.checkpoint import open_checkpoint
 from models.network.decoder import Backbone
 from runtime.bundle import open_bundle
 

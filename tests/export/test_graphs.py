@@ -12,7 +12,7 @@ from tiny import FAMILIES
 
 from export import onnx as export_onnx
 from export import ort
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.quantized import TensorFormat
 from models.network.torch_backend import TorchBackend
 from runtime.bundle import open_bundle

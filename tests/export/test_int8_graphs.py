@@ -10,7 +10,7 @@ from scipy.special import log_softmax, rel_entr
 from compress.quantize import main as quantize
 from export import onnx as export_onnx
 from export import ort
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.torch_backend import TorchBackend
 from runtime.bundle import open_bundle
 from runtime.ort_backend import OrtBackend

@@ -129,7 +129,7 @@ def warm_up() -> None:
     import runtime, runtime.verify, runtime.chat_tokens, runtime.native.backend                               # noqa: E401, F401
     if SANITIZED:                                              # which not all of the rest can be imported under
         return
-    import compress.foreign, compress.recipe, models.formats.checkpoint, models.get, models.formats.gguf_tokenizer, models.data.corpus          # noqa: E401, F401
+    import compress.foreign, compress.recipe, models.checkpoint, models.get, models.formats.gguf_tokenizer, models.data.corpus          # noqa: E401, F401
     import onnxruntime, torch, transformers                               # noqa: E401, F401
     from transformers import LlamaForCausalLM                               # noqa: F401
     onnxruntime.set_default_logger_severity(4)

@@ -241,7 +241,7 @@ def run_checkpoint(folder: Path) -> dict:
     import torch
     from models.formats import lineage
     from models.formats.chat import chat_encoder, special_ids
-    from models.formats.checkpoint import load_decoder, open_checkpoint
+    from models.checkpoint import load_decoder, open_checkpoint
     from runtime.text import Tokenizer
     decoder = load_decoder(folder)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def run_foreign(folder: Path) -> dict:
     from compress.foreign import Options, adopt
     with quiet():
         adopt(Options(checkpoint=folder, out=folder / "out"))
-    from models.formats.checkpoint import load_decoder
+    from models.checkpoint import load_decoder
     state = load_decoder(folder / "out").state_dict()
     return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items()}
 

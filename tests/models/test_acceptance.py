@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.acceptance import accepted, main, measure, overlap
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.judging.language_model import open_model
 
 

@@ -8,7 +8,7 @@ import torch
 
 from compress.quantize import main as quantize
 from models.network.activations import round_rows
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from runtime.errors import UserError
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress import quantize
-from models.formats import checkpoint as module
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models import checkpoint as module
+from models.checkpoint import load_decoder, open_checkpoint
 from runtime.errors import UserError
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import quantize
 from models.formats import lineage
-from models.formats.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.network.config import ModelConfig
 from models.network.decoder import Decoder
 from models.network.quantized import Quantization, QuantizedTensor

@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.config import LayerConfig, ModelConfig
 from runtime.errors import UserError
 

@@ -6,7 +6,7 @@ from tiny import FAMILIES, SENTENCES, VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.config import LayerConfig, ModelConfig
 from models.network.decoder import Decoder, KVCache
 

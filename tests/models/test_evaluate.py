@@ -79,7 +79,7 @@ def test_label_likelihood_equals_scoring_the_whole_text(model):
     """A continuation's score is the sum of its tokens' log probabilities in prompt + continuation read at once."""
     import torch
 
-    from models.formats.checkpoint import load_decoder
+    from models.checkpoint import load_decoder
     opened = open_model(model, threads=1)
     prompt, tails = "Sentence: a sentence\nSentiment:", [" negative", " positive and more"]
     decoder = load_decoder(model)

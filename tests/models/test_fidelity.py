@@ -8,7 +8,7 @@ import torch
 from runtime.text import Tokenizer
 
 from models.judging import fidelity
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.torch_backend import TorchBackend
 from runtime.errors import UserError
 

@@ -14,7 +14,7 @@ import transformers
 from tiny import FAMILIES
 from tokenizers import Tokenizer
 
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.data.corpus import IGNORE
 from models.formats.chat import chat_encoder
 from models.data.records import Record

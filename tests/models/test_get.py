@@ -15,7 +15,7 @@ from models import get
 
 from models.formats import lineage
 from models.formats.chat import template_source
-from models.formats.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 from models.network.quantized import Quantization, QuantizedTensor
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import write_gguf
@@ -254,7 +254,7 @@ def test_an_older_result_survives_a_failure(tiny_checkpoint, tmp_path, capsys, m
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.formats.checkpoint.write_safetensors", full_disk)
+    monkeypatch.setattr("models.checkpoint.write_safetensors", full_disk)
     assert run(tiny_checkpoint("qwen2"), "-o", out) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

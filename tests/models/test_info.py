@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from models import info
 
 from models.formats import lineage
-from models.formats.checkpoint import open_checkpoint, write_checkpoint
+from models.checkpoint import open_checkpoint, write_checkpoint
 from models.network.config import LayerConfig, ModelConfig
 from models.network.decoder import Decoder
 from models.network.quantized import Quantization, QuantizedTensor, TensorFormat

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.formats.checkpoint import load_decoder, open_checkpoint
+from models.checkpoint import load_decoder, open_checkpoint
 from models.network.decoder import Decoder
 from models.formats.gguf_file import GGUFFile
 from models.network.offgrid import off_grid

@@ -14,7 +14,7 @@ from compress import distill, quantize, recover, teacher
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
 from models import acceptance, evaluate, what_got_worse
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.data.corpus import IGNORE
 from models.judging.fidelity import cut_windows
 from runtime.text import Tokenizer

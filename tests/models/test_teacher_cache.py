@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from compress.teacher import build_cache
 from models import evaluate
 from models.judging import fidelity
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.formats.teacher_cache import open_cache
 from models.network.torch_backend import TorchBackend
 from runtime.errors import UserError

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.data.corpus import DataOptions, build_corpus
 from models.network.gru import load_gru
 from models.tokenizer import main as tokenizer_main

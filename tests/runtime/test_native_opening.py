@@ -10,7 +10,7 @@ from scipy.special import log_softmax, rel_entr
 from compress import quantize
 from export import onnx
 from export.verify import INT8_BUDGET
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.torch_backend import TorchBackend
 from runtime.backends import open_backend
 from runtime.bundle import open_bundle

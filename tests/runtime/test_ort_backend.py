@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from models.formats.checkpoint import load_decoder
+from models.checkpoint import load_decoder
 from models.network.torch_backend import TorchBackend
 from runtime import decode
 from runtime.bundle import open_bundle
