@@ -37,7 +37,7 @@ class Section:
     title: str
     meaning: str                  # of its measures, for the page
     rows: list[dict]
-    bars: dict[str, tuple[float, float, float]] | None = None      # first cell of a row -> (value, low, high)
+    bars: list[tuple[float, float, float]] | None = None           # of each row: (value, low, high)
     values: list[float] | None = None                              # shown as a histogram
 
 
@@ -55,8 +55,8 @@ def sections(result: dict, worst: int) -> list[Section]:
               "perplexity before": f"{d['perplexity_before']:.2f}", "after": f"{d['perplexity_after']:.2f}",
               "largest KL": f"{d['worst_kl']:.2f}", "after the text": d["worst_after"][-LONGEST:]} for d in result["domains"]],
             # An interval of one window is unknown (nan): the bar then stands alone.
-            {d["domain"]: (d["kl"], *(d["kl_interval"] if np.isfinite(d["kl_interval"]).all() else (d["kl"], d["kl"])))
-             for d in result["domains"]}))
+            [(d["kl"], *(d["kl_interval"] if np.isfinite(d["kl_interval"]).all() else (d["kl"], d["kl"])))
+             for d in result["domains"]]))
     if "prompts" in result:
         found.append(Section(
             f"Prompts whose replies lost most, of {len(result['prompts'])} (mean ln p a token)",
@@ -104,14 +104,14 @@ def _section(section: Section) -> str:
         head += _histogram(section.values)
     if not section.rows:
         return head + "<p>None.</p>"
-    widest = max([high for _, _, high in (section.bars or {}).values()] + [1e-9])
+    widest = max([high for _, _, high in section.bars or ()] + [1e-9])
     names = list(section.rows[0])
     rows = []
-    for row in section.rows:
+    for number, row in enumerate(section.rows):
         cells = [f'<td data-name="{html.escape(name)}"{" class=n" if re.fullmatch(r"[-+0-9.]+%?", str(value)) else ""}>'
                  f"{html.escape(str(value))}</td>" for name, value in row.items()]
         if section.bars:
-            cells.insert(1, f'<td class="bar-cell">{_bar(*(100 * x / widest for x in section.bars[row[names[0]]]))}</td>')
+            cells.insert(1, f'<td class="bar-cell">{_bar(*(100 * x / widest for x in section.bars[number]))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [f"<th>{html.escape(name)}</th>" for name in names]
     if section.bars:

@@ -63,3 +63,11 @@ def test_nothing_to_compare_on(tiny_checkpoint, capsys):
     model = str(tiny_checkpoint("smollm2"))
     assert what_got_worse.main([model, model]) == 2
     assert "--data, --prompts or --labelled" in capsys.readouterr().err
+
+
+def test_two_files_of_one_name_have_a_bar_each():
+    domain = {"domain": "text.txt", "tokens": 8, "top1_agreement": 0.5, "perplexity_before": 2.0, "perplexity_after": 3.0,
+              "worst_kl": 1.0, "worst_after": "so"}
+    shown = what_got_worse.page({"before": "a", "after": "b", "domains": [
+        domain | {"kl": kl, "kl_interval": [kl, kl]} for kl in (0.1, 0.4)]}, 8)
+    assert re.findall(r'class="value" style="width:([0-9.]+)%', shown) == ["25.0", "100.0"]
