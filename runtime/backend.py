@@ -13,12 +13,13 @@ touch it, because only the caller knows which tokens were padding or will be rej
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
 
 
-class Cache:
+class Cache(ABC):
     """KV cache of several rows. A view shares the storage and the lengths of the rows it shows."""
 
     def __init__(self, backend: Backend, storage, capacity: int, lengths: np.ndarray, start: int = 0):
@@ -43,13 +44,13 @@ class Cache:
         """The rows start..stop-1 as a cache of their own, over the same storage."""
         return type(self)(self.backend, self.storage, self.capacity, self.lengths[start:stop], self.start + start)
 
+    @abstractmethod
     def fork(self, source: int, target: int) -> None:
         """Copy row `source`, slots and length, over row `target`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grow(self, capacity: int) -> None:
         """Enlarge every row to `capacity` slots, keeping what they hold. Not on a view; take views anew afterwards."""
-        raise NotImplementedError
 
 
 class Backend(Protocol):
