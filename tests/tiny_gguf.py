@@ -13,18 +13,19 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 PRE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
-SCALE_BYTES = {"Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)}           # where a block keeps its fp16 scales
+SCALE_BYTES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)} | dict.fromkeys(
+    ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"), (0, 2))     # of a block's fp16 scales
 
 
 def write_gguf(path: Path, model, tokenizer=None, kind: str = "F32", pre: str = "smollm", extra: dict | None = None,
-               tensors: dict | None = None) -> Path:
+               tensors: dict | None = None, split: int = 0) -> Path:
     """`kind` is the type of every matrix (vectors stay F32). `extra` overrides metadata and `tensors` tensors, as
-    name -> (type, float32 array), where None leaves the key or the tensor out."""
+    name -> (type, float32 array), where None leaves the key or the tensor out. split: so many tensors a part."""
     config = model.config
     architecture = PRE[config.model_type]
     fields = _metadata(architecture, config) | (_tokenizer_metadata(tokenizer, pre) if tokenizer else {})
     fields |= extra or {}
-    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", architecture))
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", architecture), split_max_tensors=split)
     for key, value in fields.items():
         _add(writer, key, value)
     stored = {name: (kind if values.ndim == 2 else "F32", values) for name, values in _tensors(architecture, model)}
@@ -39,12 +40,18 @@ def write_gguf(path: Path, model, tokenizer=None, kind: str = "F32", pre: str = 
 
 
 def encode(values: np.ndarray, kind: str) -> np.ndarray:
-    """float32 [rows, columns] as the bytes of GGUF type `kind`; K-quants are random blocks of about its spread."""
-    if kind not in SCALE_BYTES:
+    """float32 [rows, columns] as the bytes of GGUF type `kind`; random blocks of about its spread where gguf only reads it."""
+    if values.dtype != np.float32:
+        return values
+    if kind not in (*SCALE_BYTES, "IQ1_M", "NVFP4"):
         return gguf.quantize(values, Type[kind])
     elements, size = gguf.GGML_QUANT_SIZES[Type[kind]]
     random = np.random.default_rng(values.size)
     blocks = random.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
+    if kind not in SCALE_BYTES:                              # scales of small exponents, in other places than an fp16's
+        byte = 55 if kind == "IQ1_M" else slice(4)
+        blocks[:, byte] &= 0x2F
+        return blocks.reshape(values.shape[0], -1)
     start, stop = SCALE_BYTES[kind]
     scales = random.uniform(0.2, 1.0, (len(blocks), (stop - start) // 2)) * values.std() / 1000
     blocks[:, start:stop] = scales.astype(np.float16).view(np.uint8)

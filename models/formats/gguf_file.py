@@ -1,15 +1,19 @@
 """Read a GGUF file (llama.cpp's format, versions 2 and 3): configuration and tensors, as this project names them.
 
 Architectures: llama (SmolLM, SmolLM2 and Mistral too, which GGUF does not tell apart), qwen2, qwen3, gpt2. `PLAIN` tensors
-keep their type, `QUANTIZED` ones are dequantized to float32 by the `gguf` package, one in memory at a time.
+keep their type; of the others, those that the `gguf` package dequantizes become float32, one in memory at a time. A model
+in several files (NAME-00001-of-00003.gguf, as llama-gguf-split writes them) is opened by any of them.
 
 Two things are undone that the conversion to GGUF did. In llama files the rows of q and k are interleaved, because
 ggml rotates neighbouring pairs of a head where Hugging Face rotates its two halves. And Llama 3's RoPE scaling is
 stored as its result, one factor a frequency; the parameters it came from are found again and checked against it.
 
-Not read: mixtures of experts, other RoPE scalings, files in several parts, big-endian files. All are refused.
+Not read: mixtures of experts, other RoPE scalings, big-endian files. All are refused.
 """
 
+import functools
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +30,22 @@ from runtime.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 PLAIN = ("F32", "F16", "BF16")
-QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")                        # llama.cpp's name of part 1, 2, ... of so many
 # What every published Llama 3 model has; `factor` (8 or 32) is read off the file.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+
+
+@functools.cache
+def quantized_types() -> tuple[str, ...]:
+    """The block types that the installed `gguf` turns into float32: those with which it does so for one empty block."""
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind.name)
+    return tuple(name for name in found if name not in PLAIN)
 
 
 class _Reader(gguf.GGUFReader):
@@ -57,8 +74,34 @@ def read_header(path: Path) -> tuple[dict, dict]:
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def read_parts(path: Path) -> tuple[dict, dict, list[Path]]:
+    """`read_header` of a model in one file or several, of which `path` is any, and its files in order. The metadata is the
+    first part's. Raises UserError where a part is missing beside `path`, or does not belong to it."""
+    metadata, tensors = read_header(path)
+    count = metadata.get("split.count", 1)
+    if count in (0, 1):
+        return metadata, tensors, [path]
+    name = _PART.fullmatch(path.name)
+    if not (name and int(name[2]) == count):
+        raise UserError(f"{path} is one of {count} parts, which are found by their names (NAME-00001-of-00003.gguf), and it "
+                        "has no such name: give the parts theirs back")
+    parts = [path.with_name(f"{name[1]}-{number:05d}-of-{name[2]}.gguf") for number in range(1, count + 1)]
+    if missing := [part for part in parts if not part.is_file()]:
+        raise UserError(f"{missing[0]} is missing: the model is in {count} parts, which belong in one folder")
+    headers, total, tensors = [read_header(part) for part in parts], metadata.get("split.tensors.count"), {}
+    for number, (part, (says, more)) in enumerate(zip(parts, headers)):
+        found, wanted = [says.get(f"split.{key}") for key in ("no", "count", "tensors.count")], [number, count, total]
+        if found != wanted or tensors.keys() & more.keys():
+            differs = f"its split numbers are {found}, not {wanted}" if found != wanted else "it repeats tensors of another part"
+            raise UserError(f"{part} is no part of the same model as {path.name} ({differs}); get it again")
+        tensors |= more
+    if len(tensors) != total:
+        raise UserError(f"{path} and its other parts hold {len(tensors)} tensors of the model's {total}; get them again")
+    return headers[0][0], tensors, parts
+
+
 class GGUFFile:
-    """An opened GGUF file: `.path`, `.metadata` (key -> value) and `.config`.
+    """An opened GGUF file: `.path`, `.parts` (it and the other files of its model), `.metadata` (key -> value), `.config`.
 
     Opening checks the whole header: types, and the name and shape of every tensor. Raises UserError, naming the file,
     for anything that cannot be read.
@@ -66,10 +109,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, self._tensors = read_header(path)
-        if self.metadata.get("split.count", 1) not in (0, 1):
-            raise UserError(f"{path} is one of {self.metadata['split.count']} parts; join them with "
-                            "llama-gguf-split --merge")
+        self.metadata, self._tensors, self.parts = read_parts(path)
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported in GGUF; supported are "
@@ -88,6 +128,14 @@ class GGUFFile:
                 pairs = values.view(-1, self.config.head_dim // 2, 2, *values.shape[1:])
                 values = pairs.transpose(1, 2).reshape(values.shape)
             yield from zip(ours, values.chunk(len(ours)))
+
+    def precision(self) -> tuple[float, dict[str, float]]:
+        """Bits a weight that the file's tensors take, and each type's share of the weights, largest first."""
+        weights = Counter()
+        for tensor in self._tensors.values():
+            weights[tensor.tensor_type.name] += int(tensor.n_elements)
+        total, size_bytes = weights.total(), sum(int(tensor.n_bytes) for tensor in self._tensors.values())
+        return 8 * size_bytes / total, {kind: count / total for kind, count in weights.most_common()}
 
     def _config(self) -> ModelConfig:
         gpt2 = self.architecture == "gpt2"
@@ -117,9 +165,9 @@ class GGUFFile:
     def _check_tensors(self) -> None:
         expected, found = tensor_shapes(self.config), {}
         for name, tensor in self._tensors.items():
-            if tensor.tensor_type.name not in PLAIN + QUANTIZED:
+            if tensor.tensor_type.name not in PLAIN + quantized_types():
                 raise UserError(f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, which is not "
-                                f"read; get the model in one of {', '.join(PLAIN + QUANTIZED)}")
+                                f"read; get the model in one of {', '.join(PLAIN + quantized_types())}")
             ours = self._decoder_names(name)
             rows, *columns = (int(size) for size in reversed(tensor.shape))
             for part in ours:

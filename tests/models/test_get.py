@@ -1,5 +1,6 @@
 """models.get, against transformers: from a GGUF file, a folder, the hub and the package."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_opens(family, tmp_path):
     assert run(path, "-o", tmp_path / "out") == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == WRITTEN
     same_in_transformers(tmp_path / "out", model, tiny_tokenizer(pre))
+
+
+def test_a_gguf_file_in_parts_and_how_many_bits_it_comes_from(tmp_path, capsys):
+    model = tiny_model("smollm2")
+    write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer(), kind="Q8_0", split=7)
+    part = tmp_path / "tiny-00002-of-00003.gguf"
+    assert run(part, "-o", tmp_path / "out") == 0
+    assert "LlamaForCausalLM" in (out := capsys.readouterr().out) and out.endswith("\nfrom 8.58 bits a weight: Q8_0 100%\n")
+    parts = [tmp_path / f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    stage, = lineage.read(tmp_path / "out")
+    assert stage["inputs"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS[0]) == tiny_tokenizer()(TEXTS[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from models.network.decoder import Decoder, tensor_shapes
-from models.formats.gguf_file import PLAIN, QUANTIZED, GGUFFile
+from models.formats.gguf_file import PLAIN, GGUFFile, quantized_types, read_header
 from runtime.errors import UserError
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tiny_gguf import encode, write_gguf
@@ -44,7 +44,13 @@ def test_a_file_computes_what_the_model_it_was_made_from_computes(family, tmp_pa
     torch.testing.assert_close(logits(decoder), logits(model), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", PLAIN + QUANTIZED)
+def test_every_block_type_of_the_package_is_read():
+    """Q8_1 and Q8_K are llama.cpp's inner formats; Q1_0 and the integers are what the package has no reading of."""
+    assert set(gguf.GGMLQuantizationType.__members__) - {*PLAIN, *quantized_types()} == {
+        "Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64", "F64"}
+
+
+@pytest.mark.parametrize("kind", PLAIN + quantized_types())
 def test_every_type_reads_as_transformers_reads_it(kind, tmp_path):
     width = 256                                              # a K-quant's block
     model = tiny_model("smollm2", hidden_size=width, intermediate_size=width, num_attention_heads=4)
@@ -60,9 +66,10 @@ def test_every_type_reads_as_transformers_reads_it(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind, relative_error", [
-    ("F16", 0.001), ("BF16", 0.01), ("Q8_0", 0.01), ("Q5_1", 0.06), ("Q5_0", 0.07), ("Q4_1", 0.12), ("Q4_0", 0.13)])
+    ("F16", 0.001), ("BF16", 0.01), ("Q8_0", 0.01), ("Q5_1", 0.06), ("Q5_0", 0.07), ("Q4_1", 0.12), ("Q4_0", 0.13),
+    ("MXFP4", 0.2), ("TQ1_0", 0.9), ("TQ2_0", 0.9)])
 def test_a_quantized_file_is_close_to_the_weights_it_was_made_from(kind, relative_error, tmp_path):
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen2", hidden_size=256, intermediate_size=256)
     read_back = dict(GGUFFile(write_gguf(tmp_path / "model.gguf", model, kind=kind)).tensors())
     name = "model.layers.1.mlp.down_proj.weight"
     weight = model.state_dict()[name]
@@ -83,6 +90,72 @@ def test_six_bit_blocks_by_the_formula(tmp_path):
             nibble = low[half * 64 + (quarter % 2) * 32 + lane] >> (4 * (quarter // 2)) & 15
             code = int(nibble) | (int(high[half * 32 + lane]) >> (2 * quarter) & 3) << 4
             assert got.reshape(-1)[number * 256 + i] == pytest.approx(d * int(scales[i // 16]) * (code - 32), rel=1e-6)
+
+
+def parts_of(tmp_path, name="model", **config):
+    """A real split file of seven tensors a part; its parts in order."""
+    write_gguf(tmp_path / f"{name}.gguf", tiny_model("smollm2", **config), tiny_tokenizer(), split=7)
+    return sorted(tmp_path.glob(f"{name}-*.gguf"))
+
+
+def test_a_file_in_parts_is_opened_by_any_of_them(tmp_path):
+    parts = parts_of(tmp_path)
+    assert [part.name for part in parts] == [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    want = dict(GGUFFile(write_gguf(tmp_path / "whole.gguf", tiny_model("smollm2"), tiny_tokenizer())).tensors())
+    for part in parts:
+        file = GGUFFile(part)
+        got = dict(file.tensors())
+        assert file.parts == parts and got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+        assert len(file.metadata["tokenizer.ggml.tokens"]) == 384        # which only the first part has
+
+
+def test_parts_that_are_missing_or_of_another_model_are_named(tmp_path):
+    first, second, third = parts_of(tmp_path)
+    (tmp_path / "other").mkdir()
+    longer = parts_of(tmp_path / "other", num_hidden_layers=1, tie_word_embeddings=False)
+    whole = second.read_bytes()
+    second.unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.gguf is missing: the model is in 3 parts"):
+        GGUFFile(third)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(UserError, match=r"00002-of-00003.gguf is no part of .* numbers are \[2, 3, 20\], not \[1, 3, 20\]"):
+        GGUFFile(first)
+    second.write_bytes(longer[1].read_bytes())
+    with pytest.raises(UserError, match=r"00002-of-00003.gguf is no part of .* numbers are \[1, 2, 12\], not \[1, 3, 20\]"):
+        GGUFFile(first)
+    second.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="00002-of-00003.gguf is not a whole GGUF file"):
+        GGUFFile(first)
+    second.write_bytes(whole)
+    GGUFFile(first)
+    second.rename(tmp_path / "part.gguf")
+    with pytest.raises(UserError, match="part.gguf is one of 3 parts, .* has no such name"):
+        GGUFFile(tmp_path / "part.gguf")
+
+
+def test_parts_that_repeat_or_lack_tensors_are_refused(tmp_path):
+    parts = parts_of(tmp_path)
+    data = [part.read_bytes() for part in parts]
+    last = next(name for name in read_header(parts[2])[1] if name.startswith("blk.1."))
+    assert last.replace("blk.1.", "blk.0.") in read_header(parts[0])[1] | read_header(parts[1])[1]
+    parts[2].write_bytes(data[2].replace(last.encode(), last.replace("blk.1.", "blk.0.").encode()))
+    with pytest.raises(UserError, match="00003-of-00003.gguf is no part of .*it repeats tensors of another part"):
+        GGUFFile(parts[0])
+    count = b"split.tensors.count" + bytes((5, 0, 0, 0))                 # its type, int32
+    for part, content in zip(parts, data):
+        part.write_bytes(content.replace(count + bytes((20,)), count + bytes((21,))))
+    with pytest.raises(UserError, match="and its other parts hold 20 tensors of the model's 21"):
+        GGUFFile(parts[0])
+
+
+def test_the_bits_a_weight_comes_in_are_counted(tmp_path):
+    """By hand: Q4_0 is 18 bytes for 32 weights, Q8_0 34."""
+    matrix = ("Q8_0", np.zeros((384, 64), np.float32))
+    bits, shares = GGUFFile(write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), kind="Q4_0",
+                                       tensors={"token_embd.weight": matrix})).precision()
+    linear, table, norms = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128), 384 * 64, 5 * 64
+    assert bits == pytest.approx((linear * 4.5 + table * 8.5 + norms * 32) / (linear + table + norms))
+    assert list(shares) == ["Q4_0", "Q8_0", "F32"] and shares["Q8_0"] == table / (linear + table + norms)
 
 
 def test_config_holds_what_the_file_says(tmp_path):
@@ -146,7 +219,8 @@ def test_corrupt_headers_end_in_a_sentence_or_in_a_model(tmp_path):
     ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
     ({"llama.rope.dimension_count": 8}, "8 of a head's 16 dimensions rotate"),
     ({"llama.attention.head_count_kv": 3}, "model.gguf: layer 0 has 4 heads, which its 3 key/value heads do not divide"),
-    ({"split.count": 3}, "one of 3 parts; join them"),
+    ({"split.count": 3}, r"is one of 3 parts, .* has no such name"),
+    ({"split.count": "x"}, r"is one of x parts, .* has no such name"),
 ])
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):
     path = write_gguf(tmp_path / "model.gguf", tiny_model("smollm2"), extra=change)
@@ -155,8 +229,8 @@ def test_what_is_not_supported_is_named(change, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("tensors, sentence", [
-    ({"blk.1.attn_v.weight": ("TQ2_0", np.zeros((32, 256), np.float32))},
-     "tensor blk.1.attn_v.weight is stored as TQ2_0, which is not read; .* Q6_K"),
+    ({"blk.1.attn_v.weight": ("I8", np.zeros((32, 64), np.int8))},
+     "tensor blk.1.attn_v.weight is stored as I8, which is not read; .* Q6_K"),
     ({"blk.1.ffn_norm.weight": None}, "lacks model.layers.1.post_attention_layernorm.weight and 0 more"),
     ({"token_embd.weight": None}, "tensor token_embd.weight is missing"),
     ({"blk.1.attn_norm.weight": None}, "tensor blk.1.attn_norm.weight is missing"),
