@@ -9,23 +9,87 @@ slots whose index is at most its own position (and greater than position - windo
 window). Right padding is therefore harmless: what padding wrote lies beyond the row's length and is overwritten by the
 next real token before anything may look at it. `lengths` says how many slots of each row are real; `forward` does not
 touch it, because only the caller knows which tokens were padding or will be rejected.
+
+Recurrent layers (short convolution, gated delta rule, Mamba-2) keep a state that stands for all tokens of a row and cannot
+be cut back. Two copies of it are kept, which change places with every call: so a row may go on where it is, go back to
+where it was before its last call, or begin anew at slot 0; from any other place it is refused. `snapshot` and `restore`
+keep further places. Padding must not touch the state: `forward` is told how many tokens of each row are real.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from .errors import UserError
+
+
+class States:
+    """The states of a model's recurrent layers, of several rows.
+
+    arrays: float32 [2, rows, ...] of any number of parts; copy: int64 [rows], which of the two copies is the present one;
+    held, before: int64 [rows], how many tokens the present one and the other one stand for (before -1: for nothing).
+    """
+
+    def __init__(self, arrays: list[np.ndarray], marks: np.ndarray | None = None):
+        self.arrays, self.marks = arrays, np.zeros((3, arrays[0].shape[1]), np.int64) if marks is None else marks
+        self.held, self.before, self.copy = self.marks
+
+    def view(self, start: int, stop: int) -> States:
+        return States([array[:, start:stop] for array in self.arrays], self.marks[:, start:stop])
+
+    def begin(self, write_index: np.ndarray) -> np.ndarray:
+        """Which copy (int64 [rows], -1: zeros) a call from slots write_index [rows] on reads; it writes the other one than
+        `copy`. Raises UserError where a row's state does not stand for the tokens before."""
+        for row in np.flatnonzero((write_index != self.held) & (write_index != 0)):
+            raise UserError(f"row {row} cannot go on at slot {write_index[row]}: the state of its recurrent layers stands for "
+                            f"{self.held[row]} tokens; restore a snapshot taken there")
+        self.before[:] = -1
+        return np.where(write_index == 0, -1, self.copy)
+
+    def end(self, write_index: np.ndarray, counts: np.ndarray) -> None:
+        """The call has added `counts` [rows] tokens: where it added any, the copies change places."""
+        moved = counts > 0
+        self.before[moved], self.held[moved] = write_index[moved], (write_index + counts)[moved]
+        self.copy[moved] ^= 1
+
+    def truncate(self, row: int, length: int) -> None:
+        """Back to `length` tokens, which must be those it stands for, those before the last call, or none."""
+        if length == self.before[row]:
+            self.held[row], self.before[row] = self.before[row], self.held[row]
+            self.copy[row] ^= 1
+        elif length == 0:
+            self.held[row] = 0                    # a call from slot 0 on reads no copy
+        elif length != self.held[row]:
+            raise UserError(f"row {row} cannot go back to {length} tokens: the state of its recurrent layers stands for "
+                            f"{self.held[row]} (before the last call: {self.before[row]}); take a snapshot at {length} and restore it")
+
+    def fork(self, source: int, target: int) -> None:
+        for array in (*self.arrays, self.marks):
+            array[:, target] = array[:, source]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A place that a row may go back to: its tokens, and what its recurrent layers kept (nothing of attention alone)."""
+
+    length: int
+    states: tuple[np.ndarray, ...] = ()
+
 
 class Cache(ABC):
-    """KV cache of several rows. A view shares the storage and the lengths of the rows it shows."""
+    """What several rows keep: keys and values, and the states of recurrent layers. A view shares storage, lengths and states
+    of the rows it shows."""
 
-    def __init__(self, backend: Backend, storage, capacity: int, lengths: np.ndarray, start: int = 0):
+    def __init__(self, backend: Backend, storage, capacity: int, lengths: np.ndarray, start: int = 0,
+                 states: States | None = None):
         """storage: what the backend keeps keys and values in, of any number of rows. This cache shows those from `start`
-        on; lengths: int64 [rows], their filled slots, which the caller advances."""
+        on; lengths: int64 [rows], their filled slots, which the caller advances; states: of recurrent layers, of these rows."""
         self.backend, self.storage, self.capacity, self.lengths, self.start = backend, storage, capacity, lengths, start
+        self.states = states
 
     @property
     def rows(self) -> int:
@@ -37,16 +101,47 @@ class Cache(ABC):
         return self.backend.cache_bytes(self.rows, self.capacity)
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget the slots of `row` from `length` on (free of cost: only the length changes)."""
-        self.lengths[row] = min(length, self.lengths[row])
+        """Forget the slots of `row` from `length` on (free of cost: only the length changes). Raises UserError where recurrent
+        layers cannot go back there."""
+        length = min(length, int(self.lengths[row]))
+        if self.states:
+            self.states.truncate(row, length)
+        self.lengths[row] = length
+
+    def snapshot(self, row: int) -> Snapshot:
+        """The place where `row` is, to come back to with `restore`."""
+        if not self.states:
+            return Snapshot(int(self.lengths[row]))
+        copy = self.states.copy[row]
+        return Snapshot(int(self.states.held[row]), tuple(array[copy, row].copy() for array in self.states.arrays))
+
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Back to a snapshot of this row, whose slots are as they were. Raises UserError where they are not there."""
+        states, length = self.states, snapshot.length
+        if length > self.lengths[row] or bool(states) != bool(snapshot.states):
+            raise UserError(f"a snapshot of {length} tokens cannot be restored to a row that holds {self.lengths[row]}, or of another model")
+        if states:
+            for array, kept in zip(states.arrays, snapshot.states, strict=True):
+                array[states.copy[row], row] = kept
+            states.held[row] = length
+        self.lengths[row] = length
 
     def view(self, start: int, stop: int) -> Cache:
         """The rows start..stop-1 as a cache of their own, over the same storage."""
-        return type(self)(self.backend, self.storage, self.capacity, self.lengths[start:stop], self.start + start)
+        return type(self)(self.backend, self.storage, self.capacity, self.lengths[start:stop], self.start + start,
+                          self.states and self.states.view(start, stop))
+
+    def fork(self, source: int, target: int) -> None:
+        """Copy row `source`, slots, states and length, over row `target`."""
+        if source != target:
+            self._copy_slots(source, target)
+            if self.states:
+                self.states.fork(source, target)
+        self.lengths[target] = self.lengths[source]
 
     @abstractmethod
-    def fork(self, source: int, target: int) -> None:
-        """Copy row `source`, slots and length, over row `target`."""
+    def _copy_slots(self, source: int, target: int) -> None:
+        """The filled slots of row `source` over those of row `target`."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
@@ -67,13 +162,14 @@ class Backend(Protocol):
         """An empty cache. Raises UserError where the backend has no such capacity (a TensorRT engine's is fixed)."""
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
-                logits_positions: np.ndarray, cache: Cache) -> np.ndarray:
+                logits_positions: np.ndarray, cache: Cache, counts: np.ndarray | None = None) -> np.ndarray:
         """Run the rows of `cache` one step and update it in place.
 
         input_ids, position_ids: int64 [b, s], right-padded; b == cache.rows. Positions of row r are
             write_index[r] + 0..s-1 (padding included).
         write_index: int64 [b], the slot where each row's first token goes; write_index + s <= cache.capacity.
         logits_positions: int64 [b, k], indices into s whose logits are wanted.
+        counts: int64 [b], how many tokens of each row are real (None: all); recurrent layers need it where there is padding.
         Returns float32 logits [b, k, vocab]: a buffer, valid until the next call with this cache.
         Threads may call at once, each with caches of its own. Raises DeviceError once the backend was closed.
         """

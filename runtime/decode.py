@@ -145,7 +145,7 @@ def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarr
             wanted: np.ndarray) -> np.ndarray:
     """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at `wanted` [rows, k]."""
     positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
-    found = backend.forward(tokens, positions, cache.lengths, wanted, cache)
+    found = backend.forward(tokens, positions, cache.lengths, wanted, cache, np.broadcast_to(counts, len(tokens)))
     cache.lengths += counts
     return found
 

@@ -139,7 +139,7 @@ class OrtBackend:
                             "sequences") from None
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
-                logits_positions: np.ndarray, cache: OrtCache) -> np.ndarray:
+                logits_positions: np.ndarray, cache: OrtCache, counts: np.ndarray | None = None) -> np.ndarray:
         binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
         for name, array in zip(_Binding.TOKEN_INPUTS, (input_ids, position_ids, write_index, logits_positions)):
             getattr(binding, name)[...] = array
@@ -210,13 +210,12 @@ class OrtCache(Cache):
         super().__init__(*arguments)
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
-    def fork(self, source: int, target: int) -> None:
+    def _copy_slots(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
         for buffer in self.storage:
             array = _read(buffer)
             array[self.start + target, :, :length] = array[self.start + source, :, :length]
             _write(buffer, array)
-        self.lengths[target] = length
 
     def grow(self, capacity: int) -> None:
         for i, buffer in enumerate(self.storage):           # one at a time, so that only one exists twice

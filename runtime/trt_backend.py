@@ -74,7 +74,7 @@ class TrtBackend:
         if not self._engines:                     # perhaps by another reply that found the device failing
             raise DeviceError("this TensorRT backend was closed; open the bundle again")
 
-    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
+    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache, counts=None) -> np.ndarray:
         with self.device.turn:
             self._check_open()
             engine = self._engines[cache.capacity].load()
@@ -113,12 +113,11 @@ class TrtCache(Cache):
         """Where the first row of buffer `index` (in the order of the engine's caches) begins."""
         return self.storage.addresses[index] + self.start * self.storage.row_bytes[index]
 
-    def fork(self, source: int, target: int) -> None:
+    def _copy_slots(self, source: int, target: int) -> None:
         with self.backend.device.turn:
             for index, size in enumerate(self.storage.row_bytes):
                 begin = self.address(index)
                 self.backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
-        self.lengths[target] = self.lengths[source]
 
     def grow(self, capacity: int) -> None:
         backend, larger = self.backend, self.backend.capacity_for(capacity)

@@ -27,7 +27,7 @@ class TorchBackend:
         return KVCache(self.decoder.config, rows, capacity, scales=self.decoder.cache_scales)
 
     @torch.inference_mode()
-    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: KVCache) -> np.ndarray:
+    def forward(self, input_ids, position_ids, write_index, logits_positions, cache: KVCache, counts=None) -> np.ndarray:
         ids, positions, index, wanted = (torch.from_numpy(np.ascontiguousarray(a, np.int64))
                                          for a in (input_ids, position_ids, write_index, logits_positions))
         return self.decoder(ids, positions, cache, index, wanted).numpy()

@@ -98,7 +98,7 @@ class NativeBackend:
         return NativeCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64))
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
-                logits_positions: np.ndarray, cache: NativeCache) -> np.ndarray:
+                logits_positions: np.ndarray, cache: NativeCache, counts: np.ndarray | None = None) -> np.ndarray:
         rows, width = input_ids.shape
         wanted = (logits_positions + np.arange(rows)[:, None] * width).ravel()
         slots = (write_index[:, None] + np.arange(width)).ravel()
@@ -209,11 +209,8 @@ class NativeCache(Cache):
             self._logits = np.empty((count, self.backend.vocab), np.float32)
         return self._logits[:count]
 
-    def fork(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        if source != target:
-            self.storage.copy(self.start + source, self.storage, self.start + target, length)
-        self.lengths[target] = length
+    def _copy_slots(self, source: int, target: int) -> None:
+        self.storage.copy(self.start + source, self.storage, self.start + target, int(self.lengths[source]))
 
     def grow(self, capacity: int) -> None:
         larger = _Storage(self.backend, self.rows, capacity)

@@ -61,8 +61,9 @@ class MockBackend:
         self.capacities.append(capacity)
         return MockCache(np.full((rows, capacity), -1), np.zeros(rows, np.int64))
 
-    def forward(self, input_ids, position_ids, write_index, logits_positions, cache) -> np.ndarray:
+    def forward(self, input_ids, position_ids, write_index, logits_positions, cache, counts=None) -> np.ndarray:
         rows, tokens = input_ids.shape
+        assert counts is None or counts.shape == (rows,) and (counts <= tokens).all()
         self.calls.append((rows, tokens))
         assert rows == cache.rows and position_ids.shape == (rows, tokens) and write_index.shape == (rows,)
         assert (position_ids == write_index[:, None] + np.arange(tokens)).all()
