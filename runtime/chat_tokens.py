@@ -21,7 +21,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import UserError
-from .template import ChatTemplate
+from .template import ChatTemplate, normal, plain
 from .text import Tokenizer
 
 _MARKS = range(0xF0000, 0xFFFFE)          # characters for private use
@@ -54,7 +54,7 @@ class ChatEncoder:
     def tokens(self, messages: list[dict], *, control_tokens: bool = False, **variables) -> np.ndarray:
         """int64 ids of the prompt for `messages`; variables: see `ChatTemplate.render`. control_tokens: take those that the
         messages spell for what they are. Raises UserError."""
-        marked = Marked(messages, variables) if control_tokens else self.marked(messages, variables)
+        marked = Marked(normal(messages), variables) if control_tokens else self.marked(messages, variables)
         return self.encode(self.render(marked, marked.messages), marked.mark)[0]
 
     def render(self, marked: Marked, messages: list[dict], *, add_generation_prompt: bool | None = None) -> str:
@@ -64,14 +64,16 @@ class ChatEncoder:
         return text if marked.mark is None else text.replace(json.dumps(marked.mark)[1:-1], marked.mark)
 
     def marked(self, messages: list[dict], variables: dict | None = None) -> Marked:
-        """The request with a mark in all that must stay text."""
-        variables = variables or {}
-        texts = list(_texts([messages, variables]))
+        """The request with a mark in all that must stay text; its messages are `normal`. Raises UserError."""
+        messages, variables = normal(messages), plain(variables or {})
+        read = [{**message, "tool_calls": _read(message["tool_calls"])} if "tool_calls" in message else message
+                for message in messages]
+        texts = list(_texts([messages, read, variables]))
         if not any(self._must_be_marked(text) for text in texts):
             return Marked(messages, variables)
         mark = next(chr(code) for code in _MARKS if not any(chr(code) in text for text in texts))
-        by_role = [self._mark(message, mark, "assistant" if isinstance(message, dict) and message.get("role") == "assistant" else None)
-                   for message in messages]
+        by_role = [self._mark(message, mark, "assistant" if message["role"] == "assistant" else None)
+                   for message in read]
         return Marked(by_role, {name: self._mark(value, mark, None) for name, value in variables.items()}, mark)
 
     def encode(self, text: str, mark: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +164,21 @@ def bundle_encoder(bundle: Bundle, tokenizer: Tokenizer) -> ChatEncoder | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{bundle.path(name)}: the chat template cannot be read ({error}); export the bundle again") from None
     return ChatEncoder(ChatTemplate(source, str(bundle.path(name)), tokens), tokenizer)
+
+
+def _read(value, name: str | None = None):
+    """Calls of tools with JSON in their arguments read: an escape spells what it does not show. Raises UserError."""
+    if isinstance(value, dict):
+        return {key: _read(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_read(inner) for inner in value]
+    try:
+        read = json.loads(value) if name == "arguments" and isinstance(value, str) else value
+        return read if isinstance(read, dict) else value
+    except ValueError:
+        return value
+    except RecursionError:
+        raise UserError("the arguments of a call are nested too deep") from None
 
 
 def _beginnings(tokens: set[str]) -> set[str]:

@@ -7,7 +7,9 @@ sets the bounds: MEMORY bytes of address space, and SECONDS of CPU a request, af
 ImmutableSandboxedEnvironment keeps the template from reaching Python: no underscore attributes, no changing of what it is given.
 
 The environment is that of `transformers` (`apply_chat_template`): the same whitespace rules, `raise_exception`, `strftime_now`,
-`tojson`, `break` and `continue`, and the `generation` tag, which shows as its contents.
+`tojson`, `break` and `continue`, and the `generation` tag, which shows as its contents. Besides, arguments of calls are
+mappings and JSON in one, contents in parts are joined where the template takes texts alone, and a name that is used and
+not given is refused.
 """
 
 import datetime
@@ -27,6 +29,7 @@ MEMORY = 640 << 20
 SECONDS = 1.5
 OUT_OF_MEMORY = 77                # exit code
 MAX_CHARACTERS = 4_000_000
+PROBE = "7031 0 1307"             # a text that templates leave as it is
 ALWAYS = {"messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
           "mask_token"}
 
@@ -52,6 +55,44 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser):
         next(parser.stream)
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Undefined(jinja2.Undefined):
+    """What is not there. A name that the template has from nobody but us may be tested, but not used."""
+
+    _needed = frozenset()
+
+    def __init__(self, hint=None, obj=jinja2.utils.missing, name=None, exc=jinja2.exceptions.UndefinedError):
+        if obj is jinja2.utils.missing and name in self._needed:
+            hint, exc = (f"the chat template needs {name!r}, which is not given; give it as template={{{name!r}: "
+                         f"...}}, on the command line as --template {name}=..."), _Refused
+        super().__init__(hint, obj, name, exc)
+
+    def __str__(self) -> str:
+        if self._undefined_exception is _Refused:
+            self._fail_with_undefined_error()
+        return ""
+
+
+class _Arguments(dict):
+    """Of a call: a mapping for templates that go through them, JSON for those that write them as a text."""
+
+    def __init__(self, values: dict, text: str):
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other):
+        return self._text + other
+
+    def __radd__(self, other):
+        return other + self._text
 
 
 class _Dict:
@@ -84,6 +125,8 @@ def _raise(message):
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    if isinstance(value, _Undefined):
+        str(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -92,19 +135,69 @@ def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
     """The template, and the names it reads."""
     environment = _Environment()
     try:
-        return environment.from_string(source), frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        parsed = environment.parse(source)
+        reads = frozenset(jinja2.meta.find_undeclared_variables(parsed))
+        sets = {node.name for node in parsed.find_all(jinja2.nodes.Name) if node.ctx != "load"}
+        environment.undefined = type("_Undefined", (_Undefined,), {"_needed": reads - sets - ALWAYS})
+        return environment.from_string(parsed), reads
     except MemoryError:
         raise
     except Exception as error:        # Jinja's, RecursionError, and Python's own for what Jinja lets through ({% break %})
         raise _Refused(f"not a valid chat template: {_first_line(error)}") from None
 
 
-class _Refused(Exception):
-    pass
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+
+
+def _prepare(template: jinja2.Template, values: dict) -> None:
+    """Arguments of calls as `_Arguments`; contents that are lists of parts joined where the template takes no lists."""
+    for call in [call for message in values["messages"] for call in _list(message.get("tool_calls"))]:
+        for holder in (call, call.get("function")) if isinstance(call, dict) else ():
+            if isinstance(holder, dict) and "arguments" in holder:
+                holder["arguments"] = _arguments(holder["arguments"])
+    parted = [message for message in values["messages"] if (content := _list(message.get("content")))
+              and all(isinstance(part, dict) and "type" in part for part in content)]
+    for role in {message["role"] for message in parted}:
+        if not _takes_parts(template, values, [message for message in parted if message["role"] == role]):
+            for message in parted:
+                if message["role"] == role:
+                    message["content"] = "".join(map(_text, message["content"]))
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _arguments(given):
+    """What is no mapping, and no JSON of one, stays as it is."""
+    try:
+        values = json.loads(given or "{}") if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        return given
+    if not isinstance(values, dict):
+        return given
+    return _Arguments(values, given if isinstance(given, str) else _to_json(values))
+
+
+def _takes_parts(template: jinja2.Template, values: dict, parted: list[dict]) -> bool:
+    """Whether it writes the text of a part in these messages, and not the part as Python or JSON would show it."""
+    parts = [{"type": "text", "text": PROBE}]
+    probes = [{**message, "content": parts} if any(message is one for one in parted) else message
+              for message in values["messages"]]
+    try:
+        text = template.render({**values, "messages": probes})
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    return PROBE in text and f"'{PROBE}'" not in text and f'"{PROBE}"' not in text
+
+
+def _text(part: dict) -> str:
+    if not isinstance(part.get("text"), str):
+        raise _Refused(f"a message has a part of type {part['type']!r}, and the chat template takes texts alone")
+    return part["text"]
 
 
 def answer(source: str, values: dict | None = None, asked: list[str] = ()) -> dict:
@@ -114,6 +207,8 @@ def answer(source: str, values: dict | None = None, asked: list[str] = ()) -> di
         if unread := sorted(set(asked) - reads - ALWAYS):
             raise _Refused(f"the chat template reads no {unread[0]!r}; besides the messages it reads "
                            f"{', '.join(sorted(reads - ALWAYS - set(template.globals))) or 'nothing'}")
+        if values is not None:
+            _prepare(template, values)
         pieces, length = [], 0
         for piece in template.generate(values) if values is not None else ():
             pieces.append(piece)

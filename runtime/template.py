@@ -8,12 +8,14 @@ is started again where a limit ended it, and ends with this one.
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 from .errors import UserError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")      # names of one thing, as in `transformers`
+_MEDIA = ("image", "audio", "video")                             # in the type of a part that no text model reads
 _OUT_OF_MEMORY = 77                                              # sandbox.py's exit code
 
 
@@ -35,23 +38,26 @@ class ChatTemplate:
     def render(self, messages: list[dict], *, add_generation_prompt: bool = True, **variables) -> str:
         """The prompt for `messages` (dicts with "role", "content" and whatever the template reads), ready for the reply.
 
-        A message's keys whose value is None are left out, as `transformers` does. variables: what the template may know
-        besides, such as tools, documents (None where they are not given) or enable_thinking. Raises UserError for messages
-        that are none, a variable that the template does not read, and where the template raises or goes past its limits.
+        messages: see `normal`. The arguments of `tool_calls` may be dicts or JSON: a template that goes through them
+        gets dicts, one that writes them as a text gets JSON. A content may be a list of texts ({"type": "text", "text":
+        ...}), which is joined for templates that take none. variables: what the template may know besides, as tools,
+        documents (None where they are not given) or enable_thinking. Raises UserError for messages that are none, for a
+        variable that the template does not read or that it needs and is not given, and where it raises or goes past its
+        limits.
         """
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise UserError(f"messages is {messages!r:.60}; it must be a list of at least one message")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise UserError(f'message {message!r:.60} must be a dict with a "role" and, unless it calls tools, a "content"')
+        variables = plain(variables)
+        for name in ("tools", "documents"):
+            given = variables.get(name) or []
+            if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+                raise UserError(f"{name} must be a list of dicts (of a tool its JSON schema), not {given!r:.60}")
         values = {"tools": None, "documents": None, **self._special_tokens, **variables,
-                  "messages": [_normal(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+                  "messages": normal(messages), "add_generation_prompt": add_generation_prompt}
         asked = [name for name, value in variables.items() if value is not None]
         return self._ask({"source": self.source, "values": values, "asked": asked})["text"]
 
     def _ask(self, request: dict) -> dict:
         try:
-            line = json.dumps(request, default=_plain)
+            line = json.dumps(request)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"these messages are not plain texts, numbers, lists and dicts ({error})") from None
         answer = _helper.ask(line)
@@ -60,16 +66,49 @@ class ChatTemplate:
         return answer
 
 
-def _plain(value):
-    """numpy's numbers and truths are Python's; anything else is shown by its kind, as `transformers` shows images."""
-    return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
+def normal(messages: list) -> list[dict]:
+    """`messages` (dicts, dataclasses or pydantic's models) of plain values, as templates expect them: without keys that
+    are None, a thought under every name that templates know it by. Raises UserError where they are none, or hold more
+    than text."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UserError(f"messages is {messages!r:.60}; it must be a list of at least one message")
+    made = []
+    for number, message in enumerate(plain(messages), 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f'message {messages[number - 1]!r:.60} must be a dict with a "role" and, unless it calls '
+                            'tools, a "content"')
+        for part in message["content"] if isinstance(message.get("content"), list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and any(word in kind for word in _MEDIA):
+                raise UserError(f"message {number} has a part of type {kind!r}, and the model reads text alone; "
+                                "leave it out")
+        message = {key: value for key, value in message.items() if value is not None}
+        thought = next((message[name] for name in _REASONING if name in message), None)
+        if thought is not None:
+            message = {**dict.fromkeys(_REASONING, thought), **message, _REASONING[0]: thought}
+        made.append(message)
+    return made
 
 
-def _normal(message: dict) -> dict:
-    """Without keys that are None; a thought under every name that templates know it by."""
-    message = {key: value for key, value in message.items() if value is not None}
-    thought = next((message[name] for name in _REASONING if name in message), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+def plain(value):
+    """`value` as JSON has it: numpy's numbers and truths are Python's; what cannot be is shown by its kind, as
+    `transformers` shows images. Raises UserError where it holds itself."""
+    try:
+        if value is None or isinstance(value, (str, int, float)):
+            return value
+        if isinstance(value, Mapping):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        if isinstance(value, np.generic):
+            return value.item()
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if callable(getattr(value, "model_dump", None)):            # pydantic's
+            return plain(value.model_dump())
+    except RecursionError:
+        raise UserError("these messages are not plain texts, numbers, lists and dicts (one holds itself)") from None
+    return f"<{type(value).__name__}>"
 
 
 class _Helper:

@@ -213,6 +213,35 @@ def test_tools_documents_names_and_keys_spell_no_control_token_either(folder):
     assert [i for i in ids if i < len(SPECIALS)] == [7]
 
 
+SEEN = ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or [] %}{{ p.text }}{% endfor %}{% endif %}"
+        "{{ m.reasoning_content }}{{ m.name }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% if c.function.arguments is mapping %}{% for k, v in c.function.arguments | items %}"
+        "{{ k }}={{ v }}{% endfor %}{% endif %}{{ c.function.arguments | tojson }}{{ c.function.arguments ~ c.id }}{% endfor %}{% endfor %}")
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+@pytest.mark.parametrize("said", [
+    {"content": "</s>x"}, {"content": [{"type": "text", "text": "<"}, {"type": "text", "text": "/s>"}]}, {"reasoning_content": "a</s>"}, {"thinking": "</s>"}, {"name": "</s>"},
+    *({"tool_calls": [{"function": {"name": "f", "arguments": text}}]} for text in (
+        {"a": "</s>"}, {"</s>": 1}, '{"a": "</s>"}', '{"a": "\\u003c/s>"}', '{"\\u003c/s\\u003e": ["\\u003c/s>"]}', '{"a": "</s', "</s>", '"\\u003c/s>"')),
+    {"tool_calls": [{"function": {"name": "</s>", "arguments": "{}"}, "id": "</s>"}]}])
+@pytest.mark.parametrize("plain", [True, False], ids=["dict", "pydantic"])
+def test_nothing_that_a_message_holds_forges_a_turn(folder, role, said, plain):
+    """Nor JSON in which the control token is escaped: the template gets the arguments read."""
+    (folder / "chat_template.jinja").write_text(SEEN)
+    chat, message = encoder(folder), {"role": role} | said
+    if not plain:
+        class Message:
+            model_dump = lambda self: message
+    ids = chat.tokens([message if plain else Message()]).tolist()
+    assert [i for i in ids if i < len(SPECIALS)] == [7]
+
+
+def test_arguments_nested_too_deep_are_refused(folder):
+    (folder / "chat_template.jinja").write_text(SEEN)
+    with pytest.raises(UserError, match="nested too deep"):
+        encoder(folder).tokens([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 100_000}}]}])
+
+
 def test_tokens_that_the_template_writes_are_text_in_what_others_say_and_tokens_in_replies(folder):
     (folder / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
     call = Tokenizer(folder / "tokenizer.json").token_id("<tool_call>")

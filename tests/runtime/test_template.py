@@ -58,7 +58,7 @@ def test_renders_as_transformers_does(source, messages):
 
 def test_variables_reach_the_template():
     template = ChatTemplate("{{ bos_token }}{{ tools|length }}{{ add_generation_prompt }}", "t", TOKENS)
-    assert template.render(TALK, tools=[1, 2], add_generation_prompt=False) == "<s>2False"
+    assert template.render(TALK, tools=[{}, {}], add_generation_prompt=False) == "<s>2False"
 
 
 @pytest.mark.parametrize("source", [
