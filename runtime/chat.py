@@ -10,34 +10,38 @@ from dataclasses import dataclass
 from .cli import arg, run
 from .engine import Engine, GenerationOptions
 from .errors import UserError
-from .generate import ReplyOptions, generation, show, summary
+from .generate import ChatOptions, generation, show, summary
 
 EXAMPLES = """examples:
   %(prog)s build/smollm2-135m-int4
   %(prog)s build/smollm2-135m-int4 --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
+  %(prog)s build/qwen3-0.6b-int4 --tools tools.json --template enable_thinking=false
 """
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops a reply"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ReplyOptions):
+class Options(ChatOptions):
     """Talk with a bundle in the terminal."""
     system: str | None = arg(None, help="instructions that begin the conversation")
 
 
-def answer(engine: Engine, messages: list[dict], options: Options) -> str:
-    """Print the reply to `messages`, and return what was said of it before it ended or was stopped."""
-    stream = engine.stream_chat(messages, **generation(options))
+def answer(engine: Engine, messages: list[dict], chatting: dict) -> dict | None:
+    """Print the reply to `messages`. Returns what was said of it before it ended or was stopped, as a message with the
+    thought apart from the answer, for the template to keep or leave out; None: nothing was."""
+    stream = engine.stream_chat(messages, **chatting)
     try:
         print(summary(show(stream)), file=sys.stderr)
     except KeyboardInterrupt:
         print("\n[stopped]", file=sys.stderr)
-    return stream.reply.text
+    reply = stream.reply
+    return {"role": "assistant", "content": reply.answer, "reasoning_content": reply.thought} if reply.text else None
 
 
 def chat(options: Options) -> None:
     """Read lines and answer them until there are no more. A message without an answer leaves no trace."""
     GenerationOptions(**generation(options))             # refused before the bundle is loaded
+    chatting = options.chatting()
     try:
         import readline                                   # noqa: F401  (line editing and history in input())
     except ImportError:
@@ -64,8 +68,8 @@ def chat(options: Options) -> None:
             elif text:
                 asked = [*messages, {"role": "user", "content": text}]
                 try:
-                    if said := answer(engine, asked, options):
-                        messages = [*asked, {"role": "assistant", "content": said}]
+                    if said := answer(engine, asked, chatting):
+                        messages = [*asked, said]
                 except UserError as error:
                     print(f"error: {error}", file=sys.stderr)
 

@@ -23,6 +23,7 @@ from .bundle import Bundle
 from .errors import UserError
 from .template import ChatTemplate, normal, plain
 from .text import Tokenizer
+from .thoughts import thoughts_of
 
 _MARKS = range(0xF0000, 0xFFFFE)          # characters for private use
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -42,6 +43,7 @@ class ChatEncoder:
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer):
         self.template, self.tokenizer = template, tokenizer
+        self.thoughts = thoughts_of(template.source, tokenizer)
         special = set(tokenizer.control_tokens.values())
         written = {token.content for token in tokenizer.added_tokens.values() if not token.special and not token.content.isspace()
                    and token.content in template.source}

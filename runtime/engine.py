@@ -2,7 +2,7 @@
 
     engine = Engine("build/smollm2-135m-int4")
     for piece in engine.stream("Once upon a time", max_new_tokens=64, temperature=0.8, seed=7): ...
-    reply = engine.chat([{"role": "user", "content": "Hi"}])       # .text .tokens .finish_reason .timings
+    reply = engine.chat([{"role": "user", "content": "Hi"}])    # .text .tokens .finish_reason .timings .thought .answer
     replies = engine.generate(["a", "b"], n=2, logprobs=5)         # a's two, then b's two
 
 An engine opens a bundle, chooses a backend, and joins the parts: chat template, tokenizer, decode loop, sampling,
@@ -39,6 +39,7 @@ from .machine import available_memory, cpu_threads, release_free_memory
 from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
 from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
 from .text import ReplyText, Tokenizer
+from .thoughts import Thoughts
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
@@ -130,7 +131,8 @@ class Engine:
 
     def chat(self, messages: list[dict], **options) -> Reply:
         """The assistant's reply to `messages`: dicts with "role" (user, assistant, system, tool) and "content". options: those
-        of GenerationOptions, and what the chat template reads besides, such as tools or enable_thinking."""
+        of GenerationOptions, and what the chat template reads besides, such as tools (a list of JSON schemas) or
+        enable_thinking; in template={...} whatever their names are."""
         stream = self.stream_chat(messages, **options)
         for _ in stream:
             pass
@@ -144,11 +146,19 @@ class Engine:
         except UserError as error:                          # of a variable that the template does not read
             meant = next(filter(None, (did_you_mean(name, _OPTIONS) for name in variables)), "")
             raise UserError(f"{error}{meant}") from None
-        return self.stream(tokens, **options)
+        return Stream(self, self._drafts([tokens], 1, self._options(options), self._chat.thoughts))
 
-    def chat_tokens(self, messages: list[dict], *, control_tokens: bool = False, **variables) -> np.ndarray:
+    def chat_tokens(self, messages: list[dict], *, control_tokens: bool = False, template: dict | None = None,
+                    **variables) -> np.ndarray:
         """Token ids (int64) of the prompt that the bundle's chat template makes of `messages` and variables (tools, documents,
-        enable_thinking, whatever it reads). Control tokens that they spell are text, unless control_tokens. Raises UserError."""
+        enable_thinking, whatever it reads; those in `template` too). Control tokens that they spell are text, unless
+        control_tokens. Raises UserError."""
+        if not isinstance(template, dict | None):
+            raise UserError(f"template is {shown(template)}; it must be a dict of what the chat template reads")
+        variables |= template or {}
+        for name in variables:
+            if not isinstance(name, str) or name in ("self", "messages", "control_tokens"):
+                raise UserError(f"template has {shown(name)}, which is no name for what a chat template may be given")
         if self._chat is None:
             from .chat_tokens import bundle_encoder
             self._chat = bundle_encoder(self.bundle, self.tokenizer)
@@ -178,7 +188,8 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _drafts(self, prompts: list, n: int, options: GenerationOptions) -> list[Draft]:
+    def _drafts(self, prompts: list, n: int, options: GenerationOptions,
+                thoughts: Thoughts | None = None) -> list[Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
         self._check_open()
         if not _is_id(n) or n < 1:
@@ -196,7 +207,7 @@ class Engine:
             for ids in encoded:
                 limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
                 sequence = decode.Sequence(ids, Sampler(options, ids, sample), limit, stop_tokens)
-                drafts.append(Draft(sequence, ReplyText(self.tokenizer, stop)))
+                drafts.append(Draft(sequence, ReplyText(self.tokenizer, stop), thoughts))
         self._check_memory([draft.sequence for draft in drafts])
         return drafts
 

@@ -1,5 +1,6 @@
 """Generate text from a bundle: `python -m runtime.generate BUNDLE -p TEXT`. The reply goes to stdout as it is made."""
 
+import contextlib
 import sys
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import get_type_hints
 
 from .cli import Checked, arg, run
 from .engine import PROVIDERS, Engine, GenerationOptions, Reply
+from .errors import UserError
+from .files import parse_json, read_json
 
 EXAMPLES = """examples:
   %(prog)s build/smollm2-135m-int4 -p "What is the capital of France?" --chat
@@ -47,7 +50,27 @@ def generation(options: ReplyOptions) -> dict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ReplyOptions):
+class ChatOptions(ReplyOptions):
+    """What every command that chats takes."""
+    tools: Path | None = arg(None, help="JSON file with a list of tools (JSON schemas) for the chat template")
+    template: tuple[str, ...] = arg((), metavar="NAME=VALUE", help="what the chat template reads besides, such as "
+                                    "enable_thinking=false; a value is JSON, or else text")
+
+    def chatting(self) -> dict:
+        """The keyword arguments of `Engine.stream_chat`. Raises UserError."""
+        pairs, given = [word.partition("=") for word in self.template], {}
+        for name, sign, value in pairs:
+            if not (name and sign):
+                raise UserError(f"--template {name}{sign}{value}: give it as NAME=VALUE")
+            with contextlib.suppress(ValueError):
+                value = parse_json(value)
+            given[name] = value
+        tools = {} if self.tools is None else {"tools": read_json(self.tools, list)}
+        return generation(self) | {"template": tools | given}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ChatOptions):
     """Generate text from a bundle."""
     prompt: str = arg(short="-p", help="text to continue, or with --chat to answer")
     chat: bool = arg(False, help="put the prompt through the model's chat template, as the user's message")
@@ -74,9 +97,12 @@ def summary(reply: Reply) -> str:
 def generate(options: Options) -> None:
     """Open the bundle and stream one reply."""
     GenerationOptions(**generation(options))             # refused before the bundle is loaded
+    chatting = options.chatting()
+    if chatting["template"] and not options.chat:
+        raise UserError("--tools and --template are for the chat template: give --chat too")
     with options.open() as engine:
         if options.chat:
-            stream = engine.stream_chat([{"role": "user", "content": options.prompt}], **generation(options))
+            stream = engine.stream_chat([{"role": "user", "content": options.prompt}], **chatting)
         else:
             stream = engine.stream(options.prompt, **generation(options))
         print(summary(show(stream)), file=sys.stderr)

@@ -2,7 +2,7 @@
 
     draft = Draft(decode.Sequence(ids, Sampler(options, ids), 64, stop_tokens), ReplyText(tokenizer, stop_strings))
     for draft, text in run(backend, [draft, ...]): ...   # the text that each gained
-    draft.reply                                          # .text .tokens .finish_reason .logprobs .timings
+    draft.reply                                  # .text .tokens .finish_reason .logprobs .timings .thought .answer
 
 `Engine` answers through it, and so does whoever measures a model, in PyTorch too.
 """
@@ -15,6 +15,7 @@ from . import decode
 from .backend import Backend
 from .sampling import TokenLogprobs
 from .text import ReplyText
+from .thoughts import Thoughts
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ class Reply:
     finish_reason: str | None                 # "stop", "length"; None: still going, or given up
     logprobs: list[TokenLogprobs]             # one for each token where `logprobs` was asked for, else empty
     timings: Timings
+    thought: str | None = None                # in a chat, what of the text the model thought first; None: nothing
+    answer: str = ""                          # and the rest of the text: all of it where there is no thought
 
 
 class Draft:
     """A reply in the making: a sequence of tokens, and the text it has become."""
 
-    def __init__(self, sequence: decode.Sequence, text: ReplyText):
-        self.sequence, self._text = sequence, text
+    def __init__(self, sequence: decode.Sequence, text: ReplyText, thoughts: Thoughts | None = None):
+        self.sequence, self._text, self._thoughts = sequence, text, thoughts
         self.start: float | None = None           # when the prompt first went to a model
         self._pieces: list[str] = []
         self._token_ms: list[float] = []          # one for each token that has gone through the detokenizer
@@ -79,8 +82,12 @@ class Draft:
         sequence, count, alone = self.sequence, len(self._token_ms), self._text.tokenizer.alone
         logprobs = [entry._replace(text=alone(entry.token), top_texts=[alone(token) for token, _ in entry.top])
                     for entry in sequence.logprobs[:count]]
-        return Reply("".join(self._pieces), sequence.tokens[:count], sequence.finish_reason, logprobs,
-                     Timings(len(sequence.prompt), self._token_ms))
+        text, tokens, thought = "".join(self._pieces), sequence.tokens[:count], None
+        answer = text
+        if self._thoughts:
+            thought, answer = self._thoughts.split(self._text.tokenizer, sequence.prompt, tokens, text)
+        timings = Timings(len(sequence.prompt), self._token_ms)
+        return Reply(text, tokens, sequence.finish_reason, logprobs, timings, thought, answer)
 
 
 def run(backend: Backend, drafts: list[Draft], samples: int = 1) -> Iterator[tuple[Draft, str]]:

@@ -1,5 +1,6 @@
 """The command lines: what they print, their exit codes, and that a mistake costs one sentence and no traceback."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from make_bundle import write_manifest
 
 import runtime.bench
 import runtime.chat
@@ -49,6 +51,41 @@ def test_generate_prints_the_reply(golden_bundle, capsys):
                                   "3", "--max-new-tokens", "12", *ON_THE_CPU]) == 0
     want = engine.chat([{"role": "user", "content": "Hi"}], temperature=0.8, top_p=0.9, seed=3, max_new_tokens=12)
     assert capsys.readouterr().out == want.text + "\n"
+
+
+TOOLED = "{% for t in tools or [] %}{{ t.name }},{% endfor %}{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.reasoning_content }}{% endfor %}{{ mood | default('') }}"
+
+
+def test_tools_and_template_arguments_of_the_command_lines(bundle, tmp_path, monkeypatch, capsys, prompts):
+    """--template takes JSON, or else text; what is wrong with it, with the file or for the template is one sentence."""
+    (bundle / "chat_template.jinja").write_text(TOOLED)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["files"]
+    write_manifest(bundle, manifest)
+    (tmp_path / "tools.json").write_text('[{"name": "now"}, {"name": "then"}]')
+    given = ["--tools", str(tmp_path / "tools.json"), "--template", "mood=gay=1"]
+    engine = Engine(bundle, provider="cpu", threads=1)
+    for words, more in ((given[:2], {}), (given, {"mood": "gay=1"}), (["--template", "mood=[1, 2]"], {"mood": [1, 2]}), (["--template", "mood="], {"mood": ""})):
+        tools = {"tools": [{"name": "now"}, {"name": "then"}]} if "--tools" in words else {}
+        want = engine.chat([{"role": "user", "content": "Hi"}], max_new_tokens=8, template=more, **tools)
+        assert runtime.generate.main([str(bundle), "-p", "Hi", "--chat", "--max-new-tokens", "8", *ON_THE_CPU, *words]) == 0
+        assert capsys.readouterr().out == want.text + "\n"
+        assert talk(monkeypatch, bundle, "Hi", options=words) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(want.text) and f"[{want.timings.prompt_tokens} prompt tokens" in err
+    for words, message in ((["--template", "mood"], "--template mood: give it as NAME=VALUE"), (["--template", "mod=1"], "reads no 'mod'"),
+                           (["--tools", str(tmp_path / "none.json")], "none.json cannot be read"), (["--template", "tools=3"], "must be a list of dicts")):
+        assert runtime.generate.main([str(bundle), "-p", "Hi", "--chat", *ON_THE_CPU, *words]) == 2
+        assert failed(capsys, message)
+    assert runtime.generate.main([str(bundle), "-p", "Hi", *ON_THE_CPU, *given]) == 2
+    assert failed(capsys, "give --chat too")
+
+
+def test_chat_keeps_the_thought_apart(bundle, monkeypatch, capsys, prompts):
+    reply = Engine(bundle, provider="cpu", threads=1).chat([{"role": "user", "content": "Hi"}], max_new_tokens=8)
+    monkeypatch.setattr("runtime.engine.Draft.reply", property(lambda self: dataclasses.replace(reply, thought="hm", answer="yes")))
+    assert talk(monkeypatch, bundle, "Hi", "And you?") == 0
+    assert prompts[2][1] == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
 
 
 def test_generate_ends_at_stop_strings(golden_bundle, capsys):

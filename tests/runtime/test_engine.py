@@ -148,6 +148,43 @@ def test_chat_goes_through_the_template(engine):
     assert "".join(engine.stream_chat(messages, max_new_tokens=20)) == text
 
 
+def test_tools_and_what_else_a_template_reads(open_engine):
+    source = "{% if tools %}{{ tools[0].name }}{% endif %}{{ messages[0].content }}{% if seed %}{{ seed }}{% endif %}{% if enable_thinking %}<think>{% endif %}"
+    engine, asked = open_engine(template=source), [{"role": "user", "content": "Hi"}]
+    for more, prompt in (({"tools": [{"name": "now"}]}, "nowHi"), ({"enable_thinking": True}, "Hi<think>"), ({"template": {"seed": 7}}, "Hi7"),
+                         ({"template": {"tools": [{"name": "a"}], "enable_thinking": False}}, "aHi"), ({"template": None}, "Hi"), ({"template": {}}, "Hi"),
+                         ({"enable_thinking": False, "template": {"enable_thinking": True}}, "Hi<think>")):
+        tokens, text = oracle(prompt.encode(), 20)
+        assert engine.chat_tokens(asked, **more).tolist() == list(prompt.encode())
+        assert engine.chat(asked, max_new_tokens=20, **more).tokens == tokens
+        assert "".join(engine.stream_chat(asked, max_new_tokens=20, seed=3, **more)) == text
+    for more in ({"template": {"enable_thinkin": True}}, {"template": "enable_thinking"}, {"template": {3: 1}}, {"template": {"messages": []}},
+                 {"template": {"self": 1}}, {"enable_thinkin": True}, {"tools": "now"}):
+        with pytest.raises(UserError, match="^[^\n]*(enable_thinking|template has|must be a list of dicts)"):
+            engine.chat(asked, **more)
+
+
+def test_a_chat_tells_the_thought_from_the_answer(open_engine, monkeypatch):
+    """The prompt opens the thought; a plain prompt of the same text does not say so."""
+    engine = open_engine(template="{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}{{ '</think>' if never }}")
+    said = list(b"I must.\n</think>\n\nYes.")
+    monkeypatch.setattr(engine.backend, "forward", _says(said))
+    reply = engine.chat([{"role": "user", "content": "Hi"}], max_new_tokens=99)
+    assert (reply.thought, reply.answer) == ("I must.", "Yes.") and reply.text == bytes(said).decode() and reply.tokens == said
+    reply, = engine.generate("Hi<think>\n", max_new_tokens=99)
+    assert (reply.thought, reply.answer) == (None, reply.text) and reply.tokens == said
+
+
+def _says(tokens):
+    """A forward whose greedy reply is these tokens, after prompts of 10 tokens, which it reads in one call."""
+    def forward(input_ids, position_ids, write_index, logits_positions, cache):
+        place = int(position_ids[0, -1]) - 9
+        logits = np.zeros((1, 1, VOCAB), np.float32)
+        logits[0, 0, [*tokens, EOS][place]] = 9
+        return logits
+    return forward
+
+
 def test_templates_know_the_special_tokens(open_engine):
     engine = open_engine(template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}")
     assert engine.chat_tokens([{"role": "user", "content": "é"}]).tolist() == [BOS, *"é".encode(), EOS, EOS + 1]
