@@ -9,12 +9,12 @@ as a `peft` adapter) or every weight. The run's folder, resuming and several pro
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from models.formats import lineage
 from models.data.corpus import IGNORE, Split
-from models.data.records import as_labelled, as_messages, find_sources, read_records, source_digest
+from models.data.records import as_labelled, as_messages, find_sources, read_records, source_digest, template_arguments
 from models.data.examples import Examples, encode_chat, encode_labelled, fitting, join
 from models.progress import progress
 from models.data.tables import HEADERS
@@ -139,9 +139,12 @@ class Chat:
         if self.chat is None:
             raise UserError(f"{options.checkpoint} has no chat template; put one beside it as chat_template.jinja")
 
-    def encode(self, record):
-        known = {name: record.fields[name] for name in ("tools", "documents") if record.fields.get(name)}
-        return encode_chat(as_messages(record), self.chat, record.place, **known)
+    def encode(self, record) -> list:
+        """Its examples. A record's tools, documents and chat_template_kwargs are the template's."""
+        try:
+            return encode_chat(as_messages(record), self.chat, **template_arguments(record))
+        except UserError as error:
+            raise UserError(f"{record.place}: {str(error).removeprefix(f'{record.place}: ')}") from None
 
     def accuracy(self, trainer) -> None:
         """There is none."""
@@ -172,7 +175,7 @@ class Classify:
         if label not in self.words:
             raise UserError(f"{record.place}: label {label!r} was never seen; known are {', '.join(self.words)}. "
                             "Mend the file, or name every label with --labels")
-        return encode_labelled(text, self.words[label], self.prompt, self.tokenizer)
+        return [encode_labelled(text, self.words[label], self.prompt, self.tokenizer)]
 
     @torch.no_grad()
     def accuracy(self, trainer: Trainer) -> float:
@@ -210,9 +213,10 @@ def _split(options: FinetuneOptions, task):
     """Encoded training and validation examples."""
     records = list(_records(options, options.data, options.limit))
     if options.valid:
-        return [task.encode(r) for r in records], [task.encode(r) for r in _records(options, options.valid)]
+        return [list(chain.from_iterable(map(task.encode, part)))
+                for part in (records, _records(options, options.valid))]
     sides = [Split(part, options.valid_share, options.seed) for part in ("train", "valid")]
-    parts = [[task.encode(r) for r in records if side.has(str(r.fields))] for side in sides]
+    parts = [[example for r in records if side.has(str(r.fields)) for example in task.encode(r)] for side in sides]
     if not all(parts):
         raise UserError(f"{options.data[0]}: {len(records)} examples are too few to set {options.valid_share:.0%} "
                         "aside; give --valid files")

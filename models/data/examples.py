@@ -1,12 +1,12 @@
 """Examples with the loss on the answer alone: chats through the model's own template, texts with their label in words.
 
-    examples = Examples([encode_chat(...), ...], pad=2)      # or encode_labelled(...)
+    examples = Examples([*encode_chat(...), ...], pad=2)     # or encode_labelled(...)
     input_ids, labels = examples.rows(np.array([3, 7]))      # int64 [2, longest of these], right-padded
 
 An encoded example is (ids, learned): int64 ids [n], and bool [n], whether a token belongs to an answer. In a chat the
 answers are all replies of the assistant with the template's end-of-turn token; whatever else the template writes is
-context. The text of a reply is found by rendering the chat up to it and through it, so any template works that only
-ever appends; one that rewrites earlier turns is refused.
+context. The text of a reply is found by rendering the chat up to it and through it, so any template works that leaves
+what comes before a reply as it was when the reply was asked for.
 """
 
 import os
@@ -21,10 +21,11 @@ from runtime.text import Tokenizer
 Encoded = tuple[np.ndarray, np.ndarray]
 
 
-def encode_chat(messages: list[dict], chat: ChatEncoder, place: str, **variables) -> Encoded:
-    """A chat that ends with the assistant's reply; variables: see `ChatTemplate.render`. Raises UserError where the
-    template rewrites earlier turns."""
-    marked, spans = chat.marked(messages, variables), []
+def encode_chat(messages: list[dict], chat: ChatEncoder, **variables) -> list[Encoded]:
+    """A chat that ends with the assistant's reply, as one example. Where the template rewrites earlier turns (leaves
+    out a thought once there is a next question), as one a reply, each after what the model reads before it.
+    variables: see `ChatTemplate.render`. Raises UserError where replies cannot be told apart."""
+    marked, replies = chat.marked(messages, variables), []
     messages, text = marked.messages, chat.render(marked, marked.messages, add_generation_prompt=False)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -32,11 +33,18 @@ def encode_chat(messages: list[dict], chat: ChatEncoder, place: str, **variables
             through = text if index + 1 == len(messages) else chat.render(marked, messages[:index + 1], add_generation_prompt=False)
             if not through.startswith(asked):        # a prompt that opens a thought, which this reply has not
                 asked = _header(asked, chat.render(marked, messages[:index], add_generation_prompt=False), through, message)
-            if asked is None or not text.startswith(through):
-                raise UserError(f"{place}: the chat template rewrites earlier turns, so replies cannot be told apart; "
-                                "give chats of one reply, or another chat_template.jinja")
-            spans.append((len(asked), len(through.rstrip())))
-    ids, offsets = chat.encode(text, marked.mark)
+            if asked is None:
+                raise UserError("the chat template rewrites earlier turns, so replies cannot be told apart; give chats "
+                                "of one reply, or another chat_template.jinja")
+            replies.append((through, (len(asked), len(through.rstrip()))))
+    if all(text.startswith(through) for through, _ in replies):
+        return [_encoded(text, [span for _, span in replies], chat, marked.mark)]
+    return [_encoded(through, [span], chat, marked.mark) for through, span in replies]
+
+
+def _encoded(text: str, spans: list[tuple[int, int]], chat: ChatEncoder, mark: str | None) -> Encoded:
+    """A rendered chat of which these characters (first, end) are learned."""
+    ids, offsets = chat.encode(text, mark)
     learned = [any(start <= first and last <= stop for start, stop in spans) for first, last in offsets.tolist()]
     return ids, np.array(learned)
 
@@ -47,8 +55,9 @@ def _header(asked: str, before: str, through: str, message: dict) -> str | None:
     if not (asked.startswith(before) and through.startswith(before)):
         return None
     shared = os.path.commonprefix([asked, through])
-    said = [through.find(text.strip(), len(before)) for name, text in message.items()
-            if name != "role" and isinstance(text, str) and text.strip()]
+    parts = message["content"] if isinstance(message.get("content"), list) else ()
+    texts = [text for name, text in message.items() if name != "role"] + [part.get("text") for part in parts]
+    said = [through.find(text.strip(), len(before)) for text in texts if isinstance(text, str) and text.strip()]
     return shared[:min([len(shared), *(place for place in said if place >= 0)])]
 
 

@@ -235,7 +235,7 @@ def as_text(record: Record, field: str | None = None) -> str:
         return "\t".join(record.fields.values())
     if not fields.keys() & CHAT_NAMES:
         raise UserError(f"{record.place}: no text; it has {', '.join(map(str, record.fields))}: name one with --field, or call it text")
-    return "\n".join(message.get("content") or "" for message in as_messages(record))
+    return "\n".join(_content(message) or "" for message in as_messages(record))
 
 
 def _folded(record: Record) -> dict:
@@ -258,7 +258,8 @@ def _named(record: Record, name: str, option: str) -> str:
 
 def as_messages(record: Record) -> list[dict]:
     """The record as chat messages [{"role", "content"}, ...] that end with the assistant's reply. What else a message
-    of `messages` has (tool_calls, reasoning_content) stays in it; one that calls tools may lack the content.
+    of `messages` has (tool_calls, reasoning_content) stays in it; one that calls tools may lack the content, and a
+    content may be a list of texts.
 
     Takes chat (`messages`), ShareGPT (`conversations`), Alpaca, prompt and completion, and SQuAD records.
     """
@@ -279,13 +280,33 @@ def as_messages(record: Record) -> list[dict]:
             messages = _exchange(f"{fields['context']}\n\n{fields['question']}", fields["answers"][0])
         else:
             raise KeyError("messages")
-        texts = all(isinstance(message.get("content"), str) or message.get("tool_calls") for message in messages)
+        texts = all(message.get("tool_calls") or _content(message) is not None for message in messages)
         if not messages or messages[-1]["role"] != "assistant" or not texts:
             raise UserError(f"{record.place}: messages must be texts that end with the assistant's reply")
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{record.place}: not a chat or instruction record: {error} is missing; it has "
                         f"{', '.join(map(str, record.fields))}") from None
     return messages
+
+
+def template_arguments(record: Record) -> dict:
+    """What a chat has for the template besides its messages: tools, documents and what chat_template_kwargs names.
+    Tools may be JSON, as tables hold them. Raises UserError."""
+    known = {name: record.fields[name] for name in ("tools", "documents") if record.fields.get(name)}
+    if isinstance(known.get("tools"), str):
+        known["tools"] = _parse_json(known["tools"], f"{record.place}: tools")
+    more = record.fields.get("chat_template_kwargs") or {}
+    if not isinstance(more, dict):
+        raise UserError(f"{record.place}: chat_template_kwargs is {more!r:.60}, which should be an object")
+    return known | more
+
+
+def _content(message: dict) -> str | None:
+    """The text of a message, that of its parts joined; None: it is no text."""
+    content = message.get("content")
+    texts = content if isinstance(content, list) else [content]
+    texts = [text.get("text") if isinstance(text, dict) else text for text in texts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def _exchange(prompt, reply):

@@ -145,6 +145,16 @@ def test_every_chat_layout_is_one_exchange(tmp_path, item):
     assert [as_messages(r) for r in records(write(tmp_path / "a.json", json.dumps([item])))] == [expected]
 
 
+def test_contents_in_parts_are_texts(tmp_path):
+    parts = [{"type": "text", "text": "Add "}, {"type": "text", "text": "1"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "2"}]
+    record, image = records(write(tmp_path / "a.jsonl", "\n".join(json.dumps({"messages": m}) for m in (
+        messages, [{"role": "user", "content": [*parts, {"type": "image"}]}, messages[1]]))))
+    assert as_messages(record) == messages and as_text(record) == "Add 1\n2"
+    with pytest.raises(UserError, match="must be texts"):
+        as_messages(image)
+
+
 def test_folder_and_glob_find_the_same_files_in_order(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.txt", "image.png"):

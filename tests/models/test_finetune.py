@@ -65,7 +65,7 @@ def rows(out, kind):
 def test_replies_alone_are_learned_as_transformers_tells_them(parts):
     """transformers marks the assistant's tokens through the template's `generation` blocks."""
     folder, _, chat = parts
-    ids, learned = encode_chat(CHAT, chat, "here")
+    (ids, learned), = encode_chat(CHAT, chat)
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
     oracle.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
@@ -80,7 +80,7 @@ def test_replies_alone_are_learned_as_transformers_tells_them(parts):
 def test_a_template_that_rewrites_earlier_turns_is_refused(parts, tmp_path):
     rewriting = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "t")
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_chat(CHAT, ChatEncoder(rewriting, parts[1]), "here")
+        encode_chat(CHAT, ChatEncoder(rewriting, parts[1]))
 
 
 @pytest.mark.parametrize("opens", ["<think>\n", "<think>", "A thought: ", "<|im_end|>"])
@@ -91,7 +91,7 @@ def test_a_prompt_that_opens_a_thought_takes_nothing_from_a_reply_without_one(pa
               "{% if add_generation_prompt %}<|im_start|>assistant\n" + opens + "{% endif %}")
     chat, tokenizer = ChatEncoder(ChatTemplate(source, "t"), parts[1]), parts[1]
     messages = [{"role": "user", "content": "say"}, {"role": "assistant", "content": reply}]
-    ids, learned = encode_chat(messages, chat, "here")
+    (ids, learned), = encode_chat(messages, chat)
     end = tokenizer.token_id("<|im_end|>")
     own = reply[len(opens):] if reply.startswith(opens) else reply
     assert tokenizer.decode(ids[learned][:-1]) == own and ids[learned][-1] == end
@@ -109,11 +109,54 @@ def test_calls_of_tools_are_learned_as_transformers_tells_them(parts):
         {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon"}]})
     task = object.__new__(Chat)
     task.chat = ChatEncoder(ChatTemplate(source, "t"), parts[1])
-    ids, learned = task.encode(record)
+    (ids, learned), = task.encode(record)
     oracle = transformers.AutoTokenizer.from_pretrained(parts[0])
     oracle.chat_template = source
     expected = oracle.apply_chat_template(record.fields["messages"], tools=record.fields["tools"], return_dict=True, return_assistant_tokens_mask=True)
     assert ids.tolist() == expected["input_ids"] and learned.astype(int).tolist() == list(expected["assistant_masks"])
+
+
+THINKS = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+          "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content.split('</think>')[-1].lstrip('\n') if m.content is string else m.content[0].text %}"
+          "{% if m.role == 'assistant' %}{% generation %}{% if loop.index0 > ns.last %}{{ BEGIN }}{{ m.reasoning_content or "
+          "(m.content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m.content else '') }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>{% endgeneration %}"
+          "{% else %}{{ c }}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ PROMPT }}{% endif %}")
+QUESTIONS = [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}, {"role": "user", "content": "c"}]
+REPLIES = [{"role": "assistant", "content": "one", "reasoning": "hm"}, {"role": "assistant", "content": "<think>\nwell\n</think>\n\ntwo"},
+           {"role": "assistant", "content": "three"}]
+
+
+@pytest.mark.parametrize("opens", [False, True], ids=["the model opens the thought", "the prompt does"])
+def test_thoughts_that_are_left_out_later_are_learned_where_they_stood(parts, opens):
+    """Each reply after the prompt that inference gives it: `transformers` tells the ids, and which of them the assistant's are."""
+    source = THINKS.replace("BEGIN", "'<think>\\n'").replace("PROMPT", "'<think>\\n'" if opens else "''")
+    folder, tokenizer, _ = parts
+    messages = [m for pair in zip(QUESTIONS, REPLIES) for m in pair]
+    found = encode_chat(messages, ChatEncoder(ChatTemplate(source, "t"), tokenizer))
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    oracle.chat_template = source
+    assert len(found) == 3
+    for number, (ids, learned) in enumerate(found):
+        part = messages[:2 * number + 2]
+        expected = oracle.apply_chat_template(part, return_dict=True, return_assistant_tokens_mask=True)
+        asked = oracle.apply_chat_template(part[:-1], add_generation_prompt=True, return_dict=False)
+        assert ids.tolist() == expected["input_ids"] and ids[~learned].tolist()[:len(asked)] == asked
+        assert not learned[:len(asked)].any() and learned[len(asked):].tolist() == [bool(one) for one in expected["assistant_masks"][len(asked):]]
+        thought = ("hm", "well", "")[number]
+        assert oracle.decode(ids[learned]) == ("" if opens else "<think>\n") + thought + f"\n</think>\n\n{('one', 'two', 'three')[number]}<|im_end|>"
+
+
+def test_a_record_brings_tools_as_json_and_what_the_template_reads(parts):
+    source = "{{ tools[0].name }}{{ mood }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    task = object.__new__(Chat)
+    task.chat = ChatEncoder(ChatTemplate(source, "t"), parts[1])
+    fields = {"messages": [CHAT[0], CHAT[1]], "tools": '[{"name": "now"}]', "chat_template_kwargs": {"mood": "gay"}}
+    (ids, learned), = task.encode(Record("here", fields))
+    assert parts[1].decode(ids[~learned]).startswith("nowgay") and parts[1].decode(ids[learned]) == "It is 3."
+    for wrong, message in (({"tools": "now"}, "here: tools: not JSON"), ({"chat_template_kwargs": ["mood"]}, "here: chat_template_kwargs is"), ({"tools": "[1]"}, "here: tools must be"),
+                           ({"chat_template_kwargs": None}, "here: t: the chat template needs 'mood'"), ({"chat_template_kwargs": {"mod": 1}}, "here: t: .*reads no 'mod'")):
+        with pytest.raises(UserError, match=f"^{message}"):
+            task.encode(Record("here", fields | wrong))
 
 
 def test_labels_are_learned_from_the_prompt_that_evaluation_scores(tmp_path, tiny_checkpoint):
