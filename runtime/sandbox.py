@@ -152,10 +152,8 @@ def _first_line(error: Exception) -> str:
 
 def _prepare(template: jinja2.Template, values: dict) -> None:
     """Arguments of calls as `_Arguments`; contents that are lists of parts joined where the template takes no lists."""
-    for call in [call for message in values["messages"] for call in _list(message.get("tool_calls"))]:
-        for holder in (call, call.get("function")) if isinstance(call, dict) else ():
-            if isinstance(holder, dict) and "arguments" in holder:
-                holder["arguments"] = _arguments(holder["arguments"])
+    for call in _calls(values):
+        call["arguments"] = _arguments(call["arguments"])
     parted = [message for message in values["messages"] if (content := _list(message.get("content")))
               and all(isinstance(part, dict) and "type" in part for part in content)]
     for role in {message["role"] for message in parted}:
@@ -163,6 +161,13 @@ def _prepare(template: jinja2.Template, values: dict) -> None:
             for message in parted:
                 if message["role"] == role:
                     message["content"] = "".join(map(_text, message["content"]))
+
+
+def _calls(values: dict) -> list[dict]:
+    """What has the arguments of a call, in all messages."""
+    calls = [call for message in values["messages"] for call in _list(message.get("tool_calls"))]
+    return [holder for call in calls if isinstance(call, dict) for holder in (call, call.get("function"))
+            if isinstance(holder, dict) and "arguments" in holder]
 
 
 def _list(value) -> list:
@@ -221,7 +226,9 @@ def answer(source: str, values: dict | None = None, asked: list[str] = ()) -> di
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except Exception as error:        # a template can fail in every way an expression of Python can
-        return {"error": f"the chat template refuses these messages: {_first_line(error)}"}
+        unread = [call.get("name") for call in _calls(values or {"messages": ()}) if isinstance(call["arguments"], str)]
+        hint = f" (the arguments of the call of {unread[0]!r} are no JSON object)" if unread else ""
+        return {"error": f"the chat template refuses these messages: {_first_line(error)}{hint}"}
 
 
 def serve() -> None:

@@ -171,6 +171,15 @@ def test_arguments_as_text_stay_as_they_are_for_templates_that_write_them(source
     assert '{"b": 1, "a": "é"}' in ours(source, messages)
 
 
+def test_arguments_that_are_no_object_are_named_where_the_template_fails_on_them():
+    messages = [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "now", "arguments": '{"zone": '}}]}]
+    with pytest.raises(UserError, match=r"item pairs from a mapping. \(the arguments of the call of 'now' are no JSON object\)$"):
+        ours(FEATURES["arguments | items"], messages)
+    messages[0]["tool_calls"] = [CALL]
+    with pytest.raises(UserError, match="by zero$"):
+        ours("{{ 1 / 0 }}", messages)
+
+
 @pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
 def test_a_thought_has_every_name(given):
     source = "{{ messages[0].reasoning_content }},{{ messages[0].reasoning }},{{ messages[0].thinking }}"
