@@ -67,7 +67,8 @@ from compress.distilling.chunked_loss import chunks, top_events
 from compress.layerwise import fast_matmul, has_tiles
 from compress.text import corpus_windows
 from models.checkpoint import load_decoder, open_checkpoint
-from models.network.decoder import Decoder, KVCache
+from models.network.cache import KVCache
+from models.network.decoder import Decoder
 from models.formats.teacher_cache import STATE, TeacherCache, array_types, is_cache, open_cache, tokenizer_digest, tokenizer_size, write_state
 
 VERSION = 3                       # of the arrays and their state; part of the name

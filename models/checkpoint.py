@@ -8,10 +8,12 @@ Writing streams tensors into a temporary folder beside the target, reads its hea
 Folders of a known family and uniform shape open in `transformers` with equal logits.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from models.network.config import ModelConfig
 from models.network.decoder import Decoder, tensor_shapes
 from models.network.quantized import Quantization, QuantizedTensor, unpack
 from models.formats.safetensors_file import write_safetensors
-from models.formats.weight_names import Part, decoder_names, publish_gpt2
+from models.families import FAMILIES, text_config
+from models.formats.weight_names import OTHER_PARTS, OWN_FORM, Naming, Part, published, stored_as
 from runtime.errors import UserError
 from runtime.files import new_folder, read_json, restored
 
@@ -139,18 +142,30 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
                         if hf_config.get("quantization_config") is not None else None)
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
-    files, places = {}, {}
+    files, places, shapes, others = {}, {}, tensor_shapes(config), set()
+    look = stored_as(FAMILIES[config.family].naming, config, text_config(hf_config), shapes)
     for file, stored in stored_tensors(path, files):
-        piece = files[file].get_slice(stored)
-        for name, part in decoder_names(config.family, stored):
+        piece, held = files[file].get_slice(stored), look(stored)
+        if held is None:
+            others.add(OTHER_PARTS.fullmatch(stored)["part"])
+            continue
+        for name, part in held:
             if name in places:
                 raise UserError(f"{path} holds {name} twice: as {places[name].name} and as {stored}")
-            places[name] = _Place(file, stored, part, piece.get_dtype(), part.shape(tuple(piece.get_shape())))
+            dtype, shape = piece.get_dtype(), part.shape(tuple(piece.get_shape()))
+            computed = (part.factor, part.plus) != (1.0, 0.0) and dtype in _FLOATS
+            places[name] = _Place(file, stored, part, "F32" if computed else dtype, shape)
+    if others:
+        _note(path, ", ".join(sorted(others)))
     if config.tied_embeddings:
         _tie(path, files, places)
-    shapes = tensor_shapes(config)
     _check_tensors(path, config, shapes, quantization, places)
     return Checkpoint(path, hf_config, config, quantization, files, places, shapes)
+
+
+@functools.cache
+def _note(path: Path, others: str) -> None:
+    print(f"note: {path} holds more than a decoder ({others}); its text part is taken", file=sys.stderr)
 
 
 def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -170,8 +185,9 @@ def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decode
     if checkpoint.quantization:
         round_inputs(decoder, checkpoint.quantization.rounding_linears(), checkpoint.input_scales())
         if checkpoint.quantization.kv_cache:
-            decoder.cache_scales = [tuple(checkpoint.read(f"model.layers.{number}.self_attn.{part}_scale") for part in "kv")
-                                    for number in range(len(checkpoint.config.layers))]
+            decoder.cache_scales = [
+                tuple(checkpoint.read(f"model.layers.{number}.self_attn.{part}_scale") for part in "kv")
+                if checkpoint.config.cache_heads(layer) else None for number, layer in enumerate(checkpoint.config.layers)]
     return decoder
 
 
@@ -211,10 +227,16 @@ def fill_checkpoint(folder: Path, hf_config: dict, tensors: Iterable[tuple[str, 
     companions: changes or writes the tokenizer's files in the folder, after those of `source` are there.
     Raises ValueError where the tensors are not those of hf_config.
     """
-    config = ModelConfig.from_hf(hf_config)
+    config, hf_config = ModelConfig.from_hf(hf_config), text_config(hf_config)
     room = sum(3 * len(name) + 400 for name in tensor_shapes(config))      # a weight may become three tensors
-    if config.family == "gpt2" and config.publishable and "quantization_config" not in hf_config:
-        tensors = publish_gpt2(tensors)
+    naming = FAMILIES[config.family].naming
+    if naming != Naming() and "edgewright_tensors" not in hf_config:
+        if "quantization_config" in hf_config:
+            hf_config = hf_config | OWN_FORM
+        else:
+            if naming.factors:                          # a factor may be rounded to the type that config.json names
+                hf_config, tensors = hf_config | {"dtype": "float32"}, ((name, tensor.float()) for name, tensor in tensors)
+            tensors = published(naming, config, hf_config, tensor_shapes(config), tensors)
     trail = []
     if source is not None:
         trail = lineage.read(source)
@@ -312,7 +334,7 @@ def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int,
             raise UserError(f"{path / CONFIG}: quantization_config of {module}: {error}") from None
         expected |= {f"{module}.{suffix}": ((_STORED[dtype],), wanted) for suffix, (dtype, wanted) in stored.items()}
     if quantization:
-        channels = [layer.kv_heads * config.head_dim for layer in config.layers]
+        channels = [config.cache_heads(layer) * config.head_size(layer) for layer in config.layers]
         expected |= {name: (("F32",), shape) for name, shape in quantization.extra_shapes(channels).items()}
     if missing := [name for name in expected if name not in places]:
         raise UserError(f"{path} lacks {_some(missing)}, which {CONFIG} asks for")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.network.config import FAMILIES
+from models.families import FAMILIES
 from runtime import __version__
 
 ROOT = Path(__file__).parents[1]

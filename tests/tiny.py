@@ -41,6 +41,54 @@ FAMILIES = {   # name: (Hugging Face's model_type, what sets it apart)
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(tie_word_embeddings=True, head_dim=32)),
     "gpt2": ("gpt2", {}),
+    "smollm3": ("smollm3", dict(num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], layer_types=["full_attention"] * 4)),
+    "phi3": ("phi3", dict(tie_word_embeddings=True, max_position_embeddings=256, original_max_position_embeddings=64,
+                          rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                                           "original_max_position_embeddings": 64, "short_factor": [1.0 + i / 10 for i in range(6)],
+                                           "long_factor": [2.0 + i for i in range(6)]})),
+    "qwen3_yarn": ("qwen3", dict(head_dim=32, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                                               "original_max_position_embeddings": 64})),
+    "ministral3": ("ministral3", dict(head_dim=32, tie_word_embeddings=True, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1})),
+    "granite": ("granite", dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.05, logits_scaling=8.0,
+                                tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "gemma2": ("gemma2", dict(head_dim=32, num_hidden_layers=3, sliding_window=16, query_pre_attn_scalar=24,
+                              layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": ("gemma3_text", dict(head_dim=32, num_hidden_layers=3, sliding_window=16, query_pre_attn_scalar=24,
+                                   layer_types=["sliding_attention", "sliding_attention", "full_attention"], rope_parameters={
+                                       "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                                       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}})),
+    "olmo2": ("olmo2", dict(attention_bias=False)),
+    "olmo3": ("olmo3", dict(num_hidden_layers=3, sliding_window=16, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+                            rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}, "full_attention": {
+                                "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}})),
+    "exaone4": ("exaone4", dict(num_hidden_layers=3, head_dim=32, sliding_window=16, tie_word_embeddings=True,
+                                layer_types=["sliding_attention", "sliding_attention", "full_attention"])),
+    "hunyuan": ("hunyuan_v1_dense", dict(head_dim=32, tie_word_embeddings=True, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0})),
+    "ernie4_5": ("ernie4_5", dict(head_dim=32, use_bias=True, tie_word_embeddings=True)),
+    "lfm2": ("lfm2", dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_bias=True, block_multiple_of=32)),
+    "qwen3_5": ("qwen3_5_text", dict(
+        num_hidden_layers=3, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention", "linear_attention"], tie_word_embeddings=True)),
+    "granite4_h": ("granitemoehybrid", dict(
+        num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16,
+        mamba_n_groups=2, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=96, position_embedding_type="nope",
+        embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.05, logits_scaling=8.0, tie_word_embeddings=True)),
+    "granite4_tiny": ("granitemoehybrid", dict(
+        num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16,
+        mamba_n_groups=1, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=96, intermediate_size=64,
+        position_embedding_type="rope", embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.05, logits_scaling=2.0)),
+    "gemma4": ("gemma4_text", dict(
+        num_hidden_layers=6, head_dim=32, global_head_dim=64, sliding_window=16, hidden_size_per_layer_input=32, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB_SIZE, use_double_wide_mlp=True, final_logit_softcapping=30.0,
+        layer_types=["sliding_attention", "full_attention"] * 3)),
+    "qwen3_moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, mlp_only_layers=[0],
+                                    norm_topk_prob=True, num_hidden_layers=3, tie_word_embeddings=True)),
+    "olmoe": ("olmoe", dict(num_experts=4, num_experts_per_tok=2, intermediate_size=64)),
+    "lfm2_moe": ("lfm2_moe", dict(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1, num_experts=4,
+                                  num_experts_per_tok=2, moe_intermediate_size=64, routed_scaling_factor=1.5)),
 }
 
 

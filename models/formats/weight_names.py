@@ -1,98 +1,193 @@
-"""Published names of weights, and the Decoder's.
+"""Published names and forms of weights, and the Decoder's.
 
-The Decoder uses Hugging Face's Llama names, which Mistral, Qwen and SmolLM checkpoints have on disk already, perhaps
-without the leading "model.". GPT-2's are mapped here: other names, linear weights stored [in, out] (its Conv1D), and q,
-k and v fused into one `c_attn`. A GPT-2 whose shape its published form cannot hold (quantized, or pruned unevenly) is
-stored under the Decoder's names.
+The Decoder uses Hugging Face's Llama names. A family whose files differ says so in a `Naming`: other names, linears fused into one
+tensor or stored [in, out], experts stacked, gains stored as their distance from 1, constant factors of its arithmetic, another order
+of rotation. All of that is undone while reading, tensor by tensor, and done again where a checkpoint is written for the family's own
+code. A checkpoint that its family's form cannot hold (quantized, or pruned unevenly) is stored as the Decoder has it, and says so.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 
-_NAME = r"%s(?P<module>.+)\.(?P<kind>weight|bias)"
-_BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\..+")          # a Llama saved without its head: no "model."
-_DECODER_NAME = re.compile(_NAME % r"(?:model\.layers\.(?P<layer>\d+)\.)?")
+from models.network.config import ModelConfig
+
+OWN_FORM = {"edgewright_tensors": "decoder"}            # in config.json: tensors are stored as the Decoder has them
+_OURS = re.compile(r"model\.(?:layers\.(?P<layer>\d+)\.)?(?P<module>.+?)(?P<kind>\.weight|\.bias|)")
+_BARE = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\..+")            # a Llama saved without its head: no "model."
+_NESTED = re.compile(r"(?:model\.language_model\.|language_model\.model\.)(.+)")      # the text part of a multimodal checkpoint
+OTHER_PARTS = re.compile(r"(?:model\.)?(?P<part>visual|vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|"
+                         r"embed_audio|mtp)\..+")
+_BUFFER = re.compile(r".+\.rotary_emb\.inv_freq|(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")   # of old files
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What a format calls the Decoder's modules: outside of the layers, and within one, where it may hold several fused."""
+    """What a family's files call the Decoder's modules (outside of the layers, and within one), and how they store them.
 
-    prefix: str                                 # a pattern; its group `layer` is the layer's number
-    outside: dict[str, tuple[str, ...]]
-    layer: dict[str, tuple[str, ...]]
+    A name of theirs with {e} is one for every expert. stacked: theirs hold all experts along a first axis.
+    """
 
-    def decoder_names(self, name: str) -> list[str]:
-        """The Decoder's tensors that one of this name holds; none where it is no parameter's name."""
-        match = re.fullmatch(_NAME % self.prefix, name)
-        if not match:
-            return []
-        place, table = ("", self.outside) if match["layer"] is None else (f"model.layers.{match['layer']}.", self.layer)
-        return [f"{place}{module}.{match['kind']}" for module in table.get(match["module"], ())]
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GPT2 = Naming(r"(?:transformer\.)?(?:h\.(?P<layer>\d+)\.)?",
-              {"wte": ("model.embed_tokens",), "wpe": ("model.embed_positions",), "ln_f": ("model.norm",)},
-              {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",), "attn.c_attn": _QKV,
-               "attn.c_proj": ("self_attn.o_proj",), "mlp.c_fc": ("mlp.up_proj",), "mlp.c_proj": ("mlp.down_proj",)})
-GGUF = Naming(r"(?:blk\.(?P<layer>[^.]+)\.)?",
-              {"token_embd": ("model.embed_tokens",), "position_embd": ("model.embed_positions",),
-               "output_norm": ("model.norm",), "output": ("lm_head",)},
-              {"attn_norm": ("input_layernorm",), "ffn_norm": ("post_attention_layernorm",), "attn_qkv": _QKV,
-               "attn_q": _QKV[:1], "attn_k": _QKV[1:2], "attn_v": _QKV[2:], "attn_output": ("self_attn.o_proj",),
-               "attn_q_norm": ("self_attn.q_norm",), "attn_k_norm": ("self_attn.k_norm",), "ffn_gate": ("mlp.gate_proj",),
-               "ffn_up": ("mlp.up_proj",), "ffn_down": ("mlp.down_proj",)})
-_BUFFERS = {"gpt2": re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")}       # causal masks of old files
+    names: dict[str, str] = field(default_factory=dict)                 # ours -> theirs
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()                 # (theirs, ours): one after the other along the outputs
+    layer: str = "model.layers.{n}."
+    outside: str = "model."
+    transposed: tuple[str, ...] = ()                                    # theirs, stored [in, out]
+    stacked: tuple[str, ...] = ()                                       # theirs, [experts, ...]
+    less_one: tuple[str, ...] = ()                                      # ours, gains stored as gain - 1
+    interleaved: bool = False                                           # dimension 2i of a head rotates with 2i + 1
+    # ours -> the factor by which our weights are theirs, from the contents of config.json
+    factors: Callable[[dict, ModelConfig], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a Decoder tensor lies in a published one: part `index` of `count` along the outputs, perhaps transposed."""
+    """Where a Decoder tensor lies in a published one."""
 
+    whole: tuple[int, ...] | None = None        # shape of the published tensor; None: any
+    ours: tuple[int, ...] | None = None
+    rows: slice | Tensor | None = None          # of the published tensor's outputs, in our order
+    expert: int | None = None
     transposed: bool = False
-    index: int = 0
-    count: int = 1
+    factor: float = 1.0
+    plus: float = 0.0
 
     def shape(self, published: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of this part of a tensor of shape `published`."""
-        shape = published[::-1] if self.transposed else published
-        return (shape[0] // self.count, *shape[1:]) if shape and shape[0] % self.count == 0 else shape
+        """Shape of this part of a tensor of shape `published`; where that is wrong, itself."""
+        return published if self.whole is None or published != self.whole else self.ours
 
     def cut(self, published: Tensor) -> Tensor:
-        """This part as a view."""
-        return (published.T if self.transposed else published).chunk(self.count)[self.index]
+        """This part: a view where nothing has to be computed, else float32."""
+        part = published if self.expert is None else published[self.expert]
+        part = part.T if self.transposed else part
+        part = part if self.rows is None else part[self.rows]
+        part = part if self.ours is None else part.reshape(self.ours)
+        return part if (self.factor, self.plus) == (1.0, 0.0) else part.float() * self.factor + self.plus
+
+    def put(self, tensor: Tensor, published: Tensor) -> None:
+        """Undo `cut` in a tensor of the published shape."""
+        if (self.factor, self.plus) != (1.0, 0.0):
+            tensor = (tensor.float() - self.plus) / self.factor
+        target = published if self.expert is None else published[self.expert]
+        target = target.T if self.transposed else target
+        shape = target.shape if self.rows is None else target[self.rows].shape
+        target[slice(None) if self.rows is None else self.rows] = tensor.reshape(shape).to(published.dtype)
 
 
-def decoder_names(family: str, published: str) -> list[tuple[str, Part]]:
-    """The Decoder tensors that a published tensor holds: none for a buffer, its own name where it has no other."""
-    if published.endswith(".rotary_emb.inv_freq") or family in _BUFFERS and _BUFFERS[family].fullmatch(published):
-        return []
-    if family == "gpt2" and (names := GPT2.decoder_names(published)):
-        turned = ".c_" in published and published.endswith(".weight")
-        return [(name, Part(turned, index, len(names))) for index, name in enumerate(names)]
-    return [(f"model.{published}" if _BARE.fullmatch(published) else published, Part())]
+def rotary_order(head_dim: int, dims: int, interleaved: bool) -> Tensor:
+    """Rows of a published head in the order in which dimension i rotates with i + head_dim / 2: int64 [head_dim].
+
+    Published, the first `dims` rotate, i with i + dims / 2, or 2i with 2i + 1; the others do not.
+    """
+    pairs = torch.arange(dims).view(-1, 2).T if interleaved else torch.arange(dims).view(2, -1)
+    still = torch.arange(dims, head_dim).view(2, -1)
+    return torch.cat((pairs, still), 1).flatten()
 
 
-def publish_gpt2(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Turn the Decoder's tensors into GPT-2's published ones; q, k and v are held until the three are there."""
-    names = {(table is GPT2.layer, module): (theirs, modules) for table in (GPT2.outside, GPT2.layer)
-             for theirs, modules in table.items() for module in modules}
-    waiting: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        match = _DECODER_NAME.fullmatch(name)
-        theirs, modules = names.get(match and (match["layer"] is not None, match["module"]), (None, ()))
-        if theirs is None:
-            yield name, tensor
+def places(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[tuple[str, Part]]]:
+    """Published tensor -> the Decoder's tensors that it holds. shapes: of the Decoder's tensors; hf: the contents of config.json."""
+    found: dict[str, list[tuple[str, Part]]] = {}
+    factors = naming.factors(hf, config) if naming.factors else {}
+    homes = {module: (theirs, ours) for theirs, ours in naming.fused for module in ours}
+    for name, shape in shapes.items():
+        match = _OURS.fullmatch(name)
+        if match is None:                                               # lm_head
+            found.setdefault(name, []).append((name, Part(None, None, factor=factors.get("lm_head", 1.0))))
             continue
-        waiting[name] = tensor
-        ours, published = ("model.layers.", "transformer.h.") if match["layer"] else ("", "transformer.")
-        number = f"{match['layer']}." if match["layer"] else ""
-        parts = [f"{ours}{number}{module}.{match['kind']}" for module in modules]
-        if all(part in waiting for part in parts):
-            whole = cat([waiting.pop(part) for part in parts]) if len(parts) > 1 else waiting.pop(name)
-            turned = match["kind"] == "weight" and ".c_" in theirs
-            yield f"{published}{number}{theirs}.{match['kind']}", whole.T if turned else whole
+        layer, module, kind = match["layer"], match["module"], match["kind"]
+        number = re.search(r"\.experts\.(\d+)\.", module)
+        generic = module if number is None else module.replace(number[0], ".experts.{e}.")
+        theirs, ours = homes.get(generic, (naming.names.get(generic, generic), (generic,)))
+        expert = int(number[1]) if number and theirs in naming.stacked else None
+        place = naming.outside if layer is None else naming.layer.format(n=layer)
+        rest = theirs.replace("{e}", number[1]) if number else theirs
+        part = _part(naming, config, layer, generic, kind, shape, [shapes.get(_sibling(name, module, one, number)) for one in ours],
+                     ours.index(generic), theirs, expert)
+        if expert is not None:
+            experts = config.layers[int(layer)].experts
+            part = Part((experts, *part.whole), part.ours, part.rows, expert, part.transposed, part.factor, part.plus)
+        factor, plus = factors.get(generic, 1.0), 1.0 if generic in naming.less_one else 0.0
+        part = Part(part.whole, part.ours, part.rows, part.expert, part.transposed, factor, plus * factor)
+        found.setdefault(f"{place}{rest}{'' if theirs in naming.stacked else kind}", []).append((name, part))
+    return found
+
+
+def _sibling(name: str, module: str, other: str, number: re.Match | None) -> str:
+    return name.replace(module, other.replace("{e}", number[1]) if number else other)
+
+
+def _part(naming: Naming, config: ModelConfig, layer: str | None, module: str, kind: str, shape: tuple[int, ...],
+          shapes: list[tuple[int, ...]], index: int, theirs: str, expert: int | None) -> Part:
+    """The part of `module`, the index-th of those (of `shapes`) that a published tensor holds."""
+    transposed = theirs in naming.transposed and kind == ".weight"
+    start, total = sum(one[0] for one in shapes[:index]), sum(one[0] for one in shapes)
+    whole, rows = (total, *shape[1:]), slice(start, start + shape[0]) if len(shapes) > 1 else None
+    if module.endswith("conv") and kind == ".weight":                   # published as [channels, 1, kernel]
+        whole = (shape[0], 1, shape[1])
+    last = module.rpartition(".")[2]
+    if layer is not None and last in ("q_proj", "k_proj", "q_norm", "k_norm", "g_proj"):
+        rows = _head_rows(naming, config, config.layers[int(layer)], last, shape[0], start, rows, len(shapes))
+        if last in ("q_proj", "g_proj") and config.attention_gate:
+            whole = (2 * shape[0], *shape[1:])
+    return Part(whole[::-1] if transposed else whole, shape, rows, expert, transposed)
+
+
+def _head_rows(naming: Naming, config: ModelConfig, layer, last: str, count: int, start: int, rows, fused: int):
+    """Published rows of the queries, keys, gates or their gains, in our order."""
+    size, rope = config.head_size(layer), config.rope(layer)
+    heads, gated = count // size, config.attention_gate and last in ("q_proj", "g_proj")
+    proportional = bool(rope and rope.scaling and rope.scaling["rope_type"] == "proportional")
+    turned = rope is not None and (naming.interleaved or rope.dims(size) < size and not proportional) and last != "g_proj"
+    if not gated and not turned:
+        return rows
+    order = rotary_order(size, rope.dims(size), naming.interleaved) if turned else torch.arange(size)
+    stride = 2 * size if gated else size                               # a head's query stands before its gate
+    first = start + torch.arange(heads)[:, None] * stride + (size if last == "g_proj" else 0)
+    return (first + order).flatten()
+
+
+def stored_as(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], list | None]:
+    """A function from a stored tensor's name to the Decoder's tensors in it: none for a buffer, None for another part of the model
+    (vision, audio, further heads); a name that the family does not know is taken for the Decoder's."""
+    known = {} if hf.get("edgewright_tensors") else places(naming, config, hf, shapes)
+
+    def look(stored: str) -> list[tuple[str, Part]] | None:
+        if OTHER_PARTS.fullmatch(stored):
+            return None
+        if _BUFFER.fullmatch(stored):
+            return []
+        nested = _NESTED.fullmatch(stored)
+        for name in (stored, f"model.{nested[1]}" if nested else "", f"model.{stored}" if _BARE.fullmatch(stored) else "",
+                     f"transformer.{stored}" if naming.outside == "transformer." else "", "lm_head.weight" if stored ==
+                     "language_model.lm_head.weight" else ""):
+            if name in known:
+                return known[name]
+        match = _OURS.fullmatch(stored)
+        if match and match["layer"] and int(match["layer"]) < len(config.layers) and match["module"].rpartition(".")[2] in (
+                "k_proj", "v_proj", "k_norm") and config.layers[int(match["layer"])].cache_source is not None:
+            return []                                       # keys and values that nobody reads
+        return [(f"model.{stored}" if _BARE.fullmatch(stored) else stored, Part())]
+    return look
+
+
+def published(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, tuple[int, ...]],
+              tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Turn the Decoder's tensors into the family's published ones; parts of one are held until all are there."""
+    homes = {ours: (theirs, part) for theirs, held in places(naming, config, hf, shapes).items() for ours, part in held}
+    counts: dict[str, int] = {}
+    for theirs, _ in homes.values():
+        counts[theirs] = counts.get(theirs, 0) + 1
+    waiting: dict[str, list] = {}
+    for name, tensor in tensors:
+        theirs, part = homes.get(name, (name, Part()))
+        if part == Part() or counts[theirs] == 1 and part.rows is None and part.whole == part.ours and part.factor == 1 and not part.plus:
+            yield theirs, tensor
+            continue
+        held = waiting.setdefault(theirs, [counts[theirs], torch.empty(part.whole or tensor.shape, dtype=tensor.dtype)])
+        part.put(tensor, held[1])
+        held[0] -= 1
+        if held[0] == 0:
+            yield theirs, waiting.pop(theirs)[1]

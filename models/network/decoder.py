@@ -1,122 +1,79 @@
-"""The one network definition: a decoder-only transformer, its shape chosen by `ModelConfig`.
+"""The one network definition: a decoder-only model of blocks in layers, its shape chosen by `ModelConfig`.
 
-RMSNorm or LayerNorm before attention and MLP, RoPE (Llama-3 scaling) or learned positions, grouped-query attention
-with optional sliding window and QK-norm, gated or plain MLP, optional biases, tied or untied head; layers may differ in
-heads and MLP width. Modules and parameters carry Hugging Face's Llama names for every family.
+A block is a norm, a mixer (models/network/mixers), perhaps a norm after it, and the residual; a layer is a block of attention, short
+convolution, gated delta rule or Mamba-2, then one of an MLP or experts. RMSNorm or LayerNorm, tied or untied head. Modules and
+parameters carry Hugging Face's Llama names where Llama has them.
 
 Without a cache a token attends to itself and what stands before it in the row. Right padding needs no mask: nothing
 real stands behind it, and what padding computes is not to be read. With a `KVCache`, slot i of a row holds the token at
 position i: a call writes token j of row r into slot `write_index[r] + j`, and a token attends to the slots up to its
 own position (runtime/backend.py has the same rules).
 
-Attention is PyTorch's scaled_dot_product_attention, causal where there is no cache and no window that matters, else
-with an explicit mask; in mixed precision on a CPU it stays in float32 where gradients are wanted, because its backward
-pass is the faster there. No dropout. Sources: Vaswani et al. 2017; Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
-Shazeer 2020 (gated MLP); Radford et al. 2019 (initialization).
+No dropout. Source of the initialization: Radford et al. 2019.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.network.activations import fake_int8
+from models.network.cache import KVCache
 from models.network.config import LayerConfig, ModelConfig
+from models.network.mixers.attention import Attention
+from models.network.mixers.delta import DeltaRule
+from models.network.mixers.experts import Experts
+from models.network.mixers.mamba import Mamba
+from models.network.mixers.mlp import MLP
+from models.network.mixers.short_conv import ShortConv
+from models.network.mixers.step import ACTIVATIONS, Group, Linear, Step
+from models.network.rope import query_factors, rotations
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+MIXERS = {"attention": ("self_attn", Attention), "conv": ("conv", ShortConv), "delta": ("linear_attn", DeltaRule),
+          "mamba": ("mamba", Mamba)}
 
 
-class KVCache:
-    """A `runtime.backend.Cache`: per layer the keys and values [rows, kv_heads, capacity, head_dim] of `rows` sequences.
+def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, cache: KVCache | None = None,
+          counts: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Iterator[Step]:
+    """What each layer is told of one call, in order; what layers have in common is made once.
 
-    `lengths` int64 [rows] counts the filled slots of each row; the forward pass does not touch it. `scales`, one (keys',
-    values') pair a layer, float32 [1] or [kv_heads * head_dim], makes it hold the values of an int8 cache.
+    positions, slots: int64 [b or 1, s]; slots None: the rows stand alone. counts: int64 [b], tokens of each row that are real.
     """
-
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", scales: list[tuple[Tensor, Tensor]] | None = None):
-        self.keys, self.values = ([torch.zeros(rows, layer.kv_heads, capacity, config.head_dim, dtype=dtype, device=device)
-                                   for layer in config.layers] for _ in "kv")
-        self.lengths, self.scales = np.zeros(rows, np.int64), scales
-
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.keys + self.values)
-
-    def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = min(self.lengths[row], length)
-
-    def fork(self, source: int, target: int) -> None:
-        for tensor in (*self.keys, *self.values, self.lengths):
-            tensor[target] = tensor[source]
-
-    def view(self, start: int, stop: int) -> KVCache:
-        part = copy.copy(self)
-        part.keys, part.values = ([t[start:stop] for t in tensors] for tensors in (self.keys, self.values))
-        part.lengths = self.lengths[start:stop]
-        return part
-
-    def grow(self, capacity: int) -> None:
-        more = capacity - self.capacity
-        self.keys, self.values = ([F.pad(t, (0, 0, 0, more)) for t in tensors] for tensors in (self.keys, self.values))
-
-    def append(self, layer: int, slots: Tensor, filled: int, keys: Tensor, values: Tensor) -> list[Tensor]:
-        """Store a layer's new keys and values [b, kv_heads, s, head_dim] in int64 `slots` [b, s]; both up to slot `filled`."""
-        held = []
-        for number, (x, storage) in enumerate(((keys, self.keys[layer]), (values, self.values[layer]))):
-            if self.scales is not None:
-                scale = self.scales[layer][number]
-                x = fake_int8(x, scale.view(-1, 1, x.shape[3] if len(scale) > 1 else 1))
-            storage.scatter_(2, slots[:, None, :, None].expand_as(x), x.to(storage.dtype))
-            held.append(storage[:, :, :filled].to(x.dtype))
-        return held
+    filled = None if cache is None else int(slots.max()) + 1
+    if cache is not None and filled > cache.capacity:
+        raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
+    length = cache.capacity if cache is not None else positions.shape[1]
+    seen = torch.arange(filled if cache is not None else positions.shape[1], device=positions.device)
+    turns, masks, kept = {}, {}, {}
+    for number, layer in enumerate(config.layers):
+        step = Step(number=number, source=layer.cache_source, kept=kept, counts=counts)
+        if layer.mixer == "attention":
+            window, rope, size = config.window(layer), config.rope(layer), config.head_size(layer)
+            if rope is not None and (layer.rope, size) not in turns:
+                factors = query_factors(rope, positions)
+                turns[layer.rope, size] = (tuple(part[:, :, None].to(dtype) for part in rotations(rope, size, positions, length)),
+                                           None if factors is None else factors[:, :, None, None])
+            step.rope, step.query_factors = turns[layer.rope, size] if rope is not None else (None, None)
+            if cache is not None or window is not None and window < len(seen):
+                if window not in masks:
+                    masks[window] = _mask(positions, seen, window)
+                step.mask = masks[window]
+            if cache is not None and layer.cache_source is None:
+                step.store = partial(cache.append, number, slots, filled)
+        elif cache is not None:
+            step.state = cache.states[number]
+        yield step
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """RoPE's angle per position for each pair of dimensions, float32 [head_dim / 2], Llama-3 scaling applied."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
-    if config.rope_scaling is None:
-        return frequencies
-    factor, low, high, context = (config.rope_scaling[key] for key in (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    turns = context * frequencies / (2 * math.pi)           # full turns within the original context
-    share = ((turns - low) / (high - low)).clamp(0, 1)      # 1: fast dimensions, kept; 0: slow ones, stretched
-    return share * frequencies + (1 - share) * frequencies / factor
-
-
-def rotations(frequencies: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles, float32 [..., head_dim / 2] for position_ids of any shape [...]."""
-    angles = position_ids[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [b, s, heads, head_dim]: dimension i pairs with i + head_dim / 2. cos, sin [b or 1, s, 1, head_dim/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            return _attend(q.float(), k.float(), v.float(), mask, grouped)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+def _mask(positions: Tensor, slots: Tensor, window: int | None) -> Tensor:
+    """Which slots [n] each position [b, s] attends to: bool [b, 1, s, n]."""
+    seen = slots <= positions[:, None, :, None]
+    return seen if window is None else seen & (slots > positions[:, None, :, None] - window)
 
 
 def for_products(x: Tensor) -> Tensor:
@@ -129,68 +86,64 @@ def _norm(config: ModelConfig) -> nn.Module:
     return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.hidden_size, eps=config.norm_eps)
 
 
-class Linear(nn.Linear):
-    def reset_parameters(self):
-        """Left to `Decoder`, which initializes every weight once."""
-
-
 class Embedding(nn.Embedding):
     def reset_parameters(self):
         """Left to `Decoder`, which initializes every weight once."""
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerConfig):
-        super().__init__()
-        self.head_dim, self.grouped = config.head_dim, layer.heads != layer.kv_heads
-        queries, keys = layer.heads * config.head_dim, layer.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+@dataclass(frozen=True)
+class Block:
+    """x + after(mixer(norm(x))); a norm that is None is not there."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
-                store: Callable | None) -> Tensor:
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim))
-                   for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if store is not None:
-            k, v = store(k, v)
-        return self.o_proj(_attend(q, k, v, mask, self.grouped).transpose(1, 2).flatten(2))
+    name: str                               # of the mixer in its layer
+    norm: nn.Module | None
+    mixer: nn.Module
+    after: nn.Module | None
 
+    def groups(self) -> list[Group]:
+        """Of linears that read one input, in the order of the data."""
+        return self.mixer.groups(self.norm)
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerConfig):
-        super().__init__()
-        self.activation = _ACTIVATIONS[config.activation]
-        self.gate_proj = Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = Linear(config.hidden_size, layer.mlp_size, bias=config.mlp_bias)
-        self.down_proj = Linear(layer.mlp_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        y = self.mixer(for_products(x if self.norm is None else self.norm(x)), step)
+        return x + (y if self.after is None else self.after(y))
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
-        self.input_layernorm = _norm(config)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = _norm(config)
-        self.mlp = MLP(config, layer)
+        before, after = config.norm_order != "post", config.norm_order != "pre"
+        self._mixer, kind = MIXERS[layer.mixer]
+        self.input_layernorm = _norm(config) if before else None
+        self.add_module(self._mixer, kind(config, layer))
+        self.post_mixer_norm = _norm(config) if after else None
+        self.post_attention_layernorm = _norm(config) if before else None
+        self._feed = "moe" if layer.experts else "mlp"
+        self.add_module(self._feed, Experts(config, layer) if layer.experts else MLP(config, layer.mlp_size))
+        self.post_mlp_norm = _norm(config) if after else None
+        size = config.per_layer_size
+        if size:
+            self.activation = ACTIVATIONS[config.activation]
+            self.per_layer_gate, self.per_layer_proj = Linear(config.hidden_size, size, bias=False), Linear(size, config.hidden_size, bias=False)
+            self.post_per_layer_norm = _norm(config)
+        self.layer_scalar = nn.Parameter(torch.ones(1)) if config.layer_scalar else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
-                store: Callable | None) -> Tensor:
-        x = x + self.self_attn(for_products(self.input_layernorm(x)), rope, mask, store)
-        return x + self.mlp(for_products(self.post_attention_layernorm(x)))
+    @property
+    def blocks(self) -> list[Block]:
+        return [Block(self._mixer, self.input_layernorm, getattr(self, self._mixer), self.post_mixer_norm),
+                Block(self._feed, self.post_attention_layernorm, getattr(self, self._feed), self.post_mlp_norm)]
+
+    def forward(self, x: Tensor, step: Step, own: Tensor | None = None) -> Tensor:
+        """x [b, s, hidden] to the same shape. own: the tokens' inputs to this layer [b, s, per_layer_size], where the model has them."""
+        for block in self.blocks:
+            x = block(x, step)
+        return self.finish(x, own)
+
+    def finish(self, x: Tensor, own: Tensor | None) -> Tensor:
+        """What comes after the blocks."""
+        if own is not None:
+            x = x + self.post_per_layer_norm(self.per_layer_proj(self.activation(self.per_layer_gate(x)) * own))
+        return x if self.layer_scalar is None else x * self.layer_scalar
 
 
 class Backbone(nn.Module):
@@ -198,48 +151,45 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.window = config.sliding_window
-        self.frequencies = inverse_frequencies(config) if config.positions == "rope" else None   # fp32 whatever .to()
+        self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = (Embedding(config.context_length, config.hidden_size)
                                 if config.positions == "learned" else None)
+        if config.per_layer_size:
+            width = len(config.layers) * config.per_layer_size
+            self.per_layer_embed = Embedding(config.vocab_size, width)
+            self.per_layer_projection = Linear(config.hidden_size, width, bias=False)
+            self.per_layer_norm = nn.RMSNorm(config.per_layer_size, eps=config.norm_eps)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
         self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None,
-                write_index: Tensor | None = None) -> Tensor:
+                write_index: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """Hidden states [b, s, hidden] after the final norm. Arguments as in `Decoder.forward`."""
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        slots = steps[None]
+        ahead = torch.arange(input_ids.shape[1], device=input_ids.device)
+        slots = ahead[None]
         if cache is not None:
-            first = cache.lengths if write_index is None else write_index
-            slots = torch.as_tensor(first, device=steps.device)[:, None] + steps
+            first = torch.as_tensor(cache.lengths if write_index is None else write_index, device=ahead.device)
+            slots = first[:, None] + ahead
+            cache.begin(first, input_ids.shape[1], counts)
         if position_ids is None:
             position_ids = slots
         x = self.embed_tokens(input_ids)
-        rope = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
-        else:
-            self.frequencies = self.frequencies.to(x.device)
-            rope = tuple(part[:, :, None].to(x.dtype) for part in rotations(self.frequencies, position_ids))
-        if cache is None:
-            mask = self._mask(slots, steps) if self.window is not None and self.window < len(steps) else None
-        else:
-            filled = int(slots.max()) + 1
-            if filled > cache.capacity:
-                raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
-            mask = self._mask(position_ids, torch.arange(filled, device=x.device))
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, None if cache is None else partial(cache.append, number, slots, filled))
+        own = self.own_inputs(input_ids, x)
+        told = steps(self.config, position_ids, slots, cache, counts, x.dtype)
+        for number, (layer, step) in enumerate(zip(self.layers, told)):
+            x = layer(x, step, None if own is None else own[:, :, number])
         return self.norm(x)
 
-    def _mask(self, positions: Tensor, slots: Tensor) -> Tensor:
-        """Which slots [n] each position [b, s] attends to: bool [b, 1, s, n]."""
-        seen = slots <= positions[:, None, :, None]
-        if self.window is not None:
-            seen &= slots > positions[:, None, :, None] - self.window
-        return seen
+    def own_inputs(self, input_ids: Tensor, x: Tensor) -> Tensor | None:
+        """The tokens' inputs to every layer [b, s, layers, per_layer_size] (Gemma 4), of embeddings x [b, s, hidden]."""
+        if not self.config.per_layer_size:
+            return None
+        shape = (-1, self.config.per_layer_size)
+        return (self.per_layer_norm(self.per_layer_projection(x).unflatten(-1, shape))
+                + self.per_layer_embed(input_ids).unflatten(-1, shape))
 
 
 class Decoder(nn.Module):
@@ -249,22 +199,25 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.cache_scales: list[tuple[Tensor, Tensor]] | None = None        # of an int8 KV cache, for who makes one
+        self.cache_scales: list[tuple[Tensor, Tensor] | None] | None = None     # of an int8 KV cache, for who makes one
         self.lm_head = None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.model.embed_tokens.weight.is_meta:
             self._initialize()
 
     @torch.no_grad()
     def _initialize(self):
+        writers = {id(group.readers[0].weight) for layer in self.model.layers for block in layer.blocks for group in block.groups()[1:]}
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            last = name.rpartition(".")[2]
+            if last in ("bias", "dt_bias", "router_bias"):
                 parameter.zero_()
+            elif last in ("A_log", "D"):
+                parameter.copy_(torch.linspace(1, 4, len(parameter)).log() if last == "A_log" else torch.ones(len(parameter)))
             elif parameter.ndim == 2:       # what adds to the residual stream is narrower, by the depth
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(std=0.02 / math.sqrt(2 * len(self.config.layers)) if residual else 0.02)
+                parameter.normal_(std=0.02 / math.sqrt(2 * len(self.config.layers)) if id(parameter) in writers else 0.02)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None,
-                write_index: Tensor | None = None, logits_positions: Tensor | None = None) -> Tensor:
+                write_index: Tensor | None = None, logits_positions: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """Run rows of tokens one step.
 
         input_ids: int64 [b, s], right-padded.
@@ -272,17 +225,19 @@ class Decoder(nn.Module):
         cache: with b rows, updated in place (its lengths are the caller's). None: the rows stand alone.
         write_index: int64 [b], slot of each row's first token; by default the cache's lengths.
         logits_positions: int64 [b, k], indices into s whose logits are wanted; by default all.
+        counts: int64 [b], tokens of each row that are real, which recurrent layers must know; by default all.
         Returns float32 logits [b, k or s, vocab].
         """
-        hidden = self.model(input_ids, position_ids, cache, write_index)
+        hidden = self.model(input_ids, position_ids, cache, write_index, counts)
         if logits_positions is not None:
             hidden = hidden.gather(1, logits_positions[:, :, None].expand(-1, -1, hidden.shape[2]))
         return self.head(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., vocab] of hidden states [..., hidden]."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        head, cap = self.model.embed_tokens if self.lm_head is None else self.lm_head, self.config.logits_softcap
+        logits = F.linear(hidden, head.weight).float()
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

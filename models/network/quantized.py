@@ -83,12 +83,14 @@ class Quantization:
                 "tensors": {name: described(form) for name, form in self.tensors.items()}}
 
     def extra_shapes(self, kv_channels: list[int]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the float32 scales of activations and caches; kv_channels: kv_heads * head_dim of each layer."""
+        """Name -> shape of the float32 scales of activations and caches; kv_channels: kv_heads * head_dim of each layer, 0 where it keeps none."""
         shapes = {}
         if self.activations.get("per") == "tensor":
             shapes |= {f"{name}.input_scale": (1,) for name in self.rounding_linears()}
         if self.kv_cache:
             for layer, channels in enumerate(kv_channels):
+                if not channels:
+                    continue
                 shape = (channels if self.kv_cache["per"] == "channel" else 1,)
                 shapes |= {f"model.layers.{layer}.self_attn.{part}_scale": shape for part in "kv"}
         return shapes

@@ -4,33 +4,38 @@ Evaluation and verification read logits and generate through one interface, so a
 `runtime` run the same code and differ in nothing but who multiplies. Not for serving: the runtime never imports it.
 """
 
+import math
+
 import numpy as np
 import torch
 
-from models.network.decoder import Decoder, KVCache
+from models.network.cache import KVCache
+from models.network.decoder import Decoder
 
 
 class TorchBackend:
     """Runs a `Decoder` in float32 on the CPU. See `runtime.backend.Backend` for the contract."""
 
     name = "pytorch-cpu"
-    max_chunk_rows = None
+    max_chunk_rows = chunk = None
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder.eval()
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         config = self.decoder.config
-        return 2 * 4 * rows * capacity * config.head_dim * sum(layer.kv_heads for layer in config.layers)
+        slots = sum(config.cache_heads(layer) * config.head_size(layer) for layer in config.layers) * capacity
+        states = sum(math.prod(shape) for layer in config.layers for shape in config.state_shapes(layer).values())
+        return 2 * 4 * rows * (slots + states)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.decoder.config, rows, capacity, scales=self.decoder.cache_scales)
 
     @torch.inference_mode()
     def forward(self, input_ids, position_ids, write_index, logits_positions, cache: KVCache, counts=None) -> np.ndarray:
-        ids, positions, index, wanted = (torch.from_numpy(np.ascontiguousarray(a, np.int64))
-                                         for a in (input_ids, position_ids, write_index, logits_positions))
-        return self.decoder(ids, positions, cache, index, wanted).numpy()
+        ids, positions, index, wanted, counts = (None if a is None else torch.from_numpy(np.ascontiguousarray(a, np.int64)) for a in (
+            input_ids, position_ids, write_index, logits_positions, counts))
+        return self.decoder(ids, positions, cache, index, wanted, counts).numpy()
 
     def close(self) -> None:
         self.decoder = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.network.config import INERT_KEYS
+from models.families.family import INERT_KEYS
 from tests.fuzz import trials
 from tests.fuzz.trials import CHAT, IDS, TEXTS
 

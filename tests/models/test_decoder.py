@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from models.checkpoint import load_decoder
 from models.network.config import LayerConfig, ModelConfig
-from models.network.decoder import Decoder, KVCache
+from models.network.cache import KVCache
+from models.network.decoder import Decoder
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,65 @@
+"""Gemma 2 and 3 (text): norms around every block, gains stored less one, embeddings times sqrt(hidden), windows in most layers."""
+
+import torch
+
+from models.families.family import LLAMA_KEYS, Family, positive, take, two_ropes
+from models.families.family import rope as read_rope
+from models.formats.weight_names import Naming
+from models.network.config import ModelConfig
+from runtime.errors import UserError
+
+KEYS = {name: entry for name, entry in LLAMA_KEYS.items() if name != "activation"} | {
+    "activation": ("hidden_activation", str, "gelu_pytorch_tanh"), "attention_softcap": ("attn_logit_softcapping", float, None),
+    "logits_softcap": ("final_logit_softcapping", float, None)}
+SANDWICH = {"post_mixer_norm": "post_attention_layernorm", "post_attention_layernorm": "pre_feedforward_layernorm",
+            "post_mlp_norm": "post_feedforward_layernorm"}
+_GAINS = ("norm", "input_layernorm", "post_attention_layernorm", "post_mixer_norm", "post_mlp_norm", "self_attn.q_norm",
+          "self_attn.k_norm")
+
+
+def embedding_factors(hf: dict, config: ModelConfig) -> dict[str, float]:
+    """sqrt(hidden), rounded to the type that the weights were trained in; a tied head takes it back in the final norm."""
+    name = hf.get("dtype") or hf.get("torch_dtype")
+    kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+    factor = float(torch.tensor(config.hidden_size**0.5).to(kind))
+    return {"embed_tokens": factor} | ({"norm": 1 / factor} if config.tied_embeddings else {})
+
+
+def _more(hf: dict, shape: dict) -> dict:
+    if take(hf, "use_bidirectional_attention", bool, False):
+        raise UserError("use_bidirectional_attention true is not supported: a decoder looks back only")
+    found = {"attention_scale": positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5}
+    local = take(hf, "rope_local_base_freq", float, None)
+    if local is not None and not set(hf.get("rope_parameters") or {}) & {"full_attention", "sliding_attention"}:
+        size, context = shape["head_dim"], shape["context_length"]
+        slides = [layer.sliding_window != 0 and shape["sliding_window"] is not None for layer in shape["layers"]]
+        full = read_rope(hf, 1e6, head_dim=size, context=context)       # rope_scaling is that of the layers that see everything
+        found |= two_ropes(full, read_rope({"rope_theta": local}), shape["layers"], slides)
+    return found
+
+
+def _back(config: ModelConfig) -> dict:
+    return {"query_pre_attn_scalar": round(config.attention_scale**-2, 6)}
+
+
+def every(period: int, key: str = ""):
+    """Layers by windows, each period-th of them without; the period is the value of `key` where the configuration has it."""
+    def pattern(hf: dict, count: int) -> list[str]:
+        step = take(hf, key, int, period) if key else period
+        if step < 1:
+            raise UserError(f"{key} is {step}, which should be at least 1")
+        return ["full_attention" if (number + 1) % step == 0 else "sliding_attention" for number in range(count)]
+    return pattern
+
+
+_NAMING = Naming(SANDWICH, less_one=_GAINS, factors=embedding_factors)
+_READS = frozenset({"query_pre_attn_scalar", "use_bidirectional_attention", "rope_local_base_freq", "sliding_window_pattern",
+                    "_sliding_window_pattern"})
+FAMILIES = {
+    "gemma2": Family("Gemma2ForCausalLM", KEYS | {"attention_softcap": ("attn_logit_softcapping", float, 50.0),
+                                                  "logits_softcap": ("final_logit_softcapping", float, 30.0)}, _NAMING,
+                     fixed={"norm_order": "both"}, biases=("attention_bias",), kv_heads=4, head_dim=256, window="always",
+                     pattern=every(2), tied=True, reads=_READS, more=_more, back=_back),
+    "gemma3_text": Family("Gemma3ForCausalLM", KEYS, _NAMING, fixed={"norm_order": "both", "qk_norm": True}, biases=("attention_bias",),
+                          kv_heads=4, head_dim=256, window="always", pattern=every(6, "sliding_window_pattern"), tied=True, theta=1e6,
+                          nested=True, reads=_READS, more=_more, back=_back)}
