@@ -16,12 +16,14 @@ the Hessian stays the exact second moment of inputs rounded to 8 bits of mantiss
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.checkpoint import Checkpoint
-from models.network.decoder import Layer, inverse_frequencies, rotations
+from models.network.decoder import Block, Layer, steps
+from models.network.mixers.step import Step
 from models.progress import progress
 
 ROWS = 4                # windows computed at once
@@ -58,20 +60,22 @@ class Walk:
 
     def __init__(self, checkpoint: Checkpoint, ids: Tensor, embedding: Tensor | None = None):
         """embedding: float32 [vocab, hidden] in place of the checkpoint's, where it is quantized already."""
-        config = checkpoint.config
+        config, positions = checkpoint.config, torch.arange(ids.shape[1])
         table = checkpoint.weight("model.embed_tokens") if embedding is None else embedding
         self.checkpoint, self.x = checkpoint, table[ids]                            # float32 [windows, tokens, hidden]
         self.cache: KeyValueRanges | None = None       # set to see the keys and values of the next step
-        positions = torch.arange(ids.shape[1])
-        self.rope = None
         if config.positions == "learned":
             self.x += checkpoint.read("model.embed_positions.weight").float()[positions]
-        else:
-            self.rope = tuple(part[None, :, None] for part in rotations(inverse_frequencies(config), positions))
-        self.mask = None
-        if config.sliding_window is not None and config.sliding_window < len(positions):
-            seen = positions <= positions[:, None]
-            self.mask = seen & (positions > positions[:, None] - config.sliding_window)
+        self._own = self._own_inputs(ids) if config.per_layer_size else None
+        self._steps = list(steps(config, positions[None]))
+        self._kept: list[dict] = [{} for _ in self.x.split(ROWS)]      # what later layers read of earlier ones, by part
+
+    def _own_inputs(self, ids: Tensor) -> Tensor:
+        """The tokens' inputs to every layer (Gemma 4): float32 [windows, tokens, layers, per_layer_size]."""
+        shape, eps = (-1, self.checkpoint.config.per_layer_size), self.checkpoint.config.norm_eps
+        made = (self.x @ self.checkpoint.weight("model.per_layer_projection").T).unflatten(-1, shape)
+        gain = self.checkpoint.read("model.per_layer_norm.weight").float()
+        return nn.functional.rms_norm(made, shape[1:], gain, eps) + self.checkpoint.weight("model.per_layer_embed")[ids].unflatten(-1, shape)
 
     def layers(self, label: str) -> Iterator[tuple[int, Layer]]:
         """Every layer with its number; who takes one steps through it before the next."""
@@ -82,7 +86,7 @@ class Walk:
         """One layer in float32, with the checkpoint's weights (those its codes stand for, where quantized)."""
         config, state = self.checkpoint.config, {}
         with torch.device("meta"):
-            layer = Layer(config, config.layers[number])
+            layer = Layer(config, number)
         for name in layer.state_dict():
             full = f"model.layers.{number}.{name}"
             dense = full in self.checkpoint.names()
@@ -94,10 +98,12 @@ class Walk:
     @torch.no_grad()
     def step(self, layer: Layer, visit: Visit | None = None) -> None:
         """Take the stream through `layer`; `visit` sees each group of linears before their data passes on."""
-        first = ["mlp.up_proj"] if layer.mlp.gate_proj is None else ["mlp.gate_proj", "mlp.up_proj"]
-        self._block(layer.input_layernorm, layer.self_attn, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-                    "self_attn.o_proj", visit, (self.rope, self.mask, self.cache))
-        self._block(layer.post_attention_layernorm, layer.mlp, first, "mlp.down_proj", visit, ())
+        told = replace(self._steps[layer.number], store=self.cache)
+        for block in layer.blocks:
+            self._block(layer, block, [replace(told, kept=kept) for kept in self._kept], visit)
+        if layer.has_end:
+            for n, x in enumerate(self.x.split(ROWS)):
+                x.copy_(layer.finish(x, None if self._own is None else self._own[n * ROWS:(n + 1) * ROWS, :, layer.number]))
 
     def inputs(self, layer: Layer, measure: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
         """measure(inputs) of each linear in `layer`, by name; the stream stays where it is."""
@@ -106,30 +112,30 @@ class Walk:
         self.x = before
         return found
 
-    def _block(self, norm: nn.Module, block: nn.Module, first: list[str], last: str, visit: Visit | None,
-               arguments: tuple) -> None:
-        """Attention or MLP: x += last(mix(first(norm(x))))."""
-        name = last.split(".")[1]
-        final = getattr(block, name)
+    def _block(self, layer: Layer, block: Block, told: list[Step], visit: Visit | None) -> None:
+        """x += after(writer(mix(readers(norm(x)))))."""
+        names = {module: name for name, module in layer.named_modules()}
+        first, last = (group.readers for group in block.groups())
         # One tensor for all windows: freed, its memory goes back to the system, which a heap of chunks keeps in holes.
-        normed, mixed = torch.empty_like(self.x), self.x.new_empty(*self.x.shape[:2], final.in_features)
+        normed, mixed = torch.empty_like(self.x), self.x.new_empty(*self.x.shape[:2], last[0].in_features)
         for part, x in zip(normed.split(ROWS), self.x.split(ROWS)):
-            part.copy_(norm(x))
+            part.copy_(x if block.norm is None else block.norm(x))
         if visit:
-            visit(first, list(normed.split(ROWS)))
-        setattr(block, name, nn.Identity())
+            visit([names[reader] for reader in first], list(normed.split(ROWS)))
+        final, place = last[0], names[last[0]].rpartition(".")[2]
+        setattr(block.mixer, place, nn.Identity())
         try:
             with fast_matmul():
-                for part, x in zip(mixed.split(ROWS), normed.split(ROWS)):
-                    part.copy_(block(x, *arguments))
+                for part, x, step in zip(mixed.split(ROWS), normed.split(ROWS), told):
+                    part.copy_(block.mixer(x, step))
         finally:
-            setattr(block, name, final)
+            setattr(block.mixer, place, final)
         del normed
         if visit:
-            visit([last], list(mixed.split(ROWS)))
+            visit([names[final]], list(mixed.split(ROWS)))
         with fast_matmul():
             for x, part in zip(self.x.split(ROWS), mixed.split(ROWS)):
-                x += final(part)
+                x += final(part) if block.after is None else block.after(final(part))
 
 
 class KeyValueRanges:

@@ -26,7 +26,7 @@ import torch
 
 from export.bundle import WeightsWriter
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.network.decoder import inverse_frequencies, rotations
+from models.network.rope import rotations
 from models.progress import progress
 from models.network.quantized import QuantizedTensor, described, pack
 from runtime.capabilities import BACKENDS
@@ -54,7 +54,8 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_co
     if config.positions == "learned":
         writer.dense("position_embed.weight", writer.checkpoint.read("model.embed_positions.weight")[:max_context])
     else:
-        for name, table in zip(("rope.cos", "rope.sin"), rotations(inverse_frequencies(config), torch.arange(max_context))):
+        rope = config.rope(config.layers[0])
+        for name, table in zip(("rope.cos", "rope.sin"), rotations(rope, config.head_dim, torch.arange(max_context), max_context)):
             writer.dense(name, table)
     opened, absent = 0, "up" if config.gated_mlp else "gate_up"
     for layer in progress(range(len(config.layers)), label="writing weights", unit="layer"):

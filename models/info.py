@@ -42,7 +42,7 @@ def parameters(config: ModelConfig) -> int:
 
 def kv_bytes_per_token(config: ModelConfig, element_bytes: int) -> int:
     """Bytes of keys and values that one token of one sequence takes over all layers."""
-    return sum(2 * layer.kv_heads * config.head_dim * element_bytes for layer in config.layers)
+    return sum(2 * config.cache_heads(layer) * config.head_size(layer) * element_bytes for layer in config.layers)
 
 
 def storage(checkpoint: Checkpoint) -> list[dict]:

@@ -44,7 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.network.decoder import Decoder, inverse_frequencies, rotations
+from models.network.decoder import Decoder
+from models.network.rope import rotations
 from models.training.optimizer import BETAS
 from models.training.trainer import Trainer
 
@@ -75,7 +76,7 @@ class PlainModel(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(config) for _ in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size)
         nn.init.normal_(self.embed.weight, std=0.02)
-        cos, sin = rotations(inverse_frequencies(config), torch.arange(config.context_length))
+        cos, sin = rotations(config.rope(config.layers[0]), config.head_dim, torch.arange(config.context_length), config.context_length)
         self.register_buffer("cos", cos), self.register_buffer("sin", sin)
 
     def forward(self, ids, labels):

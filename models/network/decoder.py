@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.network.cache import KVCache
-from models.network.config import LayerConfig, ModelConfig
+from models.network.config import ModelConfig
 from models.network.mixers.attention import Attention
 from models.network.mixers.delta import DeltaRule
 from models.network.mixers.experts import Experts
@@ -49,9 +49,9 @@ def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, c
         raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
     length = cache.capacity if cache is not None else positions.shape[1]
     seen = torch.arange(filled if cache is not None else positions.shape[1], device=positions.device)
-    turns, masks, kept = {}, {}, {}
+    turns, masks, kept, sources = {}, {}, {}, {layer.cache_source for layer in config.layers}
     for number, layer in enumerate(config.layers):
-        step = Step(number=number, source=layer.cache_source, kept=kept, counts=counts)
+        step = Step(number=number, source=layer.cache_source, keeps=number in sources, kept=kept, counts=counts)
         if layer.mixer == "attention":
             window, rope, size = config.window(layer), config.rope(layer), config.head_size(layer)
             if rope is not None and (layer.rope, size) not in turns:
@@ -110,8 +110,9 @@ class Block:
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerConfig):
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
+        layer, self.number = config.layers[number], number
         before, after = config.norm_order != "post", config.norm_order != "pre"
         self._mixer, kind = MIXERS[layer.mixer]
         self.input_layernorm = _norm(config) if before else None
@@ -139,6 +140,11 @@ class Layer(nn.Module):
             x = block(x, step)
         return self.finish(x, own)
 
+    @property
+    def has_end(self) -> bool:
+        """Whether anything comes after the blocks."""
+        return self.layer_scalar is not None or hasattr(self, "per_layer_gate")
+
     def finish(self, x: Tensor, own: Tensor | None) -> Tensor:
         """What comes after the blocks."""
         if own is not None:
@@ -160,7 +166,7 @@ class Backbone(nn.Module):
             self.per_layer_embed = Embedding(config.vocab_size, width)
             self.per_layer_projection = Linear(config.hidden_size, width, bias=False)
             self.per_layer_norm = nn.RMSNorm(config.per_layer_size, eps=config.norm_eps)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in config.layers)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(len(config.layers)))
         self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None,

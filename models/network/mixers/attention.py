@@ -54,7 +54,8 @@ class Attention(nn.Module):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             if step.store is not None:
                 k, v = step.store(k, v)
-            step.kept[step.number] = k, v
+            if step.keeps:
+                step.kept[step.number] = k, v
         y = self._attend(q.transpose(1, 2), k, v, step.mask).transpose(1, 2).flatten(2)
         return self.o_proj(y if self.g_proj is None else y * self.g_proj(x).sigmoid())
 

@@ -18,7 +18,7 @@ class Step:
 
     rope: cos and sin [b or 1, s, 1, head_dim / 2]. query_factors: float32 [b or 1, s, 1, 1]. mask: bool [b or 1, 1, s, n], None: causal.
     store: puts keys and values [b, kv_heads, s, head_dim] into the cache and gives all up to now; None: the rows stand alone.
-    source, kept: the layer whose keys and values this one reads, and those of all layers that others read.
+    source: the layer whose keys and values this one reads. kept: those of the layers that later ones read; keeps: whether this is one.
     state: of a recurrent layer before the call, by the names of ModelConfig.state_shapes, which the mixer overwrites with that after it.
     None: zero, and nobody asks after it. counts: int64 [b], the tokens of each row that are real; None: all.
     """
@@ -29,6 +29,7 @@ class Step:
     store: Callable | None = None
     source: int | None = None
     number: int = 0
+    keeps: bool = False
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     state: dict[str, Tensor] | None = None
     counts: Tensor | None = None
