@@ -24,7 +24,7 @@ ARITHMETIC = re.compile("""soft_?cap|multiplier|scal(e|ing)|clip|alibi|parallel_
     |output_gate|router|mlp_only|decoder_sparse|adjust_ff|ffn_dim|block_multiple|interval|time_step""", re.VERBOSE)
 # Keys that nobody computes with when a model runs, whatever their names say.
 INERT_KEYS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max_window_layers|^use_sliding_window$|aux_loss"
-                        "|^output_router_logits$|chunk_size|^mamba_ssm_dtype$|^mtp_|^mamba_expand$|^use_mamba_kernels$|^router_jitter")
+                        "|^output_router_logits$|^mamba_chunk_size$|^mamba_ssm_dtype$|^mtp_|^mamba_expand$|^use_mamba_kernels$|^router_jitter")
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"}
 KINDS = ("full_attention", "sliding_attention")
 LEGACY_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
@@ -51,7 +51,7 @@ class Family:
     pattern: Callable[[dict, int], list[str]] | None = None     # kinds of layers where layer_types is missing
     tied: bool = False                                  # where tie_word_embeddings is missing
     theta: float = 10000.0                              # where rope_theta is missing
-    partial: float = 1.0                                # where partial_rotary_factor is missing
+    partial: float | None = None                        # where partial_rotary_factor is missing; None: all of a head rotates
     hybrid: bool = False                                # whether `more` reads layer_types, with kinds of its own
     nested: bool = False                                # whether rope_parameters are told by kind of layer
     only: dict[str, object] = field(default_factory=dict)           # keys with one value that is supported
@@ -132,7 +132,7 @@ def kinds_of(hf: dict, count: int, known: tuple[str, ...], pattern: Callable[[di
     kinds = take(hf, "layer_types", list, None)
     kinds = pattern(hf, count) if kinds is None else [LEGACY_KINDS.get(str(kind), kind) for kind in kinds]
     if len(kinds) != count:
-        raise UserError(f"layer_types names {len(kinds)} layers of {count}")
+        raise UserError(f"layer_types names {len(kinds)} of {count} layers")
     for kind in kinds:
         if kind not in known:
             raise UserError(f"layer_types has {kind!r}, which is not supported here: supported are {', '.join(known)}")
@@ -162,7 +162,7 @@ def windows(hf: dict, family: Family, layers: tuple[LayerConfig, ...]) -> dict:
             "layers": tuple(replace(layer, sliding_window=0) if mixed and not slid else layer for layer, slid in zip(layers, slides))}
 
 
-def rope(hf: dict, theta: float = 10000.0, partial: float = 1.0, head_dim: int = 0, context: int = 0) -> Rope:
+def rope(hf: dict, theta: float = 10000.0, partial: float | None = None, head_dim: int = 0, context: int = 0) -> Rope:
     """theta and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
     found, outer = {}, take(hf, "rope_theta", float, None)
     for key in ("rope_parameters", "rope_scaling"):
@@ -185,7 +185,9 @@ def rope(hf: dict, theta: float = 10000.0, partial: float = 1.0, head_dim: int =
     if kind not in ("default", *SCALINGS):
         raise UserError(f"RoPE scaling {kind!r} is not supported: supported are none, {', '.join(SCALINGS)}")
     share = found.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    share = partial if share is None else share
+    if partial is None and (share not in (None, 1) or type(share) is bool):
+        raise UserError(f"partial_rotary_factor {share} is not supported here: every dimension of a head must rotate")
+    share = (partial or 1.0) if share is None else share
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise UserError(f"partial_rotary_factor is {share!r}, which should be a share of a head, above 0 and up to 1")
     original = hf.get("original_max_position_embeddings", context or None)

@@ -39,7 +39,8 @@ def _more(hf: dict, shape: dict) -> dict:
 
 
 def _back(config: ModelConfig) -> dict:
-    return {"query_pre_attn_scalar": round(config.attention_scale**-2, 6)}
+    scalar = round(config.attention_scale**-2, 6)
+    return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
 
 def every(period: int, key: str = ""):

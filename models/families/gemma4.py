@@ -65,7 +65,7 @@ FAMILIES = {
         "Gemma4ForCausalLM", {name: entry for name, entry in KEYS.items() if name != "attention_softcap"},
         Naming(_NAMES, factors=_factors),
         fixed={"norm_order": "both", "qk_norm": True, "v_norm": True, "layer_scalar": True}, biases=("attention_bias",), kv_heads=4,
-        head_dim=256, window="always", window_size=512, pattern=every(6), tied=True, nested=True,
+        head_dim=256, window="always", window_size=512, pattern=every(6), tied=True, partial=1.0, nested=True,
         only={"attention_k_eq_v": False, "enable_moe_block": False},
         reads=frozenset({"hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers", "use_double_wide_mlp",
                          "per_layer_config", "global_head_dim", "num_global_key_value_heads", "use_bidirectional_attention"}),

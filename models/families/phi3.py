@@ -15,4 +15,4 @@ def _back(config) -> dict:
 
 FAMILIES = {
     "phi3": Family("Phi3ForCausalLM", LLAMA_KEYS | {"norm_eps": ("rms_norm_eps", float, 1e-5)}, Naming(fused=_FUSED),
-                   window="always", window_size=None, back=_back)}
+                   window="always", window_size=None, partial=1.0, back=_back)}

@@ -22,10 +22,11 @@ import gguf
 import numpy as np
 import torch
 
-from models.network.config import FAMILIES, LayerConfig, ModelConfig
-from models.network.decoder import inverse_frequencies, tensor_shapes
+from models.families import FAMILIES
+from models.network.config import LayerConfig, ModelConfig
+from models.network.decoder import tensor_shapes
+from models.network.rope import frequencies
 from models.formats.gguf_tokenizer import token_id
-from models.formats.weight_names import GGUF
 from runtime.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
@@ -46,6 +47,15 @@ def quantized_types() -> tuple[str, ...]:
             continue
         found.append(kind.name)
     return tuple(name for name in found if name not in PLAIN)
+
+
+_NAME = re.compile(r"(?:blk\.(?P<layer>[^.]+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTSIDE = {"token_embd": ("model.embed_tokens",), "position_embd": ("model.embed_positions",), "output_norm": ("model.norm",),
+           "output": ("lm_head",)}
+LAYER = {"attn_norm": ("input_layernorm",), "ffn_norm": ("post_attention_layernorm",), "attn_qkv": _QKV, "attn_q": _QKV[:1],
+         "attn_k": _QKV[1:2], "attn_v": _QKV[2:], "attn_output": ("self_attn.o_proj",), "attn_q_norm": ("self_attn.q_norm",),
+         "attn_k_norm": ("self_attn.k_norm",), "ffn_gate": ("mlp.gate_proj",), "ffn_up": ("mlp.up_proj",), "ffn_down": ("mlp.down_proj",)}
 
 
 class _Reader(gguf.GGUFReader):
@@ -183,8 +193,10 @@ class GGUFFile:
         """"blk.3.attn_q.weight" -> ["model.layers.3.self_attn.q_proj.weight"]; none for what is no parameter."""
         if name == "rope_freqs.weight" or name == "output.weight" and self.config.tied_embeddings:
             return []
-        if ours := GGUF.decoder_names(name):
-            return ours
+        match = _NAME.fullmatch(name)
+        if match and (ours := (OUTSIDE if match["layer"] is None else LAYER).get(match["module"])):
+            place = "" if match["layer"] is None else f"model.layers.{match['layer']}."
+            return [f"{place}{module}.{match['kind']}" for module in ours]
         raise UserError(f"{self.path}: tensor {name} belongs to no supported model of architecture "
                         f"{self.architecture!r} (mixtures of experts are not supported)")
 
@@ -233,7 +245,9 @@ class GGUFFile:
             return None
         factors = self._tensors["rope_freqs.weight"].data
         scaling = {"rope_type": "llama3", "factor": round(float(factors.max()), 3), **LLAMA3_SCALING}
-        expected = (inverse_frequencies(unscaled) / inverse_frequencies(replace(unscaled, rope_scaling=scaling))).numpy()
+        ropes = (config.rope(config.layers[0]) for config in (unscaled, replace(unscaled, rope_scaling=scaling)))
+        plain, scaled = (frequencies(rope, unscaled.head_dim, unscaled.context_length) for rope in ropes)
+        expected = (plain / scaled).numpy()
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise UserError(f"{self.path}: its RoPE factors are not Llama 3's; get the model as a Hugging Face folder")
         return scaling

@@ -183,7 +183,8 @@ def published(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, t
     waiting: dict[str, list] = {}
     for name, tensor in tensors:
         theirs, part = homes.get(name, (name, Part()))
-        if part == Part() or counts[theirs] == 1 and part.rows is None and part.whole == part.ours and part.factor == 1 and not part.plus:
+        same = part.rows is part.expert is None and not part.transposed and part.whole == part.ours
+        if counts.get(theirs, 1) == 1 and same and (part.factor, part.plus) == (1.0, 0.0):
             yield theirs, tensor
             continue
         held = waiting.setdefault(theirs, [counts[theirs], torch.empty(part.whole or tensor.shape, dtype=tensor.dtype)])

