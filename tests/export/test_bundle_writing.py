@@ -18,7 +18,7 @@ from export import bundle as bundles
 from export import onnx as export_onnx
 from export import ort
 from models.checkpoint import open_checkpoint
-from models.network.decoder import Backbone
+from models.network.rope import frequencies
 from runtime.bundle import open_bundle
 
 
@@ -57,7 +57,7 @@ def test_dense_weights_and_rope_tables(tiny_checkpoint, tmp_path):
     gate_up = [source.read(f"model.layers.0.mlp.{name}_proj.weight") for name in ("gate", "up")]
     assert np.array_equal(bundle.tensor("layers.0.gate_up.weight"), torch.cat(gate_up).T.numpy())
     assert np.array_equal(bundle.tensor("head.weight"), source.read("lm_head.weight").T.numpy())
-    angles = np.arange(100)[:, None] * Backbone(source.config).frequencies.numpy().astype(np.float64)
+    angles = np.arange(100)[:, None] * frequencies(source.config.rope(source.config.layers[0]), 16, 100).numpy().astype(np.float64)
     assert np.abs(bundle.tensor("rope.cos") - np.cos(angles)).max() < 1e-5
     assert bundle.max_context == 100 and bundle.tensor("rope.sin").shape == (100, 8)
 
