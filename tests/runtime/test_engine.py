@@ -177,7 +177,7 @@ def test_a_chat_tells_the_thought_from_the_answer(open_engine, monkeypatch):
 
 def _says(tokens):
     """A forward whose greedy reply is these tokens, after prompts of 10 tokens, which it reads in one call."""
-    def forward(input_ids, position_ids, write_index, logits_positions, cache):
+    def forward(input_ids, position_ids, *rest):
         place = int(position_ids[0, -1]) - 9
         logits = np.zeros((1, 1, VOCAB), np.float32)
         logits[0, 0, [*tokens, EOS][place]] = 9
