@@ -58,7 +58,7 @@ stress: .venv/.installed
 	$(PY) -m tests.stress
 
 NATIVE  := $(wildcard runtime/native/*.c)
-KERNELS := $(filter-out %/model.c %/step.c %/cache.c %/decode.c %/threads.c %/tiles.c,$(NATIVE))
+KERNELS := $(wildcard runtime/native/isa_*.c) runtime/native/choose.c runtime/native/layout.c
 CHECK   := tests/runtime/native/check_kernels.c
 POOL    := tests/runtime/native/check_pool.c
 CFLAGS_NATIVE := -std=gnu11 -O2 -fno-math-errno -Wall -Wextra -Wno-unused-parameter -Iruntime/native

@@ -203,7 +203,7 @@ INLINE void attend_queries(const attention_job *job, int start, float *state, si
 
 FUNCTION void attend_many(const attention_job *job, int start, float *state, size_t stride) {
     const int dim = job->cache->dim, kind = job->cache->kind;
-    if (!job->many || dim % BLOCK || dim > 256) attend(job, start, state, stride);
+    if (!job->many || dim % BLOCK || dim > 256 || job->softcap) attend(job, start, state, stride);
     else if (kind == EW_FLOAT32) attend_queries(job, start, state, stride, EW_FLOAT32);
     else if (kind == EW_FLOAT16) attend_queries(job, start, state, stride, EW_FLOAT16);
     else attend_queries(job, start, state, stride, EW_INT8);

@@ -51,6 +51,7 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
             vf at = lanes + (float)(slot + p * W);           /* exact: slots are far below 2^24 */
             EACH(i, N) {
                 vf x = kind == EW_INT8 ? s[i][p] * load(k_scale + slot + p * W) : s[i][p];
+                if (job->softcap) x = (1.f - 2.f / (exponential(x * (2 / job->softcap)) + 1.f)) * job->softcap;
                 x = pick((at >= splat(job->low[first + i])) & (at < splat(job->high[first + i])), x, splat(NO_SCORE));
                 store(&score[i][slot - start + p * W], x);
                 most[i] = maximum(most[i], x);
@@ -155,5 +156,6 @@ FUNCTION void append(const cache_layer *c, int row, int head, int slot, const fl
 }
 
 #define KERNELS_WITH(variable, title, multiply, quantize, attend) \
-    const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak}
+    const kernels variable = {title, multiply, quantize, normalize, activate, attend, merge, rotate, append, peak, \
+                              recur}
 #define KERNELS(variable, title) KERNELS_WITH(variable, title, multiply, quantize, attend)

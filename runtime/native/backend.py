@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ..backend import Cache
+from ..backend import Cache, States
 from ..bundle import Bundle
 from ..capabilities import check_runs
 from ..errors import DeviceError, Unavailable, UserError
@@ -77,6 +77,7 @@ class NativeBackend:
                 meanwhile()
             self.model: _Model | None = opening.result()
         self.vocab, self._max_context = config.vocab, config.max_context
+        self.state_floats = self._call(self._core.ew_state_floats)
         self.isa = self._call(self._core.ew_isa).decode()
         self.graph = f"{weights.name} with its {self.isa} kernels"
 
@@ -92,43 +93,59 @@ class NativeBackend:
         return self._call(functools.partial(library.call, function), *arguments)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
-        return self._call(self._core.ew_cache_bytes, rows, capacity, self._kind)
+        return self._call(self._core.ew_cache_bytes, rows, capacity, self._kind) + 2 * rows * self.state_floats * 4
 
     def new_cache(self, rows: int, capacity: int) -> NativeCache:
-        return NativeCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64))
+        storage = _Storage(self, rows, capacity)
+        if not self.state_floats:
+            return NativeCache(self, storage, capacity, np.zeros(rows, np.int64))
+        try:
+            storage.states = np.zeros((2, rows, self.state_floats), np.float32)      # takes memory as rows are used
+        except MemoryError:
+            raise UserError(f"the recurrent states of {rows} rows cannot be had: out of memory") from None
+        return NativeCache(self, storage, capacity, np.zeros(rows, np.int64), states=States([storage.states]))
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: NativeCache, counts: np.ndarray | None = None) -> np.ndarray:
         rows, width = input_ids.shape
         wanted = (logits_positions + np.arange(rows)[:, None] * width).ravel()
         slots = (write_index[:, None] + np.arange(width)).ravel()
-        tokens, owners = input_ids.ravel(), np.repeat(np.arange(cache.start, cache.start + rows), width)
-        if slots.max() >= self._max_context:         # padding that reaches past the context: nothing may look at it
-            inside = slots < self._max_context
+        columns = [input_ids.ravel(), np.repeat(np.arange(cache.start, cache.start + rows), width), slots]
+        inside = slots < self._max_context           # what reaches beyond is padding: nothing may look at it
+        if cache.states:
+            counts = np.full(rows, width) if counts is None else counts
+            inside &= (np.arange(width) < counts[:, None]).ravel()
+            columns += [np.repeat(cache.states.begin(write_index), width), np.repeat(1 - cache.states.copy, width)]
+        if not inside.all():
             if not inside[wanted].all():
-                raise UserError(f"position {slots.max()} is beyond the context of {self._max_context} tokens")
+                raise UserError(f"logits are asked of padding, or of a position beyond the context of {self._max_context} tokens")
             wanted = (np.cumsum(inside) - 1)[wanted]
-            tokens, owners, slots = tokens[inside], owners[inside], slots[inside]
+            columns = [column[inside] for column in columns]
         logits = cache.logits(len(wanted))
-        if len(tokens) <= library.PASS and len(wanted) <= library.PASS:
-            self._pass(tokens, owners, slots, wanted, logits, cache)
+        if len(columns[0]) <= library.PASS and len(wanted) <= library.PASS:
+            self._pass(columns, wanted, logits, cache)
         else:
-            self._passes(tokens, owners, slots, wanted, logits, cache)
+            self._passes(columns, wanted, logits, cache)
+        if cache.states:
+            cache.states.end(write_index, counts)
         return logits.reshape(rows, -1, self.vocab)
 
-    def _passes(self, tokens, owners, slots, wanted, logits, cache) -> None:
-        for start in range(0, len(tokens), library.PASS):
-            part = slice(start, start + library.PASS)
+    def _passes(self, columns, wanted, logits, cache) -> None:
+        for start in range(0, len(columns[0]), library.PASS):
+            part = [column[start:start + library.PASS] for column in columns]
+            if cache.states and start and part[1][0] == columns[1][start - 1]:       # its row has begun: on in its own copy
+                part[3] = np.where(part[1] == part[1][0], part[4], part[3])
             inside, = np.nonzero((wanted >= start) & (wanted < start + library.PASS))
             unique, where = np.unique(wanted[inside] - start, return_inverse=True)
             found = np.empty((len(unique), self.vocab), np.float32)
-            self._pass(tokens[part], owners[part], slots[part], unique, found, cache)
+            self._pass(part, unique, found, cache)
             logits[inside] = found[where]
 
-    def _pass(self, tokens, owners, slots, wanted, logits, cache) -> None:
-        tokens, owners, slots, wanted = (np.ascontiguousarray(a, np.int32) for a in (tokens, owners, slots, wanted))
-        self._try(self._core.ew_forward, cache.handle_for(self), len(tokens), tokens.ctypes.data, owners.ctypes.data,
-                  slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data)
+    def _pass(self, columns, wanted, logits, cache) -> None:
+        tokens, owners, slots, *copies, wanted = (np.ascontiguousarray(a, np.int32) for a in (*columns, wanted))
+        if len(tokens) or len(wanted):
+            self._try(self._core.ew_forward, cache.handle_for(self), cache.c_states(*copies), len(tokens), tokens.ctypes.data,
+                      owners.ctypes.data, slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data)
 
     def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
                choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
@@ -142,8 +159,15 @@ class NativeBackend:
                                           counts.ctypes.data, seen.ctypes.data)
         handle, start = cache.handle_for(self), int(cache.lengths[row])
         found = penalties, len(ids), ids.ctypes.data, values.ctypes.data, cache.logits(1).ctypes.data
+        states, one, c_states = cache.states and cache.states.view(row, row + 1), np.ones(1, np.int64), None
         for slot in range(start, min(start + limit, cache.capacity, self._max_context)):
-            count = self._try(self._core.ew_next, handle, cache.start + row, slot, token, *found)
+            if states:
+                at = np.array([slot])
+                copies = states.begin(at).astype(np.int32), (1 - states.copy).astype(np.int32)
+                c_states = cache.c_states(*copies)
+            count = self._try(self._core.ew_next, handle, c_states, cache.start + row, slot, token, *found)
+            if states:
+                states.end(at, one)
             cache.lengths[row] = slot + 1
             token = choose(ids[:count], values[:count])
             if token is None:
@@ -177,7 +201,7 @@ class _Storage:
     """A C cache, freed with the last Python cache that shows it; its model may be closed before."""
 
     def __init__(self, backend: NativeBackend, rows: int, capacity: int):
-        self.backend, self._free = backend, backend._core.ew_cache_free
+        self.backend, self._free, self.states = backend, backend._core.ew_cache_free, None
         self.handle = backend._try(backend._core.ew_cache_new, rows, capacity, backend._kind)
 
     def copy(self, row: int, target: _Storage, to: int, length: int) -> None:
@@ -193,8 +217,8 @@ class _Storage:
 
 
 class NativeCache(Cache):
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
         self._logits = np.empty((0, self.backend.vocab), np.float32)
 
     def handle_for(self, backend: NativeBackend) -> int:
@@ -202,6 +226,10 @@ class NativeCache(Cache):
         if self.backend is not backend:
             raise UserError("this KV cache is of another backend; make one with this one's `new_cache`")
         return self.storage.handle
+
+    def c_states(self, *copies: np.ndarray) -> library.States | None:
+        """The states as the core takes them, with the copies (int32 [tokens] each) that tokens go on from and leave them in."""
+        return library.States(self.storage.states.ctypes.data, *(copy.ctypes.data for copy in copies)) if copies else None
 
     def logits(self, count: int) -> np.ndarray:
         """A buffer for float32 [count, vocab]: of this cache, since each thread has caches of its own."""
@@ -214,6 +242,7 @@ class NativeCache(Cache):
 
     def grow(self, capacity: int) -> None:
         larger = _Storage(self.backend, self.rows, capacity)
+        larger.states = self.storage.states
         for row, length in enumerate(self.lengths):
             self.storage.copy(row, larger, row, int(length))
         self.storage, self.capacity = larger, capacity
@@ -225,26 +254,44 @@ def check_cache_dtype(name: str | None) -> None:
         raise UserError(f"cache_dtype={name!r}; the native core has {', '.join(CACHE_DTYPES)}")
 
 
+_NEW = {                         # fields of the configuration that a manifest leaves out at these values
+    "norm_order": "pre", "qk_norm_over": "head", "qk_norm_last": False, "v_norm": False, "attention_gate": False,
+    "attention_scale": None, "attention_softcap": None, "logits_softcap": None, "router": "softmax", "router_normalized": False,
+    "router_bias": False, "per_layer_size": 0, "layer_scalar": False}
+
+
 def _config(bundle: Bundle) -> library.Config:
     """The manifest's configuration as the core takes it. Raises UserError where it is none, Unavailable for what the core lacks."""
-    model = bundle.model["config"]
     try:
-        arrays = [(ctypes.c_int32 * len(model["layers"]))(*(layer[key] for layer in model["layers"]))
-                  for key in ("heads", "kv_heads", "mlp_size")]
-        activation, norm, positions = model["activation"], model["norm"], model["positions"]
-        config = library.Config(
-            vocab=model["vocab_size"], hidden=model["hidden_size"], layers=len(model["layers"]), head_dim=model["head_dim"],
-            layer_norm=norm == "layer", learned_positions=positions == "learned",
-            activation=library.ACTIVATIONS.get(activation, -1), qk_norm=model["qk_norm"], max_context=bundle.max_context,
-            sliding_window=model["sliding_window"] or 0, norm_eps=model["norm_eps"],
-            heads=arrays[0], kv_heads=arrays[1], mlp=arrays[2])
+        model = _NEW | bundle.model["config"]
+        for name, value, known in (("activation", model["activation"], library.ACTIVATIONS), ("norm", model["norm"], ("layer", "rms")),
+                                   ("positions", model["positions"], ("learned", "rope")), ("router", model["router"], library.ROUTERS),
+                                   ("norm_order", model["norm_order"], library.NORM_ORDERS),
+                                   ("qk_norm_over", model["qk_norm_over"], ("head", "all")),
+                                   *(("mixer", layer.get("mixer", "attention"), library.MIXERS) for layer in model["layers"])):
+            if value not in known:
+                raise Unavailable(f"{bundle.folder}: {name} {value!r} is none of the native core's ({', '.join(known)})")
+        layers = [_layer(model, layer) for layer in model["layers"]]
+        return library.Config(
+            vocab=model["vocab_size"], hidden=model["hidden_size"], layers=len(layers), max_context=bundle.max_context,
+            layer_norm=model["norm"] == "layer", learned_positions=model["positions"] == "learned",
+            activation=library.ACTIVATIONS[model["activation"]], norm_order=library.NORM_ORDERS[model["norm_order"]],
+            qk_norm=model["qk_norm"] and 1 + (model["qk_norm_over"] == "all"), router=library.ROUTERS[model["router"]],
+            per_layer=model["per_layer_size"], norm_eps=model["norm_eps"], layer=(library.Layer * len(layers))(*layers),
+            **{name: model[name] for name in ("qk_norm_last", "v_norm", "attention_gate", "router_normalized", "router_bias",
+                                              "layer_scalar")},
+            **{name: model[name] or 0 for name in ("attention_scale", "attention_softcap", "logits_softcap")})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{bundle.folder}: model.config of the manifest cannot be read ({error!r}); export the bundle again") from None
-    for name, value, known in (("activation", activation, library.ACTIVATIONS), ("norm", norm, ("layer", "rms")),
-                               ("positions", positions, ("learned", "rope"))):
-        if value not in known:
-            raise Unavailable(f"{bundle.folder}: {name} {value!r} is none of the native core's ({', '.join(known)})")
-    return config
+
+
+def _layer(model: dict, layer: dict) -> library.Layer:
+    source, window = layer.get("cache_source"), layer.get("sliding_window", model["sliding_window"])
+    return library.Layer(
+        mixer=library.MIXERS[layer.get("mixer", "attention")], mlp=layer["mlp_size"], head_dim=layer.get("head_dim", model["head_dim"]),
+        rope=-1 if model["positions"] == "learned" else layer.get("rope", 0), window=window or 0,
+        cache_source=-1 if source is None else source, shared=layer.get("shared_size", 0), heads=layer["heads"], kv_heads=layer["kv_heads"],
+        **{name: layer.get(name, 0) for name in ("kernel", "state_dim", "experts", "experts_per_token")})
 
 
 def _tiles_key(bundle: Bundle) -> str:

@@ -1,4 +1,5 @@
-/* KV caches: one allocation of all layers, zero until used, so memory grows with what is filled. */
+/* KV caches: one allocation of all layers, zero until used, so memory grows with what is filled. A layer without keys
+ * and values of its own has nothing there. */
 #include "core.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,8 +9,10 @@ static int rounded(int capacity) { return ceil_div(capacity, 2 * TILE) * 2 * TIL
 /* Bytes of a layer's keys, values and scales of each (int8), one part after the other. */
 typedef struct { size_t keys, values, scales; } parts;
 static parts parts_of(const ew_model *m, int l, int rows, int capacity, int kind) {
-    size_t slots = (size_t)rows * m->layers[l].kv_heads * rounded(capacity), element = dtype_bits(kind) / 8;
-    return (parts){align64(slots * m->config.head_dim * element), align64(slots * m->padded_dim * element),
+    const layer *y = &m->layers[l];
+    const int own = y->is.mixer == EW_ATTENTION && y->source == l;
+    size_t slots = own ? (size_t)rows * y->is.kv_heads * rounded(capacity) : 0, element = dtype_bits(kind) / 8;
+    return (parts){align64(slots * y->is.head_dim * element), align64(slots * y->padded * element),
                    kind == EW_INT8 ? align64(slots * sizeof(float)) : 0};
 }
 
@@ -35,9 +38,10 @@ ew_cache *ew_cache_new(const ew_model *m, int rows, int capacity, int kind, char
     c->rows = rows, c->capacity = rounded(capacity), c->kind = kind;
     for (int l = 0; l < layers; l++) {
         parts p = parts_of(m, l, rows, capacity, kind);
+        const layer *y = &m->layers[l];
         float *scales = (float *)(at + p.keys + p.values);
         c->layer[l] = (cache_layer){at, at + p.keys, scales, scales + p.scales / sizeof(float), kind, c->capacity,
-                                    m->layers[l].kv_heads, m->config.head_dim, m->padded_dim};
+                                    p.keys ? y->is.kv_heads : 0, y->is.head_dim, y->padded};
         at += p.keys + p.values + 2 * p.scales;
     }
     return c;

@@ -1,9 +1,11 @@
 /* Types shared by the files of the native core, and the seam between them.
  *
- * native.h is the interface that Python calls. model.c opens and checks a weights file, layout.c repacks its matrices
- * once, tiles.c keeps them so in a file, cache.c has the KV caches, step.c is one pass of the network, threads.c the
- * threads that carry it, decode.c chooses among its logits. choose.c chooses for the CPU among the kernels: kernels.h
- * and attention.h (and amx.h), which each isa_*.c compiles for one instruction set.
+ * native.h is the interface that Python calls. model.c opens a weights file, plan.c says what each layer needs of it,
+ * tensors.c finds and checks that, layout.c repacks the matrices once, tiles.c keeps them so in a file, cache.c has the
+ * KV caches. step.c is one pass of the network, pass.h what its blocks share: attention.c, conv.c, delta.c and mamba.c
+ * (over recurrent.c) mix tokens, mlp.c and experts.c widen them, per_layer.c adds inputs of a layer's own. threads.c
+ * has the threads that carry a pass, decode.c chooses among its logits. choose.c chooses for the CPU among the kernels:
+ * kernels.h, attention.h and recurrence.h (and amx.h), which each isa_*.c compiles for one instruction set.
  */
 #ifndef EDGEWRIGHT_CORE_H
 #define EDGEWRIGHT_CORE_H
@@ -47,15 +49,49 @@ typedef struct {
     int32_t *sum;                                    /* [rows * blocks]: minus the sum of q, for the zero point */
 } activations;
 
+typedef struct { float *weight, *bias; int parts; } norm;    /* [n]; NULL: none; parts are normalized by themselves */
+
 typedef struct {
-    matrix q, k, v;                                  /* [heads * head_dim, or kv_heads * head_dim] x hidden */
-    matrix o;                                        /* hidden x [heads * head_dim] */
-    matrix gate, up;                                 /* mlp x hidden; gate is absent (rows 0) in a plain MLP */
-    matrix down;                                     /* hidden x mlp */
-    float *attn_norm, *attn_norm_bias;               /* [hidden]; a bias may be NULL */
-    float *mlp_norm, *mlp_norm_bias;                 /* [hidden] */
-    float *q_norm, *k_norm;                          /* [head_dim], with qk_norm */
-    int heads, kv_heads, mlp;
+    matrix gate, up;                                 /* width x hidden; gate is absent (rows 0) in a plain MLP */
+    matrix down;                                     /* hidden x width */
+} mlp;
+
+typedef struct {
+    float *cos, *sin;                                /* [max_context][half] */
+    float *query;                                    /* [max_context] that queries are multiplied by, or NULL */
+    int half;
+} rope;
+
+typedef struct {
+    ew_layer is;
+    norm mixer_norm, mixer_post, mlp_norm, mlp_post; /* before and after each block, hidden wide */
+    union {
+        struct { matrix q, k, v, gate; };            /* attention: rows of its heads; gate may be absent */
+        struct { matrix b, c, x; };                  /* convolution */
+        struct { matrix qkv, qkv_gate, beta, alpha; };       /* delta rule */
+        struct { matrix xbc, xbc_gate, dt; };        /* Mamba-2 */
+    };
+    matrix out;                                      /* hidden x what the mixer gives */
+
+    const rope *rope;                                /* attention. NULL: no positions */
+    float *q_norm, *k_norm;                          /* [head_dim] or [heads * head_dim], with qk_norm */
+    float scale;                                     /* of its queries */
+    int padded;                                      /* head_dim as a multiple of 16 */
+    int source;                                      /* the layer whose cache it reads */
+
+    int channels, blocks;                            /* recurrent: of the convolution; of 32 state columns of a head */
+    float *conv_weight, *conv_bias;                  /* [kernel][channels], [channels] or NULL */
+    float *decay, *dt_bias, *skip;                   /* [heads]; skip: Mamba-2 */
+    norm state_norm;                                 /* of a head's output (delta), of a group's (Mamba-2) */
+    size_t conv_at, state_at;                        /* floats before them in a row's states: [kernel - 1][channels], */
+                                                     /* [heads][blocks][key][32], key the inner dimension */
+    mlp mlp, shared, *experts;                       /* experts [is.experts], with shared (down.rows 0: none), or mlp */
+    matrix router;                                   /* experts x hidden */
+    float *router_bias;                              /* [experts] or NULL */
+
+    matrix per_layer_gate, per_layer_proj;           /* per_layer x hidden, hidden x per_layer */
+    norm per_layer_norm;                             /* hidden wide */
+    float scalar;                                    /* of the stream after the layer, 1 without */
 } layer;
 
 /* One layer of a cache. element: float, half or int8, of which each slot of each head has a scale. */
@@ -79,7 +115,18 @@ typedef struct {
     int row, head, queries, many;                    /* many: of a pass that may be rounded to bfloat16 */
     const float *const *query;                       /* [queries] of [dim], already scaled by 1/sqrt(dim) */
     const int *low, *high;                           /* [queries] */
+    float softcap;                                   /* scores become cap * tanh(scores / cap); 0: as they are */
 } attention_job;
+
+/* A row's tokens through the state of one head [blocks][keys][32]: S = decay S + k d, output = query_scale S^T q, where
+ * d is strength v, or (corrected) strength (v - key_scale S^T k) with the decayed S; k is multiplied by key_scale. */
+typedef struct {
+    int tokens, keys, values, corrected;             /* keys, values: sizes of k and of v */
+    const float *k, *q, *v; size_t stride;           /* from token to token, of all three */
+    const float *decay, *strength, *key_scale, *query_scale;         /* [tokens] */
+    const float *from; float *to;                    /* from NULL: zeros; may be the same */
+    float *out; size_t out_stride;                   /* [tokens][values] */
+} recurrence_job;
 
 /* What an instruction set provides. */
 typedef struct {
@@ -93,7 +140,10 @@ typedef struct {
     void (*rotate)(float *x, const float *cos, const float *sin, int half);
     void (*append)(const cache_layer *, int row, int head, int slot, const float *x, int value);
     float (*peak)(const float *x, int n);
+    void (*recur)(const recurrence_job *);
 } kernels;
+enum { EW_CHOSEN_MOST = 64 };                        /* experts of a token */
+enum { KERNEL_SIGMOID = EW_GELU_TANH + 1 };          /* of activate, besides EW_SILU.. */
 
 /* choose.c. name: NULL or "" for the best that this CPU runs. NULL where it cannot run them. */
 const kernels *choose_kernels(const char *name);
@@ -113,11 +163,14 @@ typedef struct {
     const uint8_t *codes, *zeros;
     const uint16_t *scales;
     int dtype, by_input, stride, row0;
+    const ew_tensor *tensor;
 } source;
 size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);    /* returns bytes */
 void matrix_pack(matrix *, const source *, int tile);
 int matrix_finite(const matrix *, int tile);                               /* whether its scales or weights all are */
 void matrix_read_row(const matrix *, int row, float *out);                 /* dequantized, out [inputs] */
+/* Elements first..first+n-1 of row `row` of what a matrix of this shape would be packed from, which is not by_input. */
+void source_read(const matrix *, const source *, int row, int first, int n, float *out);
 float float_at(const void *floats, int kind, size_t index);                /* of KIND_F32, KIND_F16 or KIND_BF16 */
 int dtype_bits(int dtype);                                                 /* of one element; 0: unknown */
 
@@ -127,29 +180,39 @@ int tiles_read(const char *path, const char *key, uint8_t *arena, size_t bytes);
 void tiles_write(const char *path, const char *key, const uint8_t *arena, size_t bytes);
 
 struct ew_model {
-    ew_config config;                                /* without its arrays: layers[] has them */
+    ew_config config;                                /* without its layers */
     const kernels *kernels;
     pool *pool;
-    int threads, fp32, padded_dim;                   /* padded_dim: head_dim as a multiple of 16 */
-    int widest;                                      /* largest padded input or output of any matrix but the head */
-    int most_queries;                                /* heads per kv head, at most */
+    int threads, fp32;
+    int widest;                                      /* largest padded input or output of any matrix of a layer */
+    int narrow;                                      /* largest count of heads or experts, twice, padded */
+    int gates, experts;                              /* whether layers need a gate's buffer; experts' */
+    int tail;                                        /* first of the last layers, which add nothing to a cache */
+    size_t attention_floats;                         /* states of the queries of a kv head, at most */
+    size_t state_floats;                             /* of a row */
     layer *layers;                                   /* [config.layers] */
+    rope *ropes;                                     /* as many as layers name */
+    float *ones;                                     /* [largest head_dim] */
     matrix embed, head;                              /* vocab x hidden; the head is absent where it is tied */
     matrix positions;                                /* positions x hidden, if learned */
     const matrix *head_matrix;                       /* head, or embed */
-    float *cos, *sin;                                /* [max_context][head_dim / 2], with RoPE */
-    float *final_norm, *final_norm_bias;             /* [hidden]; the bias may be NULL */
+    norm final_norm;
+    matrix per_layer_embed; source per_layer_source; /* vocab x [layers * per_layer]: its shape; it stays in the file */
+    matrix per_layer_projection;                     /* [layers * per_layer] x hidden */
+    float *per_layer_norm;                           /* [per_layer] */
+    uint8_t *file; size_t file_bytes;                /* mapped while the model is opened, or for the table */
     uint8_t *arena; size_t arena_bytes;              /* the data of all matrices */
     void *kept;                                      /* chain of what keep() gave */
-    struct scratch *scratch;                         /* step.c */
+    struct scratch *scratch;                         /* pass.h */
     double seconds[EW_PARTS];                        /* since the last ew_profile */
     int profile;
 };
 
-/* model.c: zeroed memory, of 64 bytes more than asked, that lives as long as the model; or NULL. */
-void *keep(ew_model *, size_t bytes);
-int scratch_new(ew_model *);                         /* step.c: 0, or -1 where memory lacks */
+int scratch_new(ew_model *);                         /* pass.c: 0, or -1 where memory lacks */
 void scratch_free(ew_model *);
+
+/* tensors.c: zeroed memory, of 64 bytes more than asked, that lives as long as the model; or NULL. */
+void *keep(ew_model *, size_t bytes);
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int is_stream(int dtype) { return dtype >= EW_UINT2; }         /* packed row by row; 4 bits as one run */

@@ -27,10 +27,10 @@ static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *i
     return count;
 }
 
-int ew_next(ew_model *m, ew_cache *c, int row, int slot, int token, const ew_penalties *penalties, int k,
-            int32_t *index, float *value, float *logits, char *error) {
+int ew_next(ew_model *m, ew_cache *c, const ew_states *states, int row, int slot, int token,
+            const ew_penalties *penalties, int k, int32_t *index, float *value, float *logits, char *error) {
     int32_t first = 0;
-    if (ew_forward(m, c, 1, &token, &row, &slot, 1, &first, logits, error)) return -1;
+    if (ew_forward(m, c, states, 1, &token, &row, &slot, 1, &first, logits, error)) return -1;
     if (penalties) penalize(logits, m->config.vocab, penalties);
     return top_k(m->kernels, logits, m->config.vocab, k, index, value);
 }

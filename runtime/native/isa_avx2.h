@@ -13,3 +13,4 @@ INLINE void store_half(uint16_t *p, vf x) { _mm_storeu_si128((__m128i *)p, _mm25
 INLINE vi load_bytes(const void *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 
 #include "attention.h"
+#include "recurrence.h"

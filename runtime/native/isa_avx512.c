@@ -16,6 +16,7 @@ INLINE void store_half(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, _m
 INLINE vi load_bytes(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 
 #include "attention.h"
+#include "recurrence.h"
 KERNELS(kernels_avx512, "avx512-vnni");
 
 #ifdef HAVE_AMX

@@ -8,5 +8,6 @@ INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
     return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, four_times(x));
 }
 #include "attention.h"
+#include "recurrence.h"
 KERNELS(kernels_neon_dot, "neon-dotprod");
 #endif

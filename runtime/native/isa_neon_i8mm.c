@@ -7,5 +7,6 @@ INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
     return (vi)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, four_times(x));
 }
 #include "attention.h"
+#include "recurrence.h"
 KERNELS(kernels_neon_i8mm, "neon-i8mm");
 #endif

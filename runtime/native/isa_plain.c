@@ -39,4 +39,5 @@ INLINE void store_half(uint16_t *p, vf x) {          /* nearest even */
 }
 
 #include "attention.h"
+#include "recurrence.h"
 KERNELS(kernels_plain, "plain");

@@ -264,6 +264,7 @@ FUNCTION void normalize(const float *x, const float *weight, const float *bias, 
 
 INLINE vf activation_of(vf g, int kind) {
     if (kind == EW_SILU) return g / (exponential(-g) + 1.f);
+    if (kind == KERNEL_SIGMOID) return 1.f / (exponential(-g) + 1.f);
     if (kind == EW_GELU_TANH) return g / (exponential((g * g * g * 0.044715f + g) * -1.59576912f) + 1.f);
     for (int i = 0; i < W; i++) g[i] = 0.5f * g[i] * (1 + erff(g[i] * 0.70710678f));
     return g;

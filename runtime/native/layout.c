@@ -162,6 +162,23 @@ static void pack_codes(matrix *m, const source *s, int t) {
         }
 }
 
+void source_read(const matrix *m, const source *s, int row, int first, int n, float *out) {
+    const int bits = m->kind, stream = is_stream(s->dtype), zeros_type = stream ? EW_UINT8 : s->dtype;
+    const size_t begin = (size_t)row * (stream ? ((size_t)m->inputs * bits + 7) / 8 : (size_t)m->inputs);
+    for (int k = first; k < first + n; k++) {
+        if (bits >= KIND_F16) { *out++ = float_at(s->codes, bits, begin + k); continue; }
+        const size_t g = (size_t)row * m->groups + k / (m->group_blocks * BLOCK);
+        const int zero = m->asymmetric ? element(s->zeros, zeros_type, g) : 1 << (bits - 1);
+        int code = 0;
+        if (!stream) code = element(s->codes, s->dtype, begin + k);
+        else for (int b = 0; b < bits; b++) {
+            const size_t at = (size_t)k * bits + b;
+            code |= (s->codes[begin + at / 8] >> at % 8 & 1) << b;
+        }
+        *out++ = (code - zero) * float_at(s->scales, KIND_F16, g);
+    }
+}
+
 void matrix_pack(matrix *m, const source *s, int t) {
     if (m->kind >= KIND_F16) pack_floats(m, s, t);
     else pack_codes(m, s, t);

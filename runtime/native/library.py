@@ -18,13 +18,27 @@ PATH_VARIABLE = "EDGEWRIGHT_NATIVE"    # another build of the library, such as o
 DTYPES = {name: i for i, name in enumerate(
     ("float32", "float16", "bfloat16", "int8", "uint8", "int4", "uint4", "uint2", "uint3", "uint5", "uint6"))}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+MIXERS = {"attention": 0, "conv": 1, "delta": 2, "mamba": 3}
+NORM_ORDERS = {"pre": 0, "post": 1, "both": 2}
+ROUTERS = {"softmax": 0, "chosen": 1, "sigmoid": 2}
 PARTS = ("qkv", "attention", "output", "gate_up", "down", "head", "other")
 
 
+class Layer(ctypes.Structure):
+    _fields_ = [(name, c_int32) for name in ("mixer", "heads", "kv_heads", "head_dim", "state_dim", "kernel", "window", "rope",
+                                             "cache_source", "mlp", "experts", "experts_per_token", "shared")]
+
+
 class Config(ctypes.Structure):
-    _fields_ = [(name, c_int32) for name in ("vocab", "hidden", "layers", "head_dim", "layer_norm", "learned_positions",
-                                             "activation", "qk_norm", "max_context", "sliding_window")]
-    _fields_ += [("norm_eps", c_float)] + [(name, POINTER(c_int32)) for name in ("heads", "kv_heads", "mlp")]
+    _fields_ = [(name, c_int32) for name in (
+        "vocab", "hidden", "layers", "max_context", "layer_norm", "learned_positions", "activation", "norm_order", "qk_norm",
+        "qk_norm_last", "v_norm", "attention_gate", "router", "router_normalized", "router_bias", "per_layer", "layer_scalar")]
+    _fields_ += [(name, c_float) for name in ("norm_eps", "attention_scale", "attention_softcap", "logits_softcap")]
+    _fields_ += [("layer", POINTER(Layer))]
+
+
+class States(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("from_", c_void_p), ("to", c_void_p)]
 
 
 class Tensor(ctypes.Structure):
@@ -45,8 +59,10 @@ _FUNCTIONS = {
     "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
     "ew_cache_free": (None, c_void_p),
     "ew_cache_copy": (None, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int),
-    "ew_forward": (c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
-    "ew_next": (c_int, c_void_p, c_void_p, c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p, c_void_p, c_char_p),
+    "ew_state_floats": (c_int64, c_void_p),
+    "ew_forward": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
+    "ew_next": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p,
+                c_void_p, c_char_p),
     "ew_profile": (None, c_void_p, c_int, POINTER(c_double)),
 }
 

@@ -59,7 +59,7 @@ static source make(tensor *t) {
             t->zero_bytes[i * zero_bits / 8] |= (t->zero[(size_t)r * t->groups + g] ^ flip) << i * zero_bits % 8;
         }
     }
-    return (source){t->bytes, t->zero_bytes, scale, types[t->bits][run && !flip], t->by_input, t->rows, 0};
+    return (source){t->bytes, t->zero_bytes, scale, types[t->bits][run && !flip], t->by_input, t->rows, 0, NULL};
 }
 
 /* Packs all of m; returns whether all of it is finite. */
@@ -110,6 +110,12 @@ static void check_product(const kernels *k) {
            t.group, rows, 0);
     for (int o = 0; o < t.rows; o++) {
         matrix_read_row(&m, o, row);
+        if (!s.by_input) {
+            const int first = up_to(t.inputs), n = 1 + up_to(t.inputs - first);
+            float part[n];
+            source_read(&m, &s, o, first, n, part);
+            expect(!memcmp(part, row + first, n * 4), k->name, "a row reads from its source", t.bits, t.group, o, 0);
+        }
         for (int r = 0; r < rows; r++) {
             double sum = 0, size = 1e-6;
             for (int i = 0; i < t.inputs; i++) {
@@ -164,7 +170,7 @@ static void check_floats(const kernels *k) {
     uint16_t *w = malloc((size_t)rows * inputs * 2);
     for (int i = 0; i < rows * inputs; i++)
         w[i] = (uint16_t)((kind == KIND_F16 ? 0x3000 : 0x3d00) + up_to(0x600) + up_to(2) * 0x8000);
-    source s = {(uint8_t *)w, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0};
+    source s = {(uint8_t *)w, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0, NULL};
     matrix m;
     size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0), width = (size_t)m.blocks * BLOCK;
     m.data = aligned_alloc(64, bytes);
@@ -194,7 +200,6 @@ static void check_attention(const kernels *k) {
     static const int kinds[] = {EW_FLOAT32, EW_FLOAT16, EW_INT8}, dims[] = {8, 16, 24, 64, 80, 128};
     int kind = kinds[up_to(3)], dim = dims[up_to(6)], padded = ceil_div(dim, TILE) * TILE, length = 1 + up_to(400);
     int many = up_to(2), queries = 1 + up_to(many ? 70 : 7);
-    const int bf16 = many && dim % BLOCK == 0 && !strcmp(k->name, "avx512-amx");
     int capacity = ceil_div(length, 2 * TILE) * 2 * TILE, heads = 1 + up_to(2);
     int window = up_to(2) ? 1 + up_to(200) : 1 << 20;
     size_t slots = (size_t)2 * heads * capacity, element = dtype_bits(kind) / 8, stride = 2 + padded;
@@ -214,7 +219,9 @@ static void check_attention(const kernels *k) {
         query[i] = q + i * dim, high[i] = length - queries + i + 1 < 1 ? 1 : length - queries + i + 1;
         low[i] = high[i] > window ? high[i] - window : 0;
     }
-    attention_job job = {&c, 1, heads - 1, queries, many, query, low, high};
+    const float cap = up_to(2) ? 1 + up_to(9) : 0;
+    attention_job job = {&c, 1, heads - 1, queries, many, query, low, high, cap};
+    const int bf16 = many && dim % BLOCK == 0 && !cap && !strcmp(k->name, "avx512-amx");
     float *into = calloc(queries * stride, 4), *next = calloc(queries * stride, 4);
     int begin = low[0] / CHUNK;
     k->attend(&job, begin * CHUNK, into, stride);
@@ -234,6 +241,7 @@ static void check_attention(const kernels *k) {
         for (int s = low[i]; s < high[i]; s++) {
             weight[s] = 0;
             for (int d = 0; d < dim; d++) weight[s] += (double)query[i][d] * key[s * dim + d];
+            if (cap) weight[s] = cap * tanh(weight[s] / cap);
             most = fmax(most, weight[s]);
         }
         for (int s = low[i]; s < high[i]; s++) sum += weight[s] = exp(weight[s] - most);
@@ -260,8 +268,53 @@ static void check_attention(const kernels *k) {
     free(weight);
 }
 
+static void check_recurrence(const kernels *k) {
+    const int keys = 1 + up_to(70), values = 1 + up_to(70), tokens = 1 + up_to(9), split = up_to(tokens);
+    const int blocks = ceil_div(values, BLOCK), stride = keys + values, wide = blocks * keys * BLOCK;
+    const int corrected = up_to(2), fresh = up_to(2);
+    float *from = malloc(wide * 4), *to = malloc(wide * 4), *again = malloc(wide * 4), *x = malloc(tokens * stride * 4);
+    float *q = malloc(tokens * stride * 4), *out = malloc(tokens * values * 4), *other = malloc(tokens * values * 4);
+    float number[4][9];
+    double *s = calloc(keys * values, sizeof(double)), *answer = malloc(values * sizeof(double));
+    for (int i = 0; i < wide; i++) from[i] = unit(), to[i] = again[i] = NAN;
+    for (int i = 0; i < tokens * stride; i++) x[i] = unit(), q[i] = unit();
+    for (int n = 0; n < 4; n++) for (int i = 0; i < 9; i++) number[n][i] = 0.5f + 0.5f * unit();
+    for (int i = 0; i < keys * values && !fresh; i++)
+        s[i] = from[(i % values / BLOCK * keys + i / values) * BLOCK + i % values % BLOCK];
+    recurrence_job job = {tokens, keys, values, corrected, x, q, x + keys, stride, number[0], number[1], number[2],
+                          number[3], fresh ? NULL : from, to, out, values};
+    k->recur(&job);
+    for (int i = 0; i < tokens; i++) {
+        const float *key = x + i * stride, *v = key + keys;
+        for (int c = 0; c < values; c++) {
+            answer[c] = 0;
+            for (int r = 0; r < keys; r++) answer[c] += (s[r * values + c] *= number[0][i]) * key[r] * number[2][i];
+            const double d = (v[c] - (corrected ? answer[c] : 0)) * number[1][i];
+            double expected = 0;
+            for (int r = 0; r < keys; r++)
+                expected += (s[r * values + c] += key[r] * number[2][i] * d) * q[i * stride + r] * number[3][i];
+            const double error = out[i * values + c] - expected, size = 1 + fabs(expected) * pow(4, i);
+            expect(fabs(error) < 2e-5 * size, k->name, "recurrence", keys, values, i, error);
+        }
+    }
+    job.tokens = split, job.to = again, job.out = other;     /* two calls, the second in place, give the same bits */
+    if (split) k->recur(&job);
+    for (int n = 0; n < 4; n++) memmove(number[n], number[n] + split, (tokens - split) * 4);
+    job = (recurrence_job){tokens - split, keys, values, corrected, x + split * stride, q + split * stride,
+                           x + keys + split * stride, stride, number[0], number[1], number[2], number[3],
+                           split ? again : job.from, again, other + split * values, values};
+    k->recur(&job);
+    expect(!memcmp(out, other, tokens * values * 4), k->name, "recurrence in two calls", keys, values, tokens, 0);
+    for (int i = 0; i < keys * values; i++) {
+        const int at = (i % values / BLOCK * keys + i / values) * BLOCK + i % values % BLOCK;
+        const int right = to[at] == again[at] && fabs(to[at] - s[i]) < 1e-3 * (1 + fabs(s[i]));
+        expect(right, k->name, "state", keys, values, i, to[at] - s[i]);
+    }
+    free(from), free(to), free(again), free(x), free(q), free(out), free(other), free(s), free(answer);
+}
+
 static void check_vectors(const kernels *k) {
-    int n = 16 * (1 + up_to(12)), odd = n - up_to(5), layer_norm = up_to(2), kind = up_to(3);
+    int n = 16 * (1 + up_to(12)), odd = n - up_to(5), layer_norm = up_to(2), kind = up_to(4);
     float *x = malloc(n * 4), *w = malloc(n * 4), *b = malloc(n * 4), *y = malloc(n * 4);
     for (int i = 0; i < n; i++) x[i] = 6 * unit(), w[i] = unit(), b[i] = unit();
     k->normalize(x, w, layer_norm ? b : NULL, 1e-5f, layer_norm, y, odd);
@@ -276,7 +329,9 @@ static void check_vectors(const kernels *k) {
     k->activate(gated ? w : NULL, x, y, n, kind);
     for (int i = 0; i < n; i++) {
         double g = gated ? w[i] : x[i], up = gated ? x[i] : 1;
-        double act = kind == EW_SILU ? g / (1 + exp(-g)) : kind == EW_GELU ? 0.5 * g * (1 + erf(g / sqrt(2)))
+        double sigmoid = 1 / (1 + exp(-g));
+        double act = kind == KERNEL_SIGMOID ? sigmoid : kind == EW_SILU ? g * sigmoid
+                   : kind == EW_GELU ? 0.5 * g * (1 + erf(g / sqrt(2)))
                    : 0.5 * g * (1 + tanh(sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
         expect(fabs(y[i] - act * up) < 1e-5, k->name, "activation", kind, i, n, y[i] - act * up);
     }
@@ -290,7 +345,8 @@ int main(int count, char **argument) {
     for (int i = 0; i < 7; i++) {
         const kernels *k = choose_kernels(names[i]);
         if (!k) continue;
-        for (int r = 0; r < rounds; r++) check_product(k), check_floats(k), check_attention(k), check_vectors(k);
+        for (int r = 0; r < rounds; r++)
+            check_product(k), check_floats(k), check_attention(k), check_recurrence(k), check_vectors(k);
         printf("%s: %d rounds\n", k->name, rounds), checked++;
     }
     printf("%d failures\n", failures);

@@ -1,0 +1,139 @@
+/* Attention of the tokens of a pass: queries, keys and values with their norms and RoPE, the cache's slots, and what
+ * the queries see there.
+ *
+ * Queries, keys and values are shared out by whole heads. Attention of few tokens over a long cache is shared out by
+ * chunks of slots, and whoever finishes a head last merges its chunks, in slot order. A layer that reads another's keys
+ * and values has queries alone.
+ */
+#ifndef __clang__
+#pragma GCC optimize("O3")
+#endif
+#define _GNU_SOURCE
+#include "pass.h"
+#include <stdlib.h>
+
+enum { QUERIES, KEYS, VALUES, GATES, KINDS };
+
+/* Heads h0..h1-1 of token i, which stand at x: normalize, rotate, and put keys and values into the cache. */
+static void finish(pass *p, const layer *l, int kind, int i, int h0, int h1, float *x) {
+    const ew_model *m = p->m;
+    const kernels *k = m->kernels;
+    const int dim = l->is.head_dim, n = (h1 - h0) * dim, slot = p->slot[i], last = m->config.qk_norm_last;
+    const int norms = kind <= KEYS ? m->config.qk_norm : EW_NO_NORM;
+    const float *weight = kind == QUERIES ? l->q_norm : l->k_norm, eps = m->config.norm_eps;
+    if (kind == GATES) {
+        k->activate(NULL, x, x, ceil_div(n, TILE) * TILE, KERNEL_SIGMOID);
+        return;
+    }
+    if (norms == EW_ALL_HEADS && !last) k->normalize(x, weight, NULL, eps, 0, x, n);
+    for (int h = 0; h < n; h += dim) {
+        if (norms == EW_EACH_HEAD && !last) k->normalize(x + h, weight, NULL, eps, 0, x + h, dim);
+        if (kind <= KEYS && l->rope) {
+            const size_t angle = (size_t)slot * l->rope->half;
+            k->rotate(x + h, l->rope->cos + angle, l->rope->sin + angle, l->rope->half);
+        }
+        if (norms == EW_EACH_HEAD && last) k->normalize(x + h, weight, NULL, eps, 0, x + h, dim);
+        if (kind == VALUES && m->config.v_norm) k->normalize(x + h, m->ones, NULL, eps, 0, x + h, dim);
+    }
+    if (norms == EW_ALL_HEADS && last) k->normalize(x, weight, NULL, eps, 0, x, n);
+    if (kind == QUERIES) {
+        const float scale = l->rope && l->rope->query ? l->scale * l->rope->query[slot] : l->scale;
+        for (int d = 0; d < n; d++) x[d] *= scale;
+    } else for (int h = 0; h < n; h += dim)
+        k->append(&p->cache->layer[l->source], p->row[i], h0 + h / dim, slot, x + h, kind == VALUES);
+}
+
+/* Queries to y, gates to gate, keys and values to the cache: each thread some heads of them; or, where tiles straddle
+ * heads or a norm does, some tiles, and then some tokens. */
+static void project(pass *p, const layer *l) {
+    const ew_model *m = p->m;
+    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
+    const int dim = l->is.head_dim, own = l->source == p->layer;
+    const struct { const matrix *w; float *to; int heads; } kinds[KINDS] = {
+        {&l->q, p->s->y, l->is.heads}, {&l->k, p->s->keys, own ? l->is.kv_heads : 0},
+        {&l->v, p->s->middle, own ? l->is.kv_heads : 0}, {&l->gate, p->s->gate, l->gate.rows ? l->is.heads : 0}};
+    int heads = 0, tiles = 0, at = 0, t0, t1;
+    for (int k = 0; k < KINDS; k++) heads += kinds[k].heads, tiles += kinds[k].heads ? kinds[k].w->tiles : 0;
+    if (dim % TILE || m->config.qk_norm == EW_ALL_HEADS) {
+        for (int k = 0; k < KINDS; k++)
+            if (kinds[k].heads && own_tiles(p, kinds[k].w, tiles, &at, &t0, &t1))
+                m->kernels->multiply(kinds[k].w, &a, p->tokens, kinds[k].to, m->widest, t0, t1);
+        pool_barrier(m->pool, p->threads);
+        for (int i = share(p, p->tokens, 0); i < share(p, p->tokens, 1); i++)
+            for (int k = 0; k < KINDS; k++)
+                if (kinds[k].heads) finish(p, l, k, i, 0, kinds[k].heads, kinds[k].to + (size_t)i * m->widest);
+        return;
+    }
+    for (int u = share(p, heads, 0); u < share(p, heads, 1); u++) {
+        int k = 0, h = u;
+        for (; h >= kinds[k].heads; k++) h -= kinds[k].heads;
+        float *to = kinds[k].to + h * dim;
+        m->kernels->multiply(kinds[k].w, &a, p->tokens, kinds[k].to, m->widest, h * dim / TILE, (h + 1) * dim / TILE);
+        for (int i = 0; i < p->tokens; i++) finish(p, l, k, i, h, h + 1, to + (size_t)i * m->widest);
+    }
+}
+
+/* middle [tokens][heads * head_dim] = attention of y over the cache. A unit is a run of tokens and a kv head, or, where
+ * that gives few units (split), one chunk of slots of these. */
+static void attend(pass *p, const layer *l) {
+    const ew_model *m = p->m;
+    const kernels *k = m->kernels;
+    const int dim = l->is.head_dim, window = l->is.window, kv_heads = l->is.kv_heads, group = l->is.heads / kv_heads;
+    const int most = p->longest * group, pairs = p->runs * kv_heads, chunks = ceil_div(p->high, CHUNK);
+    const int split = chunks > 1 && pairs < 4 * p->threads, units = split ? pairs * chunks : pairs;
+    const size_t stride = 2 + l->padded, one = most * stride, width = (size_t)l->out.blocks * BLOCK;
+    const float *query[most];
+    float *out[most];
+    int low[most], high[most];
+    for (int u = p->id; u < units; u += p->threads) {        /* in turns: later tokens of a prompt see more slots */
+        const int pair = split ? u / chunks : u, run = pair / kv_heads, head = pair % kv_heads;
+        int n = 0;
+        for (int i = p->run[run]; i < p->run[run + 1]; i++)
+            for (int h = head * group; h < (head + 1) * group; h++, n++) {
+                query[n] = p->s->y + (size_t)i * m->widest + h * dim;
+                out[n] = p->s->middle + i * width + h * dim;
+                high[n] = p->slot[i] + 1;
+                low[n] = window && high[n] > window ? high[n] - window : 0;
+            }
+        const attention_job job = {&p->cache->layer[l->source], p->row[p->run[run]], head, n,
+                                   p->tokens >= EW_MANY && !m->fp32, query, low, high, m->config.attention_softcap};
+        const int begin = low[0] / CHUNK, end = ceil_div(high[n - 1], CHUNK);
+        float *into = split ? p->s->chunks + ((size_t)pair * chunks + begin) * one : p->s->state[p->id];
+        if (split) {
+            const int chunk = u % chunks;
+            if (chunk < begin || chunk >= end) continue;
+            k->attend(&job, chunk * CHUNK, into + (chunk - begin) * one, stride);
+            if (__atomic_add_fetch(&p->s->finished[pair], 1, __ATOMIC_ACQ_REL) < end - begin) continue;
+            p->s->finished[pair] = 0;
+        } else k->attend(&job, begin * CHUNK, into, stride);
+        for (int c = begin + 1; c < end; c++) {
+            float *next = into + (split ? c - begin : 1) * one;
+            if (!split) k->attend(&job, c * CHUNK, next, stride);
+            for (size_t q = 0; q < n * stride; q += stride) k->merge(into + q, next + q, l->padded);
+        }
+        for (int q = 0; q < n; q++, into += stride) {
+            for (int d = 0; d < dim; d++) out[q][d] = into[2 + d] / into[1];
+            if (!l->gate.rows) continue;
+            const float *gate = p->s->gate + (query[q] - p->s->y);
+            for (int d = 0; d < dim; d++) out[q][d] *= gate[d];
+        }
+    }
+}
+
+void attention(pass *p, const layer *l) {
+    project(p, l);
+    meet(p, EW_PART_QKV);
+    attend(p, l);
+}
+
+/* Room for attention split by chunks, for as many pairs as attend() splits. */
+int chunks_fit(const pass *p) {
+    struct scratch *s = p->s;
+    const int pairs = p->m->threads * 4, chunks = ceil_div(p->high, CHUNK);
+    size_t floats = (size_t)pairs * chunks * p->longest * p->m->attention_floats;
+    if (chunks == 1 || floats <= s->chunk_floats) return 1;
+    free(s->chunks);
+    s->chunks = malloc(floats * sizeof(float));
+    s->chunk_floats = s->chunks ? floats : 0;
+    return s->chunks != NULL;
+}

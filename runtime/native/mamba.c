@@ -1,0 +1,57 @@
+/* Mamba-2 (Dao and Gu, 2024), as Granite 4 has it.
+ *
+ * x, B and C are convolved and go through SiLU. Each head keeps a state S [state][head]: S = exp(decay dt) S +
+ * B (dt x)^T, and answers S^T C + skip x, where dt goes through softplus. B and C belong to a group of heads. The
+ * answers are multiplied by silu(z) and then normalized group by group, on their way into the last product.
+ */
+#ifndef __clang__
+#pragma GCC optimize("O3")
+#endif
+#include "pass.h"
+#include <math.h>
+
+/* x, B and C to y, z to keys, dt to narrow. */
+static void project(pass *p, const layer *l) {
+    const ew_model *m = p->m;
+    const kernels *k = m->kernels;
+    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
+    const int total = l->xbc.tiles + l->xbc_gate.tiles + l->dt.tiles;
+    int at = 0, t0, t1;
+    if (own_tiles(p, &l->xbc, total, &at, &t0, &t1)) project_convolved(p, l, &l->xbc, &a, t0, t1);
+    if (own_tiles(p, &l->xbc_gate, total, &at, &t0, &t1))
+        k->multiply(&l->xbc_gate, &a, p->tokens, p->s->keys, m->widest, t0, t1);
+    if (own_tiles(p, &l->dt, total, &at, &t0, &t1)) k->multiply(&l->dt, &a, p->tokens, p->s->narrow, m->narrow, t0, t1);
+}
+
+/* A head's answers [tokens of the segment], to middle. */
+static void answer(pass *p, const layer *l, int segment, int head) {
+    const ew_model *m = p->m;
+    const int dim = l->is.head_dim, size = l->is.state_dim, groups = l->is.kv_heads, inner = l->is.heads * dim;
+    const int first = p->segment[segment], tokens = p->segment[segment + 1] - first;
+    const int padded = ceil_div(dim, TILE) * TILE, group = head / (l->is.heads / groups);
+    const float *y = p->s->y + (size_t)first * m->widest, *x = y + head * dim;
+    const float *b = y + inner + group * size, *c = b + groups * size;
+    const size_t at = l->state_at + (size_t)head * l->blocks * size * BLOCK, width = (size_t)l->out.blocks * BLOCK;
+    float decay[EW_PASS], dt[EW_PASS], one[EW_PASS], gate[padded], out[padded];
+    for (int i = 0; i < tokens; i++) {
+        dt[i] = softplus(p->s->narrow[(size_t)(first + i) * m->narrow + head] + l->dt_bias[head]);
+        decay[i] = expf(l->decay[head] * dt[i]);
+        one[i] = 1;
+    }
+    float *middle = p->s->middle + first * width + head * dim;
+    m->kernels->recur(&(recurrence_job){tokens, size, dim, 0, b, c, x, m->widest, decay, dt, one, one,
+                                        state_from(p, segment, at), state_to(p, segment, at), middle, width});
+    memset(gate, 0, sizeof gate), memset(out, 0, sizeof out);
+    for (int i = 0; i < tokens; i++, middle += width, x += m->widest) {
+        memcpy(gate, p->s->keys + (size_t)(first + i) * m->widest + head * dim, dim * sizeof(float));
+        for (int d = 0; d < dim; d++) out[d] = middle[d] + l->skip[head] * x[d];
+        m->kernels->activate(gate, out, out, padded, EW_SILU);
+        memcpy(middle, out, dim * sizeof(float));
+    }
+}
+
+void mamba(pass *p, const layer *l) {
+    project(p, l);
+    meet(p, EW_PART_QKV);
+    for (int u = p->id; u < p->segments * l->is.heads; u += p->threads) answer(p, l, u / l->is.heads, u % l->is.heads);
+}
