@@ -8,6 +8,7 @@ Digits are split one by one, as in SmolLM2. Special tokens come first: <|endofte
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,28 +46,38 @@ def train_tokenizer(options: TokenizerOptions) -> None:
         raise UserError(f"{options.out} already exists; choose another -o or remove it")
     if options.vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"--vocab-size {options.vocab_size}: bytes and special tokens alone are {SMALLEST_VOCABULARY}")
+    counts: Counter = Counter()
+    sources = find_sources(options.data)
+    tokenizer = learned(read_documents(options, sources, counts, "read"), options.vocab_size, options.min_frequency)
+    if not counts["kept"]:
+        raise UserError(f"{options.data[0]}: cleaning left no document: {dict(counts)}")
+    inputs = {source: source_digest(source) for source in sources}
+    with new_folder(options.out) as folder:
+        write_files(folder, tokenizer)
+        lineage.write(folder, [lineage.stage("tokenizer", options, inputs, dict(counts))])
+    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
+
+
+def learned(documents: Iterable[str], vocab_size: int = SMALLEST_VOCABULARY, min_frequency: int = 2) -> Tokenizer:
+    """A tokenizer of the special tokens, the 256 bytes and what is merged in `documents`."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=options.vocab_size, min_frequency=options.min_frequency,
-                                  special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    counts: Counter = Counter()
-    sources = find_sources(options.data)
-    tokenizer.train_from_iterator(read_documents(options, sources, counts, "read"), trainer)
-    if not counts["kept"]:
-        raise UserError(f"{options.data[0]}: cleaning left no document: {dict(counts)}")
-    inputs = {source: source_digest(source) for source in sources}
+    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def write_files(folder: Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer's files, as every stage here and `transformers` read them."""
     end = SPECIAL_TOKENS[0]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
               "clean_up_tokenization_spaces": False}
-    with new_folder(options.out) as folder:
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-        (folder / "chat_template.jinja").write_text(CHATML)
-        lineage.write(folder, [lineage.stage("tokenizer", options, inputs, dict(counts))])
-    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens from {counts['kept']} documents")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "chat_template.jinja").write_text(CHATML)
 
 
 def main(argv=None) -> int:
