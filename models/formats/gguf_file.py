@@ -1,8 +1,8 @@
 """Read a GGUF file (llama.cpp's format, versions 2 and 3): configuration and tensors, as this project names them.
 
 Architectures: llama (SmolLM, SmolLM2 and Mistral too, which GGUF does not tell apart), qwen2, qwen3, gpt2. `PLAIN` tensors
-keep their type; of the others, those that the `gguf` package dequantizes become float32, one in memory at a time. A model
-in several files (NAME-00001-of-00003.gguf, as llama-gguf-split writes them) is opened by any of them.
+keep their type; of the others, those that the `gguf` package dequantizes become float32, one in memory at a time. A
+model in several files (NAME-00001-of-00003.gguf, as llama-gguf-split writes them) is opened by any of them.
 
 Two things are undone that the conversion to GGUF did. In llama files the rows of q and k are interleaved, because
 ggml rotates neighbouring pairs of a head where Hugging Face rotates its two halves. And Llama 3's RoPE scaling is
@@ -31,7 +31,7 @@ from runtime.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 PLAIN = ("F32", "F16", "BF16")
-_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")                        # llama.cpp's name of part 1, 2, ... of so many
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")                       # llama.cpp's name of part 1, 2, ... of so many
 # What every published Llama 3 model has; `factor` (8 or 32) is read off the file.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
@@ -85,16 +85,16 @@ def read_header(path: Path) -> tuple[dict, dict]:
 
 
 def read_parts(path: Path) -> tuple[dict, dict, list[Path]]:
-    """`read_header` of a model in one file or several, of which `path` is any, and its files in order. The metadata is the
-    first part's. Raises UserError where a part is missing beside `path`, or does not belong to it."""
+    """`read_header` of a model in one file or several, of which `path` is any, and its files in order. The metadata is
+    the first part's. Raises UserError where a part is missing beside `path`, or does not belong to it."""
     metadata, tensors = read_header(path)
     count = metadata.get("split.count", 1)
     if count in (0, 1):
         return metadata, tensors, [path]
     name = _PART.fullmatch(path.name)
     if not (name and int(name[2]) == count):
-        raise UserError(f"{path} is one of {count} parts, which are found by their names (NAME-00001-of-00003.gguf), and it "
-                        "has no such name: give the parts theirs back")
+        raise UserError(f"{path} is one of {count} parts, which are found by their names (NAME-00001-of-00003.gguf), "
+                        "and it has no such name: give the parts theirs back")
     parts = [path.with_name(f"{name[1]}-{number:05d}-of-{name[2]}.gguf") for number in range(1, count + 1)]
     if missing := [part for part in parts if not part.is_file()]:
         raise UserError(f"{missing[0]} is missing: the model is in {count} parts, which belong in one folder")
@@ -102,16 +102,19 @@ def read_parts(path: Path) -> tuple[dict, dict, list[Path]]:
     for number, (part, (says, more)) in enumerate(zip(parts, headers)):
         found, wanted = [says.get(f"split.{key}") for key in ("no", "count", "tensors.count")], [number, count, total]
         if found != wanted or tensors.keys() & more.keys():
-            differs = f"its split numbers are {found}, not {wanted}" if found != wanted else "it repeats tensors of another part"
+            numbers = f"its split numbers are {found}, not {wanted}"
+            differs = numbers if found != wanted else "it repeats tensors of another part"
             raise UserError(f"{part} is no part of the same model as {path.name} ({differs}); get it again")
         tensors |= more
     if len(tensors) != total:
-        raise UserError(f"{path} and its other parts hold {len(tensors)} tensors of the model's {total}; get them again")
+        raise UserError(f"{path} and its other parts hold {len(tensors)} tensors of the model's {total}; get them "
+                        "again")
     return headers[0][0], tensors, parts
 
 
 class GGUFFile:
-    """An opened GGUF file: `.path`, `.parts` (it and the other files of its model), `.metadata` (key -> value), `.config`.
+    """An opened GGUF file: `.path`, `.parts` (it and the other files of its model), `.metadata` (key -> value) and
+    `.config`.
 
     Opening checks the whole header: types, and the name and shape of every tensor. Raises UserError, naming the file,
     for anything that cannot be read.
