@@ -1,17 +1,15 @@
 """Read a GGUF file (llama.cpp's format, versions 2 and 3): configuration and tensors, as this project names them.
 
-Architectures: llama (SmolLM, SmolLM2 and Mistral too, which GGUF does not tell apart), qwen2, qwen3, gpt2. `PLAIN` tensors
-keep their type; of the others, those that the `gguf` package dequantizes become float32, one in memory at a time. A
-model in several files (NAME-00001-of-00003.gguf, as llama-gguf-split writes them) is opened by any of them.
+Which architectures, and what their conversion to GGUF did that is undone here, is in gguf_families.py. `PLAIN` tensors keep their
+type; of the others, those that the `gguf` package dequantizes become float32, one in memory at a time. A model in several files
+(NAME-00001-of-00003.gguf, as llama-gguf-split writes them) is opened by any of them.
 
-Two things are undone that the conversion to GGUF did. In llama files the rows of q and k are interleaved, because
-ggml rotates neighbouring pairs of a head where Hugging Face rotates its two halves. And Llama 3's RoPE scaling is
-stored as its result, one factor a frequency; the parameters it came from are found again and checked against it.
-
-Not read: mixtures of experts, other RoPE scalings, big-endian files. All are refused.
+Llama 3's RoPE scaling is stored as its result, one factor a frequency; the parameters it came from are found again and checked
+against it. Big-endian files are refused.
 """
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,18 +20,15 @@ import gguf
 import numpy as np
 import torch
 
-from models.families import FAMILIES
-from models.network.config import LayerConfig, ModelConfig
+from models.formats.gguf_families import ARCHITECTURES, hf_config, llama3_scaling, tensor_parts, undone
+from models.network.config import ModelConfig
 from models.network.decoder import tensor_shapes
 from models.network.rope import frequencies
 from models.formats.gguf_tokenizer import token_id
 from runtime.errors import UserError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 PLAIN = ("F32", "F16", "BF16")
-_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")                       # llama.cpp's name of part 1, 2, ... of so many
-# What every published Llama 3 model has; `factor` (8 or 32) is read off the file.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")                        # llama.cpp's name of part 1, 2, ... of so many
 
 
 @functools.cache
@@ -49,13 +44,7 @@ def quantized_types() -> tuple[str, ...]:
     return tuple(name for name in found if name not in PLAIN)
 
 
-_NAME = re.compile(r"(?:blk\.(?P<layer>[^.]+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-OUTSIDE = {"token_embd": ("model.embed_tokens",), "position_embd": ("model.embed_positions",), "output_norm": ("model.norm",),
-           "output": ("lm_head",)}
-LAYER = {"attn_norm": ("input_layernorm",), "ffn_norm": ("post_attention_layernorm",), "attn_qkv": _QKV, "attn_q": _QKV[:1],
-         "attn_k": _QKV[1:2], "attn_v": _QKV[2:], "attn_output": ("self_attn.o_proj",), "attn_q_norm": ("self_attn.q_norm",),
-         "attn_k_norm": ("self_attn.k_norm",), "ffn_gate": ("mlp.gate_proj",), "ffn_up": ("mlp.up_proj",), "ffn_down": ("mlp.down_proj",)}
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")      # read with the configuration
 
 
 class _Reader(gguf.GGUFReader):
@@ -127,20 +116,19 @@ class GGUFFile:
         if self.architecture not in ARCHITECTURES:
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported in GGUF; supported are "
                             f"{', '.join(ARCHITECTURES)} (SmolLM and Mistral are 'llama' there)")
+        # the layers of heads that guess further tokens stand last, and are not read
+        self.layers = self.size("block_count") - self.take("nextn_predict_layers", 0)
         self.config = self._config()
         self._check_tensors()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the model by its name in `Decoder`, one in memory at a time."""
+        """Every parameter of the model by its name in `Decoder`, one of the file's tensors in memory at a time."""
+        shapes = tensor_shapes(self.config)
         for name, tensor in self._tensors.items():
-            if not (ours := self._decoder_names(name)):
-                continue
-            values = self._values(tensor)
-            if self.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-                # rows (x0 y0 x1 y1 ...) of each head in the order (x0 x1 ... y0 y1 ...)
-                pairs = values.view(-1, self.config.head_dim // 2, 2, *values.shape[1:])
-                values = pairs.transpose(1, 2).reshape(values.shape)
-            yield from zip(ours, values.chunk(len(ours)))
+            held = self._parts.get(name, ()) if name not in _FACTORS else ()
+            values = self._values(tensor) if held else None
+            for ours, part in held:
+                yield ours, undone(self.config, ours, part.cut(values.reshape(part.whole or shapes[ours])))
 
     def precision(self) -> tuple[float, dict[str, float]]:
         """Bits a weight that the file's tensors take, and each type's share of the weights, largest first."""
@@ -151,57 +139,47 @@ class GGUFFile:
         return 8 * size_bytes / total, {kind: count / total for kind, count in weights.most_common()}
 
     def _config(self) -> ModelConfig:
-        gpt2 = self.architecture == "gpt2"
-        hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
-        head_dim = self._size("attention.key_length", hidden // heads)
-        if (rotated := self._size("rope.dimension_count", head_dim)) != head_dim:
-            raise UserError(f"{self.path}: {rotated} of a head's {head_dim} dimensions rotate; only all are supported")
-        layer = LayerConfig(heads, self._size("attention.head_count_kv", heads), self._size("feed_forward_length"))
-        count = self._size("block_count")
-        self._tensor(f"blk.{count - 1}.attn_norm.weight")      # a corrupt count is found before layers are made of it
+        self._tensor(f"blk.{self.layers - 1}.attn_norm.weight", "blk.{n}.post_attention_norm.weight")
         bos, eos, pad = (token_id(self.metadata, name, self.path) for name in ("bos", "eos", "padding"))
-        attention_bias, mlp_bias = (f"blk.0.{name}.bias" in self._tensors for name in ("attn_q", "ffn_up"))
-        fields = dict(
-            family=self.architecture, vocab_size=int(self._tensor("token_embd.weight").shape[-1]), hidden_size=hidden,
-            layers=(layer,) * count, head_dim=head_dim, context_length=self._size("context_length"),
-            norm_eps=self._number("attention.layer_norm_epsilon" if gpt2 else "attention.layer_norm_rms_epsilon"),
-            rope_theta=self._number("rope.freq_base", 10000.0), activation="gelu_tanh" if gpt2 else "silu",
-            tied_embeddings=self._tied(), bos_token_id=bos, eos_token_ids=() if eos is None else (eos,), pad_token_id=pad,
-            **{"attention_bias": attention_bias, "output_bias": attention_bias and self.architecture != "qwen2",
-               "mlp_bias": mlp_bias and self.architecture == "llama"} | FAMILIES[self.architecture].fixed)
+        self._hf = hf_config(self) | {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad,
+                                      "tie_word_embeddings": self._tied()}
         try:
-            config = ModelConfig(**fields)
+            config = ModelConfig.from_hf(self._hf)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
-        return replace(config, rope_scaling=self._rope_scaling(config))
+        if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
+            self._check_llama3(config)
+        return config
 
     def _check_tensors(self) -> None:
-        expected, found = tensor_shapes(self.config), {}
+        shapes, found = tensor_shapes(self.config), set()
+        self._parts = tensor_parts(self, self.config, self._hf, shapes)
         for name, tensor in self._tensors.items():
             if tensor.tensor_type.name not in PLAIN + quantized_types():
                 raise UserError(f"{self.path}: tensor {name} is stored as {tensor.tensor_type.name}, which is not "
                                 f"read; get the model in one of {', '.join(PLAIN + quantized_types())}")
-            ours = self._decoder_names(name)
-            rows, *columns = (int(size) for size in reversed(tensor.shape))
-            for part in ours:
-                found[part] = (rows // len(ours), *columns)
-                if found[part] != expected.get(part):
-                    wanted = f"be {list(expected[part])}" if part in expected else "not be there"
-                    raise UserError(f"{self.path}: {part} (from {name}) has shape {list(found[part])}, but should "
-                                    f"{wanted} by the file's own metadata")
-        if missing := [name for name in expected if name not in found]:
+            if name in _FACTORS or name == "output.weight" and self.config.tied_embeddings or self._unread(name):
+                continue
+            if name not in self._parts:
+                raise UserError(f"{self.path}: tensor {name} belongs to no supported model of architecture {self.architecture!r} "
+                                "like the one its metadata describe")
+            stored = tuple(int(size) for size in reversed(tensor.shape))
+            for ours, part in self._parts[name]:
+                whole = part.whole or shapes[ours]
+                if stored != whole and not (1 in stored + (len(shapes[ours]),) and math.prod(stored) == math.prod(whole)):
+                    raise UserError(f"{self.path}: {ours} (from {name}) has shape {list(stored)}, but should be {list(whole)} by the "
+                                    "file's own metadata")
+                found.add(ours)
+        if missing := [name for name in shapes if name not in found]:
             raise UserError(f"{self.path} lacks {missing[0]} and {len(missing) - 1} more tensors; get it again")
 
-    def _decoder_names(self, name: str) -> list[str]:
-        """"blk.3.attn_q.weight" -> ["model.layers.3.self_attn.q_proj.weight"]; none for what is no parameter."""
-        if name == "rope_freqs.weight" or name == "output.weight" and self.config.tied_embeddings:
-            return []
-        match = _NAME.fullmatch(name)
-        if match and (ours := (OUTSIDE if match["layer"] is None else LAYER).get(match["module"])):
-            place = "" if match["layer"] is None else f"model.layers.{match['layer']}."
-            return [f"{place}{module}.{match['kind']}" for module in ours]
-        raise UserError(f"{self.path}: tensor {name} belongs to no supported model of architecture "
-                        f"{self.architecture!r} (mixtures of experts are not supported)")
+    def _unread(self, name: str) -> bool:
+        """Whether a tensor is of a further head, or of keys and values that nobody reads."""
+        layer, part = (re.fullmatch(r"blk\.(\d+)\.(\w+)\..+", name) or re.match("()()", name)).groups()
+        if not layer or int(layer) >= self.layers:
+            return bool(layer) and int(layer) < self.size("block_count")
+        return (self.config.layers[int(layer)].cache_source is not None
+                and part in ("attn_k", "attn_v", "attn_k_norm"))
 
     def _values(self, tensor) -> torch.Tensor:
         kind, data = tensor.tensor_type.name, tensor.data             # mapped from the file, read-only
@@ -216,41 +194,78 @@ class GGUFFile:
         head, table = self._tensors["output.weight"], self._tensors["token_embd.weight"]
         return head.tensor_type == table.tensor_type and np.array_equal(head.data, table.data)
 
-    def _tensor(self, name: str):
-        if name not in self._tensors:
+    def _tensor(self, name: str, instead: str = ""):
+        """A tensor of the file; `instead`: of a layer, that will do too."""
+        if name not in self._tensors and not self.holds(instead):
             raise UserError(f"{self.path}: tensor {name} is missing; the file is not a whole model")
-        return self._tensors[name]
+        return self._tensors.get(name)
 
-    def _size(self, key: str, default: int | None = None) -> int:
-        value = self._take(key, default)
+    def holds(self, name: str) -> bool:
+        """Whether some layer has the tensor; {n} stands for its number."""
+        pattern = re.compile(re.escape(name).replace(r"\{n\}", r"\d+"))
+        return any(pattern.fullmatch(stored) for stored in self._tensors)
+
+    def rows(self, name: str) -> int:
+        return int(self._tensor(name).shape[-1])
+
+    def vector(self, name: str) -> list[float] | None:
+        """A small tensor's numbers; None where it is not there."""
+        return None if name not in self._tensors else [float(str(value)) for value in self._tensors[name].data]
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.take(key, default)
         if type(value) is not int or value < 1:
             raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}, which should be one positive number")
         return value
 
-    def _number(self, key: str, default: float | None = None) -> float:
+    def sizes(self, key: str, default: int | None = None) -> list[int]:
+        """A number for every layer, or one for all."""
+        value = self.take(key, default)
+        if not isinstance(value, list):
+            return [self.size(key, default)]
+        if len(value) != self.size("block_count") or not all(type(one) is int and one >= 0 for one in value) or not any(value):
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, which should be a number for each layer")
+        return value
+
+    def same(self, key: str, default: int | None = None) -> int:
+        """A number that all layers have, but for those that have none."""
+        found = {one for one in self.sizes(key, default) if one}
+        if len(found) > 1:
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {sorted(found)}: only one number for all layers is supported")
+        return found.pop()
+
+    def number(self, key: str, default: float | None = None) -> float:
         """A float32 in the file; read as the shortest decimal that rounds to it, as config.json would write it."""
-        value = self._take(key, default)
+        value = self.take(key, default)
         if type(value) is not float:
             raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}, which should be a number")
         return float(str(np.float32(value)))
 
-    def _take(self, key: str, default):
+    def take(self, key: str, default):
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise UserError(f"{self.path}: {self.architecture}.{key} is missing; the file is not a whole model")
         return value
 
-    def _rope_scaling(self, unscaled: ModelConfig) -> dict | None:
+    def rope_scaling(self) -> dict | None:
+        """RoPE's scaling as config.json has it."""
         kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if kind != "none":
-            raise UserError(f"{self.path}: RoPE scaling {kind!r} is not supported: supported are none and Llama 3's")
-        if "rope_freqs.weight" not in self._tensors:
-            return None
+        if kind in ("linear", "yarn"):
+            found = {"rope_type": kind, "factor": self.number("rope.scaling.factor")}
+            if kind == "yarn":
+                found["original_max_position_embeddings"] = self.size("rope.scaling.original_context_length")
+                found |= {name: self.number(f"rope.scaling.yarn_{name}", default)
+                          for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+            return found
+        if kind not in ("none", "longrope"):
+            raise UserError(f"{self.path}: RoPE scaling {kind!r} is not supported: supported are none, linear, yarn, longrope and Llama 3's")
+        llama3 = "rope_freqs.weight" in self._tensors and self.architecture != "gemma4"
+        return llama3_scaling(self._tensors["rope_freqs.weight"].data) if llama3 else None
+
+    def _check_llama3(self, config: ModelConfig) -> None:
         factors = self._tensors["rope_freqs.weight"].data
-        scaling = {"rope_type": "llama3", "factor": round(float(factors.max()), 3), **LLAMA3_SCALING}
-        ropes = (config.rope(config.layers[0]) for config in (unscaled, replace(unscaled, rope_scaling=scaling)))
-        plain, scaled = (frequencies(rope, unscaled.head_dim, unscaled.context_length) for rope in ropes)
+        ropes = (each.rope(each.layers[0]) for each in (replace(config, rope_scaling=None), config))
+        plain, scaled = (frequencies(rope, config.head_dim, config.context_length) for rope in ropes)
         expected = (plain / scaled).numpy()
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise UserError(f"{self.path}: its RoPE factors are not Llama 3's; get the model as a Hugging Face folder")
-        return scaling

@@ -38,6 +38,7 @@ class Naming:
     transposed: tuple[str, ...] = ()                                    # theirs, stored [in, out]
     stacked: tuple[str, ...] = ()                                       # theirs, [experts, ...]
     less_one: tuple[str, ...] = ()                                      # ours, gains stored as gain - 1
+    flat: bool = False                                                  # convolutions are [channels, kernel], not [channels, 1, kernel]
     interleaved: bool = False                                           # dimension 2i of a head rotates with 2i + 1
     # ours -> the factor by which our weights are theirs, from the contents of config.json
     factors: Callable[[dict, ModelConfig], dict[str, float]] | None = None
@@ -125,7 +126,7 @@ def _part(naming: Naming, config: ModelConfig, layer: str | None, module: str, k
     transposed = theirs in naming.transposed and kind == ".weight"
     start, total = sum(one[0] for one in shapes[:index]), sum(one[0] for one in shapes)
     whole, rows = (total, *shape[1:]), slice(start, start + shape[0]) if len(shapes) > 1 else None
-    if module.endswith("conv") and kind == ".weight":                   # published as [channels, 1, kernel]
+    if module.endswith("conv") and kind == ".weight" and not naming.flat:                   # published as [channels, 1, kernel]
         whole = (shape[0], 1, shape[1])
     last = module.rpartition(".")[2]
     if layer is not None and last in ("q_proj", "k_proj", "q_norm", "k_norm", "g_proj"):
