@@ -1,9 +1,10 @@
 """Vocabulary trimming: keep the tokens that a corpus or a language uses, and every byte, so that any text still encodes.
 
-For byte-level BPE tokenizers (GPT-2's kind). Kept are all special and added tokens, the alphabet of single bytes, the
-tokens the corpus uses (all, or the most frequent), and whatever merges lead to those. Ids become compact in their old
-order; merges whose result is gone go too, so text outside the corpus falls apart into shorter kept tokens and decodes
-to itself. Rows of the embedding and the head follow. On a model of 135M parameters the embedding is a fifth of all bytes.
+For byte-level BPE tokenizers (GPT-2's kind) and those on characters that spell others in bytes, `<0xE4>` (SentencePiece's
+kind). Kept are all special and added tokens, every byte, the tokens the corpus uses (all, or the most frequent), and those
+that BPE goes through on its way to them. Ids become compact in their old order; merges whose result is gone go too, so
+text outside the corpus falls apart into shorter kept tokens and decodes to itself. Rows of the embedding and the head
+follow. On a model of 135M parameters the embedding is a fifth of all bytes.
 """
 
 import copy
@@ -16,6 +17,8 @@ import numpy as np
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
 
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+
 
 def plan(tokenizer: dict, counts: Counter, size: int | None) -> list[int]:
     """Old ids of the kept tokens, ascending. tokenizer: the contents of tokenizer.json; counts: uses of each id.
@@ -24,30 +27,38 @@ def plan(tokenizer: dict, counts: Counter, size: int | None) -> list[int]:
     Raises UserError for another kind of tokenizer, or a size that cannot hold what must stay.
     """
     model = tokenizer.get("model", {})
-    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]):
-        raise UserError("only the vocabulary of a byte-level BPE tokenizer can be trimmed; this one is "
-                        f"{model.get('type', 'of no known kind')}")
-    vocabulary = model["vocab"]
-    needs = {}                                              # a token -> the two tokens it is merged from
-    for merge in model["merges"]:
-        needs.setdefault("".join(_halves(merge)), _halves(merge))
+    bytewise = "ByteLevel" in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
+    if model.get("type") != "BPE" or not (bytewise or model.get("byte_fallback") and model["vocab"].keys() >= BYTES):
+        raise UserError("only the vocabulary of byte-level BPE, or of BPE with a token for every byte, can be trimmed; this "
+                        f"one is {model.get('type', 'of no known kind')}")
+    vocabulary, ranks = model["vocab"], {tuple(_halves(merge)): rank for rank, merge in enumerate(model["merges"])}
+    # U+2581 stands for a space: in bytes it would decode to itself
+    always = {text for text in vocabulary if len(text) == 1} if bytewise else BYTES | {"\u2581"}
     kept = {entry["id"] for entry in tokenizer.get("added_tokens", [])}
-    kept |= {i for text, i in vocabulary.items() if len(text) == 1}
+    kept |= {vocabulary[text] for text in always | {model.get("unk_token")} if text in vocabulary}
     if size is not None and size < len(kept):
         raise UserError(f"a vocabulary of {size} tokens cannot hold the {len(kept)} bytes and special tokens")
     names = {i: text for text, i in vocabulary.items()}
     for i, _ in counts.most_common():
         if i not in names or i in kept:
             continue
-        closure, waiting = set(), [names[i]]
-        while waiting:
-            text = waiting.pop()
-            if vocabulary[text] not in kept and vocabulary[text] not in closure:
-                closure.add(vocabulary[text])
-                waiting += needs.get(text, ())
+        closure = {vocabulary[text] for text in _way_to(names[i], ranks) if text in vocabulary} - kept
         if size is None or len(kept) + len(closure) <= size:
             kept |= closure
     return sorted(kept)
+
+
+def _way_to(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
+    """What BPE makes on its way to a token, the token included: a vocabulary may have several merges that lead to one,
+    and only those that are taken matter. What stands beside the token in a text changes nothing within it."""
+    symbols, seen = list(token), {*token, token}
+    while len(symbols) > 1:
+        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(symbols, symbols[1:])))
+        if rank == len(ranks):
+            break
+        symbols[at:at + 2] = ["".join(symbols[at:at + 2])]
+        seen.add(symbols[at])
+    return seen
 
 
 def trimmed_tokenizer(tokenizer: dict, kept: list[int]) -> dict:

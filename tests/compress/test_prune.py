@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -15,6 +16,7 @@ from compress import prune
 from compress.quantizing.gptq import DAMPING
 from compress.pruning.sparse import cheapest_ratios
 from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from runtime.errors import UserError
 
 TEXT = "The small engine reads a sentence and answers in another. " * 40
 
@@ -257,6 +259,44 @@ def test_a_trimmed_vocabulary_encodes_everything_and_says_the_same(tiny_checkpoi
     old_config, config = open_checkpoint(source).config, open_checkpoint(tmp_path / "b").config
     assert [kept[i] for i in config.eos_token_ids] == list(old_config.eos_token_ids)
     assert not list(tmp_path.glob(".b*"))
+
+
+TEXTS = ["the small engine", "", " ", "  x\t\n\n", "Ein Satz, 然后 🙂🏳️‍🌈 e\u0301 user\n\tx = 1", "\x00\x7f\u200d", "aaaaaaa == ====", "<0x41>"]
+
+
+def in_bytes(pieces: list[str]) -> dict:
+    """tokenizer.json of a BPE on characters as SentencePiece's vocabularies become: every merge that leads to a piece."""
+    from models.formats.gguf_tokenizer import build_tokenizer
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    types, scores = [2, 3, 3] + [6] * 256 + [1] * len(pieces), [0.0] * 259 + [-float(i) for i in range(len(pieces))]
+    keys = {"model": "llama", "tokens": tokens, "token_type": types, "scores": scores, "bos_token_id": 1, "eos_token_id": 2}
+    return json.loads(build_tokenizer({f"tokenizer.ggml.{key}": value for key, value in keys.items()}, None).to_str())
+
+
+def test_a_vocabulary_with_byte_tokens_is_trimmed_and_still_spells_any_text(tiny_checkpoint, tmp_path):
+    """The corpus keeps its tokens, one by one, though the first merge that leads to "engine" is not the one taken."""
+    pieces = ["ne", "gi", "en", "gine", "engi", "engine", "▁t", "he", "▁the", "▁s", "ma", "ll", "mall", "▁small", "aa", "aaa", "==", "a=",
+              "然后", *"▁aeghilmnst=然后"]
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("smollm2"), source)
+    (source / "tokenizer.json").write_text(json.dumps(in_bytes(pieces)))
+    (tmp_path / "c.txt").write_text("the small engine " * 30)
+    assert run(source, tmp_path / "b", "--data", tmp_path / "c.txt", "--what", "vocabulary") == 0
+    before, after = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (source, tmp_path / "b"))
+    assert before.encode("the small engine").tokens == after.encode("the small engine").tokens == ["<s>", "▁the", "▁small", "▁", "engine"]
+    gone = before.get_vocab().keys() - after.get_vocab().keys()
+    assert gone == {"aa", "aaa", "==", "a=", "=", "然后", "然", "后", "engi"}
+    for text in TEXTS:
+        assert after.decode(after.encode(text).ids) == before.decode(before.encode(text).ids) == text
+    assert load_decoder(tmp_path / "b").config.vocab_size == after.get_vocab_size()
+
+
+def test_a_unigram_vocabulary_or_one_without_bytes_is_not_trimmed():
+    missing = in_bytes(["a"])
+    del missing["model"]["vocab"]["<0x41>"]
+    for tokenizer, kind in ((missing, "BPE"), ({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0]]}}, "Unigram")):
+        with pytest.raises(UserError, match=f"BPE with a token for every byte, can be trimmed; this one is {kind}"):
+            vocabulary.plan(tokenizer, Counter(), None)
 
 
 def test_a_vocabulary_of_a_given_size_keeps_the_frequent():
