@@ -1,21 +1,30 @@
-"""What the portable and the fast graph have in common: inputs, caches, linears, the MLP and the choice of positions.
+"""What the portable and the fast graph have in common: inputs, caches, the walk through the layers, linears, norms, logits.
 
 The interface of both (docs/formats.md, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
 logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacity, head_dim]; logits float32
-[b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i.
+[b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i. A model with recurrent
+layers takes at most CHUNK tokens a call, and has more: counts int64 [b], how many of each row's tokens are real; past_conv.L
+float32 [b, channels, kernel - 1], past_state.L float32 [b, heads, head_dim, state_dim], and present_conv.L, present_state.L.
 
 A quantized linear is `DequantizeLinear` + `MatMul`: standard operators, which ONNX Runtime fuses into MatMulNBits while
 loading and TensorRT keeps as a weight-only quantized product. Where the checkpoint rounds the inputs of its linears to
 int8 (models/network/activations.py), the same numbers come from standard operators before the product: QuantizeLinear and
 DequantizeLinear for stored scales; Abs, ReduceMax, Div, Round, Mul for a scale of each row, once for all linears that
 read the input.
+
+What a layer's mixer and MLP compute is in `mixers/`, a file each: a function of the graph, x [b, s, hidden] and the layer's number
+that gives [b, s, hidden].
 """
 
 import numpy as np
 
 from export.graph import ELEMENT_TYPES, GraphBuilder
-from models.network.config import ModelConfig
+from export.mixers import attention, chunk, delta, mamba, mlp, short_conv
+from models.network.config import LayerConfig, ModelConfig
+from runtime.layout import rope_name
 
+OUTPUTS = {"attention": "o", "conv": "conv_out", "delta": "delta_out", "mamba": "mamba_out"}      # the last linear of a mixer
+RECURRENT = {"conv": short_conv.mixer, "delta": delta.mixer, "mamba": mamba.mixer}
 
 class DecoderGraph(GraphBuilder):
     """A graph builder for the model of a manifest, computing in dtype: "float32", "float16" or "bfloat16"."""
@@ -33,6 +42,8 @@ class DecoderGraph(GraphBuilder):
             self.input("position_ids", "int64", ["b", "s"])
         self.input("write_index", "int64", ["b"])
         self.input("logits_positions", "int64", ["b", "k"])
+        if self.config.recurrent:
+            self.input("counts", "int64", ["b"])
         self.output("logits", "float32", ["b", "k", self.config.vocab_size])
 
     def embedded(self, rows: str) -> str:
@@ -42,14 +53,72 @@ class DecoderGraph(GraphBuilder):
         positions = self.op("Gather", [self.weight("position_embed.weight"), "position_ids"], "positions")
         return self.op("Add", [rows, positions], "embedded.positions")
 
+    def layers(self, x: str, last: str | None = None) -> tuple[str, str]:
+        """The stream after all layers, normalized by the norm `last` where it is given and not, and as it is."""
+        config, normed = self.config, self.normed(x, "layers.0.attn_norm")
+        for number, layer in enumerate(config.layers):
+            name, following = f"layers.{number}", f"layers.{number + 1}.attn_norm" if number + 1 < len(config.layers) else last
+            mixed = RECURRENT[layer.mixer](self, normed, number) if layer.mixer in RECURRENT else self.attention(normed, number)
+            normed, x = self.added(x, mixed, f"{name}.attn", OUTPUTS[layer.mixer], f"{name}.mlp_norm")
+            made = mlp.experts(self, normed, number) if layer.experts else mlp.mlp(self, normed, name, layer.mlp_size, self.block_output)
+            if config.per_layer_size or config.layer_scalar:
+                _, x = self.added(x, made, f"{name}.mlp", "down", None)
+                x = mlp.per_layer(self, x, number)
+                normed = self.normed(x, following)
+            else:
+                normed, x = self.added(x, made, f"{name}.mlp", "down", following)
+        return normed, x
+
+    def added(self, x: str, made: str, block: str, linear: str, following: str | None) -> tuple[str, str]:
+        """(norm(x + made), x + made) for what a block has made, itself normalized before where the model does that. linear: the
+        block's last, whose bias is in `made` already; following: the norm to come, None for none."""
+        if f"{block}_post_norm.weight" in self.stored:
+            made = self.norm(made, f"{block}_post_norm", f"{block}_post")
+        x = self.op("Add", [x, made], f"{block.removesuffix('attn')}after_attention" if block.endswith("attn") else f"{block[:-3]}after_mlp")
+        return self.normed(x, following), x
+
+    def normed(self, x: str, norm: str | None) -> str:
+        return self.norm(x, norm, norm.replace("_norm", "_input")) if f"{norm}.weight" in self.stored else x
+
+    def block_output(self, x: str, name: str) -> str:
+        """The last linear of a block."""
+        return self.linear(x, name)
+
+    def attention(self, x: str, layer: int) -> str:
+        return attention.mixer(self, x, layer)
+
     def cache(self, layer: int, dtype: str) -> list[tuple[str, str]]:
         """Declare a layer's caches: (past, present) of the keys and of the values."""
-        shape = ["b", self.config.layers[layer].kv_heads, "capacity", self.config.head_dim]
+        config = self.config.layers[layer]
+        shape = ["b", config.kv_heads, "capacity", self.config.head_size(config)]
         return [(self.input(f"past_{kind}.{layer}", dtype, shape),
                  self.output(f"present_{kind}.{layer}", dtype, shape)) for kind in ("key", "value")]
 
+    def state(self, layer: int, kind: str) -> tuple[str, str]:
+        """Declare a recurrent layer's "conv" [channels, kernel - 1] or "state" [heads, keys, values]: (past, present)."""
+        config = self.config.layers[layer]
+        shape = ["b", *self.config.state_shapes(config)[kind]]
+        if kind == "state" and config.mixer == "mamba":       # whose keys are B, and values x
+            shape[2:] = shape[:1:-1]
+        return (self.input(f"past_{kind}.{layer}", "float32", shape), self.output(f"present_{kind}.{layer}", "float32", shape))
+
+    def rope(self, layer: LayerConfig, *parts: str) -> list[str]:
+        """Those of a layer's rotary tables ("cos", "sin", "query") that there are."""
+        rotates = self.config.rope(layer) is not None
+        return self.weights(rope_name(layer.rope), *parts) if rotates else []
+
+    def once(self, name: str, make) -> str:
+        """The value `name`, made by `make()` when first asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
     def cast(self, value: str, dtype: str, output: str) -> str:
         return self.op("Cast", [value], output, to=ELEMENT_TYPES[dtype])
+
+    def wide(self, value: str) -> str:
+        """A value of the graph's type in float32."""
+        return value if self.dtype == "float32" else self.once(f"{value}.float32", lambda: self.cast(value, "float32", f"{value}.float32"))
 
     def own_type(self, value: str, dtype: str, output: str) -> str:
         """A value of `dtype` in the type that the graph computes in."""
@@ -107,10 +176,8 @@ class DecoderGraph(GraphBuilder):
 
     def row_scales(self, x: str) -> tuple[str, str]:
         """x [..., K] in float32, and max|x| / 127 of each row, [..., 1]."""
-        wide, scales = x if self.dtype == "float32" else f"{x}.float32", f"{x}.row_scales"
+        wide, scales = self.wide(x), f"{x}.row_scales"
         if scales not in self._made:
-            if wide != x:
-                self.cast(x, "float32", wide)
             largest = self.op("ReduceMax", [self.op("Abs", [wide], f"{x}.abs"), self.constant([-1])], f"{x}.max")
             # a row of zeros has a scale too
             largest = self.op("Max", [largest, self.constant(1e-30, np.float32)], f"{x}.max.positive")
@@ -128,7 +195,8 @@ class DecoderGraph(GraphBuilder):
         if scale not in self.stored:
             return x
         per_channel = self.stored[scale]["shape"][0] > 1
-        shape = [1, self.config.layers[layer].kv_heads, 1, self.config.head_dim] if per_channel else [1]
+        config = self.config.layers[layer]
+        shape = [1, config.kv_heads, 1, self.config.head_size(config)] if per_channel else [1]
         step = self.op("Reshape", [self.weight(scale), self.constant(shape)], f"{name}.scale")
         step = self.own_type(step, "float32", f"{name}.scale.cast")
         low, high = (self.constant(limit, self.dtype) for limit in (-128, 127))
@@ -143,23 +211,6 @@ class DecoderGraph(GraphBuilder):
         return self.op("Split", [self.linear(x, name), self.constant(list(parts.values()))],
                        [f"{prefix}.{part}.split" for part in parts], axis=-1)
 
-    def queries_keys_values(self, x: str, layer: int) -> tuple[dict[str, int], list[str]]:
-        """Heads of q, k and v, and their values [b, s, heads * head_dim]."""
-        shape = self.config.layers[layer]
-        heads = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-        sizes = {part: count * self.config.head_dim for part, count in heads.items()}
-        return heads, self.split_linear(x, f"layers.{layer}.qkv", sizes)
-
-    def mlp(self, x: str, layer: int, *, bias: bool = True) -> str:
-        """down(act(gate(x)) * up(x)), or down(act(up(x))); `bias` False leaves down's to the caller."""
-        prefix, size = f"layers.{layer}", self.config.layers[layer].mlp_size
-        if self.config.gated_mlp:
-            gate, up = self.split_linear(x, f"{prefix}.gate_up", {"gate": size, "up": size})
-            hidden = self.op("Mul", [self.activation(gate, f"{prefix}.activated"), up], f"{prefix}.gated")
-        else:
-            hidden = self.activation(self.linear(x, f"{prefix}.up"), f"{prefix}.activated")
-        return self.linear(hidden, f"{prefix}.down", bias=bias)
-
     def activation(self, x: str, output: str) -> str:
         if self.config.activation == "silu":
             return self.op("Mul", [x, self.op("Sigmoid", [x], f"{output}.sigmoid")], output)
@@ -171,10 +222,12 @@ class DecoderGraph(GraphBuilder):
         return self.op("LayerNormalization" if len(weights) > 1 else "RMSNormalization", [x, *weights], output, axis=-1,
                        epsilon=self.config.norm_eps)
 
-    def head_norm(self, x: str, name: str, heads: int) -> str:
-        """x [b, s, heads * head_dim] as [b, s, heads, head_dim], normalized over head_dim where the model does that."""
-        x = self.op("Reshape", [x, self.constant([0, -1, heads, self.config.head_dim])], f"{name}.heads")
-        return self.norm(x, name, f"{name}.normed") if self.config.qk_norm and f"{name}.weight" in self.stored else x
+    def rows(self, table: str, output: str) -> str:
+        """Rows of a table, [b, s, ...], of input_ids."""
+        return self.op("Gather", [self.dequantized(table, 1), "input_ids"], output)
+
+    def recurrence(self, layer: int, q: str, k: str, v: str, decay: str, beta: str | None = None) -> str:
+        return chunk.recurrence(self, layer, q, k, v, decay, beta)
 
     def selected(self, x: str) -> str:
         """Rows of x [b, s, hidden] at logits_positions: [b, k, hidden]."""
@@ -183,4 +236,8 @@ class DecoderGraph(GraphBuilder):
 
     def logits(self, value: str) -> None:
         """Name the output, in float32 whatever the graph computes in."""
-        self.cast(value, "float32", "logits") if self.dtype != "float32" else self.op("Identity", [value], "logits")
+        if cap := self.config.logits_softcap:
+            share = self.op("Div", [self.wide(value), self.constant(cap, np.float32)], "head.share")
+            self.op("Mul", [self.op("Tanh", [share], "head.capped"), self.constant(cap, np.float32)], "logits")
+        else:
+            self.cast(value, "float32", "logits") if self.dtype != "float32" else self.op("Identity", [value], "logits")

@@ -55,8 +55,9 @@ class GraphBuilder:
     def constant(self, values, dtype=np.int64) -> str:
         """A small constant kept in the ONNX file; equal constants are stored once."""
         array = np.asarray(values, dtype)
-        name = f"const.{array.dtype.name}." + ("x".join(map(str, array.shape)) or "scalar") + "." + "_".join(
-            map(str, array.ravel().tolist()))
+        values = array.ravel().tolist()
+        shown = values if len(values) < 9 or len(set(values)) > 1 else values[:1]
+        name = f"const.{array.dtype.name}." + ("x".join(map(str, array.shape)) or "scalar") + "." + "_".join(map(str, shown))
         if name not in self._initializers:
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name

@@ -89,7 +89,7 @@ def export(options: Options) -> None:
     stage = lineage.stage("export.onnx", options, {"checkpoint": source})
     with new_folder(options.out) as folder:
         weights = bundles.WeightsWriter(folder / bundles.WEIGHTS)
-        write_weights(checkpoint, weights, DTYPES[options.dtype], max_context)
+        write_weights(checkpoint, weights, DTYPES[options.dtype], facts)
         manifest = bundles.manifest(options.out.resolve().name, facts, weights, weights.close(),
                                     [*lineage.read(checkpoint.path), stage])
         bundles.copy_companions(checkpoint, folder, manifest)

@@ -19,16 +19,17 @@ block divides keep the portable form: right, but slow.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from models.formats import lineage
+from models.network.config import LayerConfig
 from runtime.bundle import open_bundle
 from runtime.capabilities import BACKENDS, FUSED_HEADS
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.layout import rope_name
 from runtime.tensors import check_tensors
 from runtime.files import sole_writer
 
@@ -53,6 +54,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 from export import bundle as bundles
 from export.decoder_graph import DecoderGraph
 from export.graph import MICROSOFT
+from export.mixers import attention
 from export.onnx import DTYPES, graph_entry, summary
 
 GRAPH = "fast.onnx"
@@ -72,10 +74,11 @@ def add_fast_graph(options: Options) -> None:
         raise UserError(f"{options.bundle} computes in {portable['dtype']}, which ONNX Runtime's CPU does not; export with --dtype "
                         + " or ".join(able))
     graph = FastGraph(opened.manifest, DTYPES[portable["dtype"]])
-    step = FUSED_HEADS["learned" if graph.config.positions == "learned" else "rope"]
-    if graph.config.head_dim % step:
-        raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
-                        f"divides, and this model's is {graph.config.head_dim}; the bundle runs its portable graph instead, as it is")
+    for layer in filter(graph.fuses, graph.config.layers):
+        size, step = graph.config.head_size(layer), FUSED_HEADS["rope" if graph.rotates(layer) else "learned"]
+        if size % step:
+            raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
+                            f"divides, and this model's is {size}; the bundle runs its portable graph instead, as it is")
     graph.build()
     data = graph.serialize(opened.name)
     stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})
@@ -91,28 +94,30 @@ class FastGraph(DecoderGraph):
 
     def __init__(self, manifest: dict, dtype: str):
         super().__init__(manifest, dtype)
-        table, hidden = self.stored.get("embed.codes", {"dtype": None})["dtype"], self.config.hidden_size
-        self.table_bits = {"int4": 4, "int8": 8}.get(table)
-        self.block = None                   # inputs of the table that share a scale in MatMulNBits; None: the portable form
-        if self.table_bits and "embed.zeros" not in self.stored:
-            scales = self.stored["embed.scales"]["shape"]
-            self.groups = scales[1] if len(scales) == 2 else 1
-            self.block = next((block for block in BLOCKS if hidden // self.groups % block == 0), None)
+        config = self.config
+        self.late_bias = config.norm_order == "pre" and not config.per_layer_size and not config.layer_scalar     # added with the residual
+        self.positions = config.positions == "learned" or any(
+            layer.mixer == "attention" and (not self.fuses(layer) or config.rope(layer) and (
+                not self.rotates(layer) or f"{rope_name(layer.rope)}.query" in self.stored)) for layer in config.layers)
 
     def build(self) -> None:
         """Add every node."""
         config = self.config
-        self.tokens(positions=config.positions == "learned")
-        x = self.embedded(self._table_rows())
-        lengths = self._lengths()
-        normed = self.norm(x, "layers.0.attn_norm", "layers.0.attn_input")
-        for layer in range(len(config.layers)):
-            name = f"layers.{layer}"
-            following = f"layers.{layer + 1}.attn_norm" if layer + 1 < len(config.layers) else "final_norm"
-            normed, x = self._add_norm(x, self._attention(normed, lengths, layer), f"{name}.o", f"{name}.mlp_norm")
-            normed, x = self._add_norm(x, self.mlp(normed, layer, bias=False), f"{name}.down", following)
+        self.tokens(positions=self.positions)
+        x = self.embedded(self.rows("embed", "embedded"))
+        self.lengths = self._lengths()
+        normed, _ = self.layers(x, "final_norm")
         selected = self.selected(normed)
         self.logits(self._tied_head(selected) if config.tied_embeddings else self.linear(selected, "head"))
+
+    def fuses(self, layer: LayerConfig) -> bool:
+        """Whether GroupQueryAttention computes a layer: it cannot read another's cache."""
+        return layer.mixer == "attention" and layer.cache_source is None
+
+    def rotates(self, layer: LayerConfig) -> bool:
+        """Whether GroupQueryAttention rotates queries and keys: not where they are normalized afterwards, or do not turn."""
+        config = self.config
+        return config.rope(layer) is not None and not (config.qk_norm and config.qk_norm_last and config.qk_norm_over == "head")
 
     def product(self, x: str, name: str) -> str:
         if not self.rounds_rows(name) or f"{name}.zeros" in self.stored or self.stored[f"{name}.codes"]["dtype"] != "int8" \
@@ -142,90 +147,128 @@ class FastGraph(DecoderGraph):
         longest = self.op("ReduceMax", [after], "longest", keepdims=0)
         return [last, self.cast(longest, "int32", "total_sequence_length")]
 
-    def _add_norm(self, x: str, delta: str, linear: str, norm: str) -> tuple[str, str]:
-        """(norm(x + delta + bias), x + delta + bias) as one operator; the bias is that of `linear`, which gave delta."""
-        bias, weights = self.weights(linear, "bias"), self.weights(norm, "weight", "bias")
+    def block_output(self, x: str, name: str) -> str:
+        return self.linear(x, name, bias=not self.late_bias)
+
+    def added(self, x: str, made: str, block: str, linear: str, following: str | None) -> tuple[str, str]:
+        """As one operator, with the bias of `linear` in it, where a norm follows."""
+        if f"{following}.weight" not in self.stored:
+            return super().added(x, made, block, linear, None)
+        if f"{block}_post_norm.weight" in self.stored:
+            made = self.norm(made, f"{block}_post_norm", f"{block}_post")
+        bias = self.weights(f"{block.rpartition('.')[0]}.{linear}", "bias") if self.late_bias else []
+        weights = self.weights(following, "weight", "bias")
         kind = "SkipLayerNormalization" if len(weights) > 1 else "SkipSimplifiedLayerNormalization"
-        normed, residual = f"{norm}.normed", f"{norm}.residual"
-        self.op(kind, [x, delta, *weights, *bias], [normed, "", "", residual], domain=MICROSOFT, epsilon=self.config.norm_eps)
+        normed, residual = f"{following}.normed", f"{following}.residual"
+        self.op(kind, [x, made, *weights, *bias], [normed, "", "", residual], domain=MICROSOFT, epsilon=self.config.norm_eps)
         return normed, residual
 
-    def _attention(self, x: str, lengths: list[str], layer: int) -> str:
-        """Output of the o projection, without its bias."""
+    def attention(self, x: str, layer: int) -> str:
         config, shape, name = self.config, self.config.layers[layer], f"layers.{layer}"
-        if self.holds(f"{name}.qkv") and not config.qk_norm:
+        if not self.fuses(shape):
+            return super().attention(x, layer)
+        if self.holds(f"{name}.qkv") and not (config.qk_norm or config.v_norm or self.rope(shape, "query")):
             inputs = [self.linear(x, f"{name}.qkv"), "", ""]
         else:
-            heads, inputs = self.queries_keys_values(x, layer)
-            for i, part in enumerate("qk" if config.qk_norm else ()):
-                normed = self.head_norm(inputs[i], f"{name}.{part}_norm", heads[part])
-                inputs[i] = self.op("Reshape", [normed, self.constant([0, -1, heads[part] * config.head_dim])],
-                                    f"{name}.{part}_norm.rows")
+            heads, inputs = attention.queries_keys_values(self, x, layer)
+            for i, (part, count) in enumerate(heads.items()):
+                inputs[i] = self._heads(inputs[i], layer, part, count)
         scales, how = self.weights(name, "k_scale", "v_scale"), {}
         if scales:
             kind = "PER_CHANNEL" if self.stored[scales[0]]["shape"][0] > 1 else "PER_TENSOR"
             how = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
-        if config.sliding_window:
-            how["local_window_size"] = config.sliding_window
+        if window := config.window(shape):
+            how["local_window_size"] = window
+        if config.attention_softcap:
+            how["softcap"] = config.attention_softcap
         (past_key, present_key), (past_value, present_value) = self.cache(layer, "int8" if scales else self.dtype)
-        tables = self.weights("rope", "cos", "sin")
+        tables = self.rope(shape, "cos", "sin") if self.rotates(shape) else []
         options = [*(tables or ["", ""]), "", "", "", *scales] if scales else tables
-        self.op("GroupQueryAttention", [*inputs, past_key, past_value, *lengths, *options],
+        self.op("GroupQueryAttention", [*inputs, past_key, past_value, *self.lengths, *options],
                 [f"{name}.attended", present_key, present_value], domain=MICROSOFT, num_heads=shape.heads,
-                kv_num_heads=shape.kv_heads, do_rotary=int(bool(tables)), scale=config.head_dim ** -0.5, **how)
-        return self.linear(f"{name}.attended", f"{name}.o", bias=False)
+                kv_num_heads=shape.kv_heads, do_rotary=int(bool(tables)), scale=config.scale(shape), **how)
+        return self.block_output(attention.gated(self, f"{name}.attended", x, layer), f"{name}.o")
 
-    def _table_rows(self) -> str:
-        """Embeddings [b, s, hidden] of input_ids."""
-        if self.block is None:
-            return self.op("Gather", [self.dequantized("embed", 1), "input_ids"], "embedded")
-        if self.table_bits == 4:
-            return self.op("GatherBlockQuantized", [self.weight("embed.codes"), "input_ids", self._block_scales],
-                           "embedded", domain=MICROSOFT, bits=4, block_size=self.block, gather_axis=0, quantize_axis=1)
-        hidden = self.config.hidden_size
-        codes = self.op("Gather", [self.weight("embed.codes"), "input_ids"], "embedded.codes")
-        codes = self.cast(codes, self.dtype, "embedded.cast")
-        scales = self.op("Gather", [self._scales, "input_ids"], "embedded.scales")        # [b, s, groups, 1]
-        codes = self.op("Reshape", [codes, self.constant([0, 0, self.groups, hidden // self.groups])], "embedded.groups")
-        scaled = self.op("Mul", [codes, scales], "embedded.scaled")
-        return self.op("Reshape", [scaled, self.constant([0, 0, hidden])], "embedded")
+    def _heads(self, x: str, layer: int, part: str, heads: int) -> str:
+        """Queries, keys or values [b, s, heads * head_dim] as GroupQueryAttention takes them."""
+        config, shape, name = self.config, self.config.layers[layer], f"layers.{layer}.{part}"
+        if part != "v" and not self.rotates(shape) and (tables := self.rope(shape, "cos", "sin")):
+            x = self.op("RotaryEmbedding", [x, *tables, "position_ids"], f"{name}.rotated", num_heads=heads)
+        if config.v_norm if part == "v" else config.qk_norm:
+            x = attention.last_norm(self, attention.head_norm(self, x, layer, part), layer, part)
+            x = self.op("Reshape", [x, self.constant([0, -1, heads * config.head_size(shape)])], f"{name}_norm.rows")
+        return attention.query_factor(self, x, layer, [2]) if part == "q" else x
+
+    def recurrence(self, layer: int, q: str, k: str, v: str, decay: str, beta: str | None = None) -> str:
+        """As chunk.py has it; token by token inside the operator, whatever their number."""
+        shape, name, (past, present) = self.config.layers[layer], f"layers.{layer}.recurrence", self.state(layer, "state")
+        packed = [self.op("Reshape", [x, self.constant([0, 0, -1])], f"{x}.packed") for x in (q, k, v)]
+        self.op("LinearAttention", [*packed, past, decay, *([beta] if beta else [])], [name, present], domain=MICROSOFT, scale=1.0,
+                q_num_heads=shape.heads, kv_num_heads=shape.heads, update_rule="gated_delta" if beta else "gated")
+        return self.op("Reshape", [name, self.constant([0, 0, shape.heads, -1])], f"{name}.heads")
+
+    def rows(self, table: str, output: str) -> str:
+        bits, groups, block = self._table(table)
+        if block is None:
+            return super().rows(table, output)
+        if bits == 4:
+            return self.op("GatherBlockQuantized", [self.weight(f"{table}.codes"), "input_ids", self._block_scales(table)],
+                           output, domain=MICROSOFT, bits=4, block_size=block, gather_axis=0, quantize_axis=1)
+        width = self.stored[f"{table}.codes"]["shape"][1]
+        codes = self.op("Gather", [self.weight(f"{table}.codes"), "input_ids"], f"{output}.codes")
+        codes = self.cast(codes, self.dtype, f"{output}.cast")
+        scales = self.op("Gather", [self._scales(table), "input_ids"], f"{output}.scales")        # [b, s, groups, 1]
+        codes = self.op("Reshape", [codes, self.constant([0, 0, groups, width // groups])], f"{output}.groups")
+        scaled = self.op("Mul", [codes, scales], f"{output}.scaled")
+        return self.op("Reshape", [scaled, self.constant([0, 0, width])], output)
+
+    def _table(self, name: str) -> tuple[int, int, int | None]:
+        """Bits and groups of a quantized table, and the inputs that share a scale in MatMulNBits; None: the portable form."""
+        codes = self.stored.get(f"{name}.codes")
+        if not codes or codes["dtype"] not in ("int4", "int8") or f"{name}.zeros" in self.stored:
+            return 0, 0, None
+        scales = self.stored[f"{name}.scales"]["shape"]
+        groups = scales[1] if len(scales) == 2 else 1
+        return int(codes["dtype"][3:]), groups, next((block for block in BLOCKS if codes["shape"][1] // groups % block == 0), None)
 
     def _tied_head(self, x: str) -> str:
         """Logits [b, k, vocab] of x [b, k, hidden] by the tied table."""
+        bits, _, block = self._table("embed")
         if "embed.weight" in self.stored:
             return self.op("FusedMatMul", [x, self.weight("embed.weight")], "head.product", domain=MICROSOFT, transB=1)
-        if self.block is None:
+        if block is None:
             turned = self.op("Transpose", [self.dequantized("embed", 1)], "embed.turned", perm=[1, 0])
             return self.op("MatMul", [x, turned], "head.product")
-        return self.op("MatMulNBits", [x, self._unsigned_codes(), self._block_scales], "head.product", domain=MICROSOFT,
-                       K=self.config.hidden_size, N=self.config.vocab_size, bits=self.table_bits, block_size=self.block,
-                       accuracy_level=INT8_COMPUTE)
+        return self.op("MatMulNBits", [x, self._unsigned_codes(bits, block), self._block_scales("embed")], "head.product", domain=MICROSOFT,
+                       K=self.config.hidden_size, N=self.config.vocab_size, bits=bits, block_size=block, accuracy_level=INT8_COMPUTE)
 
     # ONNX Runtime computes what follows once, while loading.
 
-    def _unsigned_codes(self) -> str:
+    def _unsigned_codes(self, bits: int, block: int) -> str:
         """Codes + 2^(bits-1) as MatMulNBits reads them: uint8 [vocab, hidden / block, bytes of a block]."""
         codes = self.cast(self.weight("embed.codes"), "uint8", "embed.bytes")
-        codes = self.op("BitwiseXor", [codes, self.constant(1 << self.table_bits - 1, np.uint8)], "embed.unsigned")
-        if self.table_bits == 4:            # two codes a byte, the first in the low half; Cast has extended the sign
+        codes = self.op("BitwiseXor", [codes, self.constant(1 << bits - 1, np.uint8)], "embed.unsigned")
+        if bits == 4:                       # two codes a byte, the first in the low half; Cast has extended the sign
             codes = self.op("BitwiseAnd", [codes, self.constant(15, np.uint8)], "embed.nibbles")
             pairs = self.op("Reshape", [codes, self.constant([-1, 2])], "embed.pairs")
             low, high = self.op("Split", [pairs], ["embed.low", "embed.high"], axis=1, num_outputs=2)
             high = self.op("BitShift", [high, self.constant(4, np.uint8)], "embed.shifted", direction="LEFT")
             codes = self.op("BitwiseOr", [low, high], "embed.packed")
-        shape = [self.config.vocab_size, self.config.hidden_size // self.block, -1]
+        shape = [self.config.vocab_size, self.config.hidden_size // block, -1]
         return self.op("Reshape", [codes, self.constant(shape)], "embed.blocks")
 
-    @cached_property
-    def _scales(self) -> str:
+    def _scales(self, table: str) -> str:
         """Scales [vocab, groups, 1]."""
-        scales = self.own_type(self.weight("embed.scales"), "float16", "embed.scales.cast")
-        return self.op("Reshape", [scales, self.constant([self.config.vocab_size, self.groups, 1])], "embed.scales.groups")
+        def make():
+            scales = self.own_type(self.weight(f"{table}.scales"), "float16", f"{table}.scales.cast")
+            return self.op("Reshape", [scales, self.constant([self.config.vocab_size, self._table(table)[1], 1])], f"{table}.scales.groups")
+        return self.once(f"{table}.scales.groups", make)
 
-    @cached_property
-    def _block_scales(self) -> str:
-        """Scales [vocab, hidden / block], a group's repeated for each of its blocks."""
-        vocabulary, blocks = self.config.vocab_size, self.config.hidden_size // self.block
-        shape = [vocabulary, self.groups, blocks // self.groups]
-        repeated = self.op("Expand", [self._scales, self.constant(shape)], "embed.scales.repeated")
-        return self.op("Reshape", [repeated, self.constant([vocabulary, blocks])], "embed.scales.blocks")
+    def _block_scales(self, table: str) -> str:
+        """Scales [vocab, inputs / block], a group's repeated for each of its blocks."""
+        def make():
+            (_, groups, block), vocabulary = self._table(table), self.config.vocab_size
+            blocks = self.stored[f"{table}.codes"]["shape"][1] // block
+            repeated = self.op("Expand", [self._scales(table), self.constant([vocabulary, groups, blocks // groups])], f"{table}.scales.repeated")
+            return self.op("Reshape", [repeated, self.constant([vocabulary, blocks])], f"{table}.scales.blocks")
+        return self.once(f"{table}.scales.blocks", make)

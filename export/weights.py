@@ -2,17 +2,31 @@
 
     embed.weight [V, H]                     or embed.codes + embed.scales [V] or [V, H/G]
     position_embed.weight [max_context, H]  rope.cos, rope.sin [max_context, head_dim/2]
-    layers.L.attn_norm, .mlp_norm, final_norm: .weight [H] (, .bias);  layers.L.q_norm.weight, .k_norm.weight [head_dim]
+    rope.n.cos, rope.n.sin, of the n-th further RoPE; rope.query, rope.n.query [max_context], what queries are multiplied by
+    layers.L.attn_norm, .mlp_norm, final_norm: .weight [H] (, .bias), before a layer's mixer, whatever it is, and its MLP;
+    .attn_post_norm, .mlp_post_norm after them; .q_norm.weight, .k_norm.weight [head_dim] or [heads * head_dim]
     linears layers.L.qkv, .o, .gate_up, .down, and head where it is not tied:
         X.weight [K, N]    or X.codes [K, N] + X.scales [K/G, N] ([N] for one scale per output);  X.bias [N]
 
 q, k and v (gate and up) are one linear where they are stored alike, else layers.L.q, .k, .v (.gate, .up); a plain MLP
-has only .up. Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
+has only .up, a layer that reads another's keys only .q. An attention gate is .attn_gate; experts are .router (, .router_bias),
+.experts.E.gate_up, .experts.E.down, .shared.gate_up, .shared.down; the other mixers, whose decay is -exp(A_log):
+
+    short convolution  .conv_in (.conv_b, .conv_c, .conv_x), .conv.weight [channels, kernel] (, .conv.bias), .conv_out
+    gated delta rule   .delta_in (.delta_qkv, .delta_z), .delta_b, .delta_a, .conv.weight, .decay, .dt_bias [heads],
+                       .state_norm.weight, .delta_out
+    Mamba-2            .mamba_in (.mamba_z, .mamba_xbc), .mamba_dt, .conv.weight, .conv.bias, .skip, .decay, .dt_bias,
+                       .state_norm.weight, .mamba_out
+    Gemma 4            per_layer_embed (a table, as embed is), per_layer_projection, per_layer_norm;
+                       .per_layer_gate, .per_layer_proj, .per_layer_norm, .scalar
+
+Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
 asymmetric weights add zeros of the codes' type and the scales' shape. 8-bit floats are codes of type float8_e4m3fn, as
 they are. X.input_scale, float32 scalar, is the step to which the linear's inputs are rounded in int8;
 layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. Codes of other widths (2,
 3, 5, 6 bits), which ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by
-row, scales [N, K/G]. Everything else is float32 or float16, as the graph computes.
+row, scales [N, K/G]. What convolutions and recurrences are made of is float32, everything else float32 or float16, as the
+graph computes. runtime/layout.py has the order.
 
 Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew now and then, which gives
 back the pages mapped so far.
@@ -26,52 +40,79 @@ import torch
 
 from export.bundle import WeightsWriter
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.network.rope import rotations
-from models.progress import progress
+from models.network.config import ModelConfig
 from models.network.quantized import QuantizedTensor, described, pack
+from models.network.rope import query_factors, rotations
+from models.progress import progress
 from runtime.capabilities import BACKENDS
 from runtime.errors import UserError
+from runtime.layout import layout, rope_name, ropes
 
 _PIECE = 1 << 20                  # elements converted at a time
 _REOPEN = 32 << 20                # bytes written between two openings of the checkpoint
 
 
-# name in the bundle -> what it is called in a checkpoint's layer; linears of one input may be fused
-NORMS = {"attn_norm": "input_layernorm", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
-         "mlp_norm": "post_attention_layernorm"}
-LINEARS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
-           "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",)}
+# bundle -> checkpoint: what a layer's parts are called
+MODULES = {"attn_norm": "input_layernorm", "attn_post_norm": "post_mixer_norm", "mlp_norm": "post_attention_layernorm",
+           "mlp_post_norm": "post_mlp_norm", "per_layer_norm": "post_per_layer_norm", "per_layer_gate": "per_layer_gate",
+           "per_layer_proj": "per_layer_proj", "scalar": "layer_scalar", "attn_gate": "self_attn.g_proj", "router": "moe.router",
+           "router_bias": "moe.router_bias", **{name: f"self_attn.{name}" for name in ("q_norm", "k_norm", "k_scale", "v_scale")},
+           **{name: f"self_attn.{name}_proj" for name in "qkvo"}, **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}
+MIXERS = {"conv": "conv", "delta": "linear_attn", "mamba": "mamba"}
+STATES = {"conv": "conv", "decay": "A_log", "dt_bias": "dt_bias", "skip": "D", "state_norm": "norm"}
+WHOLE = {"embed": "model.embed_tokens", "position_embed": "model.embed_positions", "final_norm": "model.norm", "head": "lm_head"}
 
 
-def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, max_context: int) -> None:
-    """Write every tensor. dtype: "float32", "float16" or "bfloat16", of what is not quantized.
+def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, model: dict) -> None:
+    """Write every tensor of a manifest's "model". dtype: "float32", "float16" or "bfloat16", of what is not quantized.
 
     Raises UserError where a weight is not finite, or too large for float16.
     """
-    config = checkpoint.config
+    config, opened, tables = checkpoint.config, 0, {}
+    for number, size in ropes(model["config"]).items():
+        tables |= rope_tables(config, number, size, model["max_context"])
     writer = _Writer(open_checkpoint(checkpoint.path), out, dtype)
-    writer.linear("embed", ("model.embed_tokens",), turned=False)
-    if config.positions == "learned":
-        writer.dense("position_embed.weight", writer.checkpoint.read("model.embed_positions.weight")[:max_context])
-    else:
-        rope = config.rope(config.layers[0])
-        for name, table in zip(("rope.cos", "rope.sin"), rotations(rope, config.head_dim, torch.arange(max_context), max_context)):
-            writer.dense(name, table)
-    opened, absent = 0, "up" if config.gated_mlp else "gate_up"
-    for layer in progress(range(len(config.layers)), label="writing weights", unit="layer"):
+    for item in progress(list(layout(model, model["kv_cache"])), label="writing weights", unit="tensor"):
         if out.size - opened > _REOPEN:
             writer, opened = _Writer(open_checkpoint(checkpoint.path), out, dtype), out.size
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        for name, module in NORMS.items():
-            writer.norm(f"{ours}.{name}", f"{theirs}.{module}")
-        for name, modules in LINEARS.items():
-            if name != absent:
-                writer.linear(f"{ours}.{name}", tuple(f"{theirs}.{module}" for module in modules))
-        for scale in ("k_scale", "v_scale"):
-            writer.float32(f"{ours}.{scale}", f"{theirs}.self_attn.{scale}")
-    writer.norm("final_norm", "model.norm")
-    if not config.tied_embeddings:
-        writer.linear("head", ("lm_head",))
+        if item.name in tables:
+            writer.dense(item.name, tables[item.name])
+        elif item.kind == "linear":
+            writer.linear(item.name, {part: theirs(config, f"{item.name.rpartition('.')[0]}.{part}".lstrip(".")) for part in item.parts})
+        elif item.kind == "table":
+            writer.linear(item.name, {item.name: theirs(config, item.name)}, turned=False)
+        elif item.kind == "float32":
+            tensor = writer.checkpoint.read(theirs(config, item.name)).float().reshape(item.shape)
+            writer.float32(item.name, -tensor.exp() if item.name.endswith(".decay") else tensor)
+        else:
+            tensor = writer.checkpoint.read(theirs(config, item.name))
+            writer.dense(item.name, tensor[:model["max_context"]] if item.name == "position_embed.weight" else tensor)
+
+
+def rope_tables(config: ModelConfig, number: int, head_dim: int, context: int) -> dict[str, torch.Tensor]:
+    """The tables of one of the model's RoPEs, by name."""
+    layer = next(layer for layer in config.layers if layer.rope == number and layer.mixer == "attention")
+    rope, name, positions = config.rope(layer), rope_name(number), torch.arange(context)
+    tables = dict(zip((f"{name}.cos", f"{name}.sin"), rotations(rope, head_dim, positions, context)))
+    factors = query_factors(rope, positions)
+    return tables if factors is None else tables | {f"{name}.query": factors}
+
+
+def theirs(config: ModelConfig, name: str) -> str:
+    """What a checkpoint calls the module or tensor that is `name` in a bundle."""
+    first, _, rest = name.partition(".")
+    if first != "layers":
+        return WHOLE.get(first, f"model.{first}") + (rest and f".{rest}")
+    number, first, *rest = rest.split(".")
+    kind, _, what = first.partition("_")
+    mixer = MIXERS.get(config.layers[int(number)].mixer)
+    if first in ("experts", "shared"):
+        module, rest = ".".join(["moe", first, *rest]) + "_proj", []
+    elif mixer and first in STATES:
+        module = f"{mixer}.{STATES[first]}"
+    else:
+        module = MODULES.get(first) or f"{MIXERS[kind]}.{what}_proj"
+    return ".".join([f"model.layers.{number}", module, *rest])
 
 
 class _Writer:
@@ -93,31 +134,27 @@ class _Writer:
                             f"checkpoint, or if they are only too large, export with --dtype fp32")
         return piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece       # which numpy lacks: its bits
 
-    def norm(self, name: str, module: str) -> None:
-        for suffix in ("weight", "bias"):
-            if f"{module}.{suffix}" in self.names:
-                self.dense(f"{name}.{suffix}", self.checkpoint.read(f"{module}.{suffix}"))
-
-    def linear(self, name: str, modules: tuple[str, ...], turned: bool = True) -> None:
-        """Linears that read the same input: as one where they are stored alike, else one by one. `turned`: as [K, N]."""
+    def linear(self, name: str, parts: dict[str, str], turned: bool = True) -> None:
+        """Linears of one input, part -> module: one matrix where they are stored alike, else one a part. `turned`: as [K, N]."""
+        modules = list(parts.values())
         if len({self.formats.get(module) for module in modules}) > 1:
-            for module in modules:
-                part = module.rsplit(".", 1)[1].removesuffix("_proj")
-                self.linear(f"{name.rpartition('.')[0]}.{part}", (module,))
+            for part, module in parts.items():
+                self.linear(f"{name.rpartition('.')[0]}.{part}", {part: module})
             return
         if modules[0] in self.formats:
             self._codes(name, [self.checkpoint.quantized(module) for module in modules], turned)
         else:
             self.dense(f"{name}.weight", *(self.checkpoint.read(f"{module}.weight") for module in modules), turned=turned)
-        self.float32(f"{name}.input_scale", f"{modules[0]}.input_scale", ())       # modules that read one input share it
+        if (scale := f"{modules[0]}.input_scale") in self.names:                  # modules that read one input share it
+            self.float32(f"{name}.input_scale", self.checkpoint.read(scale).reshape(()))
         if f"{modules[0]}.bias" in self.names:
             self.dense(f"{name}.bias", *(self.checkpoint.read(f"{module}.bias") for module in modules))
 
-    def float32(self, name: str, theirs: str, shape: tuple[int, ...] = (-1,)) -> None:
-        """A few numbers, where the checkpoint has them, that stay in float32 whatever the graph computes in."""
-        if theirs in self.names:
-            tensor = self.checkpoint.read(theirs).reshape(shape)
-            self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
+    def float32(self, name: str, tensor: torch.Tensor) -> None:
+        """A few numbers that stay in float32 whatever the graph computes in."""
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{self.checkpoint.path}: {name} has values that are not finite: mend the checkpoint")
+        self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
 
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
         """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""

@@ -154,6 +154,7 @@ class Backend(Protocol):
     name: str                    # "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "native"
     max_chunk_rows: int | None   # rows that may take several new tokens on top of a filled cache; None: any number
     # (GroupQueryAttention: 1. Steps of one token, and prompts into empty rows, always batch.)
+    chunk: int | None            # most tokens of a row in one call; None: any number. decode.py brings longer prompts in chunks
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes that `new_cache(rows, capacity)` will allocate."""

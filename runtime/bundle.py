@@ -24,7 +24,7 @@ from .files import read_json, restored
 from .token_ids import pad_id, token_id, token_ids
 
 FORMAT = "edgewright-bundle"
-VERSION = 1
+VERSION, VERSIONS = 2, (1, 2)      # what is written, and what is read: version 1 has no layers but attention
 MANIFEST = "manifest.json"
 ROLES = ("portable", "fast")
 DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4,
@@ -110,8 +110,8 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     manifest = read_json(path, mend="export the bundle again")
     if manifest.get("format") != FORMAT:
         raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
-    if manifest.get("version") != VERSION:
-        raise UserError(f"{path}: bundle version {manifest.get('version')!r}, but this runtime reads version {VERSION}; "
+    if (version := manifest.get("version")) not in VERSIONS or type(version) is not int:
+        raise UserError(f"{path}: bundle version {version!r}, but this runtime reads versions {' and '.join(map(str, VERSIONS))}; "
                         "export the bundle again or update the runtime")
     _check_manifest(path, manifest)
     for name, entry in manifest["files"].items():

@@ -5,7 +5,7 @@ lets sequences come and go can be written from the same parts: `prefill` rows, `
 What is measured goes through `logits`: tokens of one sequence in, what the model says after each of them out.
 
 Prompts are right-padded and run together as long as the padded tokens of a call stay within `PREFILL_TOKENS`, which
-bounds the activations' memory; a longer one goes through in chunks, on its row's own view. Several samples of one
+bounds the activations' memory; a longer one, or one longer than the backend's chunk, goes through in chunks, on its row's own view. Several samples of one
 prompt share its prefill: the row is forked. Rows of finished sequences are filled from the end, so that a step costs
 only what the live rows cost. Every row sees only itself, so what a prompt gives does not depend on its neighbours,
 except that kernels may round differently for another number of rows: where two logits are nearly equal, a greedy token
@@ -135,17 +135,22 @@ def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
 
 
 def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:
-    """Append tokens (int64 [n]) in one call to the one row of `cache` (None: a new one); float32 logits
-    [n - first, vocab] after each token from index `first` on, valid until the next call with `cache`."""
+    """Append tokens (int64 [n]) in one call, or as many as the backend's chunk asks for, to the one row of `cache` (None: a new one);
+    float32 logits [n - first, vocab] after each token from index `first` on, valid until the next call with `cache`."""
     cache = backend.new_cache(1, len(tokens)) if cache is None else cache
-    return _append(backend, cache, tokens[None], len(tokens), np.arange(first, len(tokens))[None])[0]
+    step, parts = backend.chunk or len(tokens), []
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start:start + step]
+        found = _append(backend, cache, chunk[None], len(chunk), np.arange(max(first - start, 0), len(chunk))[None])[0]
+        parts.append(found if len(chunk) == len(tokens) else found.copy())
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int,
             wanted: np.ndarray) -> np.ndarray:
     """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at `wanted` [rows, k]."""
     positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
-    found = backend.forward(tokens, positions, cache.lengths, wanted, cache, np.broadcast_to(counts, len(tokens)))
+    found = backend.forward(tokens, positions, cache.lengths, wanted, cache, counts + np.zeros_like(cache.lengths))
     cache.lengths += counts
     return found
 
@@ -163,22 +168,27 @@ def _burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
 
 def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:
     """Whether one call may take these rows' prompts, padded to `longest`."""
-    if (stop - start) * longest > PREFILL_TOKENS:
+    if (stop - start) * longest > PREFILL_TOKENS or longest > _widest(backend):
         return False
     return not cache.lengths[start:stop].any() or backend.max_chunk_rows is None or stop - start <= backend.max_chunk_rows
 
 
 def _feed(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
     """`prefill` of rows that go together, in chunks where they (then it) are too long for one call."""
-    longest = max(map(len, prompts))
-    for start in range(0, longest, PREFILL_TOKENS):
-        chunks = [prompt[start:start + PREFILL_TOKENS] for prompt in prompts]
+    longest, step = max(map(len, prompts)), _widest(backend)
+    for start in range(0, longest, step):
+        chunks = [prompt[start:start + step] for prompt in prompts]
         counts = np.array([len(chunk) for chunk in chunks])
         tokens = np.zeros((len(chunks), counts.max()), np.int64)
         for row, chunk in enumerate(chunks):
             tokens[row, :len(chunk)] = chunk
         found = _append(backend, cache, tokens, counts, counts[:, None] - 1)
     return found[:, 0]
+
+
+def _widest(backend: Backend) -> int:
+    """Tokens of a row that one call may take."""
+    return min(PREFILL_TOKENS, backend.chunk or PREFILL_TOKENS)
 
 
 def _close_gaps(cache: Cache, live: list[Sequence]) -> None:

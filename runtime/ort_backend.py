@@ -7,9 +7,11 @@ PyTorch up to float32 rounding. It is what `export.verify` holds the graph's ari
 The cache is one buffer [rows, kv_heads, capacity, head_dim] per layer and key or value, ours, and bound as past and as
 present at once, so that a step writes its slots in place. Rows are outermost: a view of some rows is a pointer into
 the same buffer. Pages of a CPU cache that hold no token yet take no memory. A step copies nothing: inputs, caches and
-logits are bound once for a view and a shape, and each call only writes the few numbers of its inputs.
+logits are bound once for a view and a shape, and each call only writes the few numbers of its inputs. The states of recurrent
+layers are in memory twice and bound in turn, one copy as past and the other as present: rows whose present copies differ are brought
+to the same side first.
 
-On a GPU, `fork` and `grow` pass through host memory; they are correct, not fast.
+On a GPU, `fork`, `grow` and states pass through host memory; they are correct, not fast.
 
 A session is freed with the last reference, and a call that runs and every binding hold one, so it cannot be closed
 under them. A thread that is in a call when the interpreter ends would abort the process; so the end waits for it. ONNX
@@ -32,17 +34,19 @@ import weakref
 
 import numpy as np
 
-from .backend import Cache
+from .backend import Cache, States
 from .bundle import Bundle
 from .capabilities import BACKENDS, check_runs
 from .errors import DeviceError, Unavailable, UserError, pip_line
+from .layout import CHUNK
 from .machine import cpu_threads, has_vnni
 from .onnx_files import check_external_data
 from .tensors import check_tensors
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-_MOST_BINDINGS = 8                # shapes a view remembers; a decoding sequence uses one
+_MOST_BINDINGS = 8                # shapes a view remembers; a decoding sequence uses one, or two with states
+_NO_MEMORY = "no memory for a KV cache of {} on {}: {}; use fewer or shorter sequences"
 
 
 class OrtBackend:
@@ -91,16 +95,20 @@ class OrtBackend:
         try:
             inputs = {i.name: i for i in self._session.get_inputs()}
             self._caches = [(name, name.replace("past_", "present_", 1), i.shape[1], i.shape[3], i.shape[2])
-                            for name, i in inputs.items() if name.startswith("past_")]
+                            for name, i in inputs.items() if name.startswith(("past_key.", "past_value."))]
+            self._states = [(name, name.replace("past_", "present_", 1), tuple(i.shape[1:]))
+                            for name, i in inputs.items() if name.startswith(("past_conv.", "past_state."))]
             self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
             self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
-            bad = [size for cache in self._caches for size in cache[2:4] if not isinstance(size, int) or size < 1]
+            sizes = [*(size for cache in self._caches for size in cache[2:4]), *(size for _, _, shape in self._states for size in shape)]
+            bad = [size for size in sizes if not isinstance(size, int) or size < 1]
         except (IndexError, KeyError, StopIteration, UnicodeDecodeError):
             bad = True
         if bad or self._vocab != bundle.model["config"]["vocab_size"]:
             raise UserError(f"{bundle.path(graph['file'])}: its inputs and outputs are not those of this model; export the bundle again")
         self._token_inputs = [name for name in _Binding.TOKEN_INPUTS if name in inputs]
         self.max_chunk_rows = 1 if graph["role"] == "fast" else None
+        self.chunk = CHUNK if self._states else None
         self._forks = _forks
         _sessions.add(self._session)
 
@@ -117,34 +125,35 @@ class OrtBackend:
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         slot = sum(heads * size for _, _, heads, size, _ in self._caches) * np.dtype(self._dtype).itemsize
-        return rows * capacity * slot
+        return rows * (capacity * slot + sum(2 * 4 * math.prod(shape) for _, _, shape in self._states))
 
     def new_cache(self, rows: int, capacity: int) -> OrtCache:
         fixed = self._caches[0][4]
         if isinstance(fixed, int) and fixed != capacity:
             raise UserError(f"{self.graph} has a cache of {fixed} slots fixed in it; {capacity} cannot be had")
-        return OrtCache(self, [self.allocate(rows, heads, capacity, size) for _, _, heads, size, _ in self._caches],
-                        capacity, np.zeros(rows, np.int64))
+        buffers = [self.allocate(rows, heads, capacity, size) for _, _, heads, size, _ in self._caches]
+        states = [_zeros((2, rows, *shape), np.float32) for _, _, shape in self._states]
+        return OrtCache(self, buffers, capacity, np.zeros(rows, np.int64), 0, States(states) if states else None)
 
     def allocate(self, *shape: int) -> np.ndarray:
         """A zeroed cache buffer: numpy's on the CPU, an OrtValue on a device. Raises UserError or DeviceError out of memory."""
+        zeros = _zeros(shape, self._dtype)
         try:
-            # A mapping of its own: unlike the heap's, its pages take memory only once they are written to.
-            pages = mmap.mmap(-1, math.prod(shape) * np.dtype(self._dtype).itemsize)
-            zeros = np.frombuffer(pages, self._dtype).reshape(shape)
             return zeros if self._device == "cpu" else self._onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self._device, 0)
-        except (OSError, MemoryError, RuntimeError) as error:
-            failure = UserError if self._device == "cpu" else DeviceError
-            raise failure(f"no memory for a KV cache of {shape} on {self._device}: {error}; use fewer or shorter "
-                            "sequences") from None
+        except (MemoryError, RuntimeError) as error:
+            raise DeviceError(_NO_MEMORY.format(shape, self._device, error)) from None
 
     def forward(self, input_ids: np.ndarray, position_ids: np.ndarray, write_index: np.ndarray,
                 logits_positions: np.ndarray, cache: OrtCache, counts: np.ndarray | None = None) -> np.ndarray:
-        binding = cache.binding(input_ids.shape[1], logits_positions.shape[1])
-        for name, array in zip(_Binding.TOKEN_INPUTS, (input_ids, position_ids, write_index, logits_positions)):
+        tokens, states = input_ids.shape[1], cache.states
+        if states and tokens > self.chunk:
+            raise UserError(f"{self.graph} takes at most {self.chunk} tokens of a row in one call, not {tokens}")
+        counts = np.full(cache.rows, tokens) if counts is None else counts
+        binding = cache.binding(tokens, logits_positions.shape[1], _to_one_side(states, write_index) if states else 0)
+        for name, array in zip(_Binding.TOKEN_INPUTS, (input_ids, position_ids, write_index, logits_positions, counts)):
             getattr(binding, name)[...] = array
         if self._device != "cpu":
-            binding.bind_tokens()                 # for a device, binding is what copies
+            binding.bind_inputs()                 # for a device, binding is what copies
         try:
             _running.add(binding)
             session = self.session
@@ -154,6 +163,8 @@ class OrtBackend:
                     binding.io.synchronize_outputs()
         finally:
             _running.discard(binding)
+        if states:
+            states.end(write_index, counts)
         return binding.logits
 
     @contextlib.contextmanager
@@ -208,7 +219,7 @@ class OrtCache(Cache):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._bindings: dict[tuple[int, int], _Binding] = {}
+        self._bindings: dict[tuple[int, int, int], _Binding] = {}
 
     def _copy_slots(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
@@ -228,34 +239,41 @@ class OrtCache(Cache):
         self.capacity = capacity
         self._bindings.clear()
 
-    def binding(self, tokens: int, positions: int) -> _Binding:
-        """The binding for inputs [rows, tokens] and logits of `positions` a row, made on first use."""
-        binding = self._bindings.get((tokens, positions))
+    def binding(self, tokens: int, positions: int, side: int) -> _Binding:
+        """The binding for inputs [rows, tokens] and logits of `positions` a row, made on first use. side: the copy of the states
+        that is read."""
+        key = tokens, positions, side
+        binding = self._bindings.get(key)
         if binding is None:
             if len(self._bindings) == _MOST_BINDINGS:
                 self._bindings.clear()
-            binding = self._bindings[tokens, positions] = _Binding(self, tokens, positions)
+            binding = self._bindings[key] = _Binding(self, *key)
         return binding
 
 
 class _Binding:
     """Every input and output of the session, bound to memory for one view and one shape."""
 
-    TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
+    TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions", "counts")
 
-    def __init__(self, cache: OrtCache, tokens: int, positions: int):
+    def __init__(self, cache: OrtCache, tokens: int, positions: int, side: int):
         backend, rows = cache.backend, cache.rows
         self.input_ids = np.zeros((rows, tokens), np.int64)
         self.position_ids = np.zeros((rows, tokens), np.int64)
         self.write_index = np.zeros(rows, np.int64)
         self.logits_positions = np.zeros((rows, positions), np.int64)
+        self.counts = np.zeros(rows, np.int64)
         self.logits = np.empty((rows, positions, backend._vocab), np.float32)
         self.session = backend.session            # which `io` points into
-        self._token_inputs = backend._token_inputs
-        self._buffers = list(cache.storage)       # the pointers' owners
+        arrays = cache.states.arrays if cache.states else []
+        self._inputs = {name: getattr(self, name) for name in backend._token_inputs}
+        self._inputs |= {past: array[side] for (past, _, _), array in zip(backend._states, arrays)}
+        self._buffers = [*cache.storage, *arrays]           # the pointers' owners
         with backend.told():
             self.io = self.session.io_binding()
-            self.bind_tokens()
+            self.bind_inputs()
+            for (_, present, _), array in zip(backend._states, arrays):
+                self.io.bind_output(present, "cpu", 0, np.float32, array.shape[1:], array[1 - side].ctypes.data)
             self.io.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
             for (past, present, heads, size, _), buffer in zip(backend._caches, self._buffers):
                 capacity = _shape(buffer)[2]
@@ -264,10 +282,29 @@ class _Binding:
                 self.io.bind_input(past, *memory)
                 self.io.bind_output(present, *memory)
 
-    def bind_tokens(self) -> None:
-        for name in self._token_inputs:
-            array = getattr(self, name)
-            self.io.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+    def bind_inputs(self) -> None:
+        for name, array in self._inputs.items():
+            self.io.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _to_one_side(states: States, write_index: np.ndarray) -> int:
+    """The copy that holds every row's state for a call from slots write_index on: zeros for a row that begins."""
+    read, side = states.begin(write_index), int(states.copy[0])
+    for row in np.flatnonzero(read != side):
+        if read[row] < 0:
+            states.held[row] = 0
+        for array in states.arrays:
+            array[side, row] = 0 if read[row] < 0 else array[read[row], row]
+        states.copy[row] = side
+    return side
+
+
+def _zeros(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Zeros in a mapping of their own: unlike the heap's, its pages take memory only once they are written to."""
+    try:
+        return np.frombuffer(mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+    except (OSError, MemoryError, OverflowError) as error:
+        raise UserError(_NO_MEMORY.format(shape, "cpu", error)) from None
 
 
 # A cache buffer is a numpy array, or an OrtValue on a device.

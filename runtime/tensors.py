@@ -6,13 +6,14 @@ A bundle's manifest says three times what its weights are: the model's configura
 and the table of tensors with their places. From the first two follows the third, entry by entry: names, types, shapes, in
 order, each place where the one before ends. What is missing, unknown, or elsewhere is refused by name, so that no backend
 can leave out a bias or a zero point and give other tokens. The first manifests did not tell the formats, which
-are then those that the table shows. The layout is export/weights.py's.
+are then those that the table shows.
 """
 
 from collections.abc import Iterator
 
 from .bundle import DTYPE_BITS, MANIFEST, Bundle
 from .errors import UserError
+from .layout import layout
 
 FLOATS = ("float32", "float16", "bfloat16")
 VECTOR, PAGE, LARGE = 64, 4096, 1 << 20                    # bytes that a tensor is aligned to: any, and one over LARGE
@@ -55,13 +56,7 @@ def check_tensors(bundle: Bundle) -> dict:
 
 def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """(name, types it may have, shape) of every tensor, in order."""
-    config, hidden, dim = model["config"], model["config"]["hidden_size"], model["config"]["head_dim"]
     activations = model.get("activations") or {}
-
-    def norm(name: str, size: int, bias: bool = False):
-        yield f"{name}.weight", FLOATS, (size,)
-        if bias:
-            yield f"{name}.bias", FLOATS, (size,)
 
     def matrix(name: str, outputs: int, inputs: int, bias: bool = False, turned: bool = True):
         if name not in formats:
@@ -74,39 +69,16 @@ def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> It
         if bias:
             yield f"{name}.bias", FLOATS, (outputs,)
 
-    def linear(name: str, parts: dict[str, int], inputs: int, bias: bool):
-        """Linears of one input: one matrix, but for those that are stored differently."""
-        apart = {f"{name.rpartition('.')[0]}.{part}": outputs for part, outputs in parts.items()}
-        whole = name in formats or not any(part in formats or f"{part}.weight" in table for part in apart)
-        for part, outputs in ({name: sum(parts.values())} if whole else apart).items():
-            yield from matrix(part, outputs, inputs, bias)
-
-    yield from matrix("embed", config["vocab_size"], hidden, turned=False)
-    if config["positions"] == "learned":
-        yield "position_embed.weight", FLOATS, (model["max_context"], hidden)
-    else:
-        for table_name in ("rope.cos", "rope.sin"):
-            yield table_name, FLOATS, (model["max_context"], dim // 2)
-    layer_norm = config["norm"] == "layer"
-    for number, layer in enumerate(config["layers"]):
-        name, q, kv, size = f"layers.{number}", layer["heads"] * dim, layer["kv_heads"] * dim, layer["mlp_size"]
-        yield from norm(f"{name}.attn_norm", hidden, layer_norm)
-        if config["qk_norm"]:
-            yield from norm(f"{name}.q_norm", dim)
-            yield from norm(f"{name}.k_norm", dim)
-        yield from norm(f"{name}.mlp_norm", hidden, layer_norm)
-        yield from linear(f"{name}.qkv", {"q": q, "k": kv, "v": kv}, hidden, config["attention_bias"])
-        yield from matrix(f"{name}.o", hidden, q, config["output_bias"])
-        if config["gated_mlp"]:
-            yield from linear(f"{name}.gate_up", {"gate": size, "up": size}, hidden, config["mlp_bias"])
+    for item in layout(model, cache):
+        if item.kind == "table":
+            yield from matrix(item.name, *item.shape, turned=False)
+        elif item.kind == "linear":                        # one matrix, but for parts that are stored differently
+            apart = {f"{item.name.rpartition('.')[0]}.{part}".lstrip("."): outputs for part, outputs in item.parts.items()}
+            whole = item.name in formats or not any(part in formats or f"{part}.weight" in table for part in apart)
+            for name, outputs in ({item.name: sum(item.parts.values())} if whole else apart).items():
+                yield from matrix(name, outputs, *item.shape, item.bias)
         else:
-            yield from matrix(f"{name}.up", size, hidden, config["mlp_bias"])
-        yield from matrix(f"{name}.down", hidden, size, config["mlp_bias"])
-        for part in ("k_scale", "v_scale") if cache else ():
-            yield f"{name}.{part}", ("float32",), (kv if cache["per"] == "channel" else 1,)
-    yield from norm("final_norm", hidden, layer_norm)
-    if not config["tied_embeddings"]:
-        yield from matrix("head", config["vocab_size"], hidden)
+            yield item.name, FLOATS if item.kind == "dense" else ("float32",), item.shape
 
 
 def _shown_by(table: dict) -> tuple[dict, dict | None]:

@@ -38,7 +38,7 @@ class TrtBackend:
     """
 
     name = "tensorrt"
-    max_chunk_rows = None
+    max_chunk_rows = chunk = None
 
     def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
         if not bundle.manifest["engines"]:

@@ -99,10 +99,11 @@ class LanguageModel:
             raise UserError("a continuation has no tokens")
         cache = self.backend.new_cache(1, len(ids) + max(map(len, tails)))
         first, scores = log_softmax(decode.logits(self.backend, ids, len(ids) - 1, cache)), []
+        after = cache.snapshot(0)
         for tail in tails:
             log_p = first
             if len(tail) > 1:
-                cache.truncate(0, len(ids))
+                cache.restore(0, after)
                 log_p = np.concatenate((first, log_softmax(decode.logits(self.backend, tail[:-1], cache=cache))))
             scores.append((float(log_p[np.arange(len(tail)), tail].sum()), bool((log_p.argmax(axis=1) == tail).all())))
         return scores

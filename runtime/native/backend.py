@@ -49,7 +49,7 @@ class NativeBackend:
     Threads may share it, each with caches of its own. A call that runs while another thread closes it goes to its end.
     """
 
-    max_chunk_rows = None
+    max_chunk_rows = chunk = None
     name = "native"
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, exact: bool = False, isa: str | None = None,

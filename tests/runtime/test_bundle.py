@@ -61,10 +61,10 @@ def test_a_manifest_that_is_no_manifest(folder, content):
         open_bundle(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None, 1.5, True])
 def test_another_version_is_refused_by_number(folder, version):
     edit(folder, lambda m: m.update(version=version))
-    with pytest.raises(UserError, match=f"version {version!r}.*reads version 1"):
+    with pytest.raises(UserError, match=f"version {version!r}.*reads versions 1 and 2"):
         open_bundle(folder)
 
 

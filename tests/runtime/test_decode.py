@@ -44,6 +44,20 @@ def test_ragged_batch_gives_what_each_prompt_gives_alone(max_chunk_rows):
     assert backend.calls[0] == (4, 30) and backend.calls[1:] == [(4, 1)] * 7
 
 
+@pytest.mark.parametrize("max_chunk_rows", [1, None])
+@pytest.mark.parametrize("lengths", [(1, 7, 30, 3), (64, 65, 3), (200, 5, 129, 64)])
+def test_a_recurrent_model_is_given_chunks_and_told_what_is_padding(lengths, max_chunk_rows):
+    prompts = prompts_of(*lengths)
+    backend = MockBackend(VOCAB, max_chunk_rows, chunk=64)
+    assert run(backend, [sequence(p, 8 + i) for i, p in enumerate(prompts)]) == [greedy(p, 8 + i) for i, p in enumerate(prompts)]
+    assert max(tokens for _, tokens in backend.calls) <= 64
+    whole = decode.logits(backend, prompts[0], len(prompts[0]) // 2)
+    assert np.array_equal(whole, [logits_after(prompts[0][:n], VOCAB) for n in range(len(prompts[0]) // 2 + 1, len(prompts[0]) + 1)])
+    samples = [sequence(p, 6, sample=j, temperature=1.0, seed=5) for j in range(2) for p in prompts]
+    assert run(backend, samples, samples=2) == [run(MockBackend(VOCAB), [sequence(p, 6, sample=j, temperature=1.0, seed=5)])[0]
+                                                for j in range(2) for p in prompts]
+
+
 @pytest.mark.parametrize("lengths", [(1300,), (512,), (513,), (3, 1300, 5, 4), (600, 600)])
 def test_long_prompts_go_in_chunks(lengths):
     prompts = prompts_of(*lengths)
