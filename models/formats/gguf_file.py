@@ -87,7 +87,8 @@ def read_parts(path: Path) -> tuple[dict, dict, list[Path]]:
     parts = [path.with_name(f"{name[1]}-{number:05d}-of-{name[2]}.gguf") for number in range(1, count + 1)]
     if missing := [part for part in parts if not part.is_file()]:
         raise UserError(f"{missing[0]} is missing: the model is in {count} parts, which belong in one folder")
-    headers, total, tensors = [read_header(part) for part in parts], metadata.get("split.tensors.count"), {}
+    headers = [(metadata, tensors) if part == path else read_header(part) for part in parts]
+    total, tensors = metadata.get("split.tensors.count"), {}
     for number, (part, (says, more)) in enumerate(zip(parts, headers)):
         found, wanted = [says.get(f"split.{key}") for key in ("no", "count", "tensors.count")], [number, count, total]
         if found != wanted or tensors.keys() & more.keys():
