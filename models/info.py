@@ -4,22 +4,31 @@ Memory is the weights as stored plus one sequence's cache in float32, as the CPU
 the runtime itself come on top. Bits per weight count scales and zero points.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.network.config import ModelConfig
+from models.network.config import LayerConfig, ModelConfig
 from runtime.cli import arg, run, table
+from runtime.errors import UserError
 
 EXAMPLES = """examples:
   python -m models.info build/smollm2-135m
+  python -m models.info --families
 """
+ROADS = Path(__file__).parent / "families" / "roads.json"      # family -> step -> "yes", or why not: python -m tests.families --write
 
 
 @dataclass(frozen=True)
 class InfoOptions:
     """Show a checkpoint's shape, sizes and memory needs."""
-    checkpoint: Path = arg(positional=True, help="folder to read")
+    checkpoint: Path = arg(None, positional=True, help="folder to read")
+    families: bool = arg(False, help="show which families work how far, as the tests found it, and stop")
+
+    def __post_init__(self):
+        if (self.checkpoint is None) != self.families:
+            raise UserError("give a CHECKPOINT to show, or --families")
 
 
 def main(argv=None) -> int:
@@ -51,7 +60,7 @@ def storage(checkpoint: Checkpoint) -> list[dict]:
     rows: dict[str, dict] = {}
     for name in checkpoint.names():
         module, suffix = name.rsplit(".", 1)
-        if suffix in ("weight", "bias"):
+        if name in shapes:
             kind, whole = checkpoint.dtype(name), math.prod(shapes[name])
         else:
             form = formats[module]
@@ -82,7 +91,21 @@ def memory(checkpoint: Checkpoint) -> list[dict]:
     return rows
 
 
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of the states that recurrent layers keep of one sequence, whatever its length: two copies in float32."""
+    return sum(8 * math.prod(shape) for layer in config.layers for shape in config.state_shapes(layer).values())
+
+
+def families() -> list[dict]:
+    """One row a family: what works."""
+    return [{"family": family} | {step: "yes" if found == "yes" else "no" for step, found in steps.items()}
+            for family, steps in json.loads(ROADS.read_text("utf-8")).items()]
+
+
 def info(options: InfoOptions) -> None:
+    if options.families:
+        print(table(families()))
+        return
     checkpoint = open_checkpoint(options.checkpoint)
     config, first = checkpoint.config, checkpoint.config.layers[0]
     same = f"{first.heads} heads, {first.kv_heads} key/value heads, MLP {first.mlp_size}" if config.uniform else "see below"
@@ -91,9 +114,19 @@ def info(options: InfoOptions) -> None:
           f"context {config.context_length}; layers: {same}\n")
     print(table(storage(checkpoint)), "\n")
     print(f"KV cache: {kv_bytes_per_token(config, 4):,} bytes a token in fp32, "
-          f"{kv_bytes_per_token(config, 2):,} in fp16\n")
+          f"{kv_bytes_per_token(config, 2):,} in fp16" + (f"; states {state_bytes(config):,} bytes" if config.recurrent else "") + "\n")
     print(table(memory(checkpoint)))
     if not config.uniform:
         print()
-        print(table([{"layer": number, "heads": layer.heads, "kv heads": layer.kv_heads, "mlp size": layer.mlp_size}
-                     for number, layer in enumerate(config.layers)]))
+        print(table([_shape(config, number, layer) for number, layer in enumerate(config.layers)]))
+
+
+def _shape(config: ModelConfig, number: int, layer: LayerConfig) -> dict:
+    window = config.window(layer) if layer.mixer == "attention" else None
+    row = {"layer": number, "mixer": layer.mixer, "heads": layer.heads, "kv heads": layer.kv_heads, "window": window or "",
+           "keys of": "" if layer.cache_source is None else layer.cache_source, "mlp size": layer.mlp_size,
+           "experts": f"{layer.experts_per_token} of {layer.experts}" if layer.experts else ""}
+    always = {"layer", "heads", "kv heads", "mlp size"}
+    used = {"mixer": config.recurrent, "window": any(config.window(one) for one in config.layers),
+            "keys of": any(one.cache_source is not None for one in config.layers), "experts": any(one.experts for one in config.layers)}
+    return {key: value for key, value in row.items() if key in always or used[key]}

@@ -19,14 +19,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-import compress.quantize
+import compress.distill
+import compress.run
 import export.onnx
 import export.ort
 import export.trt
 import export.verify
 import models.finetune
 import models.get
+import runtime.chat
 from models.checkpoint import load_decoder
+from models.info import ROADS
 from runtime.bundle import open_bundle
 from runtime.errors import Unavailable, UserError
 from runtime.golden import read_golden
@@ -36,7 +39,7 @@ from runtime.trt_backend import TrtBackend
 from runtime.verify import replay
 
 sys.path.append(str(Path(__file__).parent))
-from tiny import FAMILIES, SENTENCES, tiny_model, tiny_tokenizer, write_tiny     # noqa: E402
+from tiny import EVERY_FAMILY, SENTENCES, tiny_model, tiny_tokenizer, write_tiny     # noqa: E402
 from tiny_gguf import write_gguf                                                  # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
@@ -47,11 +50,26 @@ PLAIN = {"mistral": {"sliding_window": None}, "llama": {"rope_parameters": {"rop
 # GGUF has no sliding window, and llama's scaling is a tensor there: tests/models/test_gguf_file.py has both
 
 
-def command(main: Callable, *argv) -> str:
-    """"yes" where a command did its work; where it refused, its sentence."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = main([str(word) for word in argv])
+RECIPE = """
+[[stages]]
+stage = "quantize"
+method = "gptq"
+target_bpw = 12.0
+windows = 4
+length = 32
+sensitivity_windows = 2
+"""                                                     # what "balanced" is, in little
+
+
+def command(main: Callable, *argv, typed: str = "") -> str:
+    """"yes" where a command did its work; where it refused, its sentence. typed: at its prompt."""
+    output, keyboard = io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(typed)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main([str(word) for word in argv])
+    finally:
+        sys.stdin = keyboard
     assert code in (0, 2), f"{main.__module__} {argv} ended with {code}: {output.getvalue()[-2000:]}"
     return "yes" if code == 0 else output.getvalue().strip().splitlines()[-1]
 
@@ -74,30 +92,36 @@ def walk(family: str, work: Path) -> dict[str, str]:
     write_tiny(checkpoint, family, 0)
     done = {"same logits as transformers": same(checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint))}
 
+    done["models.get"] = command(models.get.main, checkpoint, "-o", work / "own")
+    same(work / "own", AutoModelForCausalLM.from_pretrained(work / "own"))
     model, pre = tiny_model(family, **PLAIN.get(family, {})), "qwen2" if family == "qwen2" else "smollm"
     gguf = write_gguf(work / "model.gguf", model, tiny_tokenizer(pre), pre=pre)
     done["from GGUF"] = command(models.get.main, gguf, "-o", work / "got")
     if done["from GGUF"] == "yes":
         same(work / "got", model)
 
-    chats, text, tuned = work / "chats.jsonl", work / "text.txt", work / "tuned"
+    chats, text, recipe, tuned = work / "chats.jsonl", work / "text.txt", work / "recipe.toml", work / "tuned"
     chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "Say it."}, {
         "role": "assistant", "content": sentence}]}) + "\n" for sentence in SENTENCES), "utf-8")
-    text.write_text("\n".join(SENTENCES) * 8, "utf-8")
-    done["LoRA"] = command(models.finetune.main, checkpoint, "-o", tuned, "--task", "chat", "--data", chats, "--steps", 1,
-                           "--batch", 2, "--context", 128, "--precision", "fp32", "--learning-rate", 0.01)
-    if done["LoRA"] == "yes":
-        assert not torch.equal(logits(load_decoder(tuned / "last")), logits(load_decoder(checkpoint)))
+    text.write_text("\n".join(SENTENCES * 20), "utf-8")
+    recipe.write_text(RECIPE, "utf-8")
+    learning = ("--steps", 1, "--batch", 2, "--precision", "fp32", "--learning-rate", 0.01)
+    done["LoRA"] = command(models.finetune.main, checkpoint, "-o", tuned, "--task", "chat", "--data", chats, "--context", 128, *learning)
+    done["distilling"] = command(compress.distill.main, "--teacher", checkpoint, "--student", checkpoint, "-o", work / "taught", "--data", text,
+                                 "--context", 32, "--eval-rows", 2, *learning)
+    for step, folder in {"LoRA": tuned, "distilling": work / "taught"}.items():
+        assert done[step] != "yes" or not torch.equal(logits(load_decoder(folder / "last")), logits(load_decoder(checkpoint)))
 
-    done["GPTQ"] = command(compress.quantize.main, checkpoint, "-o", coded, "--method", "gptq", "--data", text, "--windows", 4,
-                           "--length", 32)
-    done["portable graph"] = command(export.onnx.main, coded, "-o", bundle)
+    done["compress.run"] = command(compress.run.main, recipe, "--model", checkpoint, "--data", text, "-o", coded, "--backend", "onnx",
+                                   "--eval-windows", 2)
+    done["portable graph"] = command(export.onnx.main, coded / "model", "-o", bundle)
     done["fast graph"] = command(export.ort.main, bundle)
-    proof = command(export.verify.main, coded, bundle, "--threads", 1)
+    proof = command(export.verify.main, coded / "model", bundle, "--threads", 1)
     ran = json.loads((bundle / "golden.json").read_text())["budgets"]         # each was run, and kept its budget
     for step, runner in {"portable graph": "portable", "fast graph": "fast", "native core": "native"}.items():
         if done.setdefault(step, "yes") == "yes" and runner not in ran:
             done[step] = f"did not run: {proof}"
+    done["runtime.chat"] = command(runtime.chat.main, bundle, "--threads", 1, "--max-new-tokens", 4, typed="Hello.\n")
     done["TensorRT builds"] = command(export.trt.main, bundle, "--sm", 89, "--capacity", 64, "--chunk", 32, "--one-profile")
     return done
 
@@ -150,11 +174,12 @@ def write(block: str, made: str) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as work:
-        made = table({family: walk(family, Path(work, family)) for family in FAMILIES})
-        machine = hardware(Path(work, "smollm2/bundle"))
+        roads = {family: walk(family, Path(work, family)) for family in EVERY_FAMILY}
+        made, machine = table(roads), hardware(Path(work, "smollm2/bundle"))
     print(made, *(f"{name}: {result}" for name, result in machine.items()), sep="\n")
     if "--write" in sys.argv:
         write("families", made)
+        ROADS.write_text(json.dumps(roads, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
