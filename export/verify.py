@@ -85,7 +85,7 @@ def verify(options: Options) -> None:
     """Run the stage. Raises UserError for input that does not belong together, CheckFailed past a budget."""
     checkpoint, bundle = open_checkpoint(options.checkpoint), open_bundle(options.bundle)
     source = check_source(checkpoint, bundle)
-    reference = TorchBackend(load_decoder(options.checkpoint))
+    reference = TorchBackend(load_decoder(options.checkpoint), bundle.max_context)
     tokenizer = Tokenizer(bundle.path(bundle.manifest["tokenizer"]))
     golden = golden_outputs(reference, tokenizer, bundle.max_context)
     budgets = runner_budgets(bundle)

@@ -95,6 +95,7 @@ MORE_FAMILIES = {   # of which every room has a test or two, and not all
 
 
 EVERY_FAMILY = FAMILIES | MORE_FAMILIES
+LESS_ONE = ("gemma2", "gemma3_text", "qwen3_5_text")        # whose gains are stored as gain - 1
 
 
 def tiny_tokenizer(pre: str = "smollm") -> PreTrainedTokenizerFast:
@@ -134,8 +135,9 @@ def tiny_model(family: str, seed: int = 0, **config):
             # A tied embedding must be small beside what the layers add, or every token would predict itself;
             # the last norm's gain makes up for it.
             spread = 0.1 if weight.ndim == 1 or id(weight) in embeddings else weight.shape[-1] ** -0.5
-            weight.copy_(spread * torch.randn(weight.shape, generator=generator) + (1.0 if gain else 0.0))
-            if name in ("model.norm.weight", "transformer.ln_f.weight"):
+            less_one = model_type in LESS_ONE and not name.endswith("linear_attn.norm.weight")
+            weight.copy_(spread * torch.randn(weight.shape, generator=generator) + (1.0 if gain and not less_one else 0.0))
+            if name in ("model.norm.weight", "transformer.ln_f.weight") and family in FAMILIES:
                 weight.mul_(3.0)
     return model
 

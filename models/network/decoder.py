@@ -39,15 +39,16 @@ MIXERS = {"attention": ("self_attn", Attention), "conv": ("conv", ShortConv), "d
 
 
 def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, cache: KVCache | None = None,
-          counts: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Iterator[Step]:
+          counts: Tensor | None = None, dtype: torch.dtype = torch.float32, context: int | None = None) -> Iterator[Step]:
     """What each layer is told of one call, in order; what layers have in common is made once.
 
-    positions, slots: int64 [b or 1, s]; slots None: the rows stand alone. counts: int64 [b], tokens of each row that are real.
+    positions, slots: int64 [b or 1, s]; slots None: the rows stand alone. counts: int64 [b], tokens of each row that are real. context:
+    the longest that a row may become, which LongRoPE looks at; None: the cache's capacity, or the rows' length.
     """
     filled = None if cache is None else int(slots.max()) + 1
     if cache is not None and filled > cache.capacity:
         raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
-    length = cache.capacity if cache is not None else positions.shape[1]
+    length = context or (cache.capacity if cache is not None else positions.shape[1])
     seen = torch.arange(filled if cache is not None else positions.shape[1], device=positions.device)
     turns, masks, kept, sources = {}, {}, {}, {layer.cache_source for layer in config.layers}
     for number, layer in enumerate(config.layers):
@@ -157,7 +158,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.context = config, None             # context: see steps; set by who knows it beforehand
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = (Embedding(config.context_length, config.hidden_size)
                                 if config.positions == "learned" else None)
@@ -184,7 +185,7 @@ class Backbone(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         own = self.own_inputs(input_ids, x)
-        told = steps(self.config, position_ids, slots, cache, counts, x.dtype)
+        told = steps(self.config, position_ids, slots, cache, counts, x.dtype, self.context)
         for number, (layer, step) in enumerate(zip(self.layers, told)):
             x = layer(x, step, None if own is None else own[:, :, number])
         return self.norm(x)

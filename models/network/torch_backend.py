@@ -19,8 +19,10 @@ class TorchBackend:
     name = "pytorch-cpu"
     max_chunk_rows = chunk = None
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, context: int | None = None):
+        """context: of the bundle that the decoder is compared with, if there is one."""
         self.decoder = decoder.eval()
+        decoder.model.context = context
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         config = self.decoder.config
