@@ -10,21 +10,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Every thread packs (or, of tiles read from a file, only checks) its part of each matrix. */
+enum { RELEASE = 4 << 20 };                          /* bytes that a thread packs before it lets the file's pages go */
+
+/* Every thread packs (or, of tiles read from a file, only checks) its part of each matrix. Pages of the file that were
+ * read would count as this process's memory; those that another thread still reads come back from the page cache. */
 static void pack_work(void *context, int thread, int threads) {
     opening *o = context;
-    const size_t page = sysconf(_SC_PAGESIZE);
+    size_t packed = 0;
     for (int i = 0; i < o->jobs; i++) {
-        packing *job = &o->job[i];
+        const packing *job = &o->job[i];
         const int64_t tiles = job->to->tiles, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
         for (int64_t t = from; t < to; t++) {
             if (!o->packed) matrix_pack(job->to, &job->from, t);
             if (!matrix_finite(job->to, t)) __atomic_store_n(&o->bad, i + 1, __ATOMIC_RELAXED);
+            if (o->packed || (packed += job->to->tile_bytes) < RELEASE) continue;
+            madvise(o->model->file, o->model->file_bytes, MADV_DONTNEED);
+            packed = 0;
         }
-        const ew_tensor *tensor = job->from.tensor;
-        if (o->packed || (i + 1 < o->jobs && o->job[i + 1].from.tensor == tensor)) continue;
-        const size_t start = tensor->offset / page * page;   /* pages read would count as this process's memory */
-        madvise(o->model->file + start, tensor->offset + tensor->bytes - start, MADV_DONTNEED);
     }
 }
 
