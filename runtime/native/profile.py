@@ -4,6 +4,7 @@ The wall of a part is the time its weights (and filled cache) take at the bandwi
 per CPU summing a buffer several times larger than the caches. A part far above its wall is the next one to improve.
 """
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ EXAMPLES = """examples:
   %(prog)s build/smollm2-135m-int4
   %(prog)s build/smollm2-135m-int4 --threads 1 --context 4000
 """
-_PART_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "qkv": "qkv", "o": "output", "gate": "gate_up", "up": "gate_up",
-            "gate_up": "gate_up", "down": "down"}
+_PARTS = {"qkv": ("q", "k", "v", "qkv", "attn_gate", "delta_in", "delta_qkv", "delta_z", "delta_b", "delta_a", "mamba_in", "mamba_z",
+                  "mamba_xbc", "mamba_dt"),
+          "attention": ("conv_in", "conv_b", "conv_c", "conv_x"), "output": ("o", "conv_out", "delta_out", "mamba_out"),
+          "gate_up": ("router", "gate", "up", "gate_up"), "down": ("down",), "other": ("per_layer_gate", "per_layer_proj")}
+_PART_OF = {name: part for part, names in _PARTS.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,19 @@ class Options(Checked):
 
 
 def part_bytes(bundle: Bundle, backend: NativeBackend, slots: int, rows: int) -> dict[str, int]:
-    """Bytes that a step of `rows` rows must read: weights once, each row's filled cache once."""
-    names = {t["name"]: t["bytes"] for t in bundle.manifest["weights"]["tensors"]}
-    moved = dict.fromkeys(("qkv", "attention", "output", "gate_up", "down", "head"), 0)
-    head = "head." if any(name.startswith("head.") for name in names) else "embed."
-    for name, size in names.items():
-        if name.startswith("layers."):
-            if part := _PART_OF.get(name.split(".")[2]):
-                moved[part] += size
-        elif name.startswith(head):
-            moved["head"] += size
-    moved["attention"] = backend.cache_bytes(rows, slots)
+    """Bytes that a step of `rows` rows must read: weights once (of experts those that a token chooses), each row's filled cache once,
+    and its recurrent states, which are written too."""
+    moved = dict.fromkeys((*_PARTS, "head"), 0)
+    tensors, layers = bundle.manifest["weights"]["tensors"], bundle.model["config"]["layers"]
+    head = "head." if any(t["name"].startswith("head.") for t in tensors) else "embed."
+    for t in tensors:
+        words = t["name"].split(".")
+        if words[0] == "layers" and (part := _PART_OF.get(words[-2])):
+            layer = layers[int(words[1])]
+            moved[part] += t["bytes"] * layer["experts_per_token"] // layer["experts"] if words[2] == "experts" else t["bytes"]
+        elif t["name"].startswith(head):
+            moved["head"] += t["bytes"]
+    moved["attention"] += backend.cache_bytes(rows, slots)
     return moved
 
 
@@ -67,13 +73,15 @@ def profile(options: Options) -> None:
     bundle = open_bundle(options.bundle)
     speed = bandwidth()
     backend = NativeBackend(bundle, threads=options.threads, cache_dtype=options.cache_dtype)
-    cache = backend.new_cache(options.rows, options.context + options.steps + 1)
+    cache = backend.new_cache(options.rows, options.context + options.steps + 8)
     tokens, zeros = np.ones((options.rows, 1), np.int64), np.zeros((options.rows, 1), np.int64)
+    slot = itertools.count(options.context)
 
     def steps(count: int) -> None:
         for i in range(count):
-            backend.forward(tokens, None, np.full(options.rows, options.context + i), zeros, cache)
+            backend.forward(tokens, None, np.full(options.rows, next(slot)), zeros, cache)
 
+    backend.forward(np.ones((options.rows, options.context), np.int64), None, zeros[:, 0], zeros, cache)
     steps(8)
     backend.profile(True)
     steps(options.steps)
