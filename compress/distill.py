@@ -99,6 +99,7 @@ from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
 from compress.distilling.taught import (OnPolicy, Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of,
                                          with_defaults)
+from compress.pruning.depth import kept_config, kept_tensors
 from compress.teacher import frozen_decoder
 from compress.text import read_corpus
 from models.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
@@ -165,10 +166,8 @@ def every_kth_layer(decoder: Decoder, count: int) -> Decoder:
         raise UserError(f"--layers is {count}, which should be from 1 to {len(layers)}")
     kept = np.linspace(0, len(layers) - 1, count).round().astype(int).tolist()
     with torch.device("meta"):
-        student = Decoder(replace(decoder.config, layers=tuple(layers[n] for n in kept)))
-    state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("model.layers.")}
-    for new, old in enumerate(kept):
-        state |= {f"model.layers.{new}.{name}": tensor for name, tensor in decoder.model.layers[old].state_dict().items()}
+        student = Decoder(kept_config(decoder.config, kept))
+    state = dict(kept_tensors(decoder.config, kept, decoder.state_dict().items()))
     student.load_state_dict(state, assign=True)
     return student
 

@@ -51,6 +51,8 @@ from torch import Tensor
 
 from compress.quantizing.foreign_keys import scheme
 from models.checkpoint import check_output, open_checkpoint, stored_tensors, write_checkpoint
+from models.families import FAMILIES
+from models.formats.weight_names import Naming
 from models.network.decoder import tensor_shapes
 from models.network.quantized import Quantization, QuantizedTensor
 
@@ -166,6 +168,9 @@ def adopt(options: Options) -> None:
     method, bits, group = scheme(quantization)
     plain = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     config = ModelConfig.from_hf(plain)
+    if FAMILIES[config.family].naming != Naming():
+        raise UserError(f"{folder}: linears of a {config.family} are stored under other names or in another form than the decoder's, which "
+                        f"is not read from {method}: quantize the original with compress.quantize")
     check_output(options.out, folder)
     tensors = FolderTensors(folder)
     modules = sorted(name.removesuffix(f".{SUFFIX[method]}") for name in tensors.places if name.endswith(f".{SUFFIX[method]}"))

@@ -96,8 +96,12 @@ def prune(options: Options) -> None:
         way = {"depth": _depth, "mlp": _mlp, "heads": _heads, "hidden": _hidden, "sparse": _sparse}[options.what]
         ids = corpus_windows(checkpoint, options, options.windows, min(options.length, checkpoint.config.context_length))
         config, tensors, metrics = way(checkpoint, ids, options)
+    try:
+        hf_config = config.to_hf()
+    except ValueError as error:
+        raise UserError(f"{options.checkpoint}: --what {options.what} leaves a model that config.json cannot say: {error}") from None
     stage = lineage.stage("compress.prune", options, {options.checkpoint.name: checkpoint.sha256()}, metrics)
-    write_checkpoint(options.out, config.to_hf(), tensors, options.checkpoint, stage, companions)
+    write_checkpoint(options.out, hf_config, tensors, options.checkpoint, stage, companions)
     before, after = _parameters(checkpoint.config), _parameters(config)
     print(table([{"": "parameters", "before": before, "after": after, "kept": f"{after / before:.1%}"},
                  {"": "layers", "before": len(checkpoint.config.layers), "after": len(config.layers), "kept": ""},
@@ -132,23 +136,20 @@ def _depth(checkpoint: Checkpoint, ids: Tensor, options: Options):
         if layers == 0:
             raise UserError(f"--keep {target / sizes[-1]:.3g} is below {sizes[0] / sizes[-1]:.3f}, which one layer and the "
                             f"embedding take")
-    if not 1 <= layers < total:
-        raise UserError(f"--layers is {layers}, which should be from 1 to {total - 1}")
-    gone = depth.choose_layers(load_decoder(options.checkpoint), ids, total - layers, options.order)
+    stay = frozenset(layer.cache_source for layer in config.layers if layer.cache_source is not None)
+    if not max(1, len(stay)) <= layers < total:
+        raise UserError(f"--layers is {layers}, which should be from {max(1, len(stay))} to {total - 1}")
+    gone = depth.choose_layers(load_decoder(options.checkpoint), ids, total - layers, options.order, stay)
     left = [n for n in range(total) if n not in gone]
-    new = {f"model.layers.{old}.": f"model.layers.{n}." for n, old in enumerate(left)}
-
-    def tensors():
-        for name in checkpoint.names():
-            prefix = next((p for p in new if name.startswith(p)), None)
-            if prefix or not name.startswith("model.layers."):
-                yield (new[prefix] + name[len(prefix):] if prefix else name), checkpoint.read(name)
     print(f"layers left out, first to go first: {' '.join(map(str, gone))}")
-    return replace(config, layers=tuple(config.layers[n] for n in left)), tensors(), {"dropped_layers": gone}
+    tensors = ((name, checkpoint.read(name)) for name in checkpoint.names())
+    return depth.kept_config(config, left), depth.kept_tensors(config, left, tensors), {"dropped_layers": gone}
 
 
 def _mlp(checkpoint: Checkpoint, ids: Tensor, options: Options):
     config = checkpoint.config
+    for number in (number for number, layer in enumerate(config.layers) if layer.experts):
+        raise UserError(f"--what mlp: layer {number} has a mixture of experts, whose neurons are not pruned: prune depth or hidden instead")
     present = sum(layer.mlp_size for layer in config.layers)
     if options.neurons is not None:
         total = options.neurons * len(config.layers)
@@ -167,11 +168,18 @@ def _mlp(checkpoint: Checkpoint, ids: Tensor, options: Options):
 
 
 def _heads(checkpoint: Checkpoint, ids: Tensor, options: Options):
-    layers = checkpoint.config.layers
-    fewest = min(layer.kv_heads for layer in layers)
-    if options.groups is None or not 1 <= options.groups <= fewest or options.groups == max(layer.kv_heads for layer in layers):
+    config, layers = checkpoint.config, checkpoint.config.layers
+    for why in (why for why, has in (("keys and values that several layers read", any(layer.cache_source is not None for layer in layers)),
+                                     ("norms over all heads of q and k", config.qk_norm and config.qk_norm_over == "all")) if has):
+        raise UserError(f"--what heads: family {config.family} has {why}, which fewer heads would change: prune depth or mlp instead")
+    present = [layer.kv_heads for layer in layers if layer.mixer == "attention"]
+    if not present:
+        raise UserError(f"--what heads: {checkpoint.path} has no layer of attention")
+    fewest = min(present)
+    if options.groups is None or not 1 <= options.groups <= fewest or options.groups == max(present):
         raise UserError(f"--groups is {options.groups}, which should be from 1 to one less than the model's {fewest} key/value heads")
-    widths, groups = [layer.mlp_size for layer in layers], [options.groups] * len(layers)
+    widths = [layer.mlp_size for layer in layers]
+    groups = [options.groups if layer.mixer == "attention" else layer.kv_heads for layer in layers]
     importance = width.measure_importance(checkpoint, ids)
     return *width.narrowed(checkpoint, ids, importance, widths, groups), {"kv_heads": options.groups}
 
@@ -212,6 +220,6 @@ def _vocabulary(checkpoint: Checkpoint, options: Options):
     config = replace(config, vocab_size=len(kept), bos_token_id=vocabulary.renumbered(config.bos_token_id, new),
                      pad_token_id=vocabulary.renumbered(config.pad_token_id, new),
                      eos_token_ids=tuple(vocabulary.renumbered(list(config.eos_token_ids), new)))
-    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    tables = ("model.embed_tokens.weight", "lm_head.weight", "model.per_layer_embed.weight")
     tensors = ((name, checkpoint.read(name)[rows] if name in tables else checkpoint.read(name)) for name in checkpoint.names())
     return config, tensors, {"vocab_size": len(kept)}, lambda folder: vocabulary.rewrite_files(folder, kept)

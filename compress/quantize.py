@@ -4,7 +4,8 @@ Norms, biases and learned positions stay as they are; activations (--activations
 rounded where asked, when the model runs. The codes are decided here once, stored (models/network/quantized.py), and
 used as they are by PyTorch and by every export. The token embedding and the head have bits of their own, since both
 read or write the vocabulary: 8 bits, symmetric, one scale a row, costs nothing measurable; fewer bits take the linears'
-group.
+group. What decides how fast a recurrent layer's state decays and is written (one row a head) has 8 bits at least: it is small,
+and its errors add up from token to token. Routers and convolutions stay as they are.
 
 METHODS has how codes are chosen. Calibrated methods go layer by layer over text and resume where they were stopped
 (compress/quantizing/calibrated.py); of the others only autoround has more than one tensor in memory. With --target-size
@@ -49,7 +50,7 @@ METHODS = {"rtn": Method("rtn.round_to_nearest", "weight"),
            "gptq": Method("calibrated.gptq_descended", "layer", data=True, vocabulary=True),
            "autoround": Method("neural_compressor.autoround", "model", data=True, mixed=False, negative_scales=True)}
 FOLDS = {"awq": "folds.awq", "smooth": "folds.smooth", "values": "folds.rotate_values"}
-VOCABULARY = ("model.embed_tokens", "lm_head")
+VOCABULARY = ("model.embed_tokens", "lm_head", "model.per_layer_embed")
 EXAMPLES = """examples:
   python -m compress.quantize build/smollm2-135m -o build/smollm2-135m-int4-checkpoint --bits 4 --group 32
   python -m compress.quantize CKPT -o OUT --bits 8 --group 0
@@ -148,6 +149,9 @@ from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, gradient_bytes, measure_sensitivity, stored_bytes
 from compress.text import corpus_windows
 from models.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from models.families import FAMILIES
+from models.formats.weight_names import Naming
+from models.network.decoder import named_groups
 from models.network.quantized import Quantization, TensorFormat
 from models.training.memory import memory_line
 
@@ -162,6 +166,9 @@ def quantize(options: Options) -> None:
     plan = Quantization({} if options.mixed else choose_formats(checkpoint, options), _activations(options),
                         None if options.kv_cache == "float" else {"bits": 8, "per": options.kv_cache})
     check_backend(plan, options.backend)
+    if method.sees == "model" and FAMILIES[checkpoint.config.family].naming != Naming():
+        raise UserError(f"--method {options.method} works on the model as transformers has it, whose linears in a {checkpoint.config.family} "
+                        f"are other ones: choose --method gptq")
     skip = _skipped(checkpoint.modules(), options.skip)
     if options.mixed:
         size = parse_size(options.target_size) if options.target_size else int(options.target_bpw * _weights(checkpoint) / 8)
@@ -233,11 +240,17 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
     """Module -> format. Raises UserError for a group that does not divide, or a pattern that matches nothing."""
     modules = checkpoint.modules()
     skip = _skipped(modules, options.skip)
+    layers = zip(checkpoint.config.layers, named_groups(checkpoint.config))
+    rates = {reader for layer, (mixer, *_) in layers if layer.state_dim for reader in mixer[0].readers
+             if checkpoint.shape(f"{reader}.weight")[0] == layer.heads}
     formats = {}
     for module in modules:
         vocabulary = module in VOCABULARY
         bits = options.embedding_bits if vocabulary else options.bits
         if bits == 0 or module in skip:
+            continue
+        if module in rates and bits < 8:
+            formats[module] = TensorFormat(8, 0)
             continue
         group = 0 if vocabulary and bits == 8 else options.group
         formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary, "int" if vocabulary else options.kind)

@@ -75,7 +75,7 @@ import torch.nn.functional as F
 
 from models.formats.chat import chat_encoder
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
-from models.training.lora import add_lora, merged_tensors, save_adapter
+from models.training.lora import add_lora, check_adapter, merged_tensors, save_adapter
 from models.training.memory import memory_line, training_bytes
 from models.training.trainer import Trainer, mixed_precision, process_state
 
@@ -89,6 +89,8 @@ def finetune(options: FinetuneOptions) -> None:
     checkpoint, tokenizer_file = open_checkpoint(options.checkpoint), options.checkpoint / "tokenizer.json"
     if checkpoint.quantization:
         raise UserError(f"{options.checkpoint} is quantized; fine-tune the checkpoint it was made of")
+    if options.keep_adapter:
+        check_adapter(checkpoint)
     options = options.filled(context=min(512, checkpoint.config.context_length))
     if options.context > checkpoint.config.context_length:
         raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length}")
@@ -226,7 +228,7 @@ def _split(options: FinetuneOptions, task):
 def _save(checkpoint, options: FinetuneOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("finetune", options, inputs, metrics, options.seed)
     if options.keep_adapter:
-        save_adapter(model, folder)
+        save_adapter(model, folder, checkpoint.hf_config)
         lineage.write(folder, [*lineage.read(checkpoint.path), stage])
     else:
         tensors = merged_tensors(model, checkpoint) if options.method == "lora" else model.state_dict().items()

@@ -78,6 +78,7 @@ class Distiller(nn.Module):
         losses, share, shared = self.losses, self.losses.label_share, self.shared
 
         def loss(logits: Tensor, part: slice) -> Tensor:
+            logits = self.student.capped(logits)
             total = torch.zeros((), device=logits.device)
             if share > 0:
                 total = total + share * F.cross_entropy(logits.float(), labels[part], reduction="sum")
@@ -87,7 +88,7 @@ class Distiller(nn.Module):
                     total = total + (1 - share) * mass_beyond(logits, shared).sum()
                     logits = logits[:, :shared]
                 if taught is not None:
-                    theirs, ours = F.linear(taught[0][part], taught[1][:shared]).float(), logits.float()
+                    theirs, ours = self.teacher.capped(F.linear(taught[0][part], taught[1][:shared]).float()), logits.float()
                     if heat != 1:
                         theirs, ours = theirs / heat, ours / heat
                     log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)

@@ -4,7 +4,7 @@
   differ) against the teacher's after the layer at the same share of the depth: squared error over the teacher's mean
   square, token by token, averaged over the layers. Relative, because a few tokens have states a thousand times larger
   than all others (Romero et al. 2015, "FitNets"; Jiao et al. 2020, "TinyBERT", for the map and the uniform layers).
-- `attention_loss`: in the last layer of each, which earlier tokens are alike to a token by their queries, by their keys
+- `attention_loss`: in the last attention of each that has keys of its own, which earlier tokens are alike to a token by their queries, by their keys
   and by their values: softmax(x xT / sqrt(width)) over the tokens up to it, in as many parts of the width as both can
   be cut into; KL of the teacher's from the student's. Head counts and widths may differ (Wang et al. 2021, "MiniLMv2").
 """
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from compress.distilling.divergence import kl
 from models.network.config import ModelConfig
 from models.network.decoder import Decoder
+from models.network.mixers.attention import Attention
+from runtime.errors import UserError
 
 RELATIONS = 16                    # parts that the width of queries, keys and values is cut into, at most
 
@@ -63,9 +65,12 @@ def hidden_loss(student: list[Tensor], teacher: list[Tensor], maps: nn.ModuleLis
 
 
 def attention_modules(decoder: Decoder) -> list[nn.Module]:
-    """The projections whose outputs `attention_loss` takes."""
-    attention = decoder.model.layers[-1].self_attn
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
+    """The projections whose outputs `attention_loss` takes. Raises UserError for a model that has none."""
+    found = [block.mixer for layer in decoder.model.layers for block in layer.blocks
+             if isinstance(block.mixer, Attention) and block.mixer.k_proj is not None]
+    if not found:
+        raise UserError(f"--attention-weight matches attention, and this {decoder.config.family} model has none: leave it out")
+    return [found[-1].q_proj, found[-1].k_proj, found[-1].v_proj]
 
 
 def attention_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

@@ -8,8 +8,11 @@ Four orders in which layers go:
   layers times removals.
 - "beam": greedy, with the `BEAM` best sets of removals followed side by side, as many times the passes.
 
-What is left is an ordinary model with fewer layers; nothing is retrained here.
+What is left is an ordinary model with fewer layers; nothing is retrained here. A layer whose keys and values later ones read stays.
 """
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +20,24 @@ from torch import Tensor, nn
 
 from compress.distilling.divergence import kl
 from compress.layerwise import fast_matmul
+from models.network.config import ModelConfig
 from models.network.decoder import Decoder
 from models.progress import progress
+from runtime.errors import UserError
 
 BEAM = 3
 
 
 @torch.no_grad()
-def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str) -> list[int]:
-    """Numbers of the layers to drop, first to go first. ids int64 [windows, tokens]; 0 < drop < number of layers."""
+def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, stay: frozenset[int] = frozenset()) -> list[int]:
+    """Numbers of the layers to drop, first to go first, none of those that `stay`. ids int64 [windows, tokens]; drop: at least 1, at
+    most as many as may go, and not all layers."""
     if order == "influence":
-        return torch.tensor(block_influence(decoder, ids)).argsort()[:drop].tolist()
+        return [n for n in torch.tensor(block_influence(decoder, ids)).argsort().tolist() if n not in stay][:drop]
     with fast_matmul():
         whole = [torch.log_softmax(decoder(row[None])[0], -1) for row in ids]
         every = list(range(len(decoder.model.layers)))
+        free = [n for n in every if n not in stay]
 
         def damage(gone: tuple[int, ...]) -> float:
             bar.update()
@@ -38,10 +45,10 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str) -> list[
 
         with progress(label="layers", unit="trial") as bar:
             if order == "kl":
-                return sorted(every, key=lambda layer: damage((layer,)))[:drop]
+                return sorted(free, key=lambda layer: damage((layer,)))[:drop]
             best: list[tuple[int, ...]] = [()]                   # removals, each in the order they were made
             for _ in range(drop):
-                found = {frozenset((*gone, layer)): (*gone, layer) for gone in best for layer in every if layer not in gone}
+                found = {frozenset((*gone, layer)): (*gone, layer) for gone in best for layer in free if layer not in gone}
                 best = sorted(found.values(), key=damage)[:BEAM if order == "beam" else 1]
     return list(best[0])
 
@@ -63,6 +70,32 @@ def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:
         for hook in hooks:
             hook.remove()
     return [total / len(ids) for total in totals]
+
+
+def kept_config(config: ModelConfig, left: list[int]) -> ModelConfig:
+    """The model of these layers. Raises UserError where one reads the keys and values of one that is not among them."""
+    layers = []
+    for number in left:
+        layer, source = config.layers[number], config.layers[number].cache_source
+        if source is not None and source not in left:
+            raise UserError(f"layer {number} reads the keys and values of layer {source}, which cannot be left out before it")
+        layers.append(layer if source is None else replace(layer, cache_source=left.index(source)))
+    return replace(config, layers=tuple(layers))
+
+
+def kept_tensors(config: ModelConfig, left: list[int], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Of the tensors of a model, those of `kept_config`, by their new names."""
+    new, size = {old: n for n, old in enumerate(left)}, config.per_layer_size
+    for name, tensor in tensors:
+        if name.startswith("model.layers."):
+            number, rest = name.removeprefix("model.layers.").split(".", 1)
+            if int(number) in new:
+                yield f"model.layers.{new[int(number)]}.{rest}", tensor
+            continue
+        if name in ("model.per_layer_embed.weight", "model.per_layer_projection.weight") and len(left) < len(config.layers):
+            axis = int(name == "model.per_layer_embed.weight")                   # a part for every layer
+            tensor = torch.cat([tensor.narrow(axis, n * size, size) for n in left], axis)
+        yield name, tensor
 
 
 def _divergence(decoder: Decoder, ids: Tensor, whole: list[Tensor], layers: list[int]) -> float:

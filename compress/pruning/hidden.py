@@ -22,11 +22,9 @@ from torch import Tensor
 
 from compress.layerwise import Walk, second_moment
 from models.checkpoint import Checkpoint
+from models.network.decoder import named_groups
 from runtime.errors import UserError
 
-READERS = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",      # linear: its norm
-           "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
-WRITERS = ("o_proj", "down_proj")
 EVEN = 0.1              # how far from their mean the gains of a tied model's final norm may be, as a share of it
 
 
@@ -39,6 +37,10 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     if config.norm != "rms" or config.positions != "rope":
         raise UserError(f"{checkpoint.path} has {config.norm} norms and {config.positions} positions: rotating the stream "
                         f"needs RMSNorm and RoPE")
+    widths = {"a norm after what a block adds": config.norm_order != "pre", "short convolutions, as wide as the stream": any(
+        layer.mixer == "conv" for layer in config.layers), "inputs of every layer": config.per_layer_size}
+    for what in (what for what, has in widths.items() if has):
+        raise UserError(f"{checkpoint.path}: family {config.family} has {what}, so its stream cannot be rotated: prune depth or mlp instead")
     if config.tied_embeddings and (gain / gain.mean() - 1).abs().max() > EVEN:
         raise UserError(f"{checkpoint.path}: the head is the token table, and the final norm's gains differ ({gain.min():.3g} to "
                         f"{gain.max():.3g}), which no rotation keeps: prune depth or mlp instead")
@@ -47,29 +49,31 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     def add() -> None:
         total.add_(second_moment([part / part.square().mean(-1, keepdim=True).add(1e-12).sqrt() for part in walk.x.split(4)]))
 
+    firsts = {group[0].readers[0].split(".", 3)[3] for blocks in named_groups(config) for group in blocks}
     for _, layer in walk.layers("directions"):
-        walk.step(layer, lambda names, inputs: add() if names[0].endswith(tuple(READERS)) else None)
+        walk.step(layer, lambda names, inputs: add() if names[0] in firsts else None)
     add()                                               # what the final norm reads
     return torch.linalg.eigh(total.double()).eigenvectors.flip(1).float()
 
 
 def sliced(checkpoint: Checkpoint, turn: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the model whose stream is turn^T x; turn: orthonormal columns [hidden, kept]."""
-    gain = (turn.shape[0] / turn.shape[1]) ** 0.5
+    gain, config = (turn.shape[0] / turn.shape[1]) ** 0.5, checkpoint.config
+    blocks = [groups for blocks in named_groups(config) for groups in blocks]
+    norms = {reader: groups[0].maker for groups in blocks for reader in groups[0].readers}         # of what reads the stream
+    writers = {reader for groups in blocks for group in groups[1:] for reader in group.readers}
     for name in checkpoint.names():
-        tensor, parts = checkpoint.read(name).float(), name.split(".")
-        module = parts[-2]
+        tensor, (module, _, kind) = checkpoint.read(name).float(), name.rpartition(".")
         if name == "lm_head.weight":
             tensor = (tensor * checkpoint.read("model.norm.weight").float()) @ turn
         elif name == "model.embed_tokens.weight":
             tensor = tensor @ turn
-        elif module in READERS and parts[-1] == "weight":
-            norm = ".".join([*parts[:3], READERS[module], "weight"])
-            tensor = (tensor * checkpoint.read(norm).float()) @ turn
-        elif module in WRITERS:
+        elif module in norms and kind == "weight":
+            tensor = (tensor * checkpoint.read(f"{norms[module]}.weight").float()) @ turn
+        elif module in writers:
             tensor = turn.T @ tensor                          # a weight's rows, or a bias
-        elif name == "model.norm.weight" and checkpoint.config.tied_embeddings:
+        elif name == "model.norm.weight" and config.tied_embeddings:
             tensor = gain * (turn.square().T @ tensor)        # the diagonal of turn^T diag(g) turn
-        elif module in ("input_layernorm", "post_attention_layernorm", "norm"):
+        elif module in {"model.norm", *norms.values()}:
             tensor = torch.full((turn.shape[1],), gain)
         yield name, tensor.contiguous()

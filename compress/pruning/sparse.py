@@ -78,12 +78,14 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
 
     ratios: module -> pattern of its own.
     """
-    walk = Walk(checkpoint, ids)
+    walk, modules = Walk(checkpoint, ids), checkpoint.modules()
 
     def change(number: int, layer: Layer) -> dict[str, Tensor]:
         def visit(names, inputs):
             moment = second_moment(inputs)
             for name in names:
+                if f"model.layers.{number}.{name}" not in modules:                  # a router
+                    continue
                 linear = layer.get_submodule(name)
                 share = pattern if ratios is None else ratios[f"model.layers.{number}.{name}"]
                 if score == "sparsegpt":
@@ -106,13 +108,15 @@ def sparsity_ratios(checkpoint: Checkpoint, ids: Tensor, score: str, fraction: f
     are zeros enough. ids: int64 [windows, tokens].
     """
     gradients, _ = output_gradients(checkpoint, ids[:: -(-len(ids) // WINDOWS)])
-    curves, sizes, walk = {}, {}, Walk(checkpoint, ids)
+    curves, sizes, walk, modules = {}, {}, Walk(checkpoint, ids), checkpoint.modules()
     for number, layer in walk.layers("ratios"):
         def visit(names: list[str], inputs: list[Tensor]) -> None:
             moment = second_moment(inputs)
             price = pivots(moment) if score == "sparsegpt" else moment.diagonal()
             for name in names:
                 module, weight = f"model.layers.{number}.{name}", layer.get_submodule(name).weight
+                if module not in modules:
+                    continue
                 cost = weight.square() * price
                 order = (weight.abs() if score == "magnitude" else cost).argsort(1)
                 curves[module] = 0.5 * (gradients[module] @ cost.gather(1, order)).cumsum(0)        # by zeros in a row

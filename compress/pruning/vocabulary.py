@@ -3,8 +3,8 @@
 For byte-level BPE tokenizers (GPT-2's kind) and those on characters that spell others in bytes, `<0xE4>` (SentencePiece's
 kind). Kept are all special and added tokens, every byte, the tokens the corpus uses (all, or the most frequent), and those
 that BPE goes through on its way to them. Ids become compact in their old order; merges whose result is gone go too, so
-text outside the corpus falls apart into shorter kept tokens and decodes to itself. Rows of the embedding and the head
-follow. On a model of 135M parameters the embedding is a fifth of all bytes.
+text outside the corpus falls apart into shorter kept tokens and decodes to itself. Rows of the embedding, the head and
+a table of inputs to every layer follow. On a model of 135M parameters the embedding is a fifth of all bytes.
 """
 
 import copy
@@ -101,7 +101,7 @@ def rewrite_files(folder: Path, kept: list[int]) -> None:
     new = {old: i for i, old in enumerate(kept)}
 
     def generation(data: dict) -> dict:
-        return {key: renumbered(value, new) if key.endswith(("token_id", "token_ids")) else value for key, value in data.items()}
+        return {key: renumbered(value, new) if key.endswith(("token_id", "token_ids", "suppress_tokens")) else value for key, value in data.items()}
 
     def configuration(data: dict) -> dict:
         added = {str(new[int(i)]): entry for i, entry in data.get("added_tokens_decoder", {}).items() if int(i) in new}

@@ -1,6 +1,6 @@
 """Width pruning: fewer MLP neurons, fewer groups of attention heads, layer by layer, with the rest made to fill in.
 
-A neuron j of an MLP speaks through column j of down_proj, a group of heads through its columns of o_proj. Dropping
+A neuron j of an MLP speaks through column j of its last linear, a group of heads through its columns of attention's. Dropping
 columns D of such a linear W with inputs x costs, when the kept columns K take over as well as they can,
 
     min_V E |W x - V x_K|^2,   reached by   V = W_K + W_D H[D, K] H[K, K]^-1,   H = E[x x^T]
@@ -9,7 +9,8 @@ columns D of such a linear W with inputs x costs, when the kept columns K take o
 stream's own energy, so that layers can be compared and each keeps what it needs. Every layer is calibrated on the errors
 of those before it (compress/layerwise.py).
 
-MLP widths are kept at multiples of `step`, which later quantization groups must divide. The hidden size stays.
+MLP widths are kept at multiples of `step`, which later quantization groups must divide. The hidden size stays, and so do mixers
+that are no attention.
 """
 
 from collections.abc import Iterator
@@ -22,15 +23,18 @@ from compress.layerwise import Walk, rewritten, second_moment
 from models.checkpoint import Checkpoint
 from models.network.config import ModelConfig
 from models.network.decoder import Layer
+from models.network.mixers.attention import Attention
+from models.network.mixers.mlp import MLP
 
 DAMPING = 0.01              # of H's mean diagonal, added before it is inverted
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Share of the residual stream's energy that each neuron [mlp_size] and each head group [kv_heads] contributes."""
-    neurons: list[Tensor]
-    groups: list[Tensor]
+    """Share of the residual stream's energy that each neuron [mlp_size] and each head group [kv_heads] contributes, by layer; None
+    where a layer has no MLP, or no attention."""
+    neurons: list[Tensor | None]
+    groups: list[Tensor | None]
 
 
 def take_over(weight: Tensor, moment: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
@@ -50,18 +54,28 @@ def measure_importance(checkpoint: Checkpoint, ids: Tensor) -> Importance:
     """One pass over ids int64 [windows, tokens]; peak memory is that of compress/layerwise.py."""
     walk, found = Walk(checkpoint, ids), Importance([], [])
     for number, layer in walk.layers("importance"):
+        writers = _writers(layer)
+
         def visit(names, inputs):
-            if names[0] not in ("self_attn.o_proj", "mlp.down_proj"):
+            if names[0] not in writers:
                 return
             weight = layer.get_submodule(names[0]).weight
             energy = sum(part.square().sum((0, 1)) for part in inputs) / sum(part.shape[0] * part.shape[1] for part in inputs)
             share = energy * weight.square().sum(0) / walk.x.square().sum(-1).mean()
-            if names[0] == "mlp.down_proj":
-                found.neurons.append(share)
+            if isinstance(writers[names[0]], MLP):
+                found.neurons[number] = share
             else:
-                found.groups.append(share.view(checkpoint.config.layers[number].kv_heads, -1).sum(1))
+                found.groups[number] = share.view(checkpoint.config.layers[number].kv_heads, -1).sum(1)
+        found.neurons.append(None)
+        found.groups.append(None)
         walk.step(layer, visit)
     return found
+
+
+def _writers(layer: Layer) -> dict[str, Attention | MLP]:
+    """The attention and the MLP of a layer, by the names of the linears through which they speak."""
+    names = {module: name for name, module in layer.named_modules()}
+    return {names[block.mixer.writer]: block.mixer for block in layer.blocks if isinstance(block.mixer, (Attention, MLP))}
 
 
 def choose_neurons(importance: Importance, total: int, step: int) -> list[int]:
@@ -81,12 +95,16 @@ def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths
              groups: list[int]) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     """The pruned model, its configuration and tensors: layer n has widths[n] neurons and groups[n] head groups."""
     walk = Walk(checkpoint, ids)
-    shapes = tuple(replace(layer, heads=layer.heads // layer.kv_heads * kept, kv_heads=kept, mlp_size=size)
+    shapes = tuple(replace(layer, heads=layer.heads // max(layer.kv_heads, 1) * kept, kv_heads=kept, mlp_size=size)
                    for layer, size, kept in zip(checkpoint.config.layers, widths, groups))
 
     def change(number: int, layer: Layer) -> dict[str, Tensor]:
-        keep = {"self_attn.o_proj": _head_inputs(layer, importance.groups[number].topk(groups[number]).indices),
-                "mlp.down_proj": importance.neurons[number].topk(widths[number]).indices.sort().values}
+        keep = {}
+        for name, mixer in _writers(layer).items():
+            if isinstance(mixer, MLP):
+                keep[name] = importance.neurons[number].topk(widths[number]).indices.sort().values
+            else:
+                keep[name] = _head_inputs(mixer, importance.groups[number].topk(groups[number]).indices)
 
         def visit(names, inputs):
             if names[0] in keep:
@@ -100,25 +118,29 @@ def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths
     return replace(checkpoint.config, layers=shapes), rewritten(walk, "pruning", change)
 
 
-def _head_inputs(layer: Layer, groups: Tensor) -> Tensor:
-    """Columns of o_proj that belong to the kept key/value groups."""
-    per_group = layer.self_attn.o_proj.in_features // (layer.self_attn.k_proj.out_features // layer.self_attn.head_dim)
+def _head_inputs(attention: Attention, groups: Tensor) -> Tensor:
+    """Columns of o that belong to the kept key/value groups."""
+    per_group = attention.head_dim * attention.per_value
     return (groups.sort().values[:, None] * per_group + torch.arange(per_group)).flatten()
 
 
 def _sliced(layer: Layer, keep: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layer's tensors without the dropped rows and columns."""
-    heads, neurons, size = keep["self_attn.o_proj"], keep["mlp.down_proj"], layer.self_attn.head_dim
-    share = layer.self_attn.o_proj.in_features // layer.self_attn.k_proj.out_features      # query heads of one key head
-    first = heads.view(-1, share * size)[:, 0] // share                                    # k and v rows: one head a group
-    rows = {"q_proj": heads, "k_proj": (first[:, None] + torch.arange(size)).flatten(), "gate_proj": neurons, "up_proj": neurons}
-    rows["v_proj"] = rows["k_proj"]
+    """The layer's tensors without the dropped rows and columns. keep: kept columns of the linears that write to the stream."""
+    names, rows = {module: name for name, module in layer.named_modules()}, {}
+    for name, mixer in _writers(layer).items():
+        first = keep[name]
+        if isinstance(mixer, Attention):                                                # k and v: one head a group
+            size = mixer.head_dim
+            first = (first.view(-1, size * mixer.per_value)[:, :1] // mixer.per_value + torch.arange(size)).flatten()
+        for reader in mixer.groups(None)[0].readers:
+            alike = reader.out_features == layer.get_submodule(name).in_features        # q, and what gates it
+            rows[names[reader]] = keep[name] if alike else first
     result = {}
     for name, tensor in layer.state_dict().items():
-        module = name.split(".")[1]
-        if module in rows and "norm" not in module:
+        module = name.rpartition(".")[0]
+        if module in rows:
             tensor = tensor[rows[module]]
-        elif name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-            tensor = tensor[:, keep[name.removesuffix(".weight")]]
+        elif module in keep and name.endswith(".weight"):
+            tensor = tensor[:, keep[module]]
         result[name] = tensor
     return result

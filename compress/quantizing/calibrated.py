@@ -84,18 +84,19 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: 
     whether scales may be negative. Raises UserError for a layer whose activations are zero or not finite.
     """
     work.mkdir(parents=True, exist_ok=True)
-    embedding, formats = None, plan.tensors
-    for module in ("model.embed_tokens", "lm_head"):
+    formats, hessians, chosen = plan.tensors, dict(vocabulary or {}), {}
+    for module in ("model.embed_tokens", "lm_head", "model.per_layer_embed", "model.per_layer_projection"):
         if module not in formats:
             continue
-        weight = checkpoint.weight(module)
-        if vocabulary is None:
-            found = clip(weight, torch.eye(checkpoint.config.hidden_size), formats[module], negative)
-        else:
-            found = choose(weight, vocabulary[module], formats[module], negative)
-        embedding = found.dequantize() if module == "model.embed_tokens" else embedding
+        if module == "model.per_layer_projection":
+            table = chosen.get("model.embed_tokens")
+            hessians[module] = second_moment([(checkpoint.weight("model.embed_tokens") if table is None else table)[ids]])
+        weight, fitted = checkpoint.weight(module), module in hessians
+        found = (choose if fitted else clip)(weight, hessians[module] if fitted else torch.eye(weight.shape[1]), formats[module], negative)
+        if module in ("model.embed_tokens", "model.per_layer_projection"):
+            chosen[module] = found.dequantize()
         yield from found.tensors(module).items()
-    walk = Walk(checkpoint, ids, embedding)
+    walk = Walk(checkpoint, ids, chosen)
     for number, layer in walk.layers("quantizing"):
         file, prefix = work / f"layer-{number:03}.safetensors", f"model.layers.{number}."
         if not file.exists():
@@ -142,7 +143,8 @@ def _layer(walk: Walk, layer: Layer, number: int, plan: Quantization, choose: Ch
 
     walk.cache = KeyValueRanges() if plan.kv_cache else None
     walk.step(layer, visit)
-    for part, most in zip("kv", walk.cache.largest if walk.cache else ()):
+    keeps = walk.checkpoint.config.cache_heads(walk.checkpoint.config.layers[number]) > 0
+    for part, most in zip("kv", walk.cache.largest if walk.cache and keeps else ()):
         most = most if plan.kv_cache["per"] == "channel" else most.amax(0, keepdim=True)
         stored[f"self_attn.{part}_scale"] = torch.where(most > 0, most / 127, torch.ones_like(most))
     for name, tensor in layer.state_dict().items():
@@ -189,18 +191,21 @@ def static_scale(inputs: list[Tensor], importance: Tensor) -> Tensor:
 def calibration_bytes(config: ModelConfig, windows: int, length: int) -> dict[str, int]:
     """Predicted peak memory by kind: the residual stream of all windows, normed, a layer's widest input, and one layer at work.
 
-    What the resident set shows besides is the checkpoint's file, whose pages the system takes back when it needs them.
+    Experts: what they have added up too, and, should all tokens choose one, that one's input. What the resident set shows besides is
+    the checkpoint's file, whose pages the system takes back when it needs them.
     """
     tokens, shapes = windows * min(length, config.context_length), tensor_shapes(config)
-    inputs = [max(layer.mlp_size, layer.heads * config.head_dim, config.hidden_size) for layer in config.layers]
-    layers = [sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(f"model.layers.{number}."))
+    layers = [{name: shape for name, shape in shapes.items() if name.startswith(f"model.layers.{number}.")}
               for number in range(len(config.layers))]
-    matrices = [math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.")]
-    table = config.vocab_size * config.hidden_size
+    matrices = [shape for layer in layers for name, shape in layer.items() if len(shape) == 2]
+    widest = max(columns for _, columns in matrices)
+    streams = 2 + 2 * any(layer.experts for layer in config.layers) + (config.per_layer_size > 0)
+    table = config.vocab_size * max(config.hidden_size, config.per_layer_size * len(config.layers))
 
     def chosen(weights: int) -> int:                # a matrix, what its codes stand for, the codes, and copies of a part of it
         return 9 * weights + 4 * COPIES * min(weights, PART)
-    walking = {"token table": 4 * table, "activations": 4 * tokens * (2 * config.hidden_size + max(inputs)),
-               "layer": 5 * max(layers), "Hessian": FACTORS * max(inputs) ** 2, "matrix": chosen(max(matrices))}
+    walking = {"token table": 4 * config.vocab_size * config.hidden_size, "activations": 4 * tokens * (streams * config.hidden_size + widest),
+               "layer": 5 * max(sum(map(math.prod, layer.values())) for layer in layers), "Hessian": FACTORS * widest**2,
+               "matrix": chosen(max(map(math.prod, matrices)))}
     before = {"token table": chosen(table), "Hessian": FACTORS * config.hidden_size**2}
     return max(walking, before, key=lambda parts: sum(parts.values())) | {"process": PROCESS_BYTES}

@@ -2,12 +2,12 @@
 
     fold(layer, walk, formats)       # in place; formats: the layer's linears that will be quantized, and how
 
-The inputs of a group of linears are multiplied by s in the linears' weights and divided by s where they are made, so that
-nothing costs a byte or an operation more:
-    q, k, v and gate, up:  in the norm's gain (and bias) before them
-    o:                     in the rows (and bias) of v; heads that share a value head share its factors
-    down:                  in the rows (and bias) of up, which the gate's activation does not touch; a plain MLP, whose
-                           activation stands between, is left alone
+The inputs of a group of linears (Block.groups) are multiplied by s in the linears' weights and divided by s where they are
+made, so that nothing costs a byte or an operation more:
+    what reads a block's norm:  in the norm's gain (and bias); where no norm is, it is left alone
+    what writes to the stream:  in the rows (and bias) of the linear that makes its inputs (v, up, the short convolution's c), or
+                                the gain of the norm that does (Mamba-2, delta rule); inputs that have one row or gain in common share
+                                a factor; where something stands between that is not linear, it is left alone
 
 `awq` (Lin et al. 2024, "AWQ") makes inputs that matter larger: s = (mean square of the input)^(a/2), where a is the one of
 EXPONENTS with the least output error sum (dW H dW^T) over the linears' sampled rows after rounding to nearest on the
@@ -18,7 +18,8 @@ s = max|x_k|^a / max|w_k|^(1 - a), a = 1/2, maxima over calibration text and ove
 
 `rotate_values` (Ashkboos et al. 2024, "QuaRot"; signs as in Tseng et al. 2024, "QuIP#") spreads outliers among a head's
 channels over all: rows of v become R v and the columns of o in every head that reads it o R^T, R a Hadamard matrix with
-random signs where head_dim is a power of two, else a random rotation. The softmax mixes tokens, so R passes through it.
+random signs where head_dim is a power of two, else a random rotation. The softmax mixes tokens, so R passes through it, as
+it does through a norm of v without a gain; a gate it does not pass. What is no attention stays as it is.
 """
 
 from collections.abc import Callable
@@ -30,10 +31,12 @@ from compress.layerwise import Walk, largest, second_moment
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import damped
 from models.network.decoder import Layer
+from models.network.mixers.attention import Attention
 from models.network.quantized import TensorFormat
+from runtime.errors import UserError
 
 EXPONENTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
-ROWS = 128                     # rows of each linear that AWQ's search rounds
+ROWS = 128                     # rows of each linear that AWQ's search rounds, of many experts fewer
 STRENGTH = 0.5                 # SmoothQuant's a
 Tie = Callable[[Tensor], Tensor]
 
@@ -45,32 +48,27 @@ def fold_scales(layer: Layer, choose: Callable[[dict[str, nn.Linear], Tie], Tens
     choose(linears by name, tie) gives positive factors [K] that are their own `tie`, or None to leave the group alone;
     tie makes factors equal where they must be.
     """
-    attention, mlp = layer.self_attn, layer.mlp
-    groups = [(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.input_layernorm),
-              (("self_attn.o_proj",), attention.v_proj),
-              (("mlp.up_proj",) if mlp.gate_proj is None else ("mlp.gate_proj", "mlp.up_proj"), layer.post_attention_layernorm)]
-    if mlp.gate_proj is not None:
-        groups.append((("mlp.down_proj",), mlp.up_proj))
-    for names, maker in groups:
-        linears = {name: layer.get_submodule(name) for name in names}
-        values = maker is attention.v_proj
-        scales = choose(linears, (lambda s: shared(s, attention)[1]) if values else (lambda s: s))
+    names = {module: name for name, module in layer.named_modules()}
+    for group in (group for block in layer.blocks for group in block.groups()):
+        maker = group.maker
+        if maker is None:
+            continue
+        linears = {names[reader]: reader for reader in group.readers}
+        made, inputs = len(maker.weight), group.readers[0].in_features
+        sources = group.sources(made, inputs)
+        together = sources.argsort(stable=True).view(made, -1).T            # [inputs / made, made]: those that share a factor
+
+        def mean(scales: Tensor) -> Tensor:
+            return scales[together].log().mean(0).exp() if inputs > made or group.head else scales
+        scales = choose(linears, lambda s: mean(s)[sources])
         if scales is None:
             continue
         for linear in linears.values():
             linear.weight *= scales
-        made = shared(scales, attention)[0] if values else scales
-        maker.weight /= made if maker.weight.ndim == 1 else made[:, None]             # a norm's gain, or a linear's rows
+        made_by = mean(scales)
+        maker.weight /= made_by if maker.weight.ndim == 1 else made_by[:, None]       # a norm's gain, or a linear's rows
         if getattr(maker, "bias", None) is not None:
-            maker.bias /= made
-
-
-def shared(scales: Tensor, attention: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factors of o's inputs, made equal in the heads that share a value head: for v's rows, and for o's columns."""
-    size = attention.head_dim
-    grouped = scales.view(attention.v_proj.out_features // size, -1, size)
-    mean = grouped.log().mean(1, keepdim=True).exp()
-    return mean.flatten(), mean.expand_as(grouped).reshape(-1)
+            maker.bias /= made_by
 
 
 @torch.no_grad()
@@ -86,13 +84,13 @@ def awq(layer: Layer, walk: Walk, formats: dict[str, TensorFormat]) -> None:
 def _search(linears: dict[str, nn.Linear], hessian: Tensor, formats: dict[str, TensorFormat], tie: Tie) -> Tensor:
     """The factors [K] with the least output error of the linears that will be rounded."""
     loudness = hessian.diagonal()
-    best, found = None, None
+    best, found, rows = None, None, ROWS if len(formats) <= 4 else max(4, 4 * ROWS // len(formats))
     for exponent in EXPONENTS:
         scales = _even(tie(loudness ** (exponent / 2)))
         error = 0.0
         for name, form in formats.items():
             weight = linears[name].weight
-            sample = weight[::max(1, len(weight) // ROWS)]
+            sample = weight[::max(1, len(weight) // rows)]
             grid = clipped_grid(sample * scales, form, loudness / scales**2)
             lost = grid.values(grid.codes(sample * scales)) / scales - sample
             error += float(((lost @ hessian) * lost).sum()) * len(weight) / len(sample)
@@ -120,17 +118,25 @@ def _even(scales: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotate_values(layer: Layer, walk: Walk | None = None, formats: dict[str, TensorFormat] | None = None, seed: int = 0) -> None:
-    attention = layer.self_attn
-    size, generator = attention.head_dim, torch.Generator().manual_seed(seed)
-    values, heads = attention.v_proj.out_features // size, attention.o_proj.in_features // size
-    turns = torch.stack([rotation(size, generator) for _ in range(values)])                   # [values, D, D]
-    rows = attention.v_proj.weight.view(values, size, -1)
-    attention.v_proj.weight.copy_((turns @ rows).flatten(0, 1))
-    if attention.v_proj.bias is not None:
-        attention.v_proj.bias.copy_((turns @ attention.v_proj.bias.view(values, size, 1)).flatten())
-    columns = attention.o_proj.weight.view(-1, heads, size)
-    read = turns.repeat_interleave(heads // values, 0)
-    attention.o_proj.weight.copy_(torch.einsum("nhd,hed->nhe", columns, read).flatten(1))
+    for block in layer.blocks:
+        attention = block.mixer
+        if not isinstance(attention, Attention):
+            continue
+        if attention.g_proj is not None:
+            raise UserError("--fold values turns the values of each head, and the attention of this model multiplies them by a gate, "
+                            "which no rotation passes: leave it out")
+        size, generator = attention.head_dim, torch.Generator().manual_seed(seed)     # layers that share values turn them alike
+        heads = attention.o_proj.in_features // size
+        values = heads // attention.per_value
+        turns = torch.stack([rotation(size, generator) for _ in range(values)])                   # [values, D, D]
+        if attention.v_proj is not None:
+            rows = attention.v_proj.weight.view(values, size, -1)
+            attention.v_proj.weight.copy_((turns @ rows).flatten(0, 1))
+            if attention.v_proj.bias is not None:
+                attention.v_proj.bias.copy_((turns @ attention.v_proj.bias.view(values, size, 1)).flatten())
+        columns = attention.o_proj.weight.view(-1, heads, size)
+        read = turns.repeat_interleave(heads // values, 0)
+        attention.o_proj.weight.copy_(torch.einsum("nhd,hed->nhe", columns, read).flatten(1))
 
 
 def rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -76,8 +76,11 @@ def mixed_formats(checkpoint: Checkpoint, sensitivity: Sensitivity, budget_bytes
 def bundle_extras(checkpoint: Checkpoint) -> int:
     """Bytes that a bundle's weights file has beyond the checkpoint's tensors: RoPE's tables, and at most this alignment."""
     config = checkpoint.config
-    tables = 4 * min(config.context_length, DEFAULT_CONTEXT) * config.head_dim if config.positions == "rope" else 0
+    turns = {(layer.rope, config.head_size(layer)): config.rope(layer) for layer in config.layers if layer.mixer == "attention"}
+    tables = 4 * min(config.context_length, DEFAULT_CONTEXT) * sum(
+        size + ("llama_4_scaling_beta" in (rope.scaling or {})) for (_, size), rope in turns.items() if rope is not None)
     # gate and up, or q, k and v, may be stored as one
     shapes = tensor_shapes(config)
     large = sum(2 * math.prod(shapes[f"{module}.weight"]) >= LARGE for module in checkpoint.modules())
-    return tables + VECTOR * (16 * len(config.layers) + 4) + PAGE * large
+    tensors = sum(16 + 6 * layer.experts for layer in config.layers) + 4
+    return tables + VECTOR * tensors + PAGE * large

@@ -12,7 +12,8 @@ runs: each rounding error e[o, k] is paid with the pivot d[k] of H (the rest is 
 e from rounding to the nearest on the clipped grid. Rows that matter most are all rounded, the others sampled.
 
 A tied embedding is used twice. As head, row v's error costs 1/2 E[p_v (1 - p_v)] e H e^T over final hidden states; as
-table, 1/2 f_v e M e^T with f_v the token's frequency and M = E[g g^T] over gradients of its output.
+table, 1/2 f_v e M e^T with f_v the token's frequency and M = E[g g^T] over gradients of its output (of Gemma 4's table of
+inputs to every layer, M's diagonal). An expert that the text does not reach is taken for as sensitive as the others of its layer.
 
 Two passes over the windows: one through the whole model, forward and backward, for G; one layer by layer for H.
 Correlations between modules and between tokens are left out, so sums over modules predict measured KL to within a factor
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ from runtime.errors import UserError
 from runtime.files import new_file, parse_json
 
 VERSION = 1
+EXPERT = re.compile(r"\.experts\.\d+")
 TOP_ROWS, SAMPLED_ROWS = 48, 64
 HEAD_ROWS = 512                    # tokens whose logits are in memory at once
 
@@ -88,14 +91,20 @@ def measure_sensitivity(checkpoint: Checkpoint, ids: Tensor, formats: list[Tenso
     gradients, vocabulary = output_gradients(checkpoint, ids, seed)
     damage: dict[str, dict[TensorFormat, float]] = {}
     generator = torch.Generator().manual_seed(seed)
-    walk = Walk(checkpoint, ids)
+    walk, modules = Walk(checkpoint, ids), checkpoint.modules()
     for number, layer in walk.layers("sensitivity"):
         def visit(names: list[str], inputs: list[Tensor]) -> None:
-            price = pivots(second_moment(inputs))
-            for name in names:
-                module = f"model.layers.{number}.{name}"
+            wanted = [(name, module) for name in names if (module := f"model.layers.{number}.{name}") in modules]
+            price = pivots(second_moment(inputs)) if wanted else None
+            for name, module in wanted:
                 damage[module] = _damage(layer.get_submodule(name).weight, gradients[module], price, formats, generator)
         walk.step(layer, visit)
+    if checkpoint.config.per_layer_size:
+        table, projection = "model.per_layer_embed", "model.per_layer_projection"
+        used = torch.bincount(ids.flatten(), minlength=checkpoint.config.vocab_size) / ids.numel()
+        damage[table] = _damage(checkpoint.weight(table), used, gradients[table], formats, generator)
+        price = pivots(second_moment([checkpoint.weight("model.embed_tokens")[ids]]))
+        damage[projection] = _damage(checkpoint.weight(projection), gradients[projection], price, formats, generator)
     fitted = {}
     for module, uses in vocabulary.items():
         # A tied table has two uses, and one set of codes: their Hessians add up, weighted as the average row is.
@@ -146,7 +155,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
     decoder = load_decoder(checkpoint.path, dtype).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     head = (decoder.model.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight.float()
-    vocabulary, hidden_size = head.shape
+    (vocabulary, hidden_size), cap = head.shape, decoder.config.logits_softcap
     squares, spread = defaultdict(float), torch.zeros(vocabulary)
     inputs, outputs = torch.zeros(hidden_size, hidden_size), torch.zeros(hidden_size, hidden_size)
 
@@ -155,7 +164,7 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
             squares[name] = squares[name] + gradient.flatten(0, -2).float().square().sum(0)
 
         def hook(module, arguments, output):
-            output.register_hook(keep)
+            output.requires_grad_().register_hook(keep)
         return hook
 
     def on_table(module, arguments, output):
@@ -163,9 +172,10 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
             outputs.addmm_(gradient[0].float().T, gradient[0].float())
         output.requires_grad_().register_hook(keep)
 
-    for name, module in decoder.model.layers.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(on_linear(f"model.layers.{name}"))
+    linears = {f"model.{name}" for name, module in decoder.model.named_modules()
+               if isinstance(module, nn.Linear) or name == "per_layer_embed"}
+    for name in linears:
+        decoder.get_submodule(name).register_forward_hook(on_linear(name))
     decoder.model.embed_tokens.register_forward_hook(on_table)
     with fast_matmul():
         for row in progress(ids, label="gradients", unit="window"):
@@ -176,11 +186,15 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
                 inputs += hidden.T @ hidden
                 for start in range(0, len(hidden), HEAD_ROWS):
                     part = slice(start, start + HEAD_ROWS)
-                    probabilities = torch.softmax(hidden[part] @ head.T, -1)
-                    spread += probabilities.sum(0) - probabilities.square().sum(0)
+                    logits, slope = hidden[part] @ head.T, 1.0
+                    if cap is not None:
+                        logits = cap * torch.tanh(logits / cap)
+                        slope = 1 - (logits / cap).square()                     # of the cap
+                    probabilities = torch.softmax(logits, -1)
+                    spread += ((probabilities - probabilities.square()) * slope**2).sum(0)
                     drawn = torch.multinomial(probabilities, 1, generator=generator)
                     probabilities.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=torch.float32))
-                    gradient[part] = probabilities @ head
+                    gradient[part] = (probabilities * slope) @ head
             hidden.backward(gradient)
     tokens = ids.numel()
     counts = torch.bincount(ids.flatten(), minlength=vocabulary).float()
@@ -188,13 +202,17 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
     as_table = (counts / tokens, outputs / tokens)
     uses = {"model.embed_tokens": [as_table, as_head]} if decoder.lm_head is None else {
         "model.embed_tokens": [as_table], "lm_head": [as_head]}
+    for name in linears - squares.keys():                       # an expert that no token has reached
+        alike = [total for other, total in squares.items() if EXPERT.sub("", other) == EXPERT.sub("", name)]
+        squares[name] = sum(alike) / len(alike)
     return {name: total / tokens for name, total in squares.items()}, uses
 
 
 def gradient_bytes(config: ModelConfig, length: int, bytes_a_parameter: int) -> dict[str, int]:
     """Predicted peak memory by kind: the whole model, mapped from its file, and the activations of one window."""
     tokens = min(length, config.context_length)
-    kept = sum(8 * config.hidden_size + 4 * layer.heads * config.head_dim + 4 * layer.mlp_size for layer in config.layers)
+    kept = sum(8 * config.hidden_size + 4 * layer.heads * config.head_size(layer) + 4 * sum(config.state_shapes(layer).get("conv", (0,))[:1])
+               + 4 * (layer.mlp_size * max(layer.experts_per_token, 1) + layer.shared_size) for layer in config.layers)
     return {"weights": bytes_a_parameter * sum(math.prod(shape) for shape in tensor_shapes(config).values()),
             "activations": 4 * tokens * kept, "logits": 16 * tokens * config.vocab_size,
             "token table": 4 * config.vocab_size * config.hidden_size, "process": PROCESS_BYTES}

@@ -15,8 +15,8 @@ No dropout. Source of the initialization: Radford et al. 2019.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -102,12 +102,27 @@ class Block:
     after: nn.Module | None
 
     def groups(self) -> list[Group]:
-        """Of linears that read one input, in the order of the data."""
+        """Of linears that read one input, in the order of the data: first those that read the stream, then those that write to it."""
         return self.mixer.groups(self.norm)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         y = self.mixer(for_products(x if self.norm is None else self.norm(x)), step)
         return x + (y if self.after is None else self.after(y))
+
+
+@dataclass(frozen=True)
+class OwnInput:
+    """The mixer of Gemma 4's last block: proj(act(gate(x)) * own), own the token's input to this layer. It has no norm."""
+
+    gate: nn.Module
+    writer: nn.Module
+    activation: Callable[[Tensor], Tensor]
+
+    def groups(self, norm: nn.Module | None) -> list[Group]:
+        return [Group((self.gate,), norm), Group((self.writer,), None)]
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        return self.writer(self.activation(self.gate(x)) * step.own)
 
 
 class Layer(nn.Module):
@@ -132,24 +147,17 @@ class Layer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return [Block(self._mixer, self.input_layernorm, getattr(self, self._mixer), self.post_mixer_norm),
-                Block(self._feed, self.post_attention_layernorm, getattr(self, self._feed), self.post_mlp_norm)]
+        found = [Block(self._mixer, self.input_layernorm, getattr(self, self._mixer), self.post_mixer_norm),
+                 Block(self._feed, self.post_attention_layernorm, getattr(self, self._feed), self.post_mlp_norm)]
+        if hasattr(self, "per_layer_gate"):
+            found.append(Block("per_layer", None, OwnInput(self.per_layer_gate, self.per_layer_proj, self.activation),
+                               self.post_per_layer_norm))
+        return found
 
-    def forward(self, x: Tensor, step: Step, own: Tensor | None = None) -> Tensor:
-        """x [b, s, hidden] to the same shape. own: the tokens' inputs to this layer [b, s, per_layer_size], where the model has them."""
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [b, s, hidden] to the same shape."""
         for block in self.blocks:
             x = block(x, step)
-        return self.finish(x, own)
-
-    @property
-    def has_end(self) -> bool:
-        """Whether anything comes after the blocks."""
-        return self.layer_scalar is not None or hasattr(self, "per_layer_gate")
-
-    def finish(self, x: Tensor, own: Tensor | None) -> Tensor:
-        """What comes after the blocks."""
-        if own is not None:
-            x = x + self.post_per_layer_norm(self.per_layer_proj(self.activation(self.per_layer_gate(x)) * own))
         return x if self.layer_scalar is None else x * self.layer_scalar
 
 
@@ -185,9 +193,11 @@ class Backbone(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         own = self.own_inputs(input_ids, x)
-        told = steps(self.config, position_ids, slots, cache, counts, x.dtype, self.context)
-        for number, (layer, step) in enumerate(zip(self.layers, told)):
-            x = layer(x, step, None if own is None else own[:, :, number])
+        told = list(steps(self.config, position_ids, slots, cache, counts, x.dtype, self.context))
+        for layer in self.layers:                       # some may have been taken out (compress/pruning/depth.py)
+            step = told[layer.number]
+            step.own = None if own is None else own[:, :, layer.number]
+            x = layer(x, step)
         return self.norm(x)
 
     def own_inputs(self, input_ids: Tensor, x: Tensor) -> Tensor | None:
@@ -242,8 +252,12 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., vocab] of hidden states [..., hidden]."""
-        head, cap = self.model.embed_tokens if self.lm_head is None else self.lm_head, self.config.logits_softcap
-        logits = F.linear(hidden, head.weight).float()
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return self.capped(F.linear(hidden, head.weight).float())
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the head's products become."""
+        cap = self.config.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -251,3 +265,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of `Decoder(config)`, without allocating any."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+
+
+def named_groups(config: ModelConfig) -> list[list[list[Group]]]:
+    """For every layer of `Decoder(config)` its blocks' groups, with modules' names ("model.layers.0.mlp.up_proj") in place of modules."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    names = {module: name for name, module in decoder.named_modules()}
+    return [[[replace(group, readers=tuple(names[reader] for reader in group.readers), maker=names.get(group.maker))
+              for group in block.groups()] for block in layer.blocks] for layer in decoder.model.layers]

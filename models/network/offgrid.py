@@ -2,15 +2,14 @@
 
 Weights dequantized from a 4-bit file lie on a 4-bit grid, so quantizing them to 4 bits again looks lossless, and no
 figure may rest on that. Here each channel between two linear operations is multiplied by a random factor
-exp(uniform(-0.1, 0.1)) on one side and divided by it on the other:
+exp(uniform(-0.1, 0.1)) on one side and divided by it on the other, for every group of linears that read one input (`Block.groups`):
 
-    RMSNorm gain / s,  columns of q, k, v * s         (the attention's input)
-    RMSNorm gain / s,  columns of gate, up * s        (the MLP's input)
-    rows of v * s,     columns of o / s               (each key/value head's channels, in every head that reads them)
-    rows of up * s,    columns of down / s
+    the gain of the norm that makes it / s,     columns of the linears * s
+    rows of the linear that makes it * s,       columns of the linears / s
 
 The logits stay equal to rounding. Factors depend only on seed, layer and channel. Embeddings, output matrix and
-q/k-norms are left as they are. Needs RMSNorm and a gated MLP (llama, mistral, qwen2, qwen3): GPT-2 is refused.
+q/k-norms are left as they are. A model with a linear that has no such neighbour is refused by the linear's name: a plain MLP's
+second one (GPT-2), what reads the stream without a norm (OLMo 2), Gemma 4's o.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,52 +18,38 @@ import numpy as np
 import torch
 
 from models.network.config import ModelConfig
+from models.network.decoder import named_groups, tensor_shapes
 from runtime.errors import UserError
 
 SPREAD = 0.1
-# module: (channel group of its rows, of its columns, of its gain), each with the sign of the exponent
-ROWS = {"self_attn.v_proj": "value", "mlp.up_proj": "mlp"}
-COLUMNS = {"self_attn.q_proj": ("attention_in", 1), "self_attn.k_proj": ("attention_in", 1),
-           "self_attn.v_proj": ("attention_in", 1), "self_attn.o_proj": ("value", -1),
-           "mlp.gate_proj": ("mlp_in", 1), "mlp.up_proj": ("mlp_in", 1), "mlp.down_proj": ("mlp", -1)}
-GAINS = {"input_layernorm": "attention_in", "post_attention_layernorm": "mlp_in"}
-GROUPS = ("attention_in", "value", "mlp_in", "mlp")
 
 
 def off_grid(config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]],
              seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `tensors` (names of `Decoder`, any order) rescaled, in float32.
 
-    Raises UserError where the model has LayerNorm or a plain MLP.
+    Raises UserError where a linear of the layers would stay as it is.
     """
-    if config.norm != "rms" or not config.gated_mlp:
-        raise UserError(f"--off-grid needs RMSNorm and a gated MLP, which family {config.family} has not")
-    return ((name, _rescaled(config, name, tensor.float(), seed)) for name, tensor in tensors)
+    shapes, changes = tensor_shapes(config), {}
+    for layer, blocks in enumerate(named_groups(config)):
+        for index, group in enumerate(group for block in blocks for group in block):
+            if group.maker is None:
+                continue
+            made, gain = shapes[f"{group.maker}.weight"][0], len(shapes[f"{group.maker}.weight"]) == 1
+            random = np.random.default_rng([seed, layer, index])
+            factors = torch.from_numpy(np.exp(random.uniform(-SPREAD, SPREAD, made)).astype(np.float32))
+            for part in ("weight", "bias"):
+                rows = factors if gain or part == "bias" else factors[:, None]
+                changes.setdefault(f"{group.maker}.{part}", []).insert(0, (rows, -1 if gain else 1))
+            for reader in group.readers:
+                columns = factors[group.sources(made, shapes[f"{reader}.weight"][1])]
+                changes.setdefault(f"{reader}.weight", []).append((columns, 1 if gain else -1))
+        for still in (reader for block in blocks for group in block for reader in group.readers if f"{reader}.weight" not in changes):
+            raise UserError(f"--off-grid cannot move {still} of family {config.family}: what it reads is made by nothing linear")
+    return ((name, _rescaled(tensor.float(), changes.get(name, ()))) for name, tensor in tensors)
 
 
-def _rescaled(config: ModelConfig, name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"]:
-        return tensor
-    layer, module, parameter = int(parts[2]), ".".join(parts[3:-1]), parts[-1]
-    if module in GAINS:
-        return tensor / _factors(config, layer, GAINS[module], seed)
-    if module in ROWS:
-        rows = _factors(config, layer, ROWS[module], seed)
-        tensor = tensor * (rows[:, None] if parameter == "weight" else rows)
-    if module in COLUMNS and parameter == "weight":
-        group, sign = COLUMNS[module]
-        columns = _factors(config, layer, group, seed)
-        if module == "self_attn.o_proj":            # its columns are heads; each reads the value of its group
-            shape = config.layers[layer]
-            columns = columns.view(shape.kv_heads, 1, -1).expand(-1, shape.heads // shape.kv_heads, -1).reshape(-1)
-        tensor = tensor * columns ** sign
+def _rescaled(tensor: torch.Tensor, changes: Iterable[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    for factors, sign in changes:
+        tensor = tensor / factors if factors.ndim == tensor.ndim == 1 and sign < 0 else tensor * factors**sign
     return tensor
-
-
-def _factors(config: ModelConfig, layer: int, group: str, seed: int) -> torch.Tensor:
-    shape = config.layers[layer]
-    size = {"attention_in": config.hidden_size, "value": shape.kv_heads * config.head_dim,
-            "mlp_in": config.hidden_size, "mlp": shape.mlp_size}[group]
-    random = np.random.default_rng([seed, layer, GROUPS.index(group)])
-    return torch.from_numpy(np.exp(random.uniform(-SPREAD, SPREAD, size)).astype(np.float32))

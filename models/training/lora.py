@@ -1,13 +1,14 @@
-"""LoRA (Hu et al. 2022) on the decoder, through `peft`: low-rank updates beside every linear of attention and MLP.
+"""LoRA (Hu et al. 2022) on the decoder, through `peft`: low-rank updates beside every linear of the layers but routers.
 
-The decoder's modules have Hugging Face's Llama names, so an adapter saved here opens with `peft` over the same model
-in `transformers`, and the other way round; a GPT-2's adapter is saved for its own fused modules. No dropout, so that
-training draws nothing random. Where products are made in bf16 anyway, the frozen weights are kept in it; the merge then
-goes by the checkpoint's own.
+A family whose modules have the decoder's names shares its adapters with `peft` over the same model in `transformers`. Another's
+are saved for its own modules: renamed, their rows in its order, its constant factors taken out, and the adapters of linears that it
+keeps fused as one of several times the rank. No dropout, so that training draws nothing random. Where products are made in bf16
+anyway, the frozen weights are kept in it; the merge then goes by the checkpoint's own.
 """
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,25 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 
 from models.checkpoint import Checkpoint
-from models.network.decoder import Decoder
+from models.families import FAMILIES, text_config
+from models.formats.weight_names import Naming, places
+from models.network.config import ModelConfig
+from models.network.decoder import Decoder, named_groups, tensor_shapes
+from runtime.errors import UserError
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GPT2_FUSED = "c_attn"
-GPT2_TARGETS = {   # linear: {where it stands: the Decoder's linears that it holds}
-    GPT2_FUSED: {"attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}, "c_fc": {"mlp": ("mlp.up_proj",)},
-    "c_proj": {"attn": ("self_attn.o_proj",), "mlp": ("mlp.down_proj",)}}
+
+def adapted(config: ModelConfig) -> list[str]:
+    """The linears that adapters stand beside, by module name."""
+    return [reader for blocks in named_groups(config) for groups in blocks for group in groups for reader in group.readers
+            if not reader.endswith(".router")]
+
+
+def check_adapter(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a model whose own modules adapters cannot stand beside."""
+    config = checkpoint.config
+    if any(layer.experts for layer in config.layers):
+        raise UserError(f"--keep-adapter: {config.family} keeps its experts in one tensor, beside which peft has no adapters: leave it out, "
+                        f"and the adapter is merged")
 
 
 def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: torch.dtype = torch.float32) -> PeftModel:
@@ -29,7 +42,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: to
 
     frozen: dtype of the frozen weights beside an adapter; the adapters are float32.
     """
-    model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS))
+    model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in adapted(decoder.config)))))
     config = model.peft_config["default"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", str(source)    # for whoever opens the adapter
     if frozen != torch.float32:
@@ -38,26 +51,36 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: to
     return model
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as `peft` reads them over the published model."""
-    config = model.get_base_model().config
-    if config.family != "gpt2" or not config.publishable:
+@torch.no_grad()
+def save_adapter(model: PeftModel, folder: Path, hf_config: dict) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as `peft` reads them over the published model, whose config.json holds
+    hf_config."""
+    config, hf = model.get_base_model().config, text_config(hf_config)
+    naming = FAMILIES[config.family].naming
+    if naming == Naming() or hf.get("edgewright_tensors"):
         model.save_pretrained(folder, save_embedding_layers=False)
         return
-    peft_config = copy.deepcopy(model.peft_config["default"])
+    peft_config, ours = copy.deepcopy(model.peft_config["default"]), {f"{name}.weight" for name in adapted(config)}
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    # The adapters of q, k and v side by side are one of three times the rank beside the fused linear: A is stacked, B has
-    # them on its diagonal, and alpha grows with the rank.
-    peft_config.rank_pattern = {GPT2_FUSED: 3 * peft_config.r}
-    peft_config.alpha_pattern = {GPT2_FUSED: 3 * peft_config.lora_alpha}
-    peft_config.target_modules, peft_config.fan_in_fan_out, peft_config.inference_mode = list(GPT2_TARGETS), True, True
     published: dict[str, torch.Tensor] = {}
-    for layer in range(len(config.layers)):
-        for theirs, ours in GPT2_TARGETS.items():
-            for module, parts in ours.items():
-                for side, join in (("A", torch.cat), ("B", lambda blocks: torch.block_diag(*blocks))):
-                    found = [tensors[f"base_model.model.model.layers.{layer}.{part}.lora_{side}.weight"] for part in parts]
-                    published[f"base_model.model.transformer.h.{layer}.{module}.{theirs}.lora_{side}.weight"] = join(found)
+    rank, ranks = peft_config.r, {}
+    for theirs, held in places(naming, config, hf, tensor_shapes(config)).items():
+        if not ours.intersection(name for name, _ in held):
+            continue
+        # Several in one: A is stacked, B has each in its own rows and columns, and alpha grows with the rank.
+        sides = [[tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"].cpu() for name, _ in held] for side in "AB"]
+        whole = held[0][1].whole or (len(sides[1][0]),)
+        wide = torch.zeros(whole[1] if held[0][1].transposed else whole[0], rank * len(held))
+        for number, ((_, part), b) in enumerate(zip(held, sides[1])):
+            replace(part, transposed=False).put(b, wide[:, number * rank:(number + 1) * rank])
+        module = theirs.removesuffix(".weight")
+        published[f"base_model.model.{module}.lora_A.weight"] = torch.cat(sides[0])
+        published[f"base_model.model.{module}.lora_B.weight"] = wide
+        ranks[module.rpartition(".")[2]] = rank * len(held)
+    larger = {name: found for name, found in ranks.items() if found != rank}
+    peft_config.rank_pattern = larger
+    peft_config.alpha_pattern = {name: peft_config.lora_alpha * (found // rank) for name, found in larger.items()}
+    peft_config.target_modules, peft_config.fan_in_fan_out, peft_config.inference_mode = list(ranks), bool(naming.transposed), True
     folder.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(folder)
     save_file({name: tensor.detach().contiguous() for name, tensor in published.items()}, folder / "adapter_model.safetensors",

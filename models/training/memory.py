@@ -2,14 +2,15 @@
 
 Weights in fp32; for what is trained also a gradient and AdamW's two moments (12 bytes a parameter); activations kept
 for the backward pass; the logits with their softmax and gradient. Activations are counted per token and layer from the
-decoder's shape (attention's scores are never stored: PyTorch computes them in blocks), half as much again where rows
+decoder's shape (attention's scores are never stored: PyTorch computes them in blocks; a recurrence keeps a chunk's), half as much again where rows
 differ in length, for the holes that leaves in the heap; the checkpoint, mapped again where adapters are merged into it;
 what the process takes by itself. A prediction in fp32: mixed precision needs less for activations.
 """
 
 import torch
 
-from models.network.config import ModelConfig
+from models.network.config import LayerConfig, ModelConfig
+from models.network.mixers.delta import CHUNK
 from runtime.machine import available_memory
 
 PROCESS_BYTES = 500_000_000
@@ -23,13 +24,27 @@ def training_bytes(module: torch.nn.Module, config: ModelConfig, rows: int, cont
     """
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    per_layer = [6 * config.hidden_size + config.head_dim * (5 * layer.heads + 6 * layer.kv_heads) + 4 * layer.mlp_size
-                 for layer in config.layers]
+    per_layer = [_kept(config, layer) for layer in config.layers]
     kept = max(per_layer) + config.hidden_size * len(per_layer) if checkpointing else sum(per_layer)
     activations = 4 * rows * context * kept
     return {"weights": weights, "gradients and optimizer": 12 * trained,
             "activations": activations * 3 // 2 if ragged else activations,
             "logits": 12 * rows * labels * config.vocab_size, "merging": merged, "process": PROCESS_BYTES}
+
+
+def _kept(config: ModelConfig, layer: LayerConfig) -> int:
+    """Numbers kept of a token in one layer."""
+    size, hidden = config.head_size(layer), config.hidden_size
+    channels = config.state_shapes(layer).get("conv", (0, 0))[0]
+    mixer = size * (5 * layer.heads + 6 * layer.kv_heads)
+    if layer.mixer == "conv":
+        mixer = 6 * hidden
+    elif layer.mixer != "attention":        # what goes into the chunks, by head; each head's products of a chunk's tokens; a state a chunk
+        mixer = 3 * channels + layer.heads * (6 * (size + layer.state_dim) + 6 * CHUNK + 2 * size * layer.state_dim // CHUNK)
+    feed = 4 * layer.mlp_size
+    if layer.experts:                       # a copy of the token, and of what comes out, for every expert
+        feed = layer.experts_per_token * (feed + 3 * hidden) + 4 * layer.shared_size + 3 * layer.experts
+    return 6 * hidden + mixer + feed + 6 * config.per_layer_size
 
 
 def memory_line(parts: dict[str, int]) -> str:

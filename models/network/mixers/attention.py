@@ -15,10 +15,11 @@ from models.network.mixers.step import Group, Linear, Step
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig):
         super().__init__()
-        self.head_dim, self.grouped = config.head_size(layer), layer.heads != layer.kv_heads
+        self.head_dim, self.per_value = config.head_size(layer), layer.heads // layer.kv_heads
         self.scale, self.softcap, self.norm_last = config.scale(layer), config.attention_softcap, config.qk_norm_last
         self.over_all, self.eps = config.qk_norm_over == "all", config.norm_eps
         self.norms_values = config.v_norm
+        self.shares = any(other.cache_source is not None for other in config.layers)
         hidden, queries, keys = config.hidden_size, layer.heads * self.head_dim, layer.kv_heads * self.head_dim
         own = layer.cache_source is None
         self.q_proj = Linear(hidden, queries, bias=config.attention_bias)
@@ -37,8 +38,8 @@ class Attention(nn.Module):
     def groups(self, norm: nn.Module | None) -> list[Group]:
         """Of linears that read one input, in the order of the data. norm: what makes the first input, if a norm does."""
         first = tuple(part for part in (self.q_proj, self.k_proj, self.v_proj, self.g_proj) if part is not None)
-        maker = None if self.norms_values else self.v_proj
-        return [Group(first, norm), Group((self.o_proj,), maker, "value")]
+        maker = None if self.norms_values or self.shares else self.v_proj        # shared values reach other layers' o too
+        return [Group(first, norm), Group((self.o_proj,), maker, self.head_dim)]
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [b, s, hidden] to the same shape."""
@@ -78,7 +79,7 @@ class Attention(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 return self._attend(q.float(), k.float(), v.float(), mask)
         if self.softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped,
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.per_value > 1,
                                                   scale=self.scale)
         scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * self.scale     # [b, kv_heads, group, s, n]
         scores = self.softcap * torch.tanh(scores / self.softcap)

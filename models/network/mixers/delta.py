@@ -42,8 +42,7 @@ class DeltaRule(nn.Module):
         return self.out_proj
 
     def groups(self, norm: nn.Module | None) -> list[Group]:
-        """The gain before out is one for all heads, so a factor for each of its inputs has no place there."""
-        return [Group((self.qkv_proj, self.z_proj, self.b_proj, self.a_proj), norm), Group((self.out_proj,), None)]
+        return [Group((self.qkv_proj, self.z_proj, self.b_proj, self.a_proj), norm), Group((self.out_proj,), self.norm)]
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = F.silu(self.conv(self.qkv_proj(x), step)).float().split(self.parts, -1)

@@ -22,7 +22,7 @@ class MLP(nn.Module):
         """The activation of a plain MLP stands between up and down, so nothing can be moved there."""
         if self.gate_proj is None:
             return [Group((self.up_proj,), norm), Group((self.down_proj,), None)]
-        return [Group((self.gate_proj, self.up_proj), norm), Group((self.down_proj,), self.up_proj, "rows")]
+        return [Group((self.gate_proj, self.up_proj), norm), Group((self.down_proj,), self.up_proj)]
 
     def forward(self, x: Tensor, step: Step | None = None) -> Tensor:
         if self.gate_proj is None:

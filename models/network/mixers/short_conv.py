@@ -21,7 +21,7 @@ class ShortConv(nn.Module):
         return self.out_proj
 
     def groups(self, norm: nn.Module | None) -> list[Group]:
-        return [Group((self.b_proj, self.c_proj, self.x_proj), norm), Group((self.out_proj,), self.c_proj, "rows")]
+        return [Group((self.b_proj, self.c_proj, self.x_proj), norm), Group((self.out_proj,), self.c_proj)]
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         return self.out_proj(self.c_proj(x) * self.conv(self.b_proj(x) * self.x_proj(x), step))

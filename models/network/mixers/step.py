@@ -33,6 +33,7 @@ class Step:
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     state: dict[str, Tensor] | None = None
     counts: Tensor | None = None
+    own: Tensor | None = None
 
     def real(self, x: Tensor) -> Tensor | None:
         """Which tokens of x [b, s, ...] are real: bool [b, s]; None where all are."""
@@ -44,13 +45,19 @@ class Group:
     """Linears that read one input, and what makes that input: where compression can move a factor or a rotation between the two.
 
     maker: the norm (its gain is one factor a channel), or the linear (its rows are). None: what makes it is no single module, or stands
-    before something that is not linear. kind: "norm"; "value" (v's rows reach o's columns head by head, several heads of o a head of
-    v); "rows" (maker's row i is channel i).
+    before something that is not linear. head: where several channels of the input are one of the maker's, the size of the parts in which
+    they lie: a head of v reaches the next heads of o, one after the other, as a delta rule's one gain reaches all heads. 0: the maker's
+    channel i is the input's.
     """
 
     readers: tuple[nn.Module, ...]
     maker: nn.Module | None
-    kind: str = "norm"
+    head: int = 0
+
+    def sources(self, made: int, inputs: int) -> Tensor:
+        """Of which of the maker's `made` channels each of the readers' inputs comes: int64 [inputs]."""
+        head = self.head or made
+        return torch.arange(made).view(-1, 1, head).expand(-1, inputs // made, -1).flatten()
 
 
 class Linear(nn.Linear):
