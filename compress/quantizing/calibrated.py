@@ -143,8 +143,9 @@ def _layer(walk: Walk, layer: Layer, number: int, plan: Quantization, choose: Ch
 
     walk.cache = KeyValueRanges() if plan.kv_cache else None
     walk.step(layer, visit)
+    seen, walk.cache = walk.cache, None
     keeps = walk.checkpoint.config.cache_heads(walk.checkpoint.config.layers[number]) > 0
-    for part, most in zip("kv", walk.cache.largest if walk.cache and keeps else ()):
+    for part, most in zip("kv", seen.largest if seen and keeps else ()):
         most = most if plan.kv_cache["per"] == "channel" else most.amax(0, keepdim=True)
         stored[f"self_attn.{part}_scale"] = torch.where(most > 0, most / 127, torch.ones_like(most))
     for name, tensor in layer.state_dict().items():

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES
+from tiny import EVERY_FAMILY, SENTENCES
+from tokenizers import Tokenizer
 
 from compress.ladder import measure_quality
 from compress.quantize import main
 from compress.quantizing.rtn import round_to_nearest
 from models.checkpoint import load_decoder, open_checkpoint
+from models.network.cache import KVCache
 from models.network.quantized import TensorFormat
 
 
@@ -19,23 +21,69 @@ def quantize(checkpoint, out, *options) -> int:
     return main([str(checkpoint), "-o", str(out), *map(str, options)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family(family, tiny_checkpoint, tmp_path):
     """Each matrix becomes its own rounding and nothing else changes; PyTorch computes with the codes' values."""
     assert quantize(tiny_checkpoint(family), tmp_path / "q", "--bits", 4, "--group", 32) == 0
     before, after = open_checkpoint(tiny_checkpoint(family)), open_checkpoint(tmp_path / "q")
     assert after.config == before.config and set(after.quantization.tensors) == set(before.modules())
+    linears = {name for name, module in load_decoder(tiny_checkpoint(family)).named_modules()
+               if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not name.endswith((".router", "embed_positions"))}
+    assert set(before.modules()) == linears
     decoder = load_decoder(tmp_path / "q").state_dict()
     for name in before.names():
         module = name.removesuffix(".weight")
         expected = before.read(name)
         if module in before.modules():
-            vocabulary = module in ("model.embed_tokens", "lm_head")
-            expected = round_to_nearest(expected.contiguous(), TensorFormat(8, 0) if vocabulary else TensorFormat(4, 32))
+            eight = module in ("model.embed_tokens", "lm_head", "model.per_layer_embed") or len(expected) == 4      # a row a recurrent head
+            expected = round_to_nearest(expected.float().contiguous(), TensorFormat(8, 0) if eight else TensorFormat(4, 32))
             assert torch.equal(after.quantized(module).codes, expected.codes)
             expected = expected.dequantize()
             assert torch.equal(after.weight(module), expected)
         assert torch.equal(decoder[name], expected), name
+
+
+ANATOMIES = ("gemma2", "olmo2", "lfm2_moe", "qwen3_5", "granite4_tiny", "gemma4")           # each kind of block, norm and table
+
+
+@pytest.mark.parametrize("family", ANATOMIES)
+def test_calibration_of_every_kind_of_block(family, tiny_checkpoint, tmp_path):
+    """Folded and calibrated, at a size of its own for each: nearer to the model than rounding to nearest at the same bits, and what is
+    written is what the codes say."""
+    source = tiny_checkpoint(family)
+    (tmp_path / "text.txt").write_text("".join(SENTENCES) * 40)
+    ids = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(0))
+    common = ("--bits", 3, "--embedding-bits", 0, "--data", tmp_path / "text.txt", "--windows", 6, "--length", 48)
+    assert quantize(source, tmp_path / "rtn", *common) == 0
+    assert quantize(source, tmp_path / "q", *common, "--method", "gptq", "--fold", "awq") == 0
+    assert quantize(source, tmp_path / "mixed", "--method", "clip", *common[4:], "--target-bpw", 11) == 0
+    config, errors = open_checkpoint(source).config, {}
+    with torch.no_grad():
+        exact = load_decoder(source)(ids)
+        for name in ("rtn", "q", "mixed"):
+            after = open_checkpoint(tmp_path / name)
+            assert after.config == config and set(after.modules()) - set(after.quantization.tensors) <= {"model.embed_tokens", "lm_head",
+                                                                                                     "model.per_layer_embed"}
+            errors[name] = float((load_decoder(tmp_path / name)(ids) - exact).std())
+    assert errors["q"] < errors["rtn"] and errors["mixed"] < errors["rtn"], errors
+
+
+@pytest.mark.parametrize("family", ("lfm2_moe", "granite4_tiny", "gemma4"))
+def test_stored_scales_stand_where_they_are_read(family, tiny_checkpoint, tmp_path):
+    """Of keys and values: in the layers that keep some; of inputs: where linears read them. The model runs with them."""
+    source, text = tiny_checkpoint(family), "".join(SENTENCES) * 40
+    (tmp_path / "text.txt").write_text(text)
+    ids = torch.tensor([Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids[:48]])
+    assert quantize(source, tmp_path / "q", "--bits", 8, "--method", "clip", "--fold", "smooth", "--activations", 8, "--activation-scales",
+                    "static", "--kv-cache", "channel", "--backend", "pytorch", "--data", tmp_path / "text.txt", "--windows", 4, "--length", 48) == 0
+    after = open_checkpoint(tmp_path / "q")
+    kept = {name for name in after.names() if name.endswith("k_scale")}
+    assert kept == {f"model.layers.{number}.self_attn.k_scale" for number, layer in enumerate(after.config.layers)
+                    if after.config.cache_heads(layer)}
+    decoder, exact = load_decoder(tmp_path / "q"), load_decoder(source)(ids)
+    cache = KVCache(decoder.config, 1, 48, scales=decoder.cache_scales)
+    with torch.no_grad():
+        assert (decoder(ids, cache=cache) - exact).std() < 0.2 * exact.std()
 
 
 def test_sizes_and_bits_per_weight(tiny_checkpoint, tmp_path, capsys):
