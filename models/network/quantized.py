@@ -10,7 +10,7 @@ bits i*bits .. (i+1)*bits-1), `M.scales` float16 [N, K/group] ([N, 1] for group 
 uint8 of the scales' shape, all in place of `M.weight`. config.json says which modules, and how:
 
     "quantization_config": {"quant_method": "edgewright", "version": 1,
-                            "tensors": {"model.layers.0.self_attn.q_proj": {"bits": 4, "group": 32, "symmetric": true}},
+                            "tensors": {"model.layers.0.mlp.up_proj": {"bits": 4, "group": 32, "symmetric": true}},
                             "activations": {"bits": 8, "per": "tensor"}, "kv_cache": {"bits": 8, "per": "channel"}}
 
 A tensor of kind "e4m3" has 8-bit floating-point codes instead (torch.float8_e4m3fn, value = code * scale). "activations"
