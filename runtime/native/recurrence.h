@@ -6,8 +6,8 @@
  */
 enum { ROWS_ABREAST = W == 16 ? 2 : 1 };             /* with two sums a column, so that 8 hide an addition's latency */
 
-/* The rows of 32 columns. write: row = decay row + k d goes to `to`, and out is the sum of q row; ask: answer is the sum
- * of `next` row, the next token's key, for which the state need not be read again. */
+/* The rows of 32 columns. write: row = decay row + k d goes to `to`, and out is the sum of q row; ask: answer is the
+ * sum of `next` row, the next token's key, for which the state need not be read again. */
 INLINE void pass_rows(const int keys, const float *from, float *to, float decay, const float *k, const vf *d,
                       const float *q, const float *next, float *out, float *answer, const int write, const int ask) {
     vf read[ROWS_ABREAST][BLOCK / W], known[ROWS_ABREAST][BLOCK / W];
