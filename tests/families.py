@@ -127,10 +127,12 @@ def walk(family: str, work: Path) -> dict[str, str]:
 
 
 def table(roads: dict[str, dict[str, str]]) -> str:
-    """Markdown: a row a family."""
-    steps = list(next(iter(roads.values())))
-    rows = [f"| {family} | " + " | ".join("yes" if road[step] == "yes" else "no" for step in steps) + " |" for family, road in roads.items()]
-    return "\n".join(["| family | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|", *rows])
+    """Markdown: a row for the families that came equally far."""
+    steps, rows = list(next(iter(roads.values()))), {}
+    for family, road in roads.items():
+        rows.setdefault(" | ".join("yes" if road[step] == "yes" else "no" for step in steps), []).append(family)
+    lines = [f"| {', '.join(families)} | {found} |" for found, families in rows.items()]
+    return "\n".join(["| family | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|", *lines])
 
 
 # What runs a bundle, and with which kernels of the native core. "yes": a bundle ran on it and kept its budget of KL.
