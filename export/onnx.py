@@ -72,7 +72,7 @@ def export(options: Options) -> None:
         return export_encoder(options.checkpoint, options.out, options.task)
     checkpoint = open_checkpoint(options.checkpoint)
     config = checkpoint.config
-    max_context = min(config.context_length, DEFAULT_CONTEXT) if options.max_context is None else options.max_context
+    max_context = min(config.short_context, DEFAULT_CONTEXT) if options.max_context is None else options.max_context
     if not 1 <= max_context <= config.context_length:
         raise UserError(f"--max-context {max_context}: the model's context is {config.context_length} tokens, so give 1 "
                         f"to {config.context_length}")
@@ -103,6 +103,8 @@ def export(options: Options) -> None:
         bundles.write_manifest(folder, manifest)
         open_bundle(folder)                                 # what the runtime would refuse is not left behind
     print(summary(options.out, manifest))
+    if max_context > config.short_context:
+        print(f"note: the rotations of this bundle are those for more than {config.short_context} tokens (LongRoPE), for shorter texts too")
     if graphless:
         print(f"no graph: ONNX has no weights of {', '.join(graphless)}; the native core runs this bundle")
     elif unbuilt := sorted({lack.what for lack in lacks("tensorrt", plan)}):

@@ -165,6 +165,13 @@ class ModelConfig:
             return None
         return self.ropes[layer.rope - 1] if layer.rope else Rope(self.rope_theta, self.rope_scaling, self.rope_share)
 
+    @property
+    def short_context(self) -> int:
+        """Positions up to which every RoPE is the one that short texts were trained with: LongRoPE has another beyond."""
+        scalings = [rope.scaling for rope in map(self.rope, self.layers) if rope and rope.scaling]
+        return min([self.context_length, *(scaling["original_max_position_embeddings"] for scaling in scalings
+                                           if scaling["rope_type"] == "longrope")])
+
     def scale(self, layer: LayerConfig) -> float:
         """Of attention's scores."""
         return self.head_size(layer) ** -0.5 if self.attention_scale is None else self.attention_scale
