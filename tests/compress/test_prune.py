@@ -61,39 +61,39 @@ def test_a_layer_that_does_nothing_goes_first(order, idle, tiny_checkpoint, tmp_
     assert lineage["metrics"] == {"dropped_layers": [idle]}
 
 
-@pytest.mark.parametrize("family", ("smollm2", "gpt2", "qwen3"))
+@pytest.mark.parametrize("family", ("smollm2", "gpt2", "qwen3", "gemma2", "qwen3_5", "granite4_h", "lfm2"))
 def test_neurons_that_say_nothing_go_without_a_trace(family, tiny_checkpoint, tmp_path, data):
     source = tiny_checkpoint(family)
     size = open_checkpoint(source).config.layers[0].mlp_size
     dead = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:size // 2]
 
     def silence(state):
-        for layer in (0, 1):
-            weight = state[f"model.layers.{layer}.mlp.down_proj.weight"].clone()
-            weight[:, dead] = 0
-            state[f"model.layers.{layer}.mlp.down_proj.weight"] = weight
+        for name in [name for name in state if name.endswith("mlp.down_proj.weight")]:
+            state[name] = state[name].clone()
+            state[name][:, dead] = 0
     source = changed(source, tmp_path / "a", silence)
     assert run(source, tmp_path / "b", "--data", data, "--what", "mlp", "--neurons", size // 2, "--step", 16) == 0
     assert {layer.mlp_size for layer in open_checkpoint(tmp_path / "b").config.layers} == {size // 2}
     torch.testing.assert_close(logits(tmp_path / "b"), logits(source), atol=2e-3, rtol=2e-2)   # bfloat16 moments, damping
 
 
-@pytest.mark.parametrize("family", ("smollm2", "qwen3", "qwen2"))
+@pytest.mark.parametrize("family", ("smollm2", "qwen3", "qwen2", "gemma3", "qwen3_5", "granite4_tiny", "lfm2_moe"))
 def test_a_head_group_that_says_nothing_goes_without_a_trace(family, tiny_checkpoint, tmp_path, data):
     source = tiny_checkpoint(family)
-    layer = open_checkpoint(source).config.layers[0]
+    before = open_checkpoint(source).config
+    layer = before.layers[1]
     assert layer.kv_heads > 1
 
     def silence(state):
-        for number, group in ((0, 0), (1, layer.kv_heads - 1)):
-            weight = state[f"model.layers.{number}.self_attn.o_proj.weight"].clone()
-            weight.view(len(weight), layer.kv_heads, -1)[:, group] = 0
-            state[f"model.layers.{number}.self_attn.o_proj.weight"] = weight
+        for group, name in enumerate(name for name in state if name.endswith("o_proj.weight")):
+            state[name] = state[name].clone()
+            state[name].view(len(state[name]), layer.kv_heads, -1)[:, group % layer.kv_heads] = 0
     source = changed(source, tmp_path / "a", silence)
     assert run(source, tmp_path / "b", "--data", data, "--what", "heads", "--groups", layer.kv_heads - 1) == 0
-    config = open_checkpoint(tmp_path / "b").config
-    assert config.layers[0].kv_heads == layer.kv_heads - 1
-    assert config.layers[0].heads * layer.kv_heads == layer.heads * config.layers[0].kv_heads
+    for old, new in zip(before.layers, open_checkpoint(tmp_path / "b").config.layers, strict=True):
+        attention = old.mixer == "attention"
+        assert (new.kv_heads, new.heads) == ((old.kv_heads - 1, old.heads // old.kv_heads * (old.kv_heads - 1)) if attention else
+                                             (old.kv_heads, old.heads))
     torch.testing.assert_close(logits(tmp_path / "b"), logits(source), atol=2e-3, rtol=2e-2)
 
 
@@ -112,7 +112,7 @@ def test_neurons_are_shared_out_by_importance():
     assert sum(width.choose_neurons(importance, 12, 2)) == 12
 
 
-@pytest.mark.parametrize("family", ("smollm2", "qwen2", "mistral"))
+@pytest.mark.parametrize("family", ("smollm2", "qwen2", "mistral", "phi3", "qwen3_5", "granite4_tiny", "qwen3_moe"))
 def test_directions_that_carry_nothing_go_without_a_trace(family, tiny_checkpoint, tmp_path, data):
     """Whatever writes the stream stays in a random half of it (here with an even final gain, see hidden.py)."""
     size = 64
@@ -122,7 +122,7 @@ def test_directions_that_carry_nothing_go_without_a_trace(family, tiny_checkpoin
         for name, tensor in state.items():
             if name == "model.embed_tokens.weight":
                 state[name] = tensor @ basis @ basis.T
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
                 state[name] = basis @ basis.T @ tensor
             elif name == "model.norm.weight":
                 state[name] = torch.full_like(tensor, 0.7)
@@ -133,6 +133,32 @@ def test_directions_that_carry_nothing_go_without_a_trace(family, tiny_checkpoin
     assert (logits(tmp_path / "b") - expected).abs().max() < 0.02 * expected.abs().max()          # bfloat16 moments
     assert run(source, tmp_path / "c", "--data", data, "--what", "hidden", "--hidden", size // 4) == 0
     assert (logits(tmp_path / "c") - expected).abs().max() > 0.1 * expected.abs().max()           # these did say something
+
+
+@pytest.mark.parametrize("family", ("gemma4", "qwen3_5", "granite4_tiny", "lfm2_moe"))
+def test_layers_of_any_kind_go_but_those_that_others_read(family, tiny_checkpoint, tmp_path, data):
+    """What is left is the model without them."""
+    source = tiny_checkpoint(family)
+    layers = open_checkpoint(source).config.layers
+    assert run(source, tmp_path / "b", "--data", data, "--what", "depth", "--layers", len(layers) // 2 + 1, "--order", "influence") == 0
+    gone = json.loads((tmp_path / "b" / "lineage.json").read_text())["stages"][-1]["metrics"]["dropped_layers"]
+    assert not {layer.cache_source for layer in layers} & set(gone)
+    decoder = load_decoder(source)
+    decoder.model.layers = torch.nn.ModuleList(layer for layer in decoder.model.layers if layer.number not in gone)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "b"), decoder(torch.arange(20)[None]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family, what, words", (
+    ("qwen3_moe", ("mlp", "--keep", 0.8), "--what mlp: layer 1 has a mixture of experts, whose neurons are not pruned"),
+    ("olmo2", ("heads", "--groups", 1), "--what heads: family olmo2 has norms over all heads of q and k"),
+    ("gemma4", ("heads", "--groups", 1), "--what heads: family gemma4_text has keys and values that several layers read"),
+    ("gemma4", ("depth", "--layers", 1), "--layers is 1, which should be from 2 to 5"),
+    ("gemma2", ("hidden", "--hidden", 32), "family gemma2 has a norm after what a block adds"),
+    ("lfm2", ("hidden", "--hidden", 32), "family lfm2 has short convolutions, as wide as the stream")))
+def test_what_has_no_meaning_is_refused_by_name(family, what, words, tiny_checkpoint, tmp_path, data, capsys):
+    assert run(tiny_checkpoint(family), tmp_path / "b", "--data", data, "--what", *what) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def test_a_tied_table_behind_an_uneven_gain_is_not_rotated(tiny_checkpoint, tmp_path, data, capsys):
@@ -167,11 +193,12 @@ def test_sizes_are_met(tiny_checkpoint, tmp_path, data):
 
 @pytest.mark.parametrize("score", ("magnitude", "wanda", "sparsegpt"))
 @pytest.mark.parametrize("pattern", ("0.5", "2:4"))
-def test_zeros_are_where_they_should_be(score, pattern, tiny_checkpoint, tmp_path, data):
-    source = tiny_checkpoint("smollm2")
+@pytest.mark.parametrize("family", ("smollm2", "granite4_tiny"))
+def test_zeros_are_where_they_should_be(score, pattern, family, tiny_checkpoint, tmp_path, data):
+    source = tiny_checkpoint(family)
     assert run(source, tmp_path / "b", "--data", data, "--what", "sparse", "--sparsity", pattern, "--score", score) == 0
     for name, tensor in load_decoder(tmp_path / "b").state_dict().items():
-        if "proj" in name:
+        if "proj" in name and ".conv" not in name:
             gone = tensor == 0
             counts = gone.unflatten(1, (-1, 4)).sum(-1) if pattern == "2:4" else gone.float().mean(1)
             assert (counts == (2 if pattern == "2:4" else 0.5)).all(), name
@@ -242,8 +269,9 @@ def test_sparsegpt_loses_less_than_magnitude_and_wanda_is_its_definition():
         assert set(row.argsort()[:64].tolist()) == set(mask.nonzero()[:, 0].tolist())
 
 
-def test_a_trimmed_vocabulary_encodes_everything_and_says_the_same(tiny_checkpoint, tmp_path):
-    source = tiny_checkpoint("smollm2")
+@pytest.mark.parametrize("family", ("smollm2", "gemma4"))
+def test_a_trimmed_vocabulary_encodes_everything_and_says_the_same(family, tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint(family)
     (tmp_path / "c.txt").write_text("the small engine " * 30)
     assert run(source, tmp_path / "b", "--data", tmp_path / "c.txt", "--what", "vocabulary") == 0
     before, after = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (source, tmp_path / "b"))
