@@ -61,3 +61,8 @@ def test_nothing_is_left_where_the_command_runs(tmp_path):
 def test_refusals(options, words, tiny_checkpoint, text, tmp_path, capsys):
     assert quantized(tiny_checkpoint("smollm2"), text, tmp_path / "out", "--method", "autoround", *options) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_family_of_other_linears_is_refused(tiny_checkpoint, text, tmp_path, capsys):
+    assert quantized(tiny_checkpoint("phi3"), text, tmp_path / "out", "--method", "autoround") == 2
+    assert "as transformers has it, whose linears in a phi3 are other ones" in capsys.readouterr().err

@@ -120,6 +120,12 @@ def test_other_formats_are_refused(change, words, tiny_checkpoint, tmp_path, cap
     assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
 
 
+def test_a_family_with_names_of_its_own_is_refused(tiny_checkpoint, tmp_path, capsys):
+    make(tiny_checkpoint("gemma3"), tmp_path / "theirs", "gptq", True)
+    assert main([str(tmp_path / "theirs"), "-o", str(tmp_path / "ours")]) == 2
+    assert "linears of a gemma3_text are stored under other names" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
 def test_groups_out_of_place_and_lost_tensors_are_refused(tiny_checkpoint, tmp_path, capsys):
     make(tiny_checkpoint("smollm2"), tmp_path / "theirs", "gptq", True)
     file = tmp_path / "theirs" / "model.safetensors"

@@ -14,9 +14,9 @@ from runtime.errors import UserError
 FORMATS = [TensorFormat(bits, group) for bits in (2, 4, 8) for group in (32, 128)]
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_checkpoint):
-    checkpoint = open_checkpoint(tiny_checkpoint("smollm2"))
+@pytest.fixture(scope="module", params=("smollm2", "gemma2", "gemma4", "qwen3_5", "granite4_tiny"))
+def measured(request, tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint(request.param))
     ids = torch.randint(0, 384, (32, 48), generator=torch.Generator().manual_seed(1))
     return checkpoint, ids, measure_sensitivity(checkpoint, ids, FORMATS)
 
@@ -37,11 +37,12 @@ def test_predicts_measured_divergence_within_a_factor(measured):
     with torch.no_grad():
         reference = torch.log_softmax(teacher(ids), -1)
     form, ratios = TensorFormat(4, 32), []
-    for module in [m for m in checkpoint.modules() if "layers" in m]:
+    modules = [m for m in checkpoint.modules() if "layers." in m or m == "model.per_layer_projection"]
+    for module in modules[::-(-len(modules) // 14)]:
         decoder = load_decoder(checkpoint.path)
         weight = decoder.get_submodule(module).weight
         inputs = []
-        hook = decoder.get_submodule(module).register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, 1)))
+        hook = decoder.get_submodule(module).register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, -2)))
         with torch.no_grad():
             decoder(ids)
             hook.remove()
@@ -84,7 +85,7 @@ def test_saved_and_loaded(measured, tmp_path):
     file = tmp_path / "sensitivity.safetensors"
     found.save(file)
     again = Sensitivity.load(file, checkpoint.sha256())
-    assert again.damage == found.damage and set(again.vocabulary) == {"model.embed_tokens"}
+    assert again.damage == found.damage and set(again.vocabulary) == set(found.vocabulary)
     assert torch.equal(again.vocabulary["model.embed_tokens"], found.vocabulary["model.embed_tokens"])
     with pytest.raises(UserError, match="another checkpoint"):
         Sensitivity.load(file, "0" * 64)
