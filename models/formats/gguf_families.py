@@ -39,20 +39,20 @@ class Architecture:
     unfused: bool = False
 
 
-def _window(file, pattern: Callable[[int], bool] | None = None) -> dict:
-    """sliding_window and layer_types; pattern: llama.cpp's own, of layers with the window."""
-    count, window = file.layers, file.take("attention.sliding_window", 0)
+def _window(file, period: int, default: int | None = 0) -> dict:
+    """sliding_window and layer_types; period: where the file has no pattern, each so manieth layer sees everything."""
+    window, told = file.count("attention.sliding_window", default), file.take("attention.sliding_window_pattern", period)
     if not window:
         return {"sliding_window": None}
-    told = file.take("attention.sliding_window_pattern", [])
-    if isinstance(told, list) and not told:
-        slides = [pattern(number) if pattern else True for number in range(count)]
-    else:
-        slides = [bool(one) for one in told] if isinstance(told, list) else [(number + 1) % told != 0 for number in range(count)]
+    slides = file.flags("attention.sliding_window_pattern") if isinstance(told, list) else [
+        (number + 1) % file.size("attention.sliding_window_pattern", period) != 0 for number in range(file.layers)]
     return {"sliding_window": window, "layer_types": ["sliding_attention" if one else "full_attention" for one in slides]}
 
 
-def _experts(file) -> dict:
+def _experts(file, function: int = 1) -> dict:
+    """function: llama.cpp's number for how its router weighs: 1 softmax, 2 sigmoid."""
+    if (told := file.take("expert_gating_func", function)) != function:
+        raise UserError(f"{file.path}: {file.architecture}.expert_gating_func is {told!r}, and only {function} is supported")
     return {"num_experts": file.size("expert_count"), "num_experts_per_tok": file.size("expert_used_count"),
             "moe_intermediate_size": file.size("expert_feed_forward_length", file.size("feed_forward_length"))}
 
@@ -63,36 +63,34 @@ def _gemma(file, period: int, largest: int) -> dict:
                         "model as a Hugging Face folder")
     caps = {f"{ours}_logit_softcapping": file.number(f"{theirs}_logit_softcapping", 0.0) or None
             for ours, theirs in (("attn", "attn"), ("final", "final"))}
-    return _window(file, lambda number: (number + 1) % period != 0) | caps | {
+    return _window(file, period, 4096 if period == 2 else 0) | caps | {
         "query_pre_attn_scalar": file.size("attention.key_length"), "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _two_ropes(file, theta: float, local: float) -> dict:
+def _two_ropes(file, local: float) -> dict:
     """RoPE by kind of layer: scaling is that of layers without a window."""
-    full = {"rope_type": "default"} | (file.rope_scaling() or {}) | {"rope_theta": file.number("rope.freq_base", theta)}
+    full = {"rope_type": "default"} | (file.rope_scaling() or {}) | {"rope_theta": file.number("rope.freq_base")}
     sliding = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", local)}
     return {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
 
 
 def _olmo(file) -> dict:
-    window, theta = _window(file), file.number("rope.freq_base", 5e5)
-    return window | (_two_ropes(file, theta, theta) if window["sliding_window"] else {})
-
-
+    window = _window(file, 4)
+    return window | (_two_ropes(file, file.number("rope.freq_base")) if window["sliding_window"] else {})
 
 
 def _gemma4(file) -> dict:
     widths, heads = file.sizes("feed_forward_length"), file.sizes("attention.head_count_kv")
-    window, factors = _window(file), file.vector("rope_freqs.weight") or [1.0]
+    window, factors = _window(file, 0, None), file.vector("rope_freqs.weight") or [1.0]
     slides = [kind == "sliding_attention" for kind in window["layer_types"]]
     full, sliding = file.size("attention.key_length"), file.size("attention.key_length_swa")
     each = dict(zip(slides, heads)) if len(heads) > 1 else {True: heads[0], False: heads[0]}
-    ropes = _two_ropes(file, 1e6, 10000.0)["rope_parameters"]
+    ropes = _two_ropes(file, 10000.0)["rope_parameters"]
     ropes["full_attention"] |= {"rope_type": "proportional", "partial_rotary_factor": sum(one == 1 for one in factors) / len(factors)}
     return window | {
         "head_dim": sliding, "intermediate_size": min(widths), "use_double_wide_mlp": len(set(widths)) > 1, "rope_theta": None,
-        "num_key_value_heads": each[True], "rope_parameters": ropes, "num_kv_shared_layers": file.take("attention.shared_kv_layers", 0),
-        "hidden_size_per_layer_input": file.take("embedding_length_per_layer_input", 0), "vocab_size_per_layer_input": file.rows(
+        "num_key_value_heads": each[True], "rope_parameters": ropes, "num_kv_shared_layers": file.count("attention.shared_kv_layers"),
+        "hidden_size_per_layer_input": file.count("embedding_length_per_layer_input"), "vocab_size_per_layer_input": file.rows(
             "token_embd.weight"), "final_logit_softcapping": file.number("final_logit_softcapping", 0.0) or None,
         "per_layer_config": {str(number): {"head_dim": full, "num_key_value_heads": each[False]}
                              for number, slid in enumerate(slides) if not slid}}
@@ -104,16 +102,16 @@ def _granite(file) -> dict:
 
 
 def _granite_hybrid(file) -> dict:
-    heads, count = file.sizes("attention.head_count_kv"), file.take("expert_count", 0)
+    heads, count = file.sizes("attention.head_count_kv"), file.count("expert_count")
     inner, ranks = file.size("ssm.inner_size"), file.size("ssm.time_step_rank")
-    nope = file.take("rope.dimension_count", 0) == 0 or file.take("rope.scaling.finetuned", True) is False
+    nope = file.count("rope.dimension_count") == 0 or file.take("rope.scaling.finetuned", True) is False
     return _granite(file) | {
         "layer_types": ["attention" if one else "mamba" for one in heads], "num_key_value_heads": max(heads),
         "mamba_n_heads": ranks, "mamba_d_head": inner // ranks, "mamba_d_state": file.size("ssm.state_size"),
         "mamba_n_groups": file.size("ssm.group_count"), "mamba_d_conv": file.size("ssm.conv_kernel"),
         "mamba_expand": inner // file.size("embedding_length"), "mamba_conv_bias": file.holds("blk.{n}.ssm_conv1d.bias"),
         "position_embedding_type": "nope" if nope else "rope", "num_local_experts": count,
-        "num_experts_per_tok": file.take("expert_used_count", 0) if count else 1,
+        "num_experts_per_tok": file.count("expert_used_count") if count else 1,
         "shared_intermediate_size": file.size("expert_shared_feed_forward_length", file.size("feed_forward_length"))}
 
 
@@ -126,14 +124,13 @@ def _lfm2(file) -> dict:
 
 def _lfm2_moe(file) -> dict:
     found = {key: value for key, value in _lfm2(file).items() if key != "block_auto_adjust_ff_dim"}
-    return found | _experts(file) | {"num_dense_layers": file.take("leading_dense_block_count", 0), "norm_topk_prob": True,
+    return found | _experts(file, 2) | {"num_dense_layers": file.count("leading_dense_block_count"), "norm_topk_prob": True,
                                      "use_expert_bias": file.holds("blk.{n}.exp_probs_b.bias")}
 
 
 def _qwen35(file) -> dict:
-    every, values = file.take("full_attention_interval", 4), file.size("ssm.time_step_rank")
-    count, told = file.layers, file.take("attention.recurrent_layers", [])
-    recurrent = [bool(one) for one in told][:count] if told else [(number + 1) % every != 0 for number in range(count)]
+    every, values = file.size("full_attention_interval", 4), file.size("ssm.time_step_rank")
+    recurrent = file.flags("attention.recurrent_layers") or [(number + 1) % every != 0 for number in range(file.layers)]
     return {"linear_num_value_heads": values, "linear_num_key_heads": file.size("ssm.group_count"),
             "linear_key_head_dim": file.size("ssm.state_size"), "linear_value_head_dim": file.size("ssm.inner_size") // values,
             "linear_conv_kernel_dim": file.size("ssm.conv_kernel"),
@@ -143,13 +140,13 @@ def _qwen35(file) -> dict:
 
 def _phi3(file) -> dict:
     size = file.size("embedding_length") // file.size("attention.head_count")
-    found = {"sliding_window": file.take("attention.sliding_window", 0) or None, "rope_scaling": None,
+    found = {"sliding_window": file.count("attention.sliding_window") or None, "rope_scaling": None,
              "partial_rotary_factor": file.size("rope.dimension_count", size) / size}
     factors = [file.vector(f"rope_factors_{name}.weight") for name in ("short", "long")]
     if factors[0] is not None:
         found["rope_scaling"] = {"rope_type": "longrope", "short_factor": factors[0], "long_factor": factors[1],
                                  "original_max_position_embeddings": file.size("rope.scaling.original_context_length"),
-                                 "attention_factor": file.number("rope.scaling.attn_factor", 1.0)}
+                                 "attention_factor": file.number("rope.scaling.attn_factor")}
     return found
 
 
@@ -170,15 +167,15 @@ ARCHITECTURES = {
     "granite": Architecture("granite", _granite, interleaved=True),
     "granitehybrid": Architecture("granitemoehybrid", _granite_hybrid, interleaved=True, unfused=True, names=_EXPERTS | _SHARED | {
         f"mlp.{part}": f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")}),
-    "gemma2": Architecture("gemma2", lambda file: _gemma(file, 2, 46)), 
-    "gemma3": Architecture("gemma3_text", lambda file: _gemma(file, 6, 62) | _two_ropes(file, 1e6, 10000.0)),
+    "gemma2": Architecture("gemma2", lambda file: _gemma(file, 2, 46)),
+    "gemma3": Architecture("gemma3_text", lambda file: _gemma(file, 6, 62) | _two_ropes(file, 10000.0)),
     "gemma4": Architecture("gemma4_text", _gemma4),
     "lfm2": Architecture("lfm2", _lfm2),
     "lfm2moe": Architecture("lfm2_moe", _lfm2_moe, names={
         f"moe.experts.{{e}}.{ours}": f"feed_forward.experts.{theirs}.weight"
         for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))}),
     "olmo2": Architecture("olmo2", _olmo),
-    "exaone4": Architecture("exaone4", lambda file: _window(file, lambda number: (number + 1) % 4 != 0)),
+    "exaone4": Architecture("exaone4", lambda file: _window(file, 4)),
     "mistral3": Architecture("ministral3", _mistral3, interleaved=True),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", lambda file: {"rope_scaling": None}),
     "ernie4_5": Architecture("ernie4_5", lambda file: {"use_bias": file.holds("blk.{n}.attn_q.bias")}),
@@ -188,7 +185,7 @@ ARCHITECTURES = {
 def family_of(file) -> str:
     """OLMo 3 is an olmo2 with windows."""
     family = ARCHITECTURES[file.architecture].family
-    return "olmo3" if family == "olmo2" and file.take("attention.sliding_window", 0) else family
+    return "olmo3" if family == "olmo2" and file.count("attention.sliding_window") else family
 
 
 def hf_config(file) -> dict:
@@ -199,7 +196,9 @@ def hf_config(file) -> dict:
     hf = {"model_type": family_of(file), "hidden_size": hidden, "num_hidden_layers": file.layers,
           "num_attention_heads": heads, "num_key_value_heads": own or file.same("attention.head_count_kv", heads),
           "intermediate_size": own or file.same("feed_forward_length"), "max_position_embeddings": file.size("context_length"),
-          "rope_theta": file.number("rope.freq_base", 10000.0), "rope_scaling": file.rope_scaling(),
+          # llama.cpp's constant, where it is the family's too
+          "rope_theta": None if gpt2 else file.number("rope.freq_base", 10000.0 if FAMILIES[family_of(file)].theta == 10000 else None),
+          "rope_scaling": file.rope_scaling(),
           "head_dim": file.size("attention.key_length", hidden // heads), "vocab_size": file.rows("token_embd.weight"),
           "attention_bias": file.holds("blk.{n}.attn_q.bias"), "mlp_bias": file.holds("blk.{n}.ffn_up.bias")}
     hf["rms_norm_eps"] = None if gpt2 else file.number("attention.layer_norm_rms_epsilon")
@@ -207,7 +206,7 @@ def hf_config(file) -> dict:
         return {key: hf[key] for key in ("model_type", "vocab_size")} | {
             "n_embd": hidden, "n_layer": hf["num_hidden_layers"], "n_head": heads, "n_inner": hf["intermediate_size"],
             "n_positions": hf["max_position_embeddings"], "layer_norm_epsilon": file.number("attention.layer_norm_epsilon")}
-    rotated, size = file.take("rope.dimension_count", hf["head_dim"]), hf["head_dim"]
+    rotated, size = file.count("rope.dimension_count", hf["head_dim"]), hf["head_dim"]
     hf |= ARCHITECTURES[file.architecture].more(file)
     if rotated not in (0, size) and hf.get("partial_rotary_factor") is None and not own:
         raise UserError(f"{file.path}: {rotated} of a head's {size} dimensions rotate; only all are supported")

@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 import torch
 
+from models.families.family import off
 from models.formats.gguf_families import ARCHITECTURES, hf_config, llama3_scaling, tensor_parts, undone
 from models.network.config import ModelConfig
 from models.network.decoder import tensor_shapes
@@ -44,6 +45,9 @@ def quantized_types() -> tuple[str, ...]:
     return tuple(name for name in found if name not in PLAIN)
 
 
+# Keys that nobody computes with, or that repeat what others say
+_INERT = {"vocab_size", "tensor_data_layout", "rope.dimension_sections", "rope.dimension_count_swa", "rope.scaling.original_context_length",
+          "rope.scaling.finetuned", "full_attention_interval", "attention.value_length", "attention.value_length_swa"}
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")      # read with the configuration
 
 
@@ -117,9 +121,11 @@ class GGUFFile:
         if self.architecture not in ARCHITECTURES:
             raise UserError(f"{path}: architecture {self.architecture!r} is not supported in GGUF; supported are "
                             f"{', '.join(ARCHITECTURES)} (SmolLM and Mistral are 'llama' there)")
+        self._asked: set[str] = set()                                     # keys that were read
         # the layers of heads that guess further tokens stand last, and are not read
-        self.layers = self.size("block_count") - self.take("nextn_predict_layers", 0)
+        self.layers = self.size("block_count") - self.count("nextn_predict_layers")
         self.config = self._config()
+        self._check_keys()
         self._check_tensors()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -140,7 +146,8 @@ class GGUFFile:
         return 8 * size_bytes / total, {kind: count / total for kind, count in weights.most_common()}
 
     def _config(self) -> ModelConfig:
-        self._tensor(f"blk.{self.layers - 1}.attn_norm.weight", "blk.{n}.post_attention_norm.weight")
+        if not any(name.startswith(f"blk.{self.layers - 1}.") for name in self._tensors):     # before anything is made of the number
+            self._tensor(f"blk.{self.layers - 1}.attn_norm.weight")
         bos, eos, pad = (token_id(self.metadata, name, self.path) for name in ("bos", "eos", "padding"))
         self._hf = hf_config(self) | {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad,
                                       "tie_word_embeddings": self._tied()}
@@ -151,6 +158,17 @@ class GGUFFile:
         if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
             self._check_llama3(config)
         return config
+
+    def _check_keys(self) -> None:
+        """A key of the architecture that nobody read, and that is not off, would be ignored."""
+        said = {key.removeprefix(f"{self.architecture}."): value for key, value in self.metadata.items()
+                if key.startswith(f"{self.architecture}.")}
+        for key, value in said.items():
+            if key not in self._asked | _INERT and (not value if key == "attention.causal" else not off(key, value)):
+                raise UserError(f"{self.path}: {self.architecture}.{key} {value!r:.60} is not supported: it may change what the model "
+                                "computes, and would be ignored; get the model as a Hugging Face folder")
+            if key.startswith("attention.value_length") and value != said.get(key.replace("value", "key"), value):
+                raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, and only heads whose keys are as long are supported")
 
     def _check_tensors(self) -> None:
         shapes, found = tensor_shapes(self.config), set()
@@ -195,11 +213,10 @@ class GGUFFile:
         head, table = self._tensors["output.weight"], self._tensors["token_embd.weight"]
         return head.tensor_type == table.tensor_type and np.array_equal(head.data, table.data)
 
-    def _tensor(self, name: str, instead: str = ""):
-        """A tensor of the file; `instead`: of a layer, that will do too."""
-        if name not in self._tensors and not self.holds(instead):
+    def _tensor(self, name: str):
+        if name not in self._tensors:
             raise UserError(f"{self.path}: tensor {name} is missing; the file is not a whole model")
-        return self._tensors.get(name)
+        return self._tensors[name]
 
     def holds(self, name: str) -> bool:
         """Whether some layer has the tensor; {n} stands for its number."""
@@ -218,6 +235,20 @@ class GGUFFile:
         if type(value) is not int or value < 1:
             raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}, which should be one positive number")
         return value
+
+    def count(self, key: str, default: int | None = 0) -> int:
+        """A number that may be 0."""
+        value = self.take(key, default)
+        if type(value) is not int or value < 0:
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, which should be one number of 0 or more")
+        return value
+
+    def flags(self, key: str) -> list[bool]:
+        """True or false for every layer; none where the file has no such key."""
+        value = self.take(key, [])
+        if not isinstance(value, list) or value and len(value) != self.size("block_count") or any(type(one) is not bool for one in value):
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, which should be true or false for each layer")
+        return value[:self.layers]
 
     def sizes(self, key: str, default: int | None = None) -> list[int]:
         """A number for every layer, or one for all."""
@@ -243,6 +274,7 @@ class GGUFFile:
         return float(str(np.float32(value)))
 
     def take(self, key: str, default):
+        self._asked.add(key)
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise UserError(f"{self.path}: {self.architecture}.{key} is missing; the file is not a whole model")
@@ -250,7 +282,8 @@ class GGUFFile:
 
     def rope_scaling(self) -> dict | None:
         """RoPE's scaling as config.json has it."""
-        kind = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        plain = self.number("rope.scaling.factor", 1.0) in (0.0, 1.0)
+        kind = self.take("rope.scaling.type", "none" if plain else None)
         if kind in ("linear", "yarn"):
             found = {"rope_type": kind, "factor": self.number("rope.scaling.factor")}
             if kind == "yarn":

@@ -19,6 +19,7 @@ from runtime.errors import UserError
 from runtime.token_ids import token_id, token_ids
 
 MIXERS = ("attention", "conv", "delta", "mamba")
+MOST_EXPERTS = 4096
 LARGEST = 2**31 - 1        # no published size comes near; a corrupt number is refused before anything is allocated
 
 
@@ -130,6 +131,8 @@ class ModelConfig:
             raise UserError(f"layer {number} has {layer.heads} heads, which its {layer.kv_heads} key/value heads do not divide")
         if not -1 <= layer.rope <= len(self.ropes):
             raise UserError(f"layer {number} has RoPE {layer.rope} of {len(self.ropes) + 1}")
+        if not 0 <= layer.experts <= MOST_EXPERTS:
+            raise UserError(f"layer {number} has {layer.experts} experts, which should be from 0 (none) to {MOST_EXPERTS}")
         if layer.experts and not 1 <= layer.experts_per_token <= layer.experts:
             raise UserError(f"layer {number} chooses {layer.experts_per_token} experts of {layer.experts} for a token")
         size, rope = self.head_size(layer), self.rope(layer)

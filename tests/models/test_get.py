@@ -18,8 +18,8 @@ from models.formats import lineage
 from models.formats.chat import template_source
 from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
 from models.network.quantized import Quantization, QuantizedTensor
-from tiny import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
-from tiny_gguf import write_gguf
+from tiny import CHAT_TEMPLATE, FAMILIES, MORE_FAMILIES, tiny_model, tiny_tokenizer
+from tiny_gguf import SAID, write_gguf
 
 IDS = torch.tensor([[1, 57, 300, 12, 99, 41, 200, 5, 17, 350, 8, 2]])
 TEXTS = ["Once upon a time", "def f(x):\n    return x  2\n", "今天天气很好！🙂🚀", "<|im_start|>user\nHi<|im_end|>\n", "12,345 + 6"]
@@ -63,13 +63,31 @@ def same_in_transformers(out, model, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gguf_file_becomes_a_folder_that_transformers_opens(family, tmp_path):
-    model = tiny_model(family, **({"sliding_window": None} if family == "mistral" else {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0}} if family == "llama" else {}))
+    model = tiny_model(family, **SAID.get(family, {}))
     pre = "qwen2" if family == "qwen2" else "smollm"
     path = write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer(pre), pre=pre)
     assert run(path, "-o", tmp_path / "out") == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == WRITTEN
     same_in_transformers(tmp_path / "out", model, tiny_tokenizer(pre))
+
+
+@torch.no_grad()
+def same_logits(out, model):
+    """`out` opens in transformers, and in our decoder, with the logits of `model`; on more tokens than any window has."""
+    ids = torch.arange(3, 83)[None]
+    for opened in (AutoModelForCausalLM.from_pretrained(out), load_decoder(out)):
+        found = opened(ids)
+        torch.testing.assert_close(getattr(found, "logits", found), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_a_file_and_a_folder_of_every_family(family, tiny_checkpoint, tmp_path):
+    model = tiny_model(family, **SAID.get(family, {}))
+    path = write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer())
+    assert run(path, "-o", tmp_path / "from-file") == run(tiny_checkpoint(family), "-o", tmp_path / "from-folder") == 0
+    same_logits(tmp_path / "from-file", model)
+    same_logits(tmp_path / "from-folder", AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family)))
+    assert {file.name for file in (tmp_path / "from-file").iterdir()} == WRITTEN
 
 
 def test_a_gguf_file_in_parts_and_how_many_bits_it_comes_from(tmp_path, capsys):

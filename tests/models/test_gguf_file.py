@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from models.formats import gguf_file
 from models.network.decoder import Decoder, tensor_shapes
 from models.formats.gguf_file import PLAIN, GGUFFile, quantized_types, read_header
 from runtime.errors import UserError
@@ -15,6 +16,7 @@ from tiny_gguf import SAID, encode, write_gguf
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SHAPES = SAID | {"llama": dict(rope_parameters=LLAMA3, head_dim=64, max_position_embeddings=16384)}
+ABSENT, LONG = object(), torch.arange(3, 83)[None]                       # longer than any window
 IDS = torch.tensor([[1, 57, 300, 12, 99, 41, 200, 5, 17, 350, 8, 2]])
 
 
@@ -40,7 +42,74 @@ def logits(model, ids=IDS):
 def test_a_file_computes_what_the_model_it_was_made_from_computes(family, tmp_path):
     model = model_of(family)
     decoder = read(write_gguf(tmp_path / "model.gguf", model, tiny_tokenizer()))
-    torch.testing.assert_close(logits(decoder), logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(decoder, LONG), logits(model, LONG), atol=1e-4, rtol=1e-4)
+
+
+# Where llama.cpp has a constant of its own for a key that a file lacks, so have we
+CONSTANTS = {"rope.freq_base": ("smollm2", "hunyuan"), "attention.temperature_scale": ("ministral3",), "rope.freq_base_swa": ("gemma3",),
+             "attention.sliding_window": ("gemma2", "gemma3", "olmo3", "exaone4"), "final_logit_softcapping": ("gemma4",),
+             "attention.sliding_window_pattern": ("olmo3", "exaone4"), "rope.scaling.finetuned": ("granite4_h", "granite4_tiny")}
+ODD = [None, True, False, -1, 0, 1, 3, 10**6, 2**32, -2.5, float("nan"), float("inf"), "x", [], [1], [True] * 3, ["x"] * 3, [0] * 3, [-1, 2, 2]]
+
+
+def opened(family, tmp_path, monkeypatch):
+    """A function: the configuration of the family's file with changes to its metadata; and those metadata."""
+    path = write_gguf(tmp_path / "model.gguf", model_of(family))
+    metadata, tensors, parts = gguf_file.read_parts(path)
+
+    def read_config(changes):
+        changed = {key: value for key, value in (metadata | changes).items() if value is not ABSENT}
+        monkeypatch.setattr(gguf_file, "read_parts", lambda _: (changed, tensors, parts))
+        return GGUFFile(path).config
+    return read_config, {key: value for key, value in metadata.items() if key.startswith(metadata["general.architecture"] + ".")}
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_file_of_a_family_that_lacks_a_key_is_refused(family, tmp_path, monkeypatch):
+    """By name, or by the tensor that does not fit; else the key said what is so without it."""
+    read_config, metadata = opened(family, tmp_path, monkeypatch)
+    whole, named = read_config({}), 0
+    for key in metadata:
+        short = key.partition(".")[2]
+        try:
+            config = read_config({key: ABSENT})
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            named += f"{key} is missing" in str(error)
+        else:
+            assert (config != whole) == (family in CONSTANTS.get(short, ())), key
+    assert named >= 5
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_file_with_odd_values_opens_or_is_refused_in_a_sentence(family, tmp_path, monkeypatch):
+    read_config, metadata = opened(family, tmp_path, monkeypatch)
+    random = np.random.default_rng(len(family))
+    for key, value in metadata.items():
+        numbers = [value * 2, -value, value + 1] if isinstance(value, (int, float)) else []
+        for odd in random.permutation(np.array([*ODD, *numbers, None], dtype=object))[:8]:
+            try:
+                read_config({key: odd})
+            except UserError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("family, changes, words", [
+    ("smollm2", {"llama.attention.scale": 0.5}, "llama.attention.scale 0.5 is not supported: it may change"),
+    ("gemma3", {"gemma3.attention.causal": False}, "gemma3.attention.causal False is not supported"),
+    ("qwen3", {"qwen3.attention.value_length": 16}, "qwen3.attention.value_length is 16"),
+    ("lfm2_moe", {"lfm2moe.expert_gating_func": 1}, "expert_gating_func is 1, and only 2"),
+    ("olmoe", {"olmoe.expert_used_count": 9}, "chooses 9 experts of 4"),
+    ("qwen3_yarn", {"qwen3.rope.scaling.type": "spiral"}, "RoPE scaling 'spiral' is not supported"),
+    ("qwen3_5", {"qwen35.attention.recurrent_layers": [True]}, r"recurrent_layers is \[True\], which should be true or false for each"),
+    ("lfm2", {"lfm2.attention.head_count_kv": [0, 2]}, r"head_count_kv is \[0, 2\], which should be a number for each layer"),
+    ("granite4_h", {"granitehybrid.ssm.time_step_rank": 3}, "mamba_n_heads 3 times mamba_d_head 42"),
+    ("gemma4", {"gemma4.attention.shared_kv_layers": 6}, "num_kv_shared_layers is 6, of 6 layers"),
+])
+def test_what_a_file_says_that_cannot_be(family, changes, words, tmp_path, monkeypatch):
+    read_config, _ = opened(family, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=words):
+        read_config(changes)
 
 
 def test_every_block_type_of_the_package_is_read():
