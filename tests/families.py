@@ -40,14 +40,12 @@ from runtime.verify import replay
 
 sys.path.append(str(Path(__file__).parent))
 from tiny import EVERY_FAMILY, SENTENCES, tiny_model, tiny_tokenizer, write_tiny     # noqa: E402
-from tiny_gguf import write_gguf                                                  # noqa: E402
+from tiny_gguf import SAID, write_gguf                                            # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = {"families": ("<!-- families: python -m tests.families --write -->", "<!-- end of families -->"),
          "hardware": ("<!-- hardware: python -m tests.families -->", "<!-- end of hardware -->")}
 IDS = torch.arange(3, 103)[None]
-PLAIN = {"mistral": {"sliding_window": None}, "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}}
-# GGUF has no sliding window, and llama's scaling is a tensor there: tests/models/test_gguf_file.py has both
 
 
 RECIPE = """
@@ -94,7 +92,7 @@ def walk(family: str, work: Path) -> dict[str, str]:
 
     done["models.get"] = command(models.get.main, checkpoint, "-o", work / "own")
     same(work / "own", AutoModelForCausalLM.from_pretrained(work / "own"))
-    model, pre = tiny_model(family, **PLAIN.get(family, {})), "qwen2" if family == "qwen2" else "smollm"
+    model, pre = tiny_model(family, **SAID.get(family, {})), "qwen2" if family == "qwen2" else "smollm"
     gguf = write_gguf(work / "model.gguf", model, tiny_tokenizer(pre), pre=pre)
     done["from GGUF"] = command(models.get.main, gguf, "-o", work / "got")
     if done["from GGUF"] == "yes":
