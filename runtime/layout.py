@@ -7,6 +7,8 @@ theirs to say; what each tensor means is told in export/weights.py.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .errors import UserError
+
 CHUNK = 64                        # most tokens of a row that a graph with recurrent layers takes in one call
 
 
@@ -24,7 +26,7 @@ class Item(NamedTuple):
 def layout(model: dict, cache: dict | None) -> Iterator[Item]:
     """Everything that a manifest's "model" has. cache: how its int8 keys and values are scaled, if they are.
 
-    Raises KeyError, TypeError or ValueError where the configuration contradicts itself.
+    Raises UserError, KeyError or TypeError where the configuration contradicts itself.
     """
     config, context, hidden = model["config"], model["max_context"], model["config"]["hidden_size"]
     own, count = config.get("per_layer_size", 0), len(config["layers"])
@@ -53,12 +55,12 @@ def head_size(config: dict, layer: dict) -> int:
 
 
 def ropes(config: dict) -> dict[int, int]:
-    """The rotary tables that some layer reads, and the size of the heads they are for. Raises ValueError where those differ."""
+    """The rotary tables that some layer reads, and the size of the heads they are for. Raises UserError where those differ."""
     found = {}
     for layer in config["layers"] if config["positions"] != "learned" else ():
         number, size = layer.get("rope", 0), head_size(config, layer)
         if layer.get("mixer", "attention") == "attention" and number >= 0 and found.setdefault(number, size) != size:
-            raise ValueError(f"RoPE {number} is for heads of {found[number]} and of {size}")
+            raise UserError(f"RoPE {number} is for heads of {found[number]} and of {size}, and a bundle has one table of it")
     return dict(sorted(found.items()))
 
 
@@ -118,7 +120,7 @@ def _layer(config: dict, layer: dict, cache: dict | None) -> Iterator[Item]:
         yield from _recurrence(heads, values)
         yield Item("mamba_out", "linear", (values,), {"mamba_out": hidden})
     else:
-        raise ValueError(f"a layer of the kind {mixer!r}")
+        raise UserError(f"a layer is of the kind {mixer!r}, which this version does not know")
     if experts := layer.get("experts", 0):
         yield Item("router", "linear", (hidden,), {"router": experts})
         if config.get("router_bias"):

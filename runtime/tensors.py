@@ -29,7 +29,7 @@ def check_tensors(bundle: Bundle) -> dict:
         told = "formats" in weights or "kv_cache" in bundle.model
         formats, cache = (weights["formats"], bundle.model["kv_cache"]) if told else _shown_by(table)
         expected = list(_expected(bundle.model, formats, cache, table))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: model.config or weights.formats cannot be read ({error!r}); export the bundle again") from None
     names = [name for name, _, _ in expected]
     if missing := [name for name in names if name not in table]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from checkpoints import everywhere, small_config, write_random
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, rel_entr
 
 from export import onnx as export_onnx
@@ -114,3 +115,62 @@ def test_both_graphs_compute_what_pytorch_does(name, tmp_path):
     bundle = bundle_of(checkpoint, tmp_path / "b")
     for role in ("portable", "fast"):
         assert difference(checkpoint, bundle, role=role) < TOLERANCE, role
+
+
+def coded(module: str):
+    return None if module.endswith(".conv") else everywhere(4, 32)(module)
+
+
+@pytest.mark.parametrize("name", ["another layer's cache", "convolution", "delta", "mamba", "experts, sigmoid", "inputs of every layer"])
+def test_a_quantized_checkpoint_is_verified_on_every_runner(name, tmp_path, capsys):
+    checkpoint = write_random(tmp_path / "c", MODELS[name], coded)
+    bundle_of(checkpoint, tmp_path / "b")
+    assert verify.main([str(checkpoint), str(tmp_path / "b"), "--threads", "1"]) == 0
+    assert capsys.readouterr().out.count(": mean KL at most") == 3
+
+
+@pytest.mark.parametrize("name", ["windows, sizes, tables", "convolution", "delta", "mamba", "experts", "inputs of every layer"])
+def test_float16_stays_close_and_states_stay_in_float32(name, tmp_path):
+    checkpoint = write_random(tmp_path / "c", MODELS[name])
+    bundle = bundle_of(checkpoint, tmp_path / "b", "--dtype", "fp16")
+    p = log_softmax(journey(TorchBackend(load_decoder(checkpoint))).astype(np.float64), axis=1)
+    for role in ("portable", "fast"):
+        backend = OrtBackend(bundle, role=role)
+        q = log_softmax(journey(backend).astype(np.float64), axis=1)
+        assert np.median(rel_entr(np.exp(p), np.exp(q)).sum(axis=1)) < 1e-5         # a router's choice may fall otherwise here and there
+        assert all(array.dtype == np.float32 for array in backend.new_cache(1, 64).states.arrays) if MODELS[name].recurrent else True
+
+
+def test_keys_that_repeat_lose_nothing(tmp_path):
+    """A row of one token: every key of a chunk is the same, nearly all is written anew, and nothing is forgotten. The product of the
+    powers of such a matrix, the textbook's inverse, is of no use in float32."""
+    checkpoint = write_random(tmp_path / "c", model(DELTA, PLAIN))
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.linear_attn.dt_bias"] -= 20
+    tensors["model.layers.0.linear_attn.b_proj.weight"] *= 50
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    tokens = np.full(200, 7)
+    wanted = decode.logits(TorchBackend(load_decoder(checkpoint)), tokens)
+    for role in ("portable", "fast"):
+        assert np.abs(decode.logits(OrtBackend(bundle_of(checkpoint, tmp_path / "b"), role=role), tokens) - wanted).max() < TOLERANCE
+
+
+def test_what_the_backend_allots_and_takes(tmp_path):
+    bundle = bundle_of(write_random(tmp_path / "c", MODELS["delta"]), tmp_path / "b")
+    backend = OrtBackend(bundle)
+    cache = backend.new_cache(2, 64)
+    assert cache.nbytes == sum(buffer.nbytes for buffer in cache.storage) + sum(array.nbytes for array in cache.states.arrays)
+    assert backend.chunk == 64 and cache.view(1, 2).nbytes == backend.cache_bytes(1, 64)
+    ids = np.zeros((2, 65), np.int64)
+    with pytest.raises(UserError, match="fast.onnx takes at most 64 tokens of a row in one call, not 65"):
+        backend.forward(ids, ids, np.zeros(2, np.int64), ids[:, :1], backend.new_cache(2, 128))
+    decode.prefill(backend, cache, [np.arange(3, 12), np.arange(3, 8)])
+    decode.step(backend, cache, np.array([5, 6]))
+    with pytest.raises(UserError, match="row 1 cannot go back to 2 tokens"):
+        cache.truncate(1, 2)
+
+
+def test_a_table_for_heads_of_two_sizes_is_refused_by_name(tmp_path, capsys):
+    checkpoint = write_random(tmp_path / "c", model(PLAIN, replace(PLAIN, head_dim=32)))
+    assert export_onnx.main([str(checkpoint), "-o", str(tmp_path / "b")]) == 2
+    assert "RoPE 0 is for heads of 16 and of 32" in capsys.readouterr().err and not (tmp_path / "b").exists()
