@@ -50,6 +50,17 @@ class States:
         self.before[:] = -1
         return np.where(write_index == 0, -1, self.copy)
 
+    def on_one_side(self, write_index: np.ndarray) -> int:
+        """`begin` for who reads all rows from one copy: brings there what is in the other, and zeros. Gives that copy."""
+        read, side = self.begin(write_index), int(self.copy[0])
+        for row in np.flatnonzero(read != side):
+            if read[row] < 0:
+                self.held[row] = 0
+            for array in self.arrays:
+                array[side, row] = 0 if read[row] < 0 else array[read[row], row]
+            self.copy[row] = side
+        return side
+
     def end(self, write_index: np.ndarray, counts: np.ndarray) -> None:
         """The call has added `counts` [rows] tokens: where it added any, the copies change places."""
         moved = counts > 0

@@ -149,7 +149,7 @@ class OrtBackend:
         if states and tokens > self.chunk:
             raise UserError(f"{self.graph} takes at most {self.chunk} tokens of a row in one call, not {tokens}")
         counts = np.full(cache.rows, tokens) if counts is None else counts
-        binding = cache.binding(tokens, logits_positions.shape[1], _to_one_side(states, write_index) if states else 0)
+        binding = cache.binding(tokens, logits_positions.shape[1], states.on_one_side(write_index) if states else 0)
         for name, array in zip(_Binding.TOKEN_INPUTS, (input_ids, position_ids, write_index, logits_positions, counts)):
             getattr(binding, name)[...] = array
         if self._device != "cpu":
@@ -285,18 +285,6 @@ class _Binding:
     def bind_inputs(self) -> None:
         for name, array in self._inputs.items():
             self.io.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _to_one_side(states: States, write_index: np.ndarray) -> int:
-    """The copy that holds every row's state for a call from slots write_index on: zeros for a row that begins."""
-    read, side = states.begin(write_index), int(states.copy[0])
-    for row in np.flatnonzero(read != side):
-        if read[row] < 0:
-            states.held[row] = 0
-        for array in states.arrays:
-            array[side, row] = 0 if read[row] < 0 else array[read[row], row]
-        states.copy[row] = side
-    return side
 
 
 def _zeros(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -8,7 +8,8 @@ is closed is freed with its last reference, so not under a call that runs.
 
 An engine has two profiles, each with its execution context: "decode" for one token a row, "prefill" for more (and for
 one, in an engine built without the first). A call that is larger than the profile (rows, tokens or logits) is split.
-The decode step of a view is recorded as a CUDA graph once it has run, and launched from then on.
+The decode step of a view is recorded as a CUDA graph once it has run, and launched from then on. States of recurrent layers are in
+host memory; each call takes them up and down.
 
 Written against TensorRT-RTX 1.7 and cuda-python 13, and tested against a double of both; it has not run on a GPU yet.
 """
@@ -20,14 +21,15 @@ import math
 
 import numpy as np
 
-from .backend import Cache
+from .backend import Cache, States
 from .bundle import Bundle
-from .errors import DeviceError, Unavailable
+from .errors import DeviceError, Unavailable, UserError
+from .layout import CHUNK
 from .tensors import check_tensors
 from .trt_device import Device
 from .trt_engine import fitting_engines, load_plan, read_plan
 
-TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
+TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions", "counts")
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
 
@@ -38,7 +40,7 @@ class TrtBackend:
     """
 
     name = "tensorrt"
-    max_chunk_rows = chunk = None
+    max_chunk_rows = None
 
     def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
         if not bundle.manifest["engines"]:
@@ -51,7 +53,8 @@ class TrtBackend:
         first = min(self._engines)
         self._engines[first].load()               # an engine that cannot run is found now
         self.caches = self._engines[first].caches
-        self.item_bytes = self._engines[first].item_bytes
+        self.item_bytes, self._states = self._engines[first].item_bytes, self._engines[first].states
+        self.chunk = min([CHUNK, *(engine.tokens for engine in self._engines.values())]) if self._states else None
 
     def capacity_for(self, capacity: int) -> int:
         """The smallest capacity of an engine that holds `capacity` slots, or the model's whole context. Raises DeviceError."""
@@ -64,11 +67,13 @@ class TrtBackend:
         return min(enough)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
-        return rows * self.capacity_for(capacity) * self.item_bytes * sum(heads * size for _, heads, size in self.caches)
+        slots = self.capacity_for(capacity) * self.item_bytes * sum(heads * size for _, heads, size in self.caches)
+        return rows * (slots + sum(2 * 4 * math.prod(shape) for _, shape in self._states))
 
     def new_cache(self, rows: int, capacity: int) -> TrtCache:
         capacity = self.capacity_for(capacity)
-        return TrtCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64))
+        states = States([np.zeros((2, rows, *shape), np.float32) for _, shape in self._states]) if self._states else None
+        return TrtCache(self, _Storage(self, rows, capacity), capacity, np.zeros(rows, np.int64), 0, states)
 
     def _check_open(self) -> None:
         if not self._engines:                     # perhaps by another reply that found the device failing
@@ -79,16 +84,24 @@ class TrtBackend:
             self._check_open()
             engine = self._engines[cache.capacity].load()
             (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
+            if self._states and tokens > self.chunk:
+                raise UserError(f"{self.graph} takes at most {self.chunk} tokens of a row in one call, not {tokens}")
+            counts = np.full(rows, tokens) if counts is None else counts
             if rows <= engine.rows and tokens <= engine.tokens and wanted <= engine.logits:
-                return engine.run(input_ids, position_ids, write_index, logits_positions, cache).copy()
+                found = engine.run(input_ids, position_ids, write_index, counts, logits_positions, cache).copy()
+                if cache.states:
+                    cache.states.end(write_index, counts)
+                return found
             logits = np.empty((rows, wanted, engine.vocab), np.float32)
             for start in range(0, rows, engine.rows):
                 part = slice(start, min(start + engine.rows, rows))
                 view = cache.view(part.start, part.stop)
                 for first in range(0, tokens, engine.tokens):
                     chunk = slice(first, first + engine.tokens)
-                    inputs = input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first
+                    inputs = input_ids[part, chunk], position_ids[part, chunk], write_index[part] + first, counts[part]
                     self._chunk(engine, inputs, view, logits_positions[part] - first, logits[part])
+                if view.states:
+                    view.states.end(write_index[part], counts[part])
             return logits
 
     def _chunk(self, engine, inputs, view, positions, out) -> None:
@@ -97,7 +110,7 @@ class TrtBackend:
         inside = (positions >= 0) & (positions < tokens)
         columns = np.flatnonzero(inside.any(axis=0))
         groups = [columns[i:i + engine.logits] for i in range(0, len(columns), engine.logits)] or [np.empty(0, int)]
-        for group in groups:                      # a second run of the same tokens writes the same slots again
+        for group in groups:                      # a second run of the same tokens writes the same slots and states again
             asked = np.clip(positions[:, group], 0, tokens - 1) if len(group) else np.zeros((len(out), 1), np.int64)
             result = engine.run(*inputs, asked, view)
             for i, column in enumerate(group):
@@ -177,7 +190,8 @@ class _Engine:
             return self
         engine = load_plan(self._tensorrt, read_plan(self._path, self._bytes), self._path)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        pasts = [name for name in names if name.startswith("past_")]
+        pasts = [name for name in names if name.startswith(("past_key.", "past_value."))]
+        self.states = [(name, tuple(engine.get_tensor_shape(name))[1:]) for name in names if name.startswith(("past_conv.", "past_state."))]
         self.item_bytes = ITEM_BYTES[engine.get_tensor_dtype(pasts[0]).name]
         self.caches = [(name, engine.get_tensor_shape(name)[1], engine.get_tensor_shape(name)[3]) for name in pasts]
         self.vocab = engine.get_tensor_shape("logits")[2]
@@ -192,21 +206,29 @@ class _Engine:
         self._engine = engine
         return self
 
-    def run(self, input_ids, position_ids, write_index, logits_positions, cache: TrtCache) -> np.ndarray:
-        """One call within the profiles; float32 logits [b, k, vocab] in pinned memory, valid until the next call."""
-        arrays = (input_ids, position_ids, write_index, logits_positions)
+    def run(self, input_ids, position_ids, write_index, counts, logits_positions, cache: TrtCache) -> np.ndarray:
+        """One call within the profiles; float32 logits [b, k, vocab] in pinned memory, valid until the next call. The new states
+        are beside the old ones, which stay."""
+        arrays = (input_ids, position_ids, write_index, logits_positions, *([counts] if self.states else []))
         (rows, tokens), wanted = input_ids.shape, logits_positions.shape[1]
         decode = tokens == wanted == 1
         context = self._contexts["decode" if decode and "decode" in self._contexts else "prefill"]
         staging = self._stage(rows, tokens, wanted)
         for name, array in zip(TOKEN_INPUTS, arrays):
             staging.host[name][...] = array
+        side = cache.states.on_one_side(write_index) if self.states else 0
+        for (name, _), array in zip(self.states, cache.states.arrays if self.states else []):
+            staging.host[name][...] = array[side]
 
         def work():
             self._device.upload(staging.address, staging.flat)
+            if self.states:
+                self._device.upload(staging.states_address, staging.states)
             if not context.execute_async_v3(int(self._device.stream)):
                 raise DeviceError(f"{self._path}: TensorRT could not run a step")
             self._device.download(staging.logits, staging.logits_address)
+            if self.states:
+                self._device.download(staging.new_states, staging.new_address)
 
         key = (cache.start, rows)
         graph = cache.storage.graphs.get(key) if decode else None
@@ -218,6 +240,8 @@ class _Engine:
             if decode and self._capturable(context):
                 cache.storage.graphs[key] = self._device.capture(work)
         self._device.synchronize()
+        for (name, _), array in zip(self.states, cache.states.arrays if self.states else []):
+            array[1 - side] = staging.host[name.replace("past_", "present_", 1)]
         return staging.logits
 
     def _bind(self, context, staging, arrays, cache) -> None:
@@ -227,6 +251,10 @@ class _Engine:
             shape, address = (len(arrays[0]), heads, cache.capacity, size), cache.address(index)
             bound += [context.set_input_shape(name, shape), context.set_tensor_address(name, address),
                       context.set_tensor_address(name.replace("past_", "present_", 1), address)]
+        for name, size in self.states:
+            present = name.replace("past_", "present_", 1)
+            bound += [context.set_input_shape(name, (len(arrays[0]), *size)), context.set_tensor_address(name, staging.addresses[name]),
+                      context.set_tensor_address(present, staging.addresses[present])]
         bound.append(context.set_tensor_address("logits", staging.logits_address))
         if not all(bound):
             raise DeviceError(f"{self._path}: TensorRT refused a shape or an address")
@@ -242,21 +270,19 @@ class _Engine:
         if key not in self._staging:
             for old in [k for k in self._staging if k[1:] != (1, 1)]:
                 del self._staging[old]
-            self._staging[key] = _Staging(self._device, rows, tokens, wanted, self.vocab)
+            self._staging[key] = _Staging(self._device, rows, tokens, wanted, self.vocab, self.states)
         return self._staging[key]
 
 
 class _Staging:
-    """Pinned and device memory of a call's token inputs, one block each, and of its logits."""
+    """Pinned and device memory of a call's token inputs, one block each, of its logits, and of states before and after it."""
 
     ALIGNMENT = 256                   # bytes that TensorRT wants addresses to be a multiple of
 
-    def __init__(self, device: Device, rows: int, tokens: int, wanted: int, vocab: int):
+    def __init__(self, device: Device, rows: int, tokens: int, wanted: int, vocab: int, states: list[tuple[str, tuple[int, ...]]]):
         shapes = {"input_ids": (rows, tokens), "position_ids": (rows, tokens), "write_index": (rows,),
-                  "logits_positions": (rows, wanted)}
-        offsets, end = {}, 0
-        for name, shape in shapes.items():
-            offsets[name], end = end, end + -(-math.prod(shape) * 8 // self.ALIGNMENT) * self.ALIGNMENT
+                  "logits_positions": (rows, wanted)} | ({"counts": (rows,)} if states else {})
+        offsets, end = self._places(shapes, 8)
         self._device = device
         self.address = device.allocate(end)
         self.logits_address = device.allocate(rows * wanted * vocab * 4)
@@ -265,9 +291,27 @@ class _Staging:
         self.addresses = {name: self.address + offset for name, offset in offsets.items()}
         self.host = {name: self.flat[offsets[name] // 8:][:math.prod(shape)].reshape(shape)
                      for name, shape in shapes.items()}
+        if states:
+            past = {name: (rows, *shape) for name, shape in states}
+            offsets, end = self._places(past, 4)
+            self.states_address, self.new_address = device.allocate(end), device.allocate(end)
+            self.states, self.new_states = device.pinned((end // 4,), np.float32), device.pinned((end // 4,), np.float32)
+            for name, shape in past.items():
+                for which, address, flat in (("past_", self.states_address, self.states), ("present_", self.new_address, self.new_states)):
+                    told = name.replace("past_", which, 1)
+                    self.addresses[told] = address + offsets[name]
+                    self.host[told] = flat[offsets[name] // 4:][:math.prod(shape)].reshape(shape)
+
+    def _places(self, shapes: dict[str, tuple[int, ...]], item: int) -> tuple[dict[str, int], int]:
+        """Where each array begins in a block of all, in bytes, and where the block ends."""
+        offsets, end = {}, 0
+        for name, shape in shapes.items():
+            offsets[name], end = end, end + -(-math.prod(shape) * item // self.ALIGNMENT) * self.ALIGNMENT
+        return offsets, end
 
     def __del__(self):
         with contextlib.suppress(DeviceError, AttributeError):       # the device is gone, or had no memory for all of them
-            for free, block in ((self._device.free, "address"), (self._device.free, "logits_address"),
-                                (self._device.unpin, "flat"), (self._device.unpin, "logits")):
+            for free, block in ((self._device.free, "address"), (self._device.free, "logits_address"), (self._device.unpin, "flat"),
+                                (self._device.unpin, "logits"), (self._device.free, "states_address"), (self._device.free, "new_address"),
+                                (self._device.unpin, "states"), (self._device.unpin, "new_states")):
                 free(getattr(self, block))

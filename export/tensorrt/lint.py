@@ -145,6 +145,8 @@ class _Linter:
                    "write the cache with TensorScatter and give the whole of it as K and V")
         if present[6]:
             yield ("the input nonpad_kv_seqlen is ignored by TensorRT, so padding would be attended to", "give an explicit attn_mask")
+        if _attribute(node, "softcap", 0.0):
+            yield "Attention with a softcap is not supported", "run the model with ONNX Runtime or the native core"
         if _attribute(node, "is_causal", 0):
             yield ("is_causal is read by TensorRT as an upper-left mask, which is wrong beside a cache", "give an explicit attn_mask")
 

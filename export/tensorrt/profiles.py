@@ -14,6 +14,7 @@ from export.tensorrt.build import Profiles
 from export.tensorrt.model import inputs, shape_of
 from export.tensorrt.sample import example
 from runtime.errors import UserError
+from runtime.layout import CHUNK
 
 DECODER_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
 BEST_CHUNK, LOGITS = 128, 32         # prompt length to optimize for; most logits of a row in one call
@@ -35,8 +36,12 @@ def fix_dimension(model: onnx.ModelProto, symbol: str, size: int) -> None:
 def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = False) -> Profiles:
     """Profiles of a decoder whose capacity is fixed: up to `rows` sequences, `chunk` new tokens each.
 
-    `one` leaves out the profile of decode steps; the prefill profile reaches down to one token and runs them too.
+    A model with recurrent layers takes CHUNK tokens at most. `one` leaves out the profile of decode steps; the prefill profile
+    reaches down to one token and runs them too.
     """
+    if "counts" in inputs(model):
+        chunk = min(chunk, CHUNK)
+
     def shapes(b, s, k):
         sizes = {"b": b, "s": s, "k": k}
         return {i.name: tuple(sizes.get(d, d) for d in shape_of(i)) for i in model.graph.input}

@@ -214,7 +214,7 @@ class Context:
                  for i in self.engine.session.get_inputs()}
         names = [o.name for o in self.engine.session.get_outputs()]
         for name, value in zip(names, self.engine.session.run(names, feeds)):
-            if name.startswith("present_"):       # an engine updates the cache in place only where both are one
+            if name.startswith(("present_key.", "present_value.")):       # an engine updates the cache in place only where both are one
                 assert addresses[name] == addresses[name.replace("present_", "past_", 1)]
             _at(addresses[name], value.shape, value.dtype)[...] = value
 

@@ -69,6 +69,33 @@ def documented(function):
     return [name for name in names if name != "self"]
 
 
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5", "granite4_h"])
+def test_states_go_up_and_down(family, tiny_checkpoint, tmp_path):
+    """Prompts longer than an engine's chunk, steps, fork, a place that is come back to and one step taken back, as ONNX Runtime does it."""
+    assert export_onnx.main([str(tiny_checkpoint(family)), "-o", str(tmp_path / "b")]) == 0
+    add_engine(tmp_path / "b", "engines/c64.engine", 64)
+    add_engine(tmp_path / "b", "engines/c128.engine", 128)
+    (trt, _, _), ort, found = opened(open_bundle(tmp_path / "b")), OrtBackend(open_bundle(tmp_path / "b")), []
+    assert (trt.chunk, ort.chunk) == (TOKENS, 64) and trt.cache_bytes(3, 64) == ort.cache_bytes(3, 64)
+    for backend in (trt, ort):
+        rng, rows = np.random.default_rng(0), []
+        cache = backend.new_cache(3, 64)
+        rows.append(decode.prefill(backend, cache, [rng.integers(3, 380, n) for n in (5, 21, 8)]).copy())
+        places = [cache.snapshot(row) for row in range(3)]
+        for _ in range(3):
+            rows.append(decode.step(backend, cache, rng.integers(3, 380, 3)).copy())
+        cache.fork(1, 0)
+        cache.truncate(2, 10)
+        rows.append(decode.step(backend, cache, rng.integers(3, 380, 3)).copy())
+        cache.restore(1, places[1])
+        cache.grow(128)
+        rows.append(decode.logits(backend, rng.integers(3, 380, 30), 2, cache.view(1, 2)).copy())
+        found.append(np.concatenate(rows))
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+    with pytest.raises(UserError, match="takes at most 8 tokens of a row in one call, not 9"):
+        feed(trt, trt.new_cache(1, 64), [[1] * 9], [0], [[0]])
+
+
 @pytest.mark.parametrize("owner", ["Runtime", "Engine", "Context"])
 def test_the_doubles_methods_are_those_of_tensorrt(owner):
     real_class = {"Runtime": real.Runtime, "Engine": real.ICudaEngine, "Context": real.IExecutionContext}[owner]
