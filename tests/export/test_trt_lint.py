@@ -85,6 +85,10 @@ FAULTS = {
         model(attention(["q", "k", "v"], is_causal=1), QKV, [tensor("y")]),
         "attention (Attention): is_causal is read by TensorRT as an upper-left mask, which is wrong beside a cache; give an explicit "
         "attn_mask", None),
+    "softcap": (
+        model(attention(["q", "k", "v"], softcap=5.0), QKV, [tensor("y")]),
+        "attention (Attention): Attention with a softcap is not supported; run the model with ONNX Runtime or the native core",
+        "Setting softcap is not supported"),
     "int8 cache": (
         model([node("TensorScatter", ["p", "u", "i"], axis=2)],
               [tensor("p", T.INT8), tensor("u", T.INT8, (1, 2, 1, 64)), value("i", T.INT64, [1])], [tensor("y", T.INT8)]),

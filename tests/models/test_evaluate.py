@@ -75,11 +75,13 @@ def test_every_task_runs_and_keeps_its_examples(task, model, tmp_path):
     assert len(rows) == result["examples"] == 3 and all(r["references"] for r in rows)
 
 
-def test_label_likelihood_equals_scoring_the_whole_text(model):
+@pytest.mark.parametrize("family", ["smollm2", "qwen3_5"])         # the state of the latter cannot be cut back to the prompt
+def test_label_likelihood_equals_scoring_the_whole_text(tiny_checkpoint, family):
     """A continuation's score is the sum of its tokens' log probabilities in prompt + continuation read at once."""
     import torch
 
     from models.checkpoint import load_decoder
+    model = tiny_checkpoint(family)
     opened = open_model(model, threads=1)
     prompt, tails = "Sentence: a sentence\nSentiment:", [" negative", " positive and more"]
     decoder = load_decoder(model)
