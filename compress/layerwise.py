@@ -86,7 +86,10 @@ class Walk:
         if config.positions == "learned":
             self.x += checkpoint.read("model.embed_positions.weight").float()[positions]
         if config.per_layer_size:
-            self._embedded, self._projection = self.x.clone(), tables.get("model.per_layer_projection")
+            made = tables.get("model.per_layer_projection")
+            self._embedded, self._projection = self.x.clone(), checkpoint.weight("model.per_layer_projection") if made is None else made
+            dense = checkpoint.quantized("model.per_layer_embed") is None           # then it is mapped, not read
+            self._table = checkpoint.read("model.per_layer_embed.weight") if dense else checkpoint.weight("model.per_layer_embed")
         self._steps = list(steps(config, positions[None]))
         self._kept: list[dict] = [{} for _ in self.x.split(ROWS)]      # what later layers read of earlier ones, by part
         self._unreached: set[str] = set()              # experts that a note has named
@@ -96,13 +99,9 @@ class Walk:
         size = self.checkpoint.config.per_layer_size
         if not size:
             return [None] * len(self._kept)
-        if self._projection is None:
-            self._projection = self.checkpoint.weight("model.per_layer_projection")
         columns = slice(number * size, (number + 1) * size)
         gain = self.checkpoint.read("model.per_layer_norm.weight").float()
-        table = (self.checkpoint.read("model.per_layer_embed.weight") if self.checkpoint.quantized("model.per_layer_embed") is None
-                 else self.checkpoint.weight("model.per_layer_embed"))[:, columns]
-        return [F.rms_norm(x @ self._projection[columns].T, (size,), gain, self.checkpoint.config.norm_eps) + table[ids].float()
+        return [F.rms_norm(x @ self._projection[columns].T, (size,), gain, self.checkpoint.config.norm_eps) + self._table[:, columns][ids].float()
                 for x, ids in zip(self._embedded.split(ROWS), self.ids.split(ROWS))]
 
     def layers(self, label: str) -> Iterator[tuple[int, Layer]]:

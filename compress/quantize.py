@@ -144,6 +144,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 
 from compress.quantizing.calibrated import calibrated, calibration_bytes
+from compress.quantizing.grid import TABLE, by_rows
 from compress.quantizing.mixed import candidates, check_backend, check_target, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, gradient_bytes, measure_sensitivity, stored_bytes
@@ -275,9 +276,10 @@ def _quantized(checkpoint: Checkpoint, ids: torch.Tensor | None, formats: dict[s
         module = name.removesuffix(".weight")
         if module in done:
             yield from done[module].tensors(module).items()
+        elif module in VOCABULARY and module in formats:
+            yield from by_rows(checkpoint.read(name), lambda rows: round_to_nearest(rows, formats[module]), TABLE).tensors(module).items()
         elif module in formats:
-            chosen = round_to_nearest if module in VOCABULARY else choose
-            yield from chosen(checkpoint.weight(module), formats[module]).tensors(module).items()
+            yield from choose(checkpoint.weight(module), formats[module]).tensors(module).items()
         else:
             yield name, checkpoint.read(name)
 

@@ -78,7 +78,7 @@ def kept_config(config: ModelConfig, left: list[int]) -> ModelConfig:
     for number in left:
         layer, source = config.layers[number], config.layers[number].cache_source
         if source is not None and source not in left:
-            raise UserError(f"layer {number} reads the keys and values of layer {source}, which cannot be left out before it")
+            raise UserError(f"layer {number} reads the keys and values of layer {source}, which would be left out")
         layers.append(layer if source is None else replace(layer, cache_source=left.index(source)))
     return replace(config, layers=tuple(layers))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.grid import TABLE, by_rows
 from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
 from compress.layerwise import KeyValueRanges, Walk, largest, second_moment
 from models.checkpoint import Checkpoint
@@ -62,15 +63,14 @@ def gptq_descended(weight: Tensor, hessian: Tensor, form: TensorFormat, negative
         tqdm.write(f"note: a Hessian was not positive definite, and was dampened by {damping:g}", file=sys.stderr)
     price = torch.empty(len(order))
     price[order] = factor.diagonal() ** -2                 # what is left of an error after compensation
-    steady, parts = damped(hessian, damping), []
-    for rows in weight.split(max(1, PART // weight.shape[1])):              # rows do not depend on each other
+    steady = damped(hessian, damping)
+
+    def descended(rows: Tensor) -> QuantizedTensor:
         grid = clipped_grid(rows, form, price, negative)
         codes = descend(rows, steady, grid, gptq(rows, hessian, grid, factor=factor), DESCENTS)
         grid = refit(rows, steady, grid, codes)
-        parts.append(grid.tensor(descend(rows, steady, grid, codes)))
-    zeros = None if form.symmetric else torch.cat([part.zeros for part in parts])
-    return replace(parts[0], codes=torch.cat([part.codes for part in parts]), scales=torch.cat([part.scales for part in parts]),
-                   zeros=zeros)
+        return grid.tensor(descend(rows, steady, grid, codes))
+    return by_rows(weight, descended, PART)
 
 
 def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: Choose, work: Path,
@@ -91,8 +91,11 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, plan: Quantization, choose: 
         if module == "model.per_layer_projection":
             table = chosen.get("model.embed_tokens")
             hessians[module] = second_moment([(checkpoint.weight("model.embed_tokens") if table is None else table)[ids]])
-        weight, fitted = checkpoint.weight(module), module in hessians
-        found = (choose if fitted else clip)(weight, hessians[module] if fitted else torch.eye(weight.shape[1]), formats[module], negative)
+        if module in hessians:
+            found = choose(checkpoint.weight(module), hessians[module], formats[module], negative)
+        else:                                                                   # by its values alone
+            even = torch.eye(checkpoint.shape(f"{module}.weight")[1])
+            found = by_rows(checkpoint.read(f"{module}.weight"), lambda rows: clip(rows, even, formats[module], negative), TABLE)
         if module in ("model.embed_tokens", "model.per_layer_projection"):
             chosen[module] = found.dequantize()
         yield from found.tensors(module).items()
@@ -201,12 +204,12 @@ def calibration_bytes(config: ModelConfig, windows: int, length: int) -> dict[st
     matrices = [shape for layer in layers for name, shape in layer.items() if len(shape) == 2]
     widest = max(columns for _, columns in matrices)
     streams = 2 + 2 * any(layer.experts for layer in config.layers) + (config.per_layer_size > 0)
-    table = config.vocab_size * max(config.hidden_size, config.per_layer_size * len(config.layers))
+    table, more = (config.vocab_size * size for size in (config.hidden_size, config.per_layer_size * len(config.layers)))
 
     def chosen(weights: int) -> int:                # a matrix, what its codes stand for, the codes, and copies of a part of it
         return 9 * weights + 4 * COPIES * min(weights, PART)
-    walking = {"token table": 4 * config.vocab_size * config.hidden_size, "activations": 4 * tokens * (streams * config.hidden_size + widest),
+    walking = {"token table": 4 * table, "activations": 4 * tokens * (streams * config.hidden_size + widest),
                "layer": 5 * max(sum(map(math.prod, layer.values())) for layer in layers), "Hessian": FACTORS * widest**2,
                "matrix": chosen(max(map(math.prod, matrices)))}
-    before = {"token table": chosen(table), "Hessian": FACTORS * config.hidden_size**2}
+    before = {"token table": max(chosen(table), 4 * table + 2 * more + chosen(min(more, TABLE))), "Hessian": FACTORS * config.hidden_size**2}
     return max(walking, before, key=lambda parts: sum(parts.values())) | {"process": PROCESS_BYTES}

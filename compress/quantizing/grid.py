@@ -8,6 +8,7 @@ codes are fitted to the scale that is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,12 +18,21 @@ from models.network.quantized import QuantizedTensor, TensorFormat
 
 SMALLEST = 2.0**-24           # the smallest positive fp16: a scale is never zero
 LARGEST = 65504.0
+TABLE = 1 << 26               # numbers of a token table that are looked at together
 
 
 def fp16(scales: Tensor) -> Tensor:
     """Scales as fp16 stores them, float32, never 0 and never infinite."""
     rounded = scales.clamp(-LARGEST, LARGEST).half().float()
     return torch.where(rounded == 0, torch.full_like(rounded, SMALLEST), rounded)
+
+
+def by_rows(weight: Tensor, choose: Callable[[Tensor], QuantizedTensor], part: int) -> QuantizedTensor:
+    """Codes of weight [N, K] of any float type, about `part` of its numbers in float32 at once: rows do not depend on each other."""
+    found = [choose(rows.float().contiguous()) for rows in weight.split(max(1, part // weight.shape[1]))]
+    zeros = None if found[0].zeros is None else torch.cat([part.zeros for part in found])
+    return replace(found[0], codes=torch.cat([part.codes for part in found]), scales=torch.cat([part.scales for part in found]),
+                   zeros=zeros)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import activation_order, factorize
+from compress.quantizing.grid import TABLE
 from compress.layerwise import Walk, fast_forward, fast_matmul, second_moment
 from models.checkpoint import Checkpoint, load_decoder
 from models.formats.safetensors_file import save_tensors
@@ -102,7 +103,7 @@ def measure_sensitivity(checkpoint: Checkpoint, ids: Tensor, formats: list[Tenso
     if checkpoint.config.per_layer_size:
         table, projection = "model.per_layer_embed", "model.per_layer_projection"
         used = torch.bincount(ids.flatten(), minlength=checkpoint.config.vocab_size) / ids.numel()
-        damage[table] = _damage(checkpoint.weight(table), used, gradients[table], formats, generator)
+        damage[table] = _damage(checkpoint.read(f"{table}.weight"), used, gradients[table], formats, generator)
         price = pivots(second_moment([checkpoint.weight("model.embed_tokens")[ids]]))
         damage[projection] = _damage(checkpoint.weight(projection), gradients[projection], price, formats, generator)
     fitted = {}
@@ -125,7 +126,8 @@ def pivots(hessian: Tensor) -> Tensor:
 
 def _damage(weight: Tensor, gradient: Tensor, price: Tensor, formats: list[TensorFormat], generator) -> dict[TensorFormat, float]:
     """1/2 sum_o gradient[o] sum_k price[k] e[o, k]^2 for each format whose group divides the inputs."""
-    rest = gradient * (weight.square() @ price)                        # proportional to the damage, roughly
+    parts = weight.split(max(1, TABLE // weight.shape[1]))
+    rest = gradient * torch.cat([part.float().square() @ price for part in parts])        # proportional to the damage, roughly
     rows = rest.topk(min(TOP_ROWS, len(rest))).indices
     rest[rows] = 0
     factors = torch.ones(len(rows))
@@ -133,7 +135,7 @@ def _damage(weight: Tensor, gradient: Tensor, price: Tensor, formats: list[Tenso
         drawn = torch.multinomial(rest, SAMPLED_ROWS, replacement=True, generator=generator)
         rows = torch.cat((rows, drawn))
         factors = torch.cat((factors, rest.sum() / (rest[drawn] * SAMPLED_ROWS)))
-    sample = weight[rows]
+    sample = weight[rows].float()
     result = {}
     for form in formats:
         if form.group and weight.shape[1] % form.group:
