@@ -8,8 +8,13 @@ place (32 inputs; a head of a token). Stored scales of activations and 8-bit flo
 
 Results are the same to the bit whatever the batch, the number of threads and the chunking of a prompt, for one
 instruction set and one kind of cache. One exception: with AMX, passes of 32 tokens and more round weights and activations to
-bfloat16, so that a token's result depends on whether it went through such a pass, and on nothing else of it. A pass takes
-at most 128 tokens; longer inputs go through pass by pass, and Ctrl-C is heard between two passes.
+bfloat16, so that a token's result depends on whether it went through such a pass (of a mixture's experts: whether so many
+tokens chose it), and on nothing else of it. A pass takes at most 128 tokens; longer inputs go through pass by pass, and
+Ctrl-C is heard between two passes.
+
+Recurrent states are float32, whatever the keys and values are; any number of tokens steps through them in a call. Inputs of
+a layer's own (Gemma 4) are rows of a table that stays in the weights file, which may be replaced meanwhile, not overwritten.
+Layers that only read other layers' keys and values run for the tokens alone whose logits are asked.
 """
 
 from __future__ import annotations
@@ -111,14 +116,19 @@ class NativeBackend:
         wanted = (logits_positions + np.arange(rows)[:, None] * width).ravel()
         slots = (write_index[:, None] + np.arange(width)).ravel()
         columns = [input_ids.ravel(), np.repeat(np.arange(cache.start, cache.start + rows), width), slots]
-        inside = slots < self._max_context           # what reaches beyond is padding: nothing may look at it
+        inside, used = slots < self._max_context, wanted        # what reaches beyond is padding: nothing may look at it
         if cache.states:
             counts = np.full(rows, width) if counts is None else counts
-            inside &= (np.arange(width) < counts[:, None]).ravel()
+            real = (np.arange(width) < counts[:, None]).ravel()
+            if not real[wanted].all():
+                raise UserError("logits are asked of padding, which a model with recurrent layers does not run")
+            used = real
+        if not inside[used].all():
+            raise UserError(f"position {slots.max()} is beyond the context of {self._max_context} tokens")
+        if cache.states:
+            inside &= real
             columns += [np.repeat(cache.states.begin(write_index), width), np.repeat(1 - cache.states.copy, width)]
         if not inside.all():
-            if not inside[wanted].all():
-                raise UserError(f"logits are asked of padding, or of a position beyond the context of {self._max_context} tokens")
             wanted = (np.cumsum(inside) - 1)[wanted]
             columns = [column[inside] for column in columns]
         logits = cache.logits(len(wanted))

@@ -153,6 +153,8 @@ def test_the_cache_counts_its_states_and_refuses_what_they_do_not_stand_for(tmp_
         backend.forward(one, None, np.array([8, 5]), one * 0, cache)
     with pytest.raises(UserError, match="asked of padding"):
         backend.forward(np.tile(one, 3), None, np.array([8, 8]), one * 0 + 2, cache, np.array([3, 2]))
+    with pytest.raises(UserError, match="position 257 is beyond the context of 256"):
+        backend.forward(one, None, np.array([257, 0]), one * 0, cache)
     kind = write_bundle(tmp_path / "attention", model(PLAIN), coded)[0]
     assert NativeBackend(kind, threads=1).new_cache(2, 32).states is None
 
