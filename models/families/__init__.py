@@ -129,7 +129,8 @@ def _plain(config: ModelConfig, family: Family) -> dict:
     if family.window:
         kinds = [kind_of(config, layer) for layer in config.layers]
         asked = {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0} if family.window == "asked" else {}
-        hf |= asked | {"sliding_window": config.sliding_window} | (
+        width = config.sliding_window or (family.window_size if family.nested else None)      # which transformers wants there anyway
+        hf |= asked | {"sliding_window": width} | (
             {"layer_types": kinds} if family.window == "asked" or family.pattern else {})
     eos = config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids) or None
     hf |= {"tie_word_embeddings": config.tied_embeddings, "bos_token_id": config.bos_token_id, "eos_token_id": eos,

@@ -42,7 +42,7 @@ def _keys(config: ModelConfig) -> dict:
 _READS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"})
 FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", LLAMA_KEYS, Naming(_NAMES), fixed={"qk_norm": True}, biases=("attention_bias",), kv_heads=4,
-                        window="asked", reads=_READS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"}, more=_qwen,
+                        window="asked", pattern=lambda hf, count: ["sliding_attention"] * count, reads=_READS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"}, more=_qwen,
                         back=_qwen_keys),
     "olmoe": Family("OlmoeForCausalLM", LLAMA_KEYS | {"norm_eps": ("rms_norm_eps", float, 1e-5)}, Naming(_NAMES),
                     fixed={"qk_norm": True, "qk_norm_over": "all"}, biases=("attention_bias",), kv_heads=16,

@@ -28,7 +28,9 @@ def embedding_factors(hf: dict, config: ModelConfig) -> dict[str, float]:
 def _more(hf: dict, shape: dict) -> dict:
     if take(hf, "use_bidirectional_attention", bool, False):
         raise UserError("use_bidirectional_attention true is not supported: a decoder looks back only")
-    found = {"attention_scale": positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5}
+    found = {name: None for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping"))
+             if key in hf and hf[key] is None}              # null is none; a missing key is the family's default
+    found |= {"attention_scale": positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5}
     local = take(hf, "rope_local_base_freq", float, None)
     if local is not None and not set(hf.get("rope_parameters") or {}) & {"full_attention", "sliding_attention"}:
         size, context = shape["head_dim"], shape["context_length"]
@@ -40,7 +42,7 @@ def _more(hf: dict, shape: dict) -> dict:
 
 def _back(config: ModelConfig) -> dict:
     scalar = round(config.attention_scale**-2, 6)
-    return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
+    return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar, "sliding_window": config.sliding_window or 4096}
 
 
 def every(period: int, key: str = ""):
@@ -61,6 +63,7 @@ FAMILIES = {
                                                   "logits_softcap": ("final_logit_softcapping", float, 30.0)}, _NAMING,
                      fixed={"norm_order": "both"}, biases=("attention_bias",), kv_heads=4, head_dim=256, window="always",
                      pattern=every(2), tied=True, reads=_READS, more=_more, back=_back),
-    "gemma3_text": Family("Gemma3ForCausalLM", KEYS, _NAMING, fixed={"norm_order": "both", "qk_norm": True}, biases=("attention_bias",),
+    # transformers has attn_logit_softcapping among its keys and computes nothing with it, so a value is refused
+    "gemma3_text": Family("Gemma3ForCausalLM", {name: entry for name, entry in KEYS.items() if name != "attention_softcap"}, _NAMING, fixed={"norm_order": "both", "qk_norm": True}, biases=("attention_bias",),
                           kv_heads=4, head_dim=256, window="always", pattern=every(6, "sliding_window_pattern"), tied=True, theta=1e6,
                           nested=True, reads=_READS, more=_more, back=_back)}
