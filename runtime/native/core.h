@@ -68,8 +68,7 @@ typedef struct {
     union {
         struct { matrix q, k, v, gate; };            /* attention: rows of its heads; gate may be absent */
         struct { matrix b, c, x; };                  /* convolution */
-        struct { matrix qkv, qkv_gate, beta, alpha; };       /* delta rule */
-        struct { matrix xbc, xbc_gate, dt; };        /* Mamba-2 */
+        struct { matrix convolved, z, numbers[2]; }; /* delta rule: qkv, z, beta and alpha; Mamba-2: xbc, z, dt */
     };
     matrix out;                                      /* hidden x what the mixer gives */
 
@@ -81,7 +80,7 @@ typedef struct {
 
     int channels, blocks;                            /* recurrent: of the convolution; of 32 state columns of a head */
     float *conv_weight, *conv_bias;                  /* [kernel][channels], [channels] or NULL */
-    float *decay, *dt_bias, *skip;                   /* [heads]; skip: Mamba-2 */
+    float *decay, *dt_bias, *skip;                   /* [heads], of states; skip: Mamba-2 */
     norm state_norm;                                 /* of a head's output (delta), of a group's (Mamba-2) */
     size_t conv_at, state_at;                        /* floats before them in a row's states: [kernel - 1][channels], */
                                                      /* [heads][blocks][key][32], key the inner dimension */

@@ -19,26 +19,10 @@ static float squares(const float *x, int n) {
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-/* The queries, keys and values to y, z to keys, beta and alpha to narrow. */
-static void project(pass *p, const layer *l) {
-    const ew_model *m = p->m;
-    const kernels *k = m->kernels;
-    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
-    const int heads = l->beta.tiles, total = l->qkv.tiles + l->qkv_gate.tiles + 2 * heads;
-    int at = 0, t0, t1;
-    if (own_tiles(p, &l->qkv, total, &at, &t0, &t1)) project_convolved(p, l, &l->qkv, &a, t0, t1);
-    if (own_tiles(p, &l->qkv_gate, total, &at, &t0, &t1))
-        k->multiply(&l->qkv_gate, &a, p->tokens, p->s->keys, m->widest, t0, t1);
-    if (own_tiles(p, &l->beta, total, &at, &t0, &t1))
-        k->multiply(&l->beta, &a, p->tokens, p->s->narrow, m->narrow, t0, t1);
-    if (own_tiles(p, &l->alpha, total, &at, &t0, &t1))
-        k->multiply(&l->alpha, &a, p->tokens, p->s->narrow + heads * TILE, m->narrow, t0, t1);
-}
-
 /* A head's answers [tokens of the segment], to middle. */
 static void answer(pass *p, const layer *l, int segment, int head) {
     const ew_model *m = p->m;
-    const int dim = l->is.head_dim, size = l->is.state_dim, kv_heads = l->is.kv_heads, heads = l->beta.tiles * TILE;
+    const int dim = l->is.head_dim, size = l->is.state_dim, kv_heads = l->is.kv_heads;
     const int first = p->segment[segment], tokens = p->segment[segment + 1] - first;
     const int padded = ceil_div(size, TILE) * TILE, key_head = head / (l->is.heads / kv_heads);
     const float *y = p->s->y + (size_t)first * m->widest, *q = y + key_head * dim, *k = q + kv_heads * dim;
@@ -47,7 +31,7 @@ static void answer(pass *p, const layer *l, int segment, int head) {
     float decay[EW_PASS], beta[EW_PASS], key_scale[EW_PASS], query_scale[EW_PASS], gate[padded], out[padded];
     for (int i = 0; i < tokens; i++) {
         const float *narrow = p->s->narrow + (size_t)(first + i) * m->narrow + head;
-        decay[i] = expf(l->decay[head] * softplus(narrow[heads] + l->dt_bias[head]));
+        decay[i] = expf(l->decay[head] * softplus(narrow[l->numbers[0].tiles * TILE] + l->dt_bias[head]));
         beta[i] = 1 / (1 + expf(-narrow[0]));
         key_scale[i] = 1 / sqrtf(squares(k + i * m->widest, dim) + 1e-6f);
         query_scale[i] = 1 / sqrtf((squares(q + i * m->widest, dim) + 1e-6f) * dim);
@@ -65,8 +49,4 @@ static void answer(pass *p, const layer *l, int segment, int head) {
     }
 }
 
-void delta_rule(pass *p, const layer *l) {
-    project(p, l);
-    meet(p, EW_PART_QKV);
-    for (int u = p->id; u < p->segments * l->is.heads; u += p->threads) answer(p, l, u / l->is.heads, u % l->is.heads);
-}
+void delta_rule(pass *p, const layer *l) { run_states(p, l, answer); }

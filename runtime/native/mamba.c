@@ -10,19 +10,6 @@
 #include "pass.h"
 #include <math.h>
 
-/* x, B and C to y, z to keys, dt to narrow. */
-static void project(pass *p, const layer *l) {
-    const ew_model *m = p->m;
-    const kernels *k = m->kernels;
-    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
-    const int total = l->xbc.tiles + l->xbc_gate.tiles + l->dt.tiles;
-    int at = 0, t0, t1;
-    if (own_tiles(p, &l->xbc, total, &at, &t0, &t1)) project_convolved(p, l, &l->xbc, &a, t0, t1);
-    if (own_tiles(p, &l->xbc_gate, total, &at, &t0, &t1))
-        k->multiply(&l->xbc_gate, &a, p->tokens, p->s->keys, m->widest, t0, t1);
-    if (own_tiles(p, &l->dt, total, &at, &t0, &t1)) k->multiply(&l->dt, &a, p->tokens, p->s->narrow, m->narrow, t0, t1);
-}
-
 /* A head's answers [tokens of the segment], to middle. */
 static void answer(pass *p, const layer *l, int segment, int head) {
     const ew_model *m = p->m;
@@ -50,8 +37,4 @@ static void answer(pass *p, const layer *l, int segment, int head) {
     }
 }
 
-void mamba(pass *p, const layer *l) {
-    project(p, l);
-    meet(p, EW_PART_QKV);
-    for (int u = p->id; u < p->segments * l->is.heads; u += p->threads) answer(p, l, u / l->is.heads, u % l->is.heads);
-}
+void mamba(pass *p, const layer *l) { run_states(p, l, answer); }

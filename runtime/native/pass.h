@@ -84,8 +84,9 @@ int chunks_fit(const pass *);                        /* attention.c: 0 where mem
 /* recurrent.c: columns c0..c0+n-1 of the layer's convolution: in [tokens][stride] (their columns alone) to out. */
 void convolve(const pass *, const layer *, const float *in, size_t stride, int c0, int n, float *out,
               size_t out_stride);
-/* Tiles t0..t1-1 of w times a, convolved, through SiLU, to y. */
-void project_convolved(pass *, const layer *, const matrix *w, const activations *a, int t0, int t1);
+/* The layer's convolved columns, through SiLU, to y, z to keys, numbers to narrow, the second after the tiles of the
+ * first; then each thread answers for some heads: their tokens of a segment to middle. */
+void run_states(pass *, const layer *, void (*answer)(pass *, const layer *, int segment, int head));
 /* Where the tokens of a segment find a part of their row's states (NULL: zeros) and leave it; at: floats before it. */
 const float *state_from(const pass *, int segment, size_t at);
 float *state_to(const pass *, int segment, size_t at);

@@ -87,31 +87,26 @@ static int plan_conv(opening *o, const char *where, layer *l) {
         || plan_one(o, where, "conv_out", hidden, hidden, &l->out) ? -1 : 0;
 }
 
-static int plan_delta(opening *o, const char *where, layer *l) {
-    const int hidden = o->model->config.hidden, heads = l->is.heads, values = heads * l->is.state_dim;
-    const part parts[] = {{&l->qkv, "delta_qkv", l->channels}, {&l->qkv_gate, "delta_z", values}};
-    return plan_parts(o, where, "delta_in", hidden, parts, 2) || plan_convolution(o, where, l)
-        || plan_one(o, where, "delta_b", heads, hidden, &l->beta)
-        || plan_one(o, where, "delta_a", heads, hidden, &l->alpha)
+/* The delta rule and Mamba-2. */
+static int plan_state(opening *o, const char *where, layer *l) {
+    const ew_layer *is = &l->is;
+    const int hidden = o->model->config.hidden, heads = is->heads, delta = is->mixer == EW_DELTA;
+    const int values = heads * (delta ? is->state_dim : is->head_dim);
+    const part qkv = {&l->convolved, delta ? "delta_qkv" : "mamba_xbc", l->channels};
+    const part z = {&l->z, delta ? "delta_z" : "mamba_z", values}, parts[] = {delta ? qkv : z, delta ? z : qkv};
+    if (plan_parts(o, where, delta ? "delta_in" : "mamba_in", hidden, parts, 2) || plan_convolution(o, where, l)
+        || plan_one(o, where, delta ? "delta_b" : "mamba_dt", heads, hidden, &l->numbers[0])
+        || (delta && plan_one(o, where, "delta_a", heads, hidden, &l->numbers[1]))
         || floats(o, &l->decay, where, "decay", heads, 1, 0) || floats(o, &l->dt_bias, where, "dt_bias", heads, 1, 0)
-        || plan_norm(o, where, "state_norm", l->is.state_dim, &l->state_norm)
-        || plan_one(o, where, "delta_out", hidden, values, &l->out) ? -1 : 0;
-}
-
-static int plan_mamba(opening *o, const char *where, layer *l) {
-    const int hidden = o->model->config.hidden, heads = l->is.heads, inner = heads * l->is.head_dim;
-    const part parts[] = {{&l->xbc_gate, "mamba_z", inner}, {&l->xbc, "mamba_xbc", l->channels}};
-    if (plan_norm(o, where, "state_norm", inner, &l->state_norm)) return -1;
-    l->state_norm.parts = l->is.kv_heads;
-    return plan_parts(o, where, "mamba_in", hidden, parts, 2) || plan_convolution(o, where, l)
-        || plan_one(o, where, "mamba_dt", heads, hidden, &l->dt)
-        || floats(o, &l->decay, where, "decay", heads, 1, 0) || floats(o, &l->dt_bias, where, "dt_bias", heads, 1, 0)
-        || floats(o, &l->skip, where, "skip", heads, 1, 0)
-        || plan_one(o, where, "mamba_out", hidden, inner, &l->out) ? -1 : 0;
+        || (!delta && floats(o, &l->skip, where, "skip", heads, 1, 0))
+        || plan_norm(o, where, "state_norm", delta ? is->state_dim : values, &l->state_norm)
+        || plan_one(o, where, delta ? "delta_out" : "mamba_out", hidden, values, &l->out)) return -1;
+    if (!delta) l->state_norm.parts = is->kv_heads;
+    return 0;
 }
 
 static int plan_layer(opening *o, int number) {
-    static int (*const mixer[])(opening *, const char *, layer *) = {plan_attention, plan_conv, plan_delta, plan_mamba};
+    static int (*const mixer[])(opening *, const char *, layer *) = {plan_attention, plan_conv, plan_state, plan_state};
     const ew_config *c = &o->model->config;
     layer *l = &o->model->layers[number];
     const int before = c->norm_order != EW_POST, after = c->norm_order != EW_PRE, own = c->per_layer;

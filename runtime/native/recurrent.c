@@ -1,4 +1,5 @@
-/* What the recurrent mixers share: where a row's states lie, and the causal convolution of each channel along a row. */
+/* What the recurrent mixers share: where a row's states lie, the causal convolution of each channel along a row, and
+ * what states are fed with. */
 #ifndef __clang__
 #pragma GCC optimize("O3")
 #endif
@@ -48,16 +49,32 @@ void convolve(const pass *p, const layer *l, const float *in, size_t stride, int
     }
 }
 
-void project_convolved(pass *p, const layer *l, const matrix *w, const activations *a, int t0, int t1) {
+/* The layer's convolved columns of tiles t0..t1-1, through SiLU, to y. */
+static void project_convolved(pass *p, const layer *l, const activations *a, int t0, int t1) {
     const kernels *k = p->m->kernels;
     const int at_once = EW_PASS * WIDE / p->tokens;
     float *in = p->s->wide[p->id], *out = in + EW_PASS * WIDE * TILE;
     for (int t = t0, last; t < t1; t = last) {
         last = t + at_once < t1 ? t + at_once : t1;
-        const int columns = (last - t) * TILE, c0 = t * TILE, n = w->rows - c0 < columns ? w->rows - c0 : columns;
-        k->multiply(w, a, p->tokens, in - c0, columns, t, last);
-        convolve(p, l, in, columns, c0, n, out, columns);
+        const int columns = (last - t) * TILE, c0 = t * TILE, left = l->channels - c0;
+        k->multiply(&l->convolved, a, p->tokens, in - c0, columns, t, last);
+        convolve(p, l, in, columns, c0, left < columns ? left : columns, out, columns);
         for (int i = 0; i < p->tokens; i++)
             k->activate(NULL, out + i * columns, p->s->y + (size_t)i * p->m->widest + c0, columns, EW_SILU);
     }
+}
+
+void run_states(pass *p, const layer *l, void (*answer)(pass *, const layer *, int segment, int head)) {
+    const ew_model *m = p->m;
+    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
+    const int tiles = l->numbers[0].tiles, total = l->convolved.tiles + l->z.tiles + tiles + l->numbers[1].tiles;
+    int at = 0, t0, t1;
+    if (own_tiles(p, &l->convolved, total, &at, &t0, &t1)) project_convolved(p, l, &a, t0, t1);
+    if (own_tiles(p, &l->z, total, &at, &t0, &t1))
+        m->kernels->multiply(&l->z, &a, p->tokens, p->s->keys, m->widest, t0, t1);
+    for (int n = 0; n < 2; n++)
+        if (own_tiles(p, &l->numbers[n], total, &at, &t0, &t1))
+            m->kernels->multiply(&l->numbers[n], &a, p->tokens, p->s->narrow + n * tiles * TILE, m->narrow, t0, t1);
+    meet(p, EW_PART_QKV);
+    for (int u = p->id; u < p->segments * l->is.heads; u += p->threads) answer(p, l, u / l->is.heads, u % l->is.heads);
 }
