@@ -74,7 +74,8 @@ class DecoderGraph(GraphBuilder):
         block's last, whose bias is in `made` already; following: the norm to come, None for none."""
         if f"{block}_post_norm.weight" in self.stored:
             made = self.norm(made, f"{block}_post_norm", f"{block}_post")
-        x = self.op("Add", [x, made], f"{block.removesuffix('attn')}after_attention" if block.endswith("attn") else f"{block[:-3]}after_mlp")
+        layer, _, kind = block.rpartition(".")
+        x = self.op("Add", [x, made], f"{layer}.after_{'attention' if kind == 'attn' else kind}")
         return self.normed(x, following), x
 
     def normed(self, x: str, norm: str | None) -> str:

@@ -4,6 +4,7 @@
 
 - attention, rotation and cache update in `GroupQueryAttention`, whose lengths are computed in the graph from
   write_index; QK-norm stays a norm of its own before it; its caches are int8 where the checkpoint has scales for them;
+- a linear recurrence (gated delta rule, Mamba-2) in `LinearAttention`, token by token inside the operator;
 - residual addition, bias and norm in `SkipSimplifiedLayerNormalization` or `SkipLayerNormalization`;
 - quantized linears: left as DequantizeLinear + MatMul, which ONNX Runtime makes MatMulNBits while loading. Where inputs
   are rounded to int8 row by row and the weights are int8 with one scale an output, an int8 product with int32 sums;
@@ -14,7 +15,8 @@
 
 GroupQueryAttention takes several new tokens on top of a filled cache only at batch 1; one new token, or prompts into
 empty rows, at any batch. It rotates heads of a multiple of 16 numbers, and attends without rotation to a multiple of 8;
-models with others are refused, and run the portable graph. Tables with zero points, of 8-bit floats, or of a width no
+models with others are refused, and run the portable graph. A layer that reads another's cache, which it cannot, keeps the portable
+form. Tables with zero points, of 8-bit floats, or of a width no
 block divides keep the portable form: right, but slow.
 """
 
@@ -66,7 +68,7 @@ INT8_COMPUTE = 4                  # MatMulNBits' accuracy level: activations in 
 def add_fast_graph(options: Options) -> None:
     """Run the stage. Raises UserError for a bundle that cannot be opened, has no portable graph, or whose heads do not fit."""
     opened = open_bundle(options.bundle)
-    check_tensors(opened)
+    plan = check_tensors(opened)
     portable = opened.graph("portable")
     if portable is None:
         raise UserError(f"{options.bundle} has no portable graph to lower: its weights have widths that ONNX lacks")
@@ -79,6 +81,9 @@ def add_fast_graph(options: Options) -> None:
         if size % step:
             raise UserError(f"{options.bundle}: no fast graph, because ONNX Runtime's GroupQueryAttention takes a head_dim that {step} "
                             f"divides, and this model's is {size}; the bundle runs its portable graph instead, as it is")
+    if plan["kv_cache"] and any(layer.cache_source is not None for layer in graph.config.layers):
+        raise UserError(f"{options.bundle}: no fast graph, because layers that read another's keys and values cannot read them in int8; "
+                        "the bundle runs its portable graph instead, as it is")
     graph.build()
     data = graph.serialize(opened.name)
     stage = lineage.stage("export.ort", options, {"portable": opened.manifest["files"][portable["file"]]["sha256"]})

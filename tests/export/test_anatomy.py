@@ -1,5 +1,7 @@
 """Every kind of layer and every way to attend: both graphs against PyTorch, ragged, in chunks, and through a cache that goes back."""
 
+import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +10,7 @@ from checkpoints import everywhere, small_config, write_random
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, rel_entr
 
+from compress import quantize
 from export import onnx as export_onnx
 from export import ort, verify
 from models.checkpoint import load_decoder
@@ -15,9 +18,10 @@ from models.formats.weight_names import OWN_FORM
 from models.network.config import LayerConfig, ModelConfig, Rope
 from models.network.torch_backend import TorchBackend
 from runtime import decode
-from runtime.bundle import open_bundle
+from runtime.bundle import Bundle, open_bundle
 from runtime.errors import UserError
 from runtime.ort_backend import OrtBackend
+from runtime.tensors import check_tensors
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
         "attention_factor": 1.1, "llama_4_scaling_beta": 0.1}
@@ -174,3 +178,27 @@ def test_a_table_for_heads_of_two_sizes_is_refused_by_name(tmp_path, capsys):
     checkpoint = write_random(tmp_path / "c", model(PLAIN, replace(PLAIN, head_dim=32)))
     assert export_onnx.main([str(checkpoint), "-o", str(tmp_path / "b")]) == 2
     assert "RoPE 0 is for heads of 16 and of 32" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["windows, sizes, tables", "another layer's cache", "convolution", "delta", "mamba", "experts, sigmoid",
+                                  "inputs of every layer"])
+def test_each_missing_tensor_is_named(name, tmp_path):
+    bundle = bundle_of(write_random(tmp_path / "c", MODELS[name], coded), tmp_path / "b")
+    for number, tensor in enumerate(bundle.manifest["weights"]["tensors"]):
+        manifest = copy.deepcopy(bundle.manifest)
+        del manifest["weights"]["tensors"][number]
+        with pytest.raises(UserError, match=re.escape(tensor["name"])):
+            check_tensors(Bundle(bundle.folder, manifest))
+
+
+def test_int8_caches_that_another_layer_reads(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    (tmp_path / "text.txt").write_text("The capital of France is Paris, and the capital of Italy is Rome. " * 60)
+    assert quantize.main([str(tiny_checkpoint("gemma4")), "-o", str(tmp_path / "q"), "--method", "clip", "--data", str(tmp_path / "text.txt"),
+                          "--windows", "2", "--length", "32", "--kv-cache", "channel", "--backend", "onnx"]) == 0
+    assert export_onnx.main([str(tmp_path / "q"), "-o", str(tmp_path / "b")]) == 0
+    assert ort.main([str(tmp_path / "b")]) == 2
+    assert "layers that read another's keys and values cannot read them in int8" in capsys.readouterr().err
+    backends = TorchBackend(load_decoder(tmp_path / "q"), 256), OrtBackend(open_bundle(tmp_path / "b"), exact=True)
+    wanted, got = (log_softmax(journey(backend).astype(np.float64), axis=1) for backend in backends)
+    assert np.median(rel_entr(np.exp(wanted), np.exp(got)).sum(axis=1)) < 1e-6         # a code may fall otherwise here and there
