@@ -55,11 +55,10 @@ def fold_scales(layer: Layer, choose: Callable[[dict[str, nn.Linear], Tie], Tens
             continue
         linears = {names[reader]: reader for reader in group.readers}
         made, inputs = len(maker.weight), group.readers[0].in_features
-        sources = group.sources(made, inputs)
-        together = sources.argsort(stable=True).view(made, -1).T            # [inputs / made, made]: those that share a factor
+        sources, head = group.sources(made, inputs), group.head or made
 
-        def mean(scales: Tensor) -> Tensor:
-            return scales[together].log().mean(0).exp() if inputs > made or group.head else scales
+        def mean(scales: Tensor) -> Tensor:                     # of those that share a factor
+            return scales.view(made // head, -1, head).log().mean(1).exp().flatten() if inputs > made or group.head else scales
         scales = choose(linears, lambda s: mean(s)[sources])
         if scales is None:
             continue
