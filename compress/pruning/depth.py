@@ -73,14 +73,20 @@ def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:
 
 
 def kept_config(config: ModelConfig, left: list[int]) -> ModelConfig:
-    """The model of these layers. Raises UserError where one reads the keys and values of one that is not among them."""
+    """The model of these layers. Raises UserError where one reads the keys and values of one that is not among them, and where no
+    config.json can say what is left."""
     layers = []
     for number in left:
         layer, source = config.layers[number], config.layers[number].cache_source
         if source is not None and source not in left:
             raise UserError(f"layer {number} reads the keys and values of layer {source}, which would be left out")
         layers.append(layer if source is None else replace(layer, cache_source=left.index(source)))
-    return replace(config, layers=tuple(layers))
+    kept = replace(config, layers=tuple(layers))
+    try:
+        kept.to_hf()
+    except ValueError as error:
+        raise UserError(f"layers {', '.join(map(str, left))} alone are a model that config.json cannot say: {error}") from None
+    return kept
 
 
 def kept_tensors(config: ModelConfig, left: list[int], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -30,6 +30,8 @@ def fp16(scales: Tensor) -> Tensor:
 def by_rows(weight: Tensor, choose: Callable[[Tensor], QuantizedTensor], part: int) -> QuantizedTensor:
     """Codes of weight [N, K] of any float type, about `part` of its numbers in float32 at once: rows do not depend on each other."""
     found = [choose(rows.float().contiguous()) for rows in weight.split(max(1, part // weight.shape[1]))]
+    if len(found) == 1:
+        return found[0]
     zeros = None if found[0].zeros is None else torch.cat([part.zeros for part in found])
     return replace(found[0], codes=torch.cat([part.codes for part in found]), scales=torch.cat([part.scales for part in found]),
                    zeros=zeros)

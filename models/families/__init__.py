@@ -97,7 +97,7 @@ def write_config(config: ModelConfig) -> dict:
     except UserError as error:
         plain, reason = None, error
     else:
-        reason = f"family {config.family} cannot express {config}"
+        reason = "what its keys can say is another one"
     if plain == config:
         return hf
     hf |= {"edgewright_layers": [[layer.heads, layer.kv_heads, layer.mlp_size] for layer in config.layers], "head_dim": config.head_dim}
