@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from runtime.files import new_folder, read_json, restored
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TABLE = "model.embed_tokens.weight"
 _STORED = {torch.uint8: "U8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 # What travels with the weights from stage to stage.
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -135,7 +136,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint folder{hint}" if path.exists() else f"{path} does not exist")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} has no {CONFIG}: a checkpoint is a folder with {CONFIG} and {WEIGHTS}")
-    hf_config = read_json(path / CONFIG, strict=False)
+    hf_config = text_config(read_json(path / CONFIG, strict=False))
     try:
         config = ModelConfig.from_hf(hf_config)
         quantization = (Quantization.from_dict(hf_config["quantization_config"])
@@ -143,7 +144,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{path / CONFIG}: {error}") from None
     files, places, shapes, others = {}, {}, tensor_shapes(config), set()
-    look = stored_as(FAMILIES[config.family].naming, config, text_config(hf_config), shapes)
+    look = stored_as(FAMILIES[config.family].naming, config, hf_config, shapes)
     for file, stored in stored_tensors(path, files):
         piece, held = files[file].get_slice(stored), look(stored)
         if held is None:
@@ -153,12 +154,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             if name in places:
                 raise UserError(f"{path} holds {name} twice: as {places[name].name} and as {stored}")
             dtype, shape = piece.get_dtype(), part.shape(tuple(piece.get_shape()))
-            computed = (part.factor, part.plus) != (1.0, 0.0) and dtype in _FLOATS
-            places[name] = _Place(file, stored, part, "F32" if computed else dtype, shape)
+            places[name] = _Place(file, stored, part, _dtype(part, dtype), shape)
     if others:
         _note(path, ", ".join(sorted(others)))
     if config.tied_embeddings:
-        _tie(path, files, places)
+        _tie(path, files, places, look(_TABLE)[0][1])
     _check_tensors(path, config, shapes, quantization, places)
     return Checkpoint(path, hf_config, config, quantization, files, places, shapes)
 
@@ -305,13 +305,19 @@ def _open_safetensors(file: Path):
         raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
 
 
-def _tie(path: Path, files: dict, places: dict[str, _Place]) -> None:
-    """Let a tied model's table be the one that is stored, whichever of its two names it has; two must be equal."""
-    head, table = places.pop("lm_head.weight", None), places.get("model.embed_tokens.weight")
+def _dtype(part: Part, stored: str) -> str:
+    """What a part is read as: what has to be computed becomes float32."""
+    return "F32" if (part.factor, part.plus) != (1.0, 0.0) and stored in _FLOATS else stored
+
+
+def _tie(path: Path, files: dict, places: dict[str, _Place], part: Part) -> None:
+    """Let a tied model's table be the one that is stored, whichever of its two names it has, read as the table's `part`; two must be
+    equal."""
+    head, table = places.pop("lm_head.weight", None), places.get(_TABLE)
     if head is None:
         return
     if table is None:
-        places["model.embed_tokens.weight"] = head
+        places[_TABLE] = replace(head, part=part, dtype=_dtype(part, head.dtype))
         return
     pieces = zip(*(files[place.file].get_tensor(place.name).split(4096) for place in (head, table)))       # not all in memory
     if head.shape != table.shape or not all(torch.equal(one.float(), other.float()) for one, other in pieces):

@@ -25,7 +25,8 @@ def text_config(hf: dict) -> dict:
     if hf.get("model_type") not in list(WRAPPERS) or not isinstance(hf.get("text_config"), dict):
         return hf
     inner = {key: value for key, value in hf["text_config"].items() if value is not None}
-    found = {key: hf[key] for key in _OUTER if hf.get(key) is not None} | {"model_type": WRAPPERS[hf["model_type"]]} | inner
+    outer = {key: hf[key] for key in _OUTER if hf.get(key) is not None}                 # which is what transformers looks at
+    found = {"model_type": WRAPPERS[hf["model_type"]]} | inner | outer
     return found | ({"architectures": [FAMILIES[found["model_type"]].architecture]} if found["model_type"] in FAMILIES else {})
 
 
@@ -43,6 +44,7 @@ def read_config(hf: dict) -> ModelConfig:
     """Read the contents of a config.json. Raises UserError naming the key and value that cannot be used."""
     family, hf = family_of(hf), dict(text_config(hf))
     name = hf["model_type"]
+    hf |= {key: value for key, value in family.missing.items() if hf.get(key) is None}
     for key, value in hf.items():
         if ARITHMETIC.search(key) and key not in family.read and not INERT_KEYS.search(key) and not off(key, value):
             raise UserError(f"{key} {value!r} is not supported for {name}: it changes what the model computes, and "

@@ -53,7 +53,11 @@ class Family:
     theta: float = 10000.0                              # where rope_theta is missing
     partial: float | None = None                        # where partial_rotary_factor is missing; None: all of a head rotates
     hybrid: bool = False                                # whether `more` reads layer_types, with kinds of its own
-    nested: bool = False                                # whether rope_parameters are told by kind of layer
+    # where rope_parameters are told by kind of layer: what each is where nothing is said
+    nested: dict[str, Rope] = field(default_factory=dict)
+    local: str = ""                                     # its older key for the theta of layers with a window; their scaling is none
+    unseen: tuple[str, ...] = ()                        # RoPE parameters that text alone does not see
+    missing: dict[str, object] = field(default_factory=dict)        # keys that published files leave out -> what is meant
     only: dict[str, object] = field(default_factory=dict)           # keys with one value that is supported
     aliases: dict[str, str] = field(default_factory=dict)           # another name of a key -> the key
     reads: frozenset[str] = frozenset()
@@ -240,14 +244,22 @@ def _attention_factor(kind: str, given: dict, found: dict, context: int) -> floa
 def ropes(hf: dict, family: Family, shape: dict) -> dict:
     """The fields of ModelConfig on rotary positions; where rope_parameters are told by kind of layer, layers are told theirs."""
     size, context, layers = shape["head_dim"], shape["context_length"], shape["layers"]
-    told = hf.get("rope_parameters") if family.nested and isinstance(hf.get("rope_parameters"), dict) else {}
-    if not set(told) & set(KINDS):
-        one = rope(hf, family.theta, family.partial, size, context)
+    told, old = (take(hf, key, dict, {}) for key in ("rope_parameters", "rope_scaling"))
+    if not family.nested:
+        seen = {key: {name: value for name, value in part.items() if name not in family.unseen}
+                for key, part in (("rope_parameters", told), ("rope_scaling", old))}
+        one = rope(hf | seen, family.theta, family.partial, size, context)
         return {"rope_theta": one.theta, "rope_scaling": one.scaling, "rope_share": one.share}
-    flat = {key: value for key, value in hf.items() if key not in ROPE_KEYS}
-    full, sliding = (rope(flat | {"rope_parameters": take(told, kind, dict, {})}, family.theta, family.partial, size, context)
-                     for kind in KINDS)
-    return two_ropes(full, sliding, layers, [layer.sliding_window != 0 and shape["sliding_window"] is not None for layer in layers])
+    outer = {"rope_theta": hf.get("rope_theta"), "rope_scaling": old}
+    if strays := [*(set(told) - set(KINDS)), *(key for key in outer if not family.local and outer[key])]:
+        raise UserError(f"RoPE's {strays[0]} is not supported here: this family's rope_parameters are told by {' and '.join(KINDS)}")
+    rest = {key: value for key, value in hf.items() if key not in ROPE_KEYS}
+    found = []
+    for kind, flat in zip(KINDS, (outer, {"rope_theta": hf.get(family.local)})):
+        given, usual = take(told, kind, dict, {}), family.nested[kind]
+        found.append(rope(rest | flat | {"rope_parameters": given}, usual.theta, family.partial, size, context)
+                     if given or any(flat.values()) else usual)
+    return two_ropes(*found, layers, [layer.sliding_window != 0 and shape["sliding_window"] is not None for layer in layers])
 
 
 def two_ropes(full: Rope, sliding: Rope, layers: tuple[LayerConfig, ...], slides: list[bool]) -> dict:
@@ -260,7 +272,7 @@ def two_ropes(full: Rope, sliding: Rope, layers: tuple[LayerConfig, ...], slides
                     "layers": tuple(replace(layer, rope=int(slid != slides[0])) for layer, slid in zip(layers, slides))}
 
 
-def rope_keys(config: ModelConfig, nested: bool) -> dict:
+def rope_keys(config: ModelConfig, nested: dict) -> dict:
     """The config.json keys that `ropes` reads. Both spellings where one rope serves all: transformers 5 reads rope_parameters, 4 the
     other two (and would fall back to theta 10000)."""
     def told(one: Rope) -> dict:

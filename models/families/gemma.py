@@ -2,10 +2,9 @@
 
 import torch
 
-from models.families.family import LLAMA_KEYS, Family, positive, take, two_ropes
-from models.families.family import rope as read_rope
+from models.families.family import LLAMA_KEYS, Family, positive, take
 from models.formats.weight_names import Naming
-from models.network.config import ModelConfig
+from models.network.config import ModelConfig, Rope
 from runtime.errors import UserError
 
 KEYS = {name: entry for name, entry in LLAMA_KEYS.items() if name != "activation"} | {
@@ -30,14 +29,7 @@ def _more(hf: dict, shape: dict) -> dict:
         raise UserError("use_bidirectional_attention true is not supported: a decoder looks back only")
     found = {name: None for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logits_softcap", "final_logit_softcapping"))
              if key in hf and hf[key] is None}              # null is none; a missing key is the family's default
-    found |= {"attention_scale": positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5}
-    local = take(hf, "rope_local_base_freq", float, None)
-    if local is not None and not set(hf.get("rope_parameters") or {}) & {"full_attention", "sliding_attention"}:
-        size, context = shape["head_dim"], shape["context_length"]
-        slides = [layer.sliding_window != 0 and shape["sliding_window"] is not None for layer in shape["layers"]]
-        full = read_rope(hf, 1e6, head_dim=size, context=context)       # rope_scaling is that of the layers that see everything
-        found |= two_ropes(full, read_rope({"rope_theta": local}), shape["layers"], slides)
-    return found
+    return found | {"attention_scale": positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5}
 
 
 def _back(config: ModelConfig) -> dict:
@@ -64,6 +56,9 @@ FAMILIES = {
                      fixed={"norm_order": "both"}, biases=("attention_bias",), kv_heads=4, head_dim=256, window="always",
                      pattern=every(2), tied=True, reads=_READS, more=_more, back=_back),
     # transformers has attn_logit_softcapping among its keys and computes nothing with it, so a value is refused
-    "gemma3_text": Family("Gemma3ForCausalLM", {name: entry for name, entry in KEYS.items() if name != "attention_softcap"}, _NAMING, fixed={"norm_order": "both", "qk_norm": True}, biases=("attention_bias",),
-                          kv_heads=4, head_dim=256, window="always", pattern=every(6, "sliding_window_pattern"), tied=True, theta=1e6,
-                          nested=True, reads=_READS, more=_more, back=_back)}
+    "gemma3_text": Family("Gemma3ForCausalLM", {name: entry for name, entry in KEYS.items() if name != "attention_softcap"}, _NAMING,
+                          fixed={"norm_order": "both", "qk_norm": True}, biases=("attention_bias",), kv_heads=4, head_dim=256,
+                          window="always", pattern=every(6, "sliding_window_pattern"), tied=True, theta=1e6,
+                          nested={"full_attention": Rope(1e6), "sliding_attention": Rope(1e4)}, local="rope_local_base_freq",
+                          missing={"vocab_size": 262208, "num_attention_heads": 8, "max_position_embeddings": 131072},
+                          reads=_READS, more=_more, back=_back)}

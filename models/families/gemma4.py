@@ -5,7 +5,7 @@ from dataclasses import replace
 from models.families.family import Family, take
 from models.families.gemma import KEYS, SANDWICH, embedding_factors, every
 from models.formats.weight_names import Naming
-from models.network.config import LayerConfig, ModelConfig
+from models.network.config import LayerConfig, ModelConfig, Rope
 from runtime.errors import UserError
 
 _NAMES = SANDWICH | {"per_layer_gate": "per_layer_input_gate", "per_layer_proj": "per_layer_projection",
@@ -65,7 +65,8 @@ FAMILIES = {
         "Gemma4ForCausalLM", {name: entry for name, entry in KEYS.items() if name != "attention_softcap"},
         Naming(_NAMES, factors=_factors),
         fixed={"norm_order": "both", "qk_norm": True, "v_norm": True, "layer_scalar": True}, biases=("attention_bias",), kv_heads=4,
-        head_dim=256, window="always", window_size=512, pattern=every(6), tied=True, partial=1.0, nested=True,
+        head_dim=256, window="always", window_size=512, pattern=every(6), tied=True, partial=1.0,
+        nested={"full_attention": Rope(1e6, {"rope_type": "proportional", "factor": 1.0}, 0.25), "sliding_attention": Rope(1e4)},
         only={"attention_k_eq_v": False, "enable_moe_block": False},
         reads=frozenset({"hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers", "use_double_wide_mlp",
                          "per_layer_config", "global_head_dim", "num_global_key_value_heads", "use_bidirectional_attention"}),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from models.families.family import LLAMA_KEYS, Family, take
 from models.families.gemma import every
 from models.formats.weight_names import Naming
-from models.network.config import ModelConfig
+from models.network.config import Rope
 from runtime.errors import UserError
 
 _AFTER = Naming({"post_mixer_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"})
@@ -33,6 +33,6 @@ def _pattern(hf: dict, count: int) -> list[str]:
 FAMILIES = {
     "olmo2": Family("Olmo2ForCausalLM", _KEYS, _AFTER, _OLMO, biases=("attention_bias",)),
     "olmo3": Family("Olmo3ForCausalLM", _KEYS, _AFTER, _OLMO, biases=("attention_bias",), window="always", pattern=every(4), theta=5e5,
-                    nested=True),
+                    nested={"full_attention": Rope(5e5), "sliding_attention": Rope(5e5)}, local="rope_theta"),
     "exaone4": Family("Exaone4ForCausalLM", _KEYS, _AFTER, {"norm_order": "post", "qk_norm": True}, kv_heads=32, window="always",
                       pattern=_pattern, reads=frozenset({"sliding_window_pattern"}), more=_global_layers)}

@@ -35,6 +35,6 @@ def _back(config: ModelConfig) -> dict:
 FAMILIES = {
     "qwen3_5_text": Family(
         "Qwen3_5ForCausalLM", LLAMA_KEYS, Naming(_NAMES, less_one=_GAINS), fixed={"qk_norm": True, "attention_gate": True},
-        biases=("attention_bias",), kv_heads=4, head_dim=256, partial=0.25, hybrid=True,
+        biases=("attention_bias",), kv_heads=4, head_dim=256, partial=0.25, hybrid=True, unseen=("mrope_section", "mrope_interleaved"),
         only={"attn_output_gate": True}, reads=frozenset({"full_attention_interval"} | {key for key, _ in _SIZES.values()}),
         more=_more, back=_back)}
