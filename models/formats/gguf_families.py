@@ -61,8 +61,8 @@ def _gemma(file, period: int, largest: int) -> dict:
     if file.layers == largest:
         raise UserError(f"{file.path}: a {file.architecture} of {largest} layers scales its attention otherwise than GGUF says; get the "
                         "model as a Hugging Face folder")
-    caps = {f"{ours}_logit_softcapping": file.number(f"{theirs}_logit_softcapping", 0.0) or None
-            for ours, theirs in (("attn", "attn"), ("final", "final"))}
+    names = [f"{name}_logit_softcapping" for name in ("attn", "final")]
+    caps = {name: file.number(name) or None for name in names if f"{file.architecture}.{name}" in file.metadata}
     return _window(file, period, 4096 if period == 2 else 0) | caps | {
         "query_pre_attn_scalar": file.size("attention.key_length"), "hidden_activation": "gelu_pytorch_tanh"}
 
