@@ -189,6 +189,12 @@ def test_each_missing_tensor_is_named(name, tmp_path):
         del manifest["weights"]["tensors"][number]
         with pytest.raises(UserError, match=re.escape(tensor["name"])):
             check_tensors(Bundle(bundle.folder, manifest))
+    for key, value in (("mixer", "odd"), ("experts", 10**12), ("experts", "4"), ("rope", 9)):
+        manifest = copy.deepcopy(bundle.manifest)
+        for layer in manifest["model"]["config"]["layers"]:
+            layer[key] = value
+        with pytest.raises(UserError, match="export the bundle again"):
+            check_tensors(Bundle(bundle.folder, manifest))
 
 
 def test_int8_caches_that_another_layer_reads(tiny_checkpoint, tmp_path, capsys, monkeypatch):
