@@ -98,7 +98,7 @@ class OrtBackend:
                             for name, i in inputs.items() if name.startswith(("past_key.", "past_value."))]
             self._states = [(name, name.replace("past_", "present_", 1), tuple(i.shape[1:]))
                             for name, i in inputs.items() if name.startswith(("past_conv.", "past_state."))]
-            self._dtype = _DTYPES[inputs[self._caches[0][0]].type]
+            self._dtype = _DTYPES[inputs[self._caches[0][0]].type] if self._caches or not self._states else np.float32
             self._vocab = next(o.shape[2] for o in self._session.get_outputs() if o.name == "logits")
             sizes = [*(size for cache in self._caches for size in cache[2:4]), *(size for _, _, shape in self._states for size in shape)]
             bad = [size for size in sizes if not isinstance(size, int) or size < 1]
@@ -128,7 +128,7 @@ class OrtBackend:
         return rows * (capacity * slot + sum(2 * 4 * math.prod(shape) for _, _, shape in self._states))
 
     def new_cache(self, rows: int, capacity: int) -> OrtCache:
-        fixed = self._caches[0][4]
+        fixed = self._caches[0][4] if self._caches else None
         if isinstance(fixed, int) and fixed != capacity:
             raise UserError(f"{self.graph} has a cache of {fixed} slots fixed in it; {capacity} cannot be had")
         buffers = [self.allocate(rows, heads, capacity, size) for _, _, heads, size, _ in self._caches]
