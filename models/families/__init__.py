@@ -14,8 +14,9 @@ FAMILIES: dict[str, Family] = (llama.FAMILIES | gpt2.FAMILIES | phi3.FAMILIES | 
                                | olmo.FAMILIES | lfm2.FAMILIES | qwen3_5.FAMILIES | experts.FAMILIES)
 # A multimodal checkpoint's text part stands under "text_config", and is of this family where it does not say so itself.
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text", "mistral3": "mistral"}
-LATER = {"gemma3n": "its four streams (AltUp)", "falcon_h1": "its mixers side by side in one layer", "minicpm3": "its latent attention (MLA)",
-         "nemotron_h": "its layers of one block", "lfm3": "its gate of one number a head"}
+LATER = {"gemma3n": "its four streams (AltUp) are", "falcon_h1": "its two mixers side by side in one layer are",
+         "minicpm3": "its latent attention (MLA) is", "nemotron_h": "its layers of a single block each are",
+         "lfm3": "its gate of one number for each head is"}
 _OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype", "torch_dtype",
           "edgewright_tensors", "edgewright_layers")
 
@@ -33,10 +34,10 @@ def text_config(hf: dict) -> dict:
 def family_of(hf: dict) -> Family:
     """Raises UserError for a family that is not known."""
     name = text_config(hf).get("model_type")
-    if name in list(LATER):
-        raise UserError(f"model_type {name!r} is not supported: {LATER[name]} is not computed here")
+    if (later := str(name).removesuffix("_text")) in LATER:
+        raise UserError(f"model_type {name!r} is not supported: {LATER[later]} not computed here")
     if name not in list(FAMILIES):                   # it may be anything, a list too
-        raise UserError(f"model_type {name!r} is not supported: supported are {', '.join(FAMILIES)} (SmolLM2 is llama)")
+        raise UserError(f"model_type {name!r:.60} is not supported: supported are {', '.join(FAMILIES)} (SmolLM2 is llama)")
     return FAMILIES[name]
 
 

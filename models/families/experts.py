@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.families.family import LLAMA_KEYS, Family, take
+from models.families.family import LLAMA_KEYS, Family, numbers, take, whole
 from models.formats.weight_names import Naming
 from models.network.config import ModelConfig
 
@@ -11,11 +11,11 @@ _NAMES = {"moe.router": "mlp.gate"} | {f"moe.experts.{{e}}.{part}": f"mlp.expert
 
 
 def _qwen(hf: dict, shape: dict) -> dict:
-    step, plain = take(hf, "decoder_sparse_step", int, 1), take(hf, "mlp_only_layers", list, [])
-    experts = take(hf, "num_experts", int, take(hf, "num_local_experts", int, 128))
+    step, plain = whole(hf, "decoder_sparse_step", 1), numbers(hf, "mlp_only_layers", len(shape["layers"]), [])
+    experts = whole(hf, "num_experts", take(hf, "num_local_experts", int, 128), 0)
     sparse = {"experts": experts, "experts_per_token": take(hf, "num_experts_per_tok", int, 8),
               "mlp_size": take(hf, "moe_intermediate_size", int, 768)}
-    layers = tuple(replace(layer, **(sparse if number not in plain and experts > 0 and (number + 1) % max(step, 1) == 0 else {}))
+    layers = tuple(replace(layer, **(sparse if number not in plain and experts > 0 and (number + 1) % step == 0 else {}))
                    for number, layer in enumerate(shape["layers"]))
     return {"layers": layers, "router_normalized": take(hf, "norm_topk_prob", bool, False)}
 
@@ -42,8 +42,8 @@ def _keys(config: ModelConfig) -> dict:
 _READS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob"})
 FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", LLAMA_KEYS, Naming(_NAMES), fixed={"qk_norm": True}, biases=("attention_bias",), kv_heads=4,
-                        window="asked", pattern=lambda hf, count: ["sliding_attention"] * count, reads=_READS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"}, more=_qwen,
-                        back=_qwen_keys),
+                        window="asked", pattern=lambda hf, count: ["sliding_attention"] * count, more=_qwen,
+                        reads=_READS | {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"}, back=_qwen_keys),
     "olmoe": Family("OlmoeForCausalLM", LLAMA_KEYS | {"norm_eps": ("rms_norm_eps", float, 1e-5)}, Naming(_NAMES),
                     fixed={"qk_norm": True, "qk_norm_over": "all"}, biases=("attention_bias",), kv_heads=16,
                     reads=_READS, more=_olmoe, back=_keys)}

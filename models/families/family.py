@@ -28,7 +28,7 @@ INERT_KEYS = re.compile("dropout|pdrop|^summary_|_in_fp32$|initializer|init_|max
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"}
 KINDS = ("full_attention", "sliding_attention")
 LEGACY_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
-_MOST_LAYERS = 1000
+_MOST_LAYERS, _MOST_ALPHA = 1000, 10**9
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,22 @@ def positive(hf: dict, key: str, default=_REQUIRED) -> float:
     return value
 
 
+def whole(hf: dict, key: str, default, least: int = 1) -> int:
+    """A number of something, `least` or more."""
+    value = take(hf, key, int, default)
+    if value is not None and value < least:
+        raise UserError(f"{key} is {value}, which should be at least {least}")
+    return value
+
+
+def numbers(hf: dict, key: str, count: int, default=None) -> list[int] | None:
+    """Some of `count` layers, by number."""
+    listed = take(hf, key, list, default)
+    if listed is not None and not all(type(one) is int and 0 <= one < count for one in listed):
+        raise UserError(f"{key} is {listed!r:.60}, which should be numbers of layers, from 0 to {count - 1}")
+    return listed
+
+
 def alike(hf: dict, count: int, every: LayerConfig) -> tuple[LayerConfig, ...]:
     """`count` layers of one shape."""
     if not 1 <= count <= _MOST_LAYERS:
@@ -183,8 +199,10 @@ def rope(hf: dict, theta: float = 10000.0, partial: float | None = None, head_di
                         f"the wrong one")
     kind = found.get("rope_type") or "default"
     kind = "longrope" if kind == "su" else kind
-    if kind == "dynamic" and found.get("alpha"):            # HunYuan's: a plain one with a larger theta
-        inner *= positive(found, "alpha") ** (head_dim / (head_dim - 2))
+    if kind == "dynamic" and found.get("alpha") and head_dim > 2:       # HunYuan's: a plain one with a larger theta
+        if (alpha := positive(found, "alpha")) > _MOST_ALPHA:
+            raise UserError(f"alpha is {alpha}, which should be at most {_MOST_ALPHA}")
+        inner *= alpha ** (head_dim / (head_dim - 2))
         kind, found = "default", {"rope_type": "default"}
     if kind not in ("default", *SCALINGS):
         raise UserError(f"RoPE scaling {kind!r} is not supported: supported are none, {', '.join(SCALINGS)}")
@@ -223,6 +241,9 @@ def _scaling(kind: str, given: dict, dims: int, context: int) -> dict:
                 raise UserError(f"the RoPE scaling's {name} is {found[name]}, which should be positive and finite")
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = int(found["original_max_position_embeddings"])
+        if found["original_max_position_embeddings"] < 2:
+            raise UserError(f"the RoPE scaling's original_max_position_embeddings is {given['original_max_position_embeddings']}, which "
+                            "should be at least 2")
     if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
         raise UserError(f"the RoPE scaling {found} should be positive, low_freq_factor below high_freq_factor")
     if given.get("attention_factor") is None and kind in ("yarn", "longrope"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.families.family import LLAMA_KEYS, Family, positive, take
+from models.families.family import LLAMA_KEYS, Family, positive, take, whole
 from models.formats.weight_names import Naming
 from models.network.config import ModelConfig, Rope
 from runtime.errors import UserError
@@ -40,9 +40,7 @@ def _back(config: ModelConfig) -> dict:
 def every(period: int, key: str = ""):
     """Layers by windows, each period-th of them without; the period is the value of `key` where the configuration has it."""
     def pattern(hf: dict, count: int) -> list[str]:
-        step = take(hf, key, int, period) if key else period
-        if step < 1:
-            raise UserError(f"{key} is {step}, which should be at least 1")
+        step = whole(hf, key, period) if key else period
         return ["full_attention" if (number + 1) % step == 0 else "sliding_attention" for number in range(count)]
     return pattern
 

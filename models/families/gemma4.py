@@ -24,11 +24,14 @@ def _factors(hf: dict, config: ModelConfig) -> dict[str, float]:
 def _more(hf: dict, shape: dict) -> dict:
     layers, count = shape["layers"], len(shape["layers"])
     shared, wide = take(hf, "num_kv_shared_layers", int, 0), take(hf, "use_double_wide_mlp", bool, False)
-    if take(hf, "use_bidirectional_attention", str, None) == "all":
-        raise UserError("use_bidirectional_attention 'all' is not supported: a decoder looks back only")
+    if (sees := take(hf, "use_bidirectional_attention", str, None)) not in (None, "vision"):        # vision: within an image
+        raise UserError(f"use_bidirectional_attention {sees!r:.40} is not supported: a decoder looks back only")
     if not 0 <= shared < count:
         raise UserError(f"num_kv_shared_layers is {shared}, of {count} layers")
-    told = {int(number): own for number, own in take(hf, "per_layer_config", dict, {}).items()}
+    listed = take(hf, "per_layer_config", dict, {})
+    told = {number: take(listed, str(number), dict, {}) for number in range(count)} if listed else {}
+    if strays := set(listed) - {str(number) for number in told}:
+        raise UserError(f"per_layer_config names layer {min(strays)!r:.40} of {count}")
     full = {"head_dim": take(hf, "global_head_dim", int, 512)}
     made: list[LayerConfig] = []
     for number, layer in enumerate(layers):
@@ -36,8 +39,9 @@ def _more(hf: dict, shape: dict) -> dict:
         own = told.get(number, {}) if told else full if sees_all else {}
         if unknown := set(own) - {"head_dim", "num_key_value_heads"}:
             raise UserError(f"per_layer_config has {sorted(unknown)} for layer {number}, which is not supported")
-        layer = replace(layer, head_dim=own.get("head_dim") if own.get("head_dim") != shape["head_dim"] else None,
-                        kv_heads=own.get("num_key_value_heads", layer.kv_heads))
+        size = take(own, "head_dim", int, shape["head_dim"])
+        layer = replace(layer, head_dim=None if size == shape["head_dim"] else size,
+                        kv_heads=take(own, "num_key_value_heads", int, layer.kv_heads))
         if number >= count - shared:
             alike = [n for n, other in enumerate(made[:count - shared]) if (other.sliding_window == 0) == (layer.sliding_window == 0)]
             if not alike:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.families.family import LLAMA_KEYS, Family, kinds_of, take
+from models.families.family import LLAMA_KEYS, Family, kinds_of, numbers, positive, take, whole
 from models.formats.weight_names import Naming
 from models.network.config import LayerConfig, ModelConfig
 
@@ -23,13 +23,13 @@ def _width(hf: dict) -> int:
     size = take(hf, "intermediate_size", int, 12288) if size is None else size
     if not take(hf, "block_auto_adjust_ff_dim", bool, True):
         return size
-    step = max(take(hf, "block_multiple_of", int, 256), 1)
-    return -(-int(take(hf, "block_ffn_dim_multiplier", float, 1.0) * int(2 * size / 3)) // step) * step
+    step = whole(hf, "block_multiple_of", 256)
+    return -(-int(min(positive(hf, "block_ffn_dim_multiplier", 1.0), 1e6) * int(2 * size / 3)) // step) * step
 
 
 def _layers(hf: dict, layers: tuple[LayerConfig, ...]) -> tuple[LayerConfig, ...]:
     def pattern(hf: dict, count: int) -> list[str]:
-        full = take(hf, "full_attn_idxs", list, None)
+        full = numbers(hf, "full_attn_idxs", count)
         return ["full_attention" if full is None or number in full else "conv" for number in range(count)]
     kinds = kinds_of(hf, len(layers), ("full_attention", "conv"), pattern)
     conv = {"mixer": "conv", "heads": 0, "kv_heads": 0, "kernel": take(hf, "conv_L_cache", int, 3), "rope": -1}
@@ -44,14 +44,14 @@ def _dense(hf: dict, shape: dict) -> dict:
 def _sparse(hf: dict, shape: dict) -> dict:
     experts = {"experts": take(hf, "num_experts", int, 32), "experts_per_token": take(hf, "num_experts_per_tok", int, 4),
                "mlp_size": take(hf, "moe_intermediate_size", int, 1792)}
-    dense = take(hf, "num_dense_layers", int, 2)
+    dense = whole(hf, "num_dense_layers", 2, 0)
     layers = tuple(replace(layer, **(experts if number >= dense else {})) for number, layer in enumerate(shape["layers"]))
     return {"layers": _layers(hf, layers), "conv_bias": take(hf, "conv_bias", bool, False), "router": "sigmoid",
             "router_bias": take(hf, "use_expert_bias", bool, True), "router_normalized": take(hf, "norm_topk_prob", bool, True)}
 
 
 def _factors(hf: dict, config: ModelConfig) -> dict[str, float]:
-    return {"moe.experts.{e}.down_proj": take(hf, "routed_scaling_factor", float, 1.0)}
+    return {"moe.experts.{e}.down_proj": positive(hf, "routed_scaling_factor", 1.0)}
 
 
 def _back(config: ModelConfig) -> dict:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.families.family import LLAMA_KEYS, Family, take
+from models.families.family import LLAMA_KEYS, Family, take, whole
 from models.formats.weight_names import Naming
 from runtime.errors import UserError
 
@@ -11,7 +11,7 @@ ERNIE_KEYS = {name: entry for name, entry in LLAMA_KEYS.items() if name != "norm
 
 def _without_positions(hf: dict, shape: dict) -> dict:
     """SmolLM3: no_rope_layers has 1 where a layer rotates and 0 where it does not; by default every fourth does not."""
-    count, every = len(shape["layers"]), take(hf, "no_rope_layer_interval", int, 4)
+    count, every = len(shape["layers"]), whole(hf, "no_rope_layer_interval", 4)
     told = take(hf, "no_rope_layers", list, None)
     told = [int((number + 1) % every != 0) for number in range(count)] if told is None else told
     if len(told) != count or any(type(one) not in (int, bool) or one not in (0, 1) for one in told):

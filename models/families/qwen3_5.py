@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.families.family import LLAMA_KEYS, Family, kinds_of, take
+from models.families.family import LLAMA_KEYS, Family, kinds_of, take, whole
 from models.formats.weight_names import Naming
 from models.network.config import ModelConfig
 
@@ -15,7 +15,7 @@ _SIZES = {"heads": ("linear_num_value_heads", 32), "kv_heads": ("linear_num_key_
 
 
 def _more(hf: dict, shape: dict) -> dict:
-    every = take(hf, "full_attention_interval", int, 4)
+    every = whole(hf, "full_attention_interval", 4)
     kinds = kinds_of(hf, len(shape["layers"]), ("full_attention", "linear_attention"), lambda hf, count: [
         "full_attention" if (number + 1) % every == 0 else "linear_attention" for number in range(count)])
     delta = {name: take(hf, key, int, default) for name, (key, default) in _SIZES.items()} | {"mixer": "delta", "rope": -1}

@@ -111,6 +111,8 @@ class ModelConfig:
                  "context_length": self.context_length, "number of layers": len(self.layers)}
         if self.sliding_window is not None:
             sizes["sliding_window"] = self.sliding_window
+        if self.per_layer_size:
+            sizes["per_layer_size"] = self.per_layer_size
         for number, layer in enumerate(self.layers):
             sizes |= {f"{name} of layer {number}": value for name, value in _sizes(layer).items()}
             self._check_layer(number, layer)
@@ -243,4 +245,5 @@ def _sizes(layer: LayerConfig) -> dict[str, int]:
     """The sizes that a layer of its kind must have."""
     names = {"conv": ["kernel"], "delta": ["heads", "kv_heads", "kernel", "state_dim"],
              "mamba": ["heads", "kv_heads", "kernel", "state_dim"]}.get(layer.mixer, ["heads", "kv_heads"])
-    return {name: getattr(layer, name) for name in [*names, "mlp_size"]}
+    more = ["head_dim"] * (layer.head_dim is not None) + ["shared_size"] * (layer.shared_size != 0)
+    return {name: getattr(layer, name) for name in [*names, *more, "mlp_size"]}
