@@ -129,7 +129,7 @@ def model_facts(checkpoint: Checkpoint, plan: dict, max_context: int) -> dict:
     """
     config, file = checkpoint.config, checkpoint.path / "generation_config.json"
     generation = bundles.read_json(file)
-    check_defaults(generation, str(file))
+    check_defaults(generation, str(file), config.vocab_size)
     return {"config": config.to_dict(), "activations": plan["activations"], "kv_cache": plan["kv_cache"], "max_context": max_context,
             **special_ids(config, checkpoint.path), "special_tokens": special_tokens(checkpoint.path), "generation": generation}
 

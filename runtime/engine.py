@@ -93,7 +93,8 @@ class Engine:
             if not isinstance(value, bool):
                 raise UserError(f"{name} is {shown(value)}; it must be true or false")
         self.bundle: Bundle = open_bundle(bundle, verify=verify)
-        self._defaults = check_defaults(self.bundle.model.get("generation") or {}, f"{self.bundle.path(MANIFEST)}: model.generation")
+        self._defaults = check_defaults(self.bundle.model.get("generation") or {}, f"{self.bundle.path(MANIFEST)}: model.generation",
+                                        self.bundle.model["config"]["vocab_size"])
         if max_memory_mb is not None and self.bundle.weights_bytes > max_memory_mb * _MB:
             raise UserError(f"{self.bundle.folder}: the weights alone take {self.bundle.weights_bytes / _MB:.0f} MB, "
                             f"more than max_memory_mb={max_memory_mb:g}")

@@ -1,6 +1,6 @@
 """Choose the next token from logits.
 
-Order, as in Hugging Face `transformers`: logit bias; repetition penalty (Keskar et al. 2019, over prompt and reply);
+Order, as in Hugging Face `transformers`: suppressed tokens; logit bias; repetition penalty (Keskar et al. 2019, over prompt and reply);
 frequency and presence penalties (OpenAI's, over the reply); temperature; top-k; top-p (nucleus, Holtzman et al. 2019:
 the smallest set of most likely tokens whose mass reaches p); min-p (Nguyen et al. 2024: at least p times the
 likeliest). Temperature 0 is greedy: the largest adjusted logit, the lowest id among equals, and no truncation matters.
@@ -47,6 +47,8 @@ class SamplingOptions:
     frequency_penalty: float = arg(0.0, help="lower a token's logit by this for each time the reply has it")
     presence_penalty: float = arg(0.0, help="lower a token's logit by this where the reply has it")
     logit_bias: dict[int, float] = field(default_factory=dict)      # token id -> added to its logit; -inf forbids it
+    suppress_tokens: tuple[int, ...] | list[int] = ()               # token ids that are never chosen
+    begin_suppress_tokens: tuple[int, ...] | list[int] = ()         # token ids that no reply begins with
     seed: int | None = arg(None, help="the same seed gives the same reply")
     logprobs: int | None = None       # None: none; N: log probability of each token, and of the N likeliest
 
@@ -65,6 +67,9 @@ class SamplingOptions:
             isinstance(k, whole) and not isinstance(k, bool) and k >= 0 and isinstance(b, number) and not isinstance(b, bool)
             and (b == -math.inf or -_LARGEST <= b <= _LARGEST) for k, b in v.items()),
             f"a dict of token ids to numbers, at most {_LARGEST:g}, or -inf", dict)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            self._check(name, lambda v: all(isinstance(k, whole) and not isinstance(k, bool) and k >= 0 for k in v), "a list of token ids",
+                        (list, tuple))
         self._check("seed", lambda v: v is None or 0 <= v < 1 << 64, "a whole number from 0 to 2**64 - 1, or None", (*whole, type(None)))
         self._check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (*whole, type(None)))
 
@@ -74,12 +79,12 @@ class SamplingOptions:
             raise UserError(f"{name} is {value if isinstance(value, float) else shown(value)}; it must be {rule}")
 
 
-def check_defaults(generation: dict, where: str) -> dict:
+def check_defaults(generation: dict, where: str, vocab: int) -> dict:
     """The sampling that a Hugging Face generation_config.json asks for, as keyword arguments of SamplingOptions: the
-    repetition penalty, and with "do_sample" the temperature (1 where it says none), top-k, top-p and min-p. Raises
-    UserError, which begins with `where`, where no reply could be sampled so."""
-    samples = generation.get("do_sample")
-    names = ["repetition_penalty", *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
+    repetition penalty, tokens to suppress, and with "do_sample" the temperature (1 where it says none), top-k, top-p and
+    min-p. vocab: how many tokens there are. Raises UserError, which begins with `where`, where no reply could be sampled so."""
+    samples, suppressed = generation.get("do_sample"), ("suppress_tokens", "begin_suppress_tokens")
+    names = ["repetition_penalty", *suppressed, *(("temperature", "top_k", "top_p", "min_p") if samples else ())]
     defaults = {name: generation[name] for name in names if generation.get(name) is not None}
     try:
         if not isinstance(samples, bool | None):
@@ -87,6 +92,8 @@ def check_defaults(generation: dict, where: str) -> dict:
         if samples:
             defaults.setdefault("temperature", 1.0)
         SamplingOptions(**defaults)
+        for name in suppressed:
+            _within(name, defaults.get(name, ()), vocab)
     except UserError as error:
         raise UserError(f"{where}: {error}; mend it, or remove it there") from None
     return defaults
@@ -115,13 +122,16 @@ class Sampler:
         self._counts: np.ndarray | None = None                    # times each token is in the reply so far
         self._seen: np.ndarray | None = None                      # whether it is in prompt or reply
         self._penalized = (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
-        self._adjusts = self._penalized or bool(options.logit_bias)
+        self._never, self._not_first = (np.array(sorted({*tokens}), np.int64) for tokens in (
+            options.suppress_tokens, {*options.suppress_tokens, *options.begin_suppress_tokens}))
+        self._begun = False
+        self._adjusts = self._penalized or bool(options.logit_bias) or len(self._never) > 0
         self._greedy = options.temperature < _GREEDY_BELOW
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
 
     def choose(self, logits: np.ndarray) -> int:
         """The next token from float32 logits [vocab]. Raises UserError for logits that are not numbers."""
-        adjusted = self._adjust(logits) if self._adjusts else logits
+        adjusted = self._adjust(logits) if self._adjusts or len(self._not_first) and not self._begun else logits
         best = int(adjusted.argmax())
         peak = _finite(adjusted[best])
         if self._greedy:
@@ -134,12 +144,16 @@ class Sampler:
     @property
     def candidates(self) -> int:
         """How many of the largest logits, after `penalties`, `choose_among` needs; 0: it needs more, use `choose`."""
-        if self.options.logit_bias or self.options.logprobs is not None:
+        if self.options.logit_bias or self.options.logprobs is not None or len(self._not_first) and not self._begun:
             return 0
-        return 1 if self._greedy else self.options.top_k if self.options.top_k <= _MOST_CANDIDATES else 0
+        wanted = 1 if self._greedy else self.options.top_k
+        return wanted and wanted + len(self._never) if wanted + len(self._never) <= _MOST_CANDIDATES else 0
 
     def choose_among(self, ids: np.ndarray, logits: np.ndarray) -> int:
         """The token `choose` would give, from the ids and adjusted logits of the `candidates` largest, largest first."""
+        if len(self._never):
+            kept = np.flatnonzero(~np.isin(ids, self._never))[:max(1, len(ids) - len(self._never))]
+            ids, logits = ids[kept], logits[kept]
         peak = _finite(logits[0])
         if self._greedy:
             return self._chosen(int(ids[0]))
@@ -156,6 +170,7 @@ class Sampler:
         return self.options, self._counts, self._seen
 
     def _chosen(self, token: int) -> int:
+        self._begun = True
         if self._penalized:
             self._counts[token] += 1
             self._seen[token] = True
@@ -166,8 +181,11 @@ class Sampler:
         return self._chosen(int(ids[_locate(cumulative, self._random.random() * cumulative[-1])]))
 
     def _adjust(self, logits: np.ndarray) -> np.ndarray:
-        """A copy of the logits with bias and penalties applied."""
+        """A copy of the logits with suppressed tokens left out, bias and penalties applied."""
         options, logits = self.options, logits.copy()
+        forbidden = self._never if self._begun else self._not_first
+        _within("suppress_tokens", forbidden[-1:], len(logits))
+        logits[forbidden] = -np.inf
         for token, bias in options.logit_bias.items():
             if token >= len(logits):
                 raise UserError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
@@ -215,6 +233,11 @@ class Sampler:
 
     def _weights(self, logits: np.ndarray, peak: float) -> np.ndarray:
         return np.exp((logits.astype(np.float64) - peak) / self.options.temperature)
+
+
+def _within(name: str, tokens, vocab: int) -> None:
+    if len(tokens) and max(tokens) >= vocab:
+        raise UserError(f"{name} has token {max(tokens)}, but the vocabulary ends at {vocab - 1}")
 
 
 def _finite(peak: np.float32) -> float:

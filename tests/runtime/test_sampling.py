@@ -1,13 +1,18 @@
 """Sampling against a straightforward float64 reference, `transformers`' own processors, and a chi-square test."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import AutoModelForCausalLM, SuppressTokensAtBeginLogitsProcessor, SuppressTokensLogitsProcessor
 
+from runtime import Engine
 from runtime.errors import UserError
-from runtime.sampling import Sampler, SamplingOptions, largest, token_logprobs
+from runtime.sampling import Sampler, SamplingOptions, check_defaults, largest, token_logprobs
 
 VOCAB = 1000
 SETTINGS = [
@@ -200,6 +205,40 @@ def test_forbidden_logits_are_never_chosen():
         assert {sampler.choose(logits) for _ in range(100)} <= {8, 900}
 
 
+def test_suppressed_tokens_are_those_of_transformers():
+    """Against its processors, through both ways to choose: from all logits, and from the largest of a backend's own loop."""
+    never, first = [17, 5, 400, 17], [12, 3]
+    for seed in range(20):
+        logits = logits_of(seed)
+        top = np.argsort(-logits, kind="stable")
+        never[1], first[1] = int(top[0]), int(top[1])              # what would be chosen is among them
+        sampler = Sampler(SamplingOptions(suppress_tokens=never, begin_suppress_tokens=first), PROMPT)
+        for length, begun in ((0, False), (1, True)):
+            scores = SuppressTokensLogitsProcessor(never)(None, torch.from_numpy(logits)[None])
+            scores = SuppressTokensAtBeginLogitsProcessor(first, len(PROMPT))(torch.zeros(1, len(PROMPT) + length), scores)
+            assert sampler.candidates == (4 if begun else 0)       # a reply's first token is chosen from all logits
+            assert sampler.choose(logits) == int(scores.argmax())
+        assert sampler.choose_among(top[:4], logits[top[:4]]) == int(top[1])
+    options = SamplingOptions(temperature=1.0, top_k=5, seed=3, suppress_tokens=(int(top[0]), int(top[3])))
+    one, other = Sampler(options, PROMPT), Sampler(options, PROMPT)
+    found = [one.choose(logits) for _ in range(200)]
+    assert found == [other.choose_among(top[:7], logits[top[:7]]) for _ in range(200)]
+    assert set(found) == {int(token) for token in np.delete(top, [0, 3])[:5]} and other.candidates == 7
+    assert Sampler(SamplingOptions(suppress_tokens=list(range(300))), PROMPT).candidates == 0       # more than a backend keeps
+
+
+def test_a_models_settings_suppress_tokens():
+    kept = check_defaults({"suppress_tokens": [3, 4], "begin_suppress_tokens": None, "do_sample": False}, "x", VOCAB)
+    assert kept == {"suppress_tokens": [3, 4]}
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        for value, words in (([VOCAB], f"x: {name} has token 1000, but the vocabulary ends at 999; mend it"), ([-1], f"x: {name} is"),
+                             (7, f"x: {name} is 7; it must be a list of token ids"), (["a"], name), ([True], name)):
+            with pytest.raises(UserError, match=words):
+                check_defaults({name: value}, "x", VOCAB)
+    with pytest.raises(UserError, match="suppress_tokens has token 5000, but the vocabulary ends at 999"):
+        Sampler(SamplingOptions(suppress_tokens=[5000]), PROMPT).choose(logits_of(7))
+
+
 def test_token_logprobs():
     logits = logits_of(6)
     log_p = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
@@ -223,3 +262,23 @@ def test_values_out_of_range_are_refused_by_name(name, value):
 def test_a_bias_outside_the_vocabulary_is_refused():
     with pytest.raises(UserError, match="token 5000"):
         Sampler(SamplingOptions(logit_bias={5000: 1.0}), PROMPT).choose(logits_of(7))
+
+
+@pytest.mark.parametrize("provider", ["native", "cpu"])
+def test_a_bundles_suppressed_tokens_are_in_no_reply(provider, tiny_bundle, tmp_path):
+    """Against transformers' own generation, through every backend's loop."""
+    checkpoint, bundle = tiny_bundle("smollm2")
+    folder, ids = shutil.copytree(bundle, tmp_path / "bundle"), [5, 99, 300, 41]
+    settings = dict(max_new_tokens=24, ignore_model_stop=True)
+    with Engine(folder, provider=provider, threads=1) as engine:
+        plain = engine.generate(ids, **settings)[0].tokens
+    suppressed = {"suppress_tokens": sorted(set(plain[3:9])), "begin_suppress_tokens": [plain[0]]}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["generation"] |= suppressed
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.generation_config.eos_token_id = None
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, **suppressed)[0, len(ids):].tolist()
+    with Engine(folder, provider=provider, threads=1) as engine:
+        assert engine.generate(ids, **settings)[0].tokens == theirs != plain
+        assert engine.generate(ids, **settings, suppress_tokens=(), begin_suppress_tokens=())[0].tokens == plain
