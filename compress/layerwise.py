@@ -12,8 +12,8 @@ pass), then every expert's linears, with the tokens that are routed to it; one t
 note says so.
 
 Peak memory is one layer in float32, one Hessian, and the activations: windows * tokens * (2 hidden + widest input) * 4
-bytes (of experts a hidden more). Matrix products run in bfloat16 with float32 sums where the CPU has such units (`fast_matmul`): twice as fast, and
-the Hessian stays the exact second moment of inputs rounded to 8 bits of mantissa.
+bytes (of experts two hidden more). Matrix products run in bfloat16 with float32 sums where the CPU has such units
+(`fast_matmul`): twice as fast, and the Hessian stays the exact second moment of inputs rounded to 8 bits of mantissa.
 """
 
 import sys
@@ -86,10 +86,11 @@ class Walk:
         if config.positions == "learned":
             self.x += checkpoint.read("model.embed_positions.weight").float()[positions]
         if config.per_layer_size:
-            made = tables.get("model.per_layer_projection")
-            self._embedded, self._projection = self.x.clone(), checkpoint.weight("model.per_layer_projection") if made is None else made
-            dense = checkpoint.quantized("model.per_layer_embed") is None           # then it is mapped, not read
-            self._table = checkpoint.read("model.per_layer_embed.weight") if dense else checkpoint.weight("model.per_layer_embed")
+            made, own = tables.get("model.per_layer_projection"), "model.per_layer_embed"
+            self._embedded = self.x.clone()
+            self._projection = checkpoint.weight("model.per_layer_projection") if made is None else made
+            dense = checkpoint.quantized(own) is None                               # then it is mapped, not read
+            self._table = checkpoint.read(f"{own}.weight") if dense else checkpoint.weight(own)
         self._steps = list(steps(config, positions[None]))
         self._kept: list[dict] = [{} for _ in self.x.split(ROWS)]      # what later layers read of earlier ones, by part
         self._unreached: set[str] = set()              # experts that a note has named
@@ -101,7 +102,8 @@ class Walk:
             return [None] * len(self._kept)
         columns = slice(number * size, (number + 1) * size)
         gain = self.checkpoint.read("model.per_layer_norm.weight").float()
-        return [F.rms_norm(x @ self._projection[columns].T, (size,), gain, self.checkpoint.config.norm_eps) + self._table[:, columns][ids].float()
+        projection, table, eps = self._projection[columns], self._table[:, columns], self.checkpoint.config.norm_eps
+        return [F.rms_norm(x @ projection.T, (size,), gain, eps) + table[ids].float()
                 for x, ids in zip(self._embedded.split(ROWS), self.ids.split(ROWS))]
 
     def layers(self, label: str) -> Iterator[tuple[int, Layer]]:

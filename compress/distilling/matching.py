@@ -4,9 +4,10 @@
   differ) against the teacher's after the layer at the same share of the depth: squared error over the teacher's mean
   square, token by token, averaged over the layers. Relative, because a few tokens have states a thousand times larger
   than all others (Romero et al. 2015, "FitNets"; Jiao et al. 2020, "TinyBERT", for the map and the uniform layers).
-- `attention_loss`: in the last attention of each that has keys of its own, which earlier tokens are alike to a token by their queries, by their keys
-  and by their values: softmax(x xT / sqrt(width)) over the tokens up to it, in as many parts of the width as both can
-  be cut into; KL of the teacher's from the student's. Head counts and widths may differ (Wang et al. 2021, "MiniLMv2").
+- `attention_loss`: in the last attention of each that has keys of its own, which earlier tokens are alike to a token by
+  their queries, by their keys and by their values: softmax(x xT / sqrt(width)) over the tokens up to it, in as many
+  parts of the width as both can be cut into; KL of the teacher's from the student's. Head counts and widths may differ
+  (Wang et al. 2021, "MiniLMv2").
 """
 
 from collections.abc import Iterator

@@ -101,7 +101,8 @@ def rewrite_files(folder: Path, kept: list[int]) -> None:
     new = {old: i for i, old in enumerate(kept)}
 
     def generation(data: dict) -> dict:
-        return {key: renumbered(value, new) if key.endswith(("token_id", "token_ids", "suppress_tokens")) else value for key, value in data.items()}
+        ids = ("token_id", "token_ids", "suppress_tokens")
+        return {key: renumbered(value, new) if key.endswith(ids) else value for key, value in data.items()}
 
     def configuration(data: dict) -> dict:
         added = {str(new[int(i)]): entry for i, entry in data.get("added_tokens_decoder", {}).items() if int(i) in new}

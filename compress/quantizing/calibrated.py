@@ -204,12 +204,15 @@ def calibration_bytes(config: ModelConfig, windows: int, length: int) -> dict[st
     matrices = [shape for layer in layers for name, shape in layer.items() if len(shape) == 2]
     widest = max(columns for _, columns in matrices)
     streams = 2 + 2 * any(layer.experts for layer in config.layers) + (config.per_layer_size > 0)
+    read = {layer.cache_source for layer in config.layers if layer.cache_source is not None}           # whose keys and values stay
+    kept = sum(2 * config.layers[n].kv_heads * config.head_size(config.layers[n]) for n in read) + 2 * config.per_layer_size
     table, more = (config.vocab_size * size for size in (config.hidden_size, config.per_layer_size * len(config.layers)))
 
     def chosen(weights: int) -> int:                # a matrix, what its codes stand for, the codes, and copies of a part of it
         return 9 * weights + 4 * COPIES * min(weights, PART)
-    walking = {"token table": 4 * table, "activations": 4 * tokens * (streams * config.hidden_size + widest),
+    walking = {"token table": 4 * table, "activations": 4 * tokens * (streams * config.hidden_size + widest + kept),
                "layer": 5 * max(sum(map(math.prod, layer.values())) for layer in layers), "Hessian": FACTORS * widest**2,
                "matrix": chosen(max(map(math.prod, matrices)))}
-    before = {"token table": max(chosen(table), 4 * table + 2 * more + chosen(min(more, TABLE))), "Hessian": FACTORS * config.hidden_size**2}
+    before = {"token table": max(chosen(table), 4 * table + 2 * more + chosen(min(more, TABLE))),
+              "Hessian": FACTORS * config.hidden_size**2}
     return max(walking, before, key=lambda parts: sum(parts.values())) | {"process": PROCESS_BYTES}

@@ -213,7 +213,8 @@ def output_gradients(checkpoint: Checkpoint, ids: Tensor, seed: int = 0) -> tupl
 def gradient_bytes(config: ModelConfig, length: int, bytes_a_parameter: int) -> dict[str, int]:
     """Predicted peak memory by kind: the whole model, mapped from its file, and the activations of one window."""
     tokens = min(length, config.context_length)
-    kept = sum(8 * config.hidden_size + 4 * layer.heads * config.head_size(layer) + 4 * sum(config.state_shapes(layer).get("conv", (0,))[:1])
+    kept = sum(8 * config.hidden_size + 4 * layer.heads * config.head_size(layer)
+               + 4 * config.state_shapes(layer).get("conv", (0,))[0]
                + 4 * (layer.mlp_size * max(layer.experts_per_token, 1) + layer.shared_size) for layer in config.layers)
     return {"weights": bytes_a_parameter * sum(math.prod(shape) for shape in tensor_shapes(config).values()),
             "activations": 4 * tokens * kept, "logits": 16 * tokens * config.vocab_size,

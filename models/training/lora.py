@@ -42,7 +42,8 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: to
 
     frozen: dtype of the frozen weights beside an adapter; the adapters are float32.
     """
-    model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in adapted(decoder.config)))))
+    targets = list(dict.fromkeys(name.rpartition(".")[2] for name in adapted(decoder.config)))
+    model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
     config = model.peft_config["default"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", str(source)    # for whoever opens the adapter
     if frozen != torch.float32:
@@ -68,7 +69,8 @@ def save_adapter(model: PeftModel, folder: Path, hf_config: dict) -> None:
         if not ours.intersection(name for name, _ in held):
             continue
         # Several in one: A is stacked, B has each in its own rows and columns, and alpha grows with the rank.
-        sides = [[tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"].cpu() for name, _ in held] for side in "AB"]
+        sides = [[tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"].cpu() for name, _ in held]
+                 for side in "AB"]
         whole = held[0][1].whole or (len(sides[1][0]),)
         wide = torch.zeros(whole[1] if held[0][1].transposed else whole[0], rank * len(held))
         for number, ((_, part), b) in enumerate(zip(held, sides[1])):

@@ -2,9 +2,9 @@
 
 Weights in fp32; for what is trained also a gradient and AdamW's two moments (12 bytes a parameter); activations kept
 for the backward pass; the logits with their softmax and gradient. Activations are counted per token and layer from the
-decoder's shape (attention's scores are never stored: PyTorch computes them in blocks; a recurrence keeps a chunk's), half as much again where rows
-differ in length, for the holes that leaves in the heap; the checkpoint, mapped again where adapters are merged into it;
-what the process takes by itself. A prediction in fp32: mixed precision needs less for activations.
+decoder's shape (attention's scores are never stored: PyTorch computes them in blocks; a recurrence keeps a chunk's), half
+as much again where rows differ in length, for the holes that leaves in the heap; the checkpoint, mapped again where adapters
+are merged into it; what the process takes by itself. A prediction in fp32: mixed precision needs less for activations.
 """
 
 import torch
@@ -39,7 +39,7 @@ def _kept(config: ModelConfig, layer: LayerConfig) -> int:
     mixer = size * (5 * layer.heads + 6 * layer.kv_heads)
     if layer.mixer == "conv":
         mixer = 6 * hidden
-    elif layer.mixer != "attention":        # what goes into the chunks, by head; each head's products of a chunk's tokens; a state a chunk
+    elif layer.mixer != "attention":        # by head what goes into the chunks, the products of a chunk's tokens, and a state a chunk
         mixer = 3 * channels + layer.heads * (6 * (size + layer.state_dim) + 6 * CHUNK + 2 * size * layer.state_dim // CHUNK)
     feed = 4 * layer.mlp_size
     if layer.experts:                       # a copy of the token, and of what comes out, for every expert
