@@ -205,7 +205,7 @@ int check_config(opening *o, const ew_config *c) {
     int sane = within(c->vocab, 1, 1 << 24) && within(c->hidden, 1, 1 << 18) && within(c->layers, 1, 1 << 12)
             && within(c->max_context, 1, 1 << 23) && within(c->activation, EW_SILU, EW_GELU_TANH)
             && within(c->norm_order, EW_PRE, EW_BOTH) && within(c->qk_norm, EW_NO_NORM, EW_ALL_HEADS)
-            && within(c->router, EW_SOFTMAX, EW_SIGMOID) && within(c->per_layer, 0, 1 << 16) && c->per_layer % TILE == 0
+            && within(c->router, EW_SOFTMAX, EW_SIGMOID) && within(c->per_layer, 0, 1 << 13) && c->per_layer % TILE == 0
             && c->layers * (int64_t)c->per_layer < 1 << 24 && o->tensors >= 0 && o->tensors < 1 << 24;
     const float scales[] = {c->attention_scale, c->attention_softcap, c->logits_softcap};
     for (int i = 0; i < 3; i++) sane = sane && scales[i] >= 0 && scales[i] < INFINITY;
