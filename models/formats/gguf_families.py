@@ -98,7 +98,8 @@ def _gemma4(file) -> dict:
 
 def _granite(file) -> dict:
     return {"embedding_multiplier": file.number("embedding_scale", 1.0), "residual_multiplier": file.number("residual_scale", 1.0),
-            "attention_multiplier": file.number("attention.scale"), "logits_scaling": file.number("logit_scale", 1.0)}
+            "attention_multiplier": file.number("attention.scale"), "logits_scaling": file.number("logit_scale", 1.0),
+            "intermediate_size": file.size("expert_shared_feed_forward_length", file.same("feed_forward_length"))}
 
 
 def _granite_hybrid(file) -> dict:
@@ -106,6 +107,7 @@ def _granite_hybrid(file) -> dict:
     inner, ranks = file.size("ssm.inner_size"), file.size("ssm.time_step_rank")
     nope = file.count("rope.dimension_count") == 0 or file.take("rope.scaling.finetuned", True) is False
     return _granite(file) | {
+        "intermediate_size": file.same("feed_forward_length"),
         "layer_types": ["attention" if one else "mamba" for one in heads], "num_key_value_heads": max(heads),
         "mamba_n_heads": ranks, "mamba_d_head": inner // ranks, "mamba_d_state": file.size("ssm.state_size"),
         "mamba_n_groups": file.size("ssm.group_count"), "mamba_d_conv": file.size("ssm.conv_kernel"),

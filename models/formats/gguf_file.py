@@ -164,6 +164,8 @@ class GGUFFile:
         said = {key.removeprefix(f"{self.architecture}."): value for key, value in self.metadata.items()
                 if key.startswith(f"{self.architecture}.")}
         for key, value in said.items():
+            if key.startswith("ssm.") and not self.config.recurrent:        # of a Granite 4 whose layers are all attention
+                continue
             if key not in self._asked | _INERT and (not value if key == "attention.causal" else not off(key, value)):
                 raise UserError(f"{self.path}: {self.architecture}.{key} {value!r:.60} is not supported: it may change what the model "
                                 "computes, and would be ignored; get the model as a Hugging Face folder")

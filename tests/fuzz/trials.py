@@ -35,6 +35,9 @@ def quiet():
 
 # ---- originals
 
+NEWER = ("gemma3", "gemma4", "qwen3_5", "lfm2", "granite4_tiny", "phi3", "olmo3", "qwen3_moe")
+
+
 def _checkpoint(place: Path, family: str, *words: str) -> Path:
     """A tiny checkpoint, through models.get as a user's would come, quantized where `words` say how."""
     from compress import quantize
@@ -74,18 +77,19 @@ def native_bundles(place: Path) -> list[Path]:
 
 def checkpoints(place: Path) -> list[Path]:
     return [_checkpoint(place / "dense", "smollm2"), _checkpoint(place / "gpt2", "gpt2"), _checkpoint(place / "qwen3", "qwen3"),
-            _checkpoint(place / "llama", "llama"), _checkpoint(place / "int4", "smollm2", "--bits", "4", "--no-symmetric"),
+            _checkpoint(place / "llama", "llama"), *(_checkpoint(place / family, family) for family in NEWER), _checkpoint(place / "int4", "smollm2", "--bits", "4", "--no-symmetric"),
             _checkpoint(place / "int3", "qwen2", "--bits", "3", "--group", "0")]
 
 
 def ggufs(place: Path) -> list[Path]:
     from tiny import tiny_model, tiny_tokenizer
-    from tiny_gguf import write_gguf
+    from tiny_gguf import SAID, write_gguf
     made = []
-    for family, kind in (("smollm2", "F32"), ("smollm2", "Q8_0"), ("qwen2", "Q4_0"), ("gpt2", "F16")):
+    for family, kind in (("smollm2", "F32"), ("smollm2", "Q8_0"), ("qwen2", "Q4_0"), ("gpt2", "F16"), ("lfm2", "F32"), ("olmoe", "Q8_0"),
+                         ("exaone4", "F32")):
         folder = place / f"{family}-{kind}"
         folder.mkdir(parents=True)
-        write_gguf(folder / "model.gguf", tiny_model(family), tiny_tokenizer(), kind, "qwen2" if family == "qwen2" else "smollm")
+        write_gguf(folder / "model.gguf", tiny_model(family, **SAID.get(family, {})), tiny_tokenizer(), kind, "qwen2" if family == "qwen2" else "smollm")
         made.append(folder)
     return made
 

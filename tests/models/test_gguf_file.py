@@ -94,6 +94,16 @@ def test_a_file_with_odd_values_opens_or_is_refused_in_a_sentence(family, tmp_pa
                 assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
+def test_a_granite_4_without_mamba_layers(tmp_path):
+    """The converter calls it a granite, and says of it what it says of those with such layers; its MLP is the shared one."""
+    model = model_of("granite")
+    path = write_gguf(tmp_path / "model.gguf", model, extra={"granite." + key: value for key, value in {
+        "attention.head_count_kv": [2, 2], "expert_count": 0, "expert_used_count": 0, "expert_shared_feed_forward_length": 128,
+        "feed_forward_length": 999, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.group_count": 2, "ssm.inner_size": 128,
+        "ssm.time_step_rank": 4, "rope.scaling.finetuned": True}.items()})
+    torch.testing.assert_close(logits(read(path), LONG), logits(model, LONG), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family, changes, words", [
     ("smollm2", {"llama.attention.scale": 0.5}, "llama.attention.scale 0.5 is not supported: it may change"),
     ("gemma3", {"gemma3.attention.causal": False}, "gemma3.attention.causal False is not supported"),
