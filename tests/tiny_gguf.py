@@ -130,6 +130,8 @@ def _rope_metadata(architecture: str, config) -> dict:
     fields = {"rope.freq_base": rope["rope_theta"]} | ({"rope.dimension_count": size} if architecture in INTERLEAVED else {})
     if rope["rope_type"] in ("linear", "yarn"):
         fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    fields |= {f"rope.scaling.yarn_{key}": rope[ours] for key, ours in (
+        ("beta_fast", "beta_fast"), ("beta_slow", "beta_slow"), ("attn_factor", "attention_factor")) if rope.get(ours) is not None}
     if rope["rope_type"] in ("longrope", "yarn"):
         fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     if "sliding_attention" in config.rope_parameters:
@@ -151,8 +153,7 @@ def _computed(architecture: str, config) -> dict:
             wider, original = config.max_position_embeddings / config.original_max_position_embeddings, config.original_max_position_embeddings
             return {"rope.scaling.attn_factor": math.sqrt(1 + math.log(wider) / math.log(original))}
         case "mistral3":
-            return {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"],
-                    "rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"]}
+            return {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"]}
         case "hunyuan-dense":
             size = _head_dim(config)
             return {"rope.scaling.type": "none", "rope.freq_base": rope["rope_theta"] * rope["alpha"] ** (size / (size - 2))}

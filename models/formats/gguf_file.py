@@ -292,6 +292,8 @@ class GGUFFile:
                 found["original_max_position_embeddings"] = self.size("rope.scaling.original_context_length")
                 found |= {name: self.number(f"rope.scaling.yarn_{name}", default)
                           for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+                factor = self.number("rope.scaling.yarn_attn_factor", -1.0)
+                found |= {} if factor == -1 else {"attention_factor": factor}
             return found
         if kind not in ("none", "longrope"):
             raise UserError(f"{self.path}: RoPE scaling {kind!r} is not supported: supported are none, linear, yarn, longrope and Llama 3's")

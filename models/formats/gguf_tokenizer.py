@@ -159,7 +159,8 @@ def write_tokenizer(metadata: dict, path: Path, folder: Path) -> None:
     # BOS, PAD and every id that ends a reply (end of text, of turn, of message), by Hugging Face's names
     bos, pad, *ends = (token_id(metadata, name, path) for name in ("bos", "padding", "eos", "eot", "eom"))
     ends = list(dict.fromkeys(i for i in (*ends, *_turn_ends(metadata)) if i is not None))
-    found = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad}
+    found = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad,
+             "suppress_tokens": metadata.get("tokenizer.ggml.suppress_tokens")}
     write_json(folder / "generation_config.json", {name: value for name, value in found.items() if value is not None})
     if template := metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

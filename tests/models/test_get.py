@@ -189,6 +189,12 @@ def test_every_end_of_a_reply_is_in_the_generation_config(tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
+def test_tokens_that_a_file_suppresses(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("smollm2"), tiny_tokenizer(), extra={"tokenizer.ggml.suppress_tokens": [7, 8]})
+    assert run(path, "-o", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"] == [7, 8]
+
+
 def test_a_hub_id_is_downloaded(tiny_checkpoint, tmp_path, monkeypatch):
     asked = {}
 

@@ -94,6 +94,14 @@ def test_a_file_with_odd_values_opens_or_is_refused_in_a_sentence(family, tmp_pa
                 assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
+@pytest.mark.parametrize("family", ["qwen3_yarn", "olmo3"])
+def test_yarns_own_parameters(family, tmp_path):
+    rope = EVERY_FAMILY[family][1]["rope_parameters"]
+    more = {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}
+    model = model_of(family, rope_parameters=rope | ({"full_attention": rope["full_attention"] | more} if family == "olmo3" else more))
+    torch.testing.assert_close(logits(read(write_gguf(tmp_path / "model.gguf", model)), LONG), logits(model, LONG), atol=1e-4, rtol=1e-4)
+
+
 def test_a_granite_4_without_mamba_layers(tmp_path):
     """The converter calls it a granite, and says of it what it says of those with such layers; its MLP is the shared one."""
     model = model_of("granite")
