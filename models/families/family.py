@@ -197,7 +197,7 @@ def rope(hf: dict, theta: float = 10000.0, partial: float | None = None, head_di
     if outer not in (None, inner):
         raise UserError(f"rope_theta is {outer} and within rope_parameters {inner}: readers take one or the other, so remove "
                         f"the wrong one")
-    kind = found.get("rope_type") or "default"
+    kind = take(found, "rope_type", str, "default")
     kind = "longrope" if kind == "su" else kind
     if kind == "dynamic" and found.get("alpha") and head_dim > 2:       # HunYuan's: a plain one with a larger theta
         if (alpha := positive(found, "alpha")) > _MOST_ALPHA:

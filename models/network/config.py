@@ -34,6 +34,11 @@ class Rope:
     scaling: dict | None = None
     share: float = 1.0
 
+    def __post_init__(self):
+        least = 1.0 if self.scaling and self.scaling.get("rope_type") == "yarn" else 0.0         # YaRN divides by its logarithm
+        if not least < self.theta < math.inf:
+            raise UserError(f"rope_theta is {self.theta}, which should be {'above 1' if least else 'positive'} and finite")
+
     def dims(self, head_dim: int) -> int:
         return 2 * int(self.share * head_dim // 2)
 
