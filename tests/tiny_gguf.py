@@ -20,7 +20,8 @@ ARCHITECTURES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "qwen3_5_text": "q
 INTERLEAVED = ("llama", "smollm3", "granite", "granitehybrid", "mistral3")         # rows of q and k
 # What GGUF cannot say of the models in tiny.py, and what llama.cpp takes in its place: said so, a file and its model are one.
 SAID = {"llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},     # llama.cpp's factors are of 8192 positions
-        "mistral": {"sliding_window": None}, "smollm3": {"no_rope_layers": [1, 1, 1, 0]}, "granite": {"attention_bias": False, "mlp_bias": False},
+        "mistral": {"sliding_window": None}, "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+        "granite": {"attention_bias": False, "mlp_bias": False},
         "gemma2": {"query_pre_attn_scalar": 32}, "gemma3": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6, "layer_types": None},
         "hunyuan": {"max_position_embeddings": 256 * 1024}, "lfm2": {"conv_bias": False}, "lfm2_moe": {"routed_scaling_factor": 1.0},
         "granite4_tiny": {"position_embedding_type": "nope"}, "qwen3_moe": {"mlp_only_layers": []}}
@@ -150,8 +151,8 @@ def _computed(architecture: str, config) -> dict:
         case "olmo2" | "exaone4" if getattr(config, "sliding_window", None):
             return {"attention.sliding_window_pattern": slides}
         case "phi3":
-            wider, original = config.max_position_embeddings / config.original_max_position_embeddings, config.original_max_position_embeddings
-            return {"rope.scaling.attn_factor": math.sqrt(1 + math.log(wider) / math.log(original))}
+            original = config.original_max_position_embeddings
+            return {"rope.scaling.attn_factor": math.sqrt(1 + math.log(config.max_position_embeddings / original) / math.log(original))}
         case "mistral3":
             return {"rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"], "attention.temperature_scale": rope["llama_4_scaling_beta"]}
         case "hunyuan-dense":

@@ -212,8 +212,11 @@ def rope(hf: dict, theta: float = 10000.0, partial: float | None = None, head_di
     share = (partial or 1.0) if share is None else share
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise UserError(f"partial_rotary_factor is {share!r}, which should be a share of a head, above 0 and up to 1")
-    original = hf.get("original_max_position_embeddings", context or None)
-    scaling = {"rope_type": kind, "original_max_position_embeddings": original} | {k: v for k, v in found.items() if v is not None}
+    key = "original_max_position_embeddings"
+    original = take(hf, key, float, None) if kind != "default" else None
+    if original is not None and found.get(key) not in (None, original):
+        raise UserError(f"{key} is {original:g} and among the RoPE parameters {found[key]!r:.40}: remove the wrong one")
+    scaling = {"rope_type": kind, key: original if original is not None else context or None} | {k: v for k, v in found.items() if v is not None}
     known = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "max_position_embeddings"} | set(
         SCALINGS.get(kind, {})) | ({"mscale", "mscale_all_dim"} if kind == "yarn" else set()) | (
         {"factor"} if kind == "longrope" else set())
@@ -240,10 +243,11 @@ def _scaling(kind: str, given: dict, dims: int, context: int) -> dict:
             if name != "llama_4_scaling_beta" and not 0 < found[name] < math.inf:
                 raise UserError(f"the RoPE scaling's {name} is {found[name]}, which should be positive and finite")
     if "original_max_position_embeddings" in found:
-        found["original_max_position_embeddings"] = int(found["original_max_position_embeddings"])
-        if found["original_max_position_embeddings"] < 2:
-            raise UserError(f"the RoPE scaling's original_max_position_embeddings is {given['original_max_position_embeddings']}, which "
-                            "should be at least 2")
+        original = found["original_max_position_embeddings"]
+        if not original.is_integer() or original < 2:
+            raise UserError(f"the RoPE scaling's original_max_position_embeddings is {original}, which should be a whole number of 2 or "
+                            "more")
+        found["original_max_position_embeddings"] = int(original)
     if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
         raise UserError(f"the RoPE scaling {found} should be positive, low_freq_factor below high_freq_factor")
     if given.get("attention_factor") is None and kind in ("yarn", "longrope"):

@@ -170,7 +170,8 @@ class GGUFFile:
                 raise UserError(f"{self.path}: {self.architecture}.{key} {value!r:.60} is not supported: it may change what the model "
                                 "computes, and would be ignored; get the model as a Hugging Face folder")
             if key.startswith("attention.value_length") and value != said.get(key.replace("value", "key"), value):
-                raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, and only heads whose keys are as long are supported")
+                raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r:.60}, and only heads whose keys are as long are "
+                                "supported")
 
     def _check_tensors(self) -> None:
         shapes, found = tensor_shapes(self.config), set()

@@ -16,7 +16,7 @@ from runtime.errors import UserError
 FULL = "full_attention"
 HUGE = 2**40
 BAD = [     # family, keys of config.json, words
-    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention', which is not supported here: supported are full"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention', which is not supported here"),
     ("lfm2", {"layer_types": ["conv", "rwkv", "conv"]}, "layer_types has 'rwkv'"),
     ("qwen3_5", {"layer_types": [FULL, None, FULL]}, "layer_types has None"),
     ("granite4_h", {"layer_types": ["mamba", "attention"]}, "layer_types names 2 of 3 layers"),
@@ -31,7 +31,8 @@ BAD = [     # family, keys of config.json, words
     ("ministral3", {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "RoPE scaling 'mrope' is not supported"),
     ("gemma4", {"rope_parameters": {FULL: {"rope_type": []}}}, r"rope_type is \[\], which should be of type str"),
     ("gemma3", {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 0.0}}}, "rope_theta is 0.0, which should be positive"),
-    ("qwen3_yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta is 1.0, which should be above 1"),
+    ("qwen3_yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "rope_theta is 1.0, which should be"),
+    ("qwen3_yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64.5}}, "is 64.5, which"),
     ("gemma4", {"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input is 300, which should be the vocab_size 384"),
     ("gemma4", {"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6, of 6 layers"),
     ("gemma4", {"attention_k_eq_v": True}, "attention_k_eq_v True is not supported: only False is"),
@@ -50,13 +51,15 @@ BAD = [     # family, keys of config.json, words
     ("qwen3_5", {"linear_allow_neg_eigval": True}, "linear_allow_neg_eigval True is not supported"),
     ("qwen3_5", {"linear_num_key_heads": 3}, "4 heads, which its 3 key/value heads do not divide"),
     ("qwen3_5", {"full_attention_interval": 0, "layer_types": None}, "full_attention_interval is 0, which should be at least 1"),
-    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"), ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
     ("qwen3_moe", {"mlp_only_layers": [7]}, r"mlp_only_layers is \[7\], which should be numbers of layers, from 0 to 2"),
     ("lfm2", {"block_multiple_of": 0}, "block_multiple_of is 0"), ("lfm2", {"conv_L_cache": 0}, "kernel of layer 0 is 0"),
     ("exaone4", {"sliding_window_pattern": "LXG", "layer_types": None}, "sliding_window_pattern 'LXG' is not supported"),
     ("hunyuan", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e308}}, "alpha is 1e.308, which should be at most"),
     ("phi3", {"original_max_position_embeddings": 0, "rope_parameters": EVERY_FAMILY["phi3"][1]["rope_parameters"] | {
         "original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
+    ("phi3", {"original_max_position_embeddings": 32}, "original_max_position_embeddings is 32 and among the RoPE parameters 64"),
     ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0, which should be positive"),
     ("ernie4_5", {"hidden_size": HUGE}, f"hidden_size is {HUGE}"), ("qwen3_5", {"linear_key_head_dim": 0}, "head_dim of layer 0 is 0"),
     ("gemma4", {"hidden_size_per_layer_input": HUGE}, f"per_layer_size is {HUGE}"),
@@ -70,7 +73,8 @@ BAD = [     # family, keys of config.json, words
 BAD_TENSORS = [     # family, a change of the tensors, words
     ("olmoe", lambda held: drop(held, "experts.3.down_proj"), "lacks model.layers.0.moe.experts.3.down_proj.weight, model.layers.1.moe"),
     ("granite4_tiny", lambda held: cut(held, "input_linear", slice(3)), r"experts.0.gate_proj.weight has shape \[3, 128, 64\], where"),
-    ("qwen3_moe", lambda held: cut(held, "mlp.gate.weight", slice(3)), r"moe.router.weight has shape \[3, 64\], where config.json asks for \[4, 64\]"),
+    ("qwen3_moe", lambda held: cut(held, "mlp.gate.weight", slice(3)),
+     r"moe.router.weight has shape \[3, 64\], where config.json asks for \[4, 64\]"),
     ("lfm2_moe", lambda held: drop(held, "expert_bias"), "lacks model.layers.1.moe.router_bias"),
     ("gemma4", lambda held: cut(held, "embed_tokens_per_layer", (slice(None), slice(160))),
      r"per_layer_embed.weight has shape \[384, 160\], where config.json asks for \[384, 192\]"),
@@ -124,10 +128,10 @@ def test_experts_missing_from_a_shard(tmp_path, capsys):
 
 # Any value in any key: a model or a sentence
 
-ODD = [None, True, False, -1, 0, 1, 3, 7, 2**31, 2**63, -(2**63), 10**40, 0.5, -0.5, 1e308, float("nan"), float("inf"), "x", "", [], [1], [None],
-       ["x"] * 3, [0] * 6, [-1] * 3, {}, {"a": 1}, [FULL] * 2, [FULL] * 9]
-ROPE = ("rope_theta", "factor", "alpha", "type", "rope_type", "partial_rotary_factor", "attention_factor", "beta_fast", "mscale", "truncate",
-        "original_max_position_embeddings", "short_factor", "llama_4_scaling_beta")
+ODD = [None, True, False, -1, 0, 1, 3, 7, 2**31, 2**63, -(2**63), 10**40, 0.5, -0.5, 1e308, float("nan"), float("inf"), "x", "", [],
+       [1], [None], ["x"] * 3, [0] * 6, [-1] * 3, {}, {"a": 1}, [FULL] * 2, [FULL] * 9]
+ROPE = ("rope_theta", "factor", "alpha", "type", "rope_type", "partial_rotary_factor", "attention_factor", "beta_fast", "mscale",
+        "truncate", "original_max_position_embeddings", "short_factor", "llama_4_scaling_beta")
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -49,7 +49,8 @@ def test_a_file_computes_what_the_model_it_was_made_from_computes(family, tmp_pa
 CONSTANTS = {"rope.freq_base": ("smollm2", "hunyuan"), "attention.temperature_scale": ("ministral3",), "rope.freq_base_swa": ("gemma3",),
              "attention.sliding_window": ("gemma2", "gemma3", "olmo3", "exaone4"), "final_logit_softcapping": ("gemma4",),
              "attention.sliding_window_pattern": ("olmo3", "exaone4"), "rope.scaling.finetuned": ("granite4_h", "granite4_tiny")}
-ODD = [None, True, False, -1, 0, 1, 3, 10**6, 2**32, -2.5, float("nan"), float("inf"), "x", [], [1], [True] * 3, ["x"] * 3, [0] * 3, [-1, 2, 2]]
+ODD = [None, True, False, -1, 0, 1, 3, 10**6, 2**32, -2.5, float("nan"), float("inf"), "x", [], [1],
+       [True] * 3, ["x"] * 3, [0] * 3, [-1, 2, 2]]
 
 
 def opened(family, tmp_path, monkeypatch):

@@ -213,7 +213,7 @@ def test_forms_that_transformers_5_does_not_read_any_more(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("family, keys, words", [
-    ("gemma3", {"rope_parameters": LINEAR}, "supported here: this family's rope_parameters are told by full_attention and sliding_attention"),
+    ("gemma3", {"rope_parameters": LINEAR}, "this family's rope_parameters are told by full_attention and sliding_attention"),
     ("gemma4", {"rope_theta": 500.0}, "rope_theta is not supported here: this family's"),
     ("gemma3", {"rope_theta": 500.0}, "rope_theta is 500.0 and within rope_parameters 10000.0"),
     ("olmo3", {"rope_scaling": LINEAR}, "rope_parameters and rope_scaling disagree in rope_type"),
