@@ -111,7 +111,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
         for (; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R)
             if (int8) {
                 vi s[8];
-                EACH(i, bits) __builtin_prefetch(block + 64 * (8 * 4 + i));
+                EACH(i, bits) __builtin_prefetch(block + m->tile_bytes + 64 * i, 0, 2);  /* next tile, to L2 */
                 EACH(r, R) {                         /* sum holds minus the sum of q */
                     vi minus = splat_int(sum[r]);
                     s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
@@ -128,6 +128,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
                     EACH(r, R) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
                 }
             }
+        if (int8) __builtin_prefetch((const uint8_t *)(scales + g * TILE) + m->tile_bytes, 0, 2);
         vf weight = load_half(scales + g * TILE);
         EACH(r, R) acc[r] = group[r] * weight + acc[r];
     }
