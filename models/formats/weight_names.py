@@ -152,8 +152,10 @@ def _head_rows(naming: Naming, config: ModelConfig, layer, last: str, count: int
 
 def stored_as(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, tuple[int, ...]]) -> Callable[[str], list | None]:
     """A function from a stored tensor's name to the Decoder's tensors in it: none for a buffer, None for another part of the model
-    (vision, audio, further heads); a name that the family does not know is taken for the Decoder's."""
+    (vision, audio, further heads). A name that the family does not know is left as it is, and has no place; but GPT-2's checkpoints of
+    the first format are stored as the Decoder has them, and do not say so."""
     known = {} if hf.get("edgewright_tensors") else places(naming, config, hf, shapes)
+    first_format = not known or config.family == "gpt2"
 
     def look(stored: str) -> list[tuple[str, Part]] | None:
         if OTHER_PARTS.fullmatch(stored):
@@ -170,7 +172,8 @@ def stored_as(naming: Naming, config: ModelConfig, hf: dict, shapes: dict[str, t
         if match and match["layer"] and int(match["layer"]) < len(config.layers) and match["module"].rpartition(".")[2] in (
                 "k_proj", "v_proj", "k_norm") and config.layers[int(match["layer"])].cache_source is not None:
             return []                                       # keys and values that nobody reads
-        return [(f"model.{stored}" if _BARE.fullmatch(stored) else stored, Part())]
+        name = f"model.{stored}" if _BARE.fullmatch(stored) else stored
+        return [(name if first_format or name not in shapes else f"{name} (which {config.family} stores otherwise)", Part())]
     return look
 
 

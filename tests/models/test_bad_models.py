@@ -81,6 +81,9 @@ BAD_TENSORS = [     # family, a change of the tensors, words
     ("gemma4", lambda held: cut(held, "per_layer_model_projection", slice(160)), r"per_layer_projection.weight has shape \[160, 64\]"),
     ("qwen3_5", lambda held: drop(held, "A_log"), "lacks model.layers.0.linear_attn.A_log"),
     ("granite4_h", lambda held: cut(held, "mamba.in_proj", slice(-1)), r"mamba.z_proj.weight has shape \[323, 64\]"),
+    ("phi3", lambda held: drop(held, "qkv_proj") | {            # a Llama's names, whose heads rotate in another order
+        f"model.layers.{n}.self_attn.{part}_proj.weight": torch.zeros(rows, 64) for n in range(2) for part, rows in (
+            ("q", 64), ("k", 32), ("v", 32))}, "lacks model.layers.0.self_attn.q_proj.weight"),
     ("gemma3", lambda held: held | {"vision_of_another.weight": torch.zeros(2)}, "has vision_of_another.weight, for which"),
 ]
 
