@@ -20,6 +20,7 @@ NEEDS = {
     "models.train --checkpoint CKPT --data TEXT -o OUT --steps 1": "torch safetensors accelerate tensorboard",
     "models.finetune CKPT --task classify --data LABELS -o OUT": "torch safetensors accelerate tensorboard peft transformers",
     "models.ngram --tokenizer CKPT --data TEXT --valid TEXT -o OUT": "torch safetensors tqdm",
+    "models.random_checkpoint lfm2-1.2b -o OUT --layers 1": "torch safetensors",
     "models.train_bench": "torch accelerate tensorboard",
     "models.evaluate CKPT --data TEXT": "torch safetensors",
     "models.evaluate CKPT --task translate --data PAIRS --shots 0": "sacrebleu",
