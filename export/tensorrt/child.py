@@ -16,12 +16,16 @@ def in_a_child(command: Callable[[], int], name: str) -> int:
     if not hasattr(os, "fork"):
         return command()
     sys.stdout.flush()
+    passed_on = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)          # until the parent can pass them on
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)                         # a terminal's Ctrl-C reaches it once, through the parent
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         return command()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in passed_on:
         signal.signal(number, lambda received, _: os.kill(child, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code >= 0 or -code == signal.SIGTERM:
         return code if code >= 0 else 128 - code
