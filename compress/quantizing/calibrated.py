@@ -15,7 +15,6 @@ text, as the layer meets it in the end (models/network/quantized.py).
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch

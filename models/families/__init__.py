@@ -1,6 +1,6 @@
 """The families of models that are known: one table each, and the reading and writing of a config.json by them."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from models.families import experts, gemma, gemma4, gpt2, granite, lfm2, llama, olmo, phi3, qwen3_5
 from models.families.family import (ACTIVATIONS, ARITHMETIC, INERT_KEYS, Family, alike, kind_of, off, reshaped, rope_keys, ropes, take,

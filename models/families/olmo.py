@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.families.family import LLAMA_KEYS, Family, take
+from models.families.family import LLAMA_KEYS, Family
 from models.families.gemma import every
 from models.formats.weight_names import Naming
 from models.network.config import Rope
