@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from .errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from .engine import Engine, GenerationOptions, Reply, Stream, Timings
+    from .engine import Engine, GenerationOptions, Pending, Reply, Stream, Timings
     from .sampling import TokenLogprobs
 
 __version__ = "0.1.0"               # of all of Edgewright; pyproject.toml reads it here
-__all__ = ["CheckFailed", "Engine", "GenerationOptions", "Reply", "Stream", "Timings", "TokenLogprobs", "UserError"]
+__all__ = ["CheckFailed", "Engine", "GenerationOptions", "Pending", "Reply", "Stream", "Timings", "TokenLogprobs", "UserError"]
 
 
 def __getattr__(name: str):

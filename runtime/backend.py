@@ -26,6 +26,8 @@ import numpy as np
 
 from .errors import UserError
 
+BLOCK = 16                        # slots that are read and written at once
+
 
 class States:
     """The states of a model's recurrent layers, of several rows.
@@ -149,6 +151,15 @@ class Cache(ABC):
             if self.states:
                 self.states.fork(source, target)
         self.lengths[target] = self.lengths[source]
+
+    @abstractmethod
+    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+        """The slots first..stop-1 of `row`, both multiples of BLOCK, as bytes: uint8 [n], as many for every cache of this
+        backend. What they hold is the backend's own matter."""
+
+    @abstractmethod
+    def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
+        """Put back what `read` gave, to any row of any cache of this backend that has these slots. `lengths` stay as they are."""
 
     @abstractmethod
     def _copy_slots(self, source: int, target: int) -> None:

@@ -107,7 +107,7 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
         if len(live) == 1 and live[0].sampler.candidates and hasattr(backend, "decode"):
-            found = _burst(backend, rows, live[0])
+            found = burst(backend, rows, live[0])
         else:
             found = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
 
@@ -131,7 +131,7 @@ def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.nda
 
 def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
     """Append one token (int64 [rows]) to every row; float32 logits [rows, vocab], valid until the next call with `cache`."""
-    return _append(backend, cache, tokens[:, None], 1, np.zeros((len(tokens), 1), np.int64))[:, 0]
+    return append(backend, cache, tokens[:, None], 1, np.zeros((len(tokens), 1), np.int64))[:, 0]
 
 
 def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:
@@ -141,12 +141,12 @@ def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | 
     step, parts = backend.chunk or len(tokens), []
     for start in range(0, len(tokens), step):
         chunk = tokens[start:start + step]
-        found = _append(backend, cache, chunk[None], len(chunk), np.arange(max(first - start, 0), len(chunk))[None])[0]
+        found = append(backend, cache, chunk[None], len(chunk), np.arange(max(first - start, 0), len(chunk))[None])[0]
         parts.append(found if len(chunk) == len(tokens) else found.copy())
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int,
+def append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarray | int,
             wanted: np.ndarray) -> np.ndarray:
     """Append to every row its first `counts` of tokens [rows, s]; logits [rows, k, vocab] at `wanted` [rows, k]."""
     positions = cache.lengths[:, None] + np.arange(tokens.shape[1])
@@ -155,7 +155,7 @@ def _append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarr
     return found
 
 
-def _burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
+def burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
     """Steps of a lone sequence inside the backend, for about BURST_S: no logits come out, the tokens are in `sequence`."""
     until = time.perf_counter() + BURST_S
 
@@ -182,7 +182,7 @@ def _feed(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarr
         tokens = np.zeros((len(chunks), counts.max()), np.int64)
         for row, chunk in enumerate(chunks):
             tokens[row, :len(chunk)] = chunk
-        found = _append(backend, cache, tokens, counts, counts[:, None] - 1)
+        found = append(backend, cache, tokens, counts, counts[:, None] - 1)
     return found[:, 0]
 
 

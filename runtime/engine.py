@@ -4,9 +4,11 @@
     for piece in engine.stream("Once upon a time", max_new_tokens=64, temperature=0.8, seed=7): ...
     reply = engine.chat([{"role": "user", "content": "Hi"}])    # .text .tokens .finish_reason .timings .thought .answer
     replies = engine.generate(["a", "b"], n=2, logprobs=5)         # a's two, then b's two
+    pending = engine.submit("Once upon a time")                    # from any thread or event loop: many share the steps
 
 An engine opens a bundle, chooses a backend, and joins the parts: chat template, tokenizer, decode loop, sampling,
-detokenizer, stop strings. It keeps no conversation and no cache between requests. What a request can need is computed
+detokenizer, stop strings. It keeps no conversation, and no cache between requests except what `submit` has its scheduler
+keep (scheduler.py). What a request can need is computed
 before anything is allocated, and refused with a sentence where it exceeds the model's context or the memory.
 
 Memory counted against `max_memory_mb` is that of the weights as stored and of the request's KV cache at its longest;
@@ -22,7 +24,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import numbers
+import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,14 +40,18 @@ from .bundle import MANIFEST, Bundle, open_bundle
 from .cli import arg, did_you_mean
 from .errors import DeviceError, UserError, shown
 from .machine import available_memory, cpu_threads, release_free_memory
+from .pending import Pending
 from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
 from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
+from .scheduler import Limits, Scheduler
 from .text import ReplyText, Tokenizer
 from .thoughts import Thoughts
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
 _MB = 1 << 20
+_PREFIX_BYTES = 512 * _MB
+_CLOSED = "{}: this engine was closed; open the bundle again with Engine()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,7 @@ class Engine:
         self.tokenizer = read_tokenizer()
         release_free_memory()
         self._chat = None
+        self._limits, self._scheduler, self._making = Limits(), None, threading.Lock()
 
     def explain(self) -> str:
         """Which backend runs and, line by line, why nothing better does."""
@@ -138,6 +147,53 @@ class Engine:
         for _ in stream:
             pass
         return stream.reply
+
+    def submit(self, prompt, *, sample: int = 0, priority: float = 0, deadline_s: float | None = None, user: str = "",
+               prompt_logprobs: int | None = None, constraint=None, spelled: frozenset[int] = frozenset(), **options) -> Pending:
+        """Hand a prompt to the scheduler and return at once: requests of all threads and event loops share its steps.
+
+        options: those of `generate`. sample: which of the replies to the same prompt this is, for its seed. priority: larger
+        goes first. deadline_s: given up that many seconds from now. user: whoever has fewer running requests goes first.
+        prompt_logprobs: tell the prompt's own log probabilities, and so many likeliest tokens. constraint: what may come next
+        (structured.py). spelled: control tokens whose spelling stands in the text. Raises UserError, and Busy (also one)
+        where too many wait.
+        """
+        return self._submit(prompt, self._options(options), None, sample, priority, deadline_s, user, prompt_logprobs, constraint, spelled)
+
+    def submit_chat(self, messages: list[dict], *, sample: int = 0, priority: float = 0, deadline_s: float | None = None,
+                    user: str = "", constraint=None, spelled: frozenset[int] = frozenset(), template: dict | None = None, **options) -> Pending:
+        """The same of the prompt that the chat template makes of `messages` and what it reads besides, in `template`."""
+        tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), template=template)
+        return self._submit(tokens, self._options(options), self._chat.thoughts, sample, priority, deadline_s, user, None, constraint, spelled)
+
+    def _submit(self, prompt, options, thoughts, sample, priority, deadline_s, user, prompt_logprobs, constraint, spelled) -> Pending:
+        self._check_open()
+        ids = self._encode(prompt, options)
+        draft = self._draft(ids, options, sample, thoughts, constraint, spelled)
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        return self.scheduler.submit(Pending(draft, priority=priority, deadline=deadline, user=user, prompt_logprobs=prompt_logprobs))
+
+    def serve_with(self, **limits) -> None:
+        """Limits of the scheduler (its Limits), before the first `submit`. Raises UserError after it, and for what is no limit."""
+        if self._scheduler:
+            raise UserError("the scheduler runs already: set its limits before the first submit")
+        self._limits = Limits(**limits)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What `submit` hands requests to; made on first use, and anew in the child of a fork."""
+        with self._making:
+            if self._scheduler is None or self._scheduler.pid != os.getpid():
+                self._check_open()
+                free = self._free_memory()
+                prefix, cache = (None if mb is None else int(mb * _MB) for mb in (self._limits.prefix_mb, self._limits.cache_mb))
+                if prefix is None:
+                    prefix = _PREFIX_BYTES if free is None else min(_PREFIX_BYTES, free // 4)
+                if cache is None and free is not None:
+                    cache = max(0, free - prefix) if self._max_memory_mb is not None else free // 2
+                self._scheduler = Scheduler(lambda: self.backend, self._cache_bytes, limits=self._limits, cache_bytes=cache,
+                                            prefix_bytes=prefix, step_down=self._step_down)
+            return self._scheduler
 
     def stream_chat(self, messages: list[dict], **options) -> Stream:
         """`chat` as a stream."""
@@ -177,11 +233,13 @@ class Engine:
     def close(self) -> None:
         """Free the model's memory, once no call is in it; what is asked of the engine after is refused with a UserError."""
         self._closed = True
+        if self._scheduler:
+            self._scheduler.close(UserError(_CLOSED.format(self.bundle.folder)))
         self.backend.close()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise UserError(f"{self.bundle.folder}: this engine was closed; open the bundle again with Engine()")
+            raise UserError(_CLOSED.format(self.bundle.folder))
 
     def __enter__(self) -> Engine:
         return self
@@ -200,17 +258,17 @@ class Engine:
         if n * len(prompts) > _MOST_REPLIES:
             raise UserError(f"n is {shown(n)}, of {len(prompts)} prompts; at most {_MOST_REPLIES} replies are made at once")
         encoded = [self._encode(prompt, options) for prompt in prompts]
-        stop = (options.stop,) if isinstance(options.stop, str) else options.stop
-        stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop
-                                                                 else self.bundle.model["eos_token_ids"])
-        drafts = []
-        for sample in range(n):
-            for ids in encoded:
-                limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
-                sequence = decode.Sequence(ids, Sampler(options, ids, sample), limit, stop_tokens)
-                drafts.append(Draft(sequence, ReplyText(self.tokenizer, stop), thoughts))
+        drafts = [self._draft(ids, options, sample, thoughts) for sample in range(n) for ids in encoded]
         self._check_memory([draft.sequence for draft in drafts])
         return drafts
+
+    def _draft(self, ids: np.ndarray, options: GenerationOptions, sample: int, thoughts: Thoughts | None, constraint=None,
+               spelled: frozenset[int] = frozenset()) -> Draft:
+        stop = (options.stop,) if isinstance(options.stop, str) else options.stop
+        stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop else self.bundle.model["eos_token_ids"])
+        limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
+        sampler = Sampler(options, ids, sample, constraint) if constraint else Sampler(options, ids, sample)
+        return Draft(decode.Sequence(ids, sampler, limit, stop_tokens), ReplyText(self.tokenizer, stop, spelled), thoughts)
 
     def _encode(self, prompt, options: GenerationOptions) -> np.ndarray:
         """Token ids of a prompt that leaves room for the reply asked for."""
@@ -234,15 +292,16 @@ class Engine:
         return ids.astype(np.int64)
 
     def _check_memory(self, sequences: list[decode.Sequence]) -> None:
-        needed = self._cache_bytes(len(sequences), decode.last_capacity(sequences))
-        if self._max_memory_mb is not None:
-            free, whose = self._max_memory_mb * _MB - self.bundle.weights_bytes, "max_memory_mb leaves"
-        else:
-            free, whose = available_memory(), "this machine has free"
+        needed, free = self._cache_bytes(len(sequences), decode.last_capacity(sequences)), self._free_memory()
+        whose = "this machine has free" if self._max_memory_mb is None else "max_memory_mb leaves"
         if free is not None and needed > free:
             raise UserError(f"the KV cache of {len(sequences)} x {decode.last_capacity(sequences)} tokens needs "
                             f"{needed / _MB:.0f} MB, but {whose} {max(0, free) / _MB:.0f} MB; lower max_new_tokens, "
                             "shorten the prompt or ask for fewer replies at once")
+
+    def _free_memory(self) -> int | None:
+        """Bytes beside the weights that caches may take; None: nobody knows."""
+        return available_memory() if self._max_memory_mb is None else int(self._max_memory_mb * _MB - self.bundle.weights_bytes)
 
     def _cache_bytes(self, rows: int, capacity: int) -> int:
         """Of the first backend that can have such a cache."""

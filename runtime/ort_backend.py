@@ -228,6 +228,18 @@ class OrtCache(Cache):
             array[self.start + target, :, :length] = array[self.start + source, :, :length]
             _write(buffer, array)
 
+    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+        return np.concatenate([np.ascontiguousarray(_read(buffer)[self.start + row, :, first:stop]).view(np.uint8).ravel()
+                               for buffer in self.storage])
+
+    def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
+        for buffer in self.storage:
+            array = _read(buffer)
+            part = array[self.start + row, :, first:stop]
+            part[...] = data[:part.nbytes].view(array.dtype).reshape(part.shape)
+            _write(buffer, array)
+            data = data[part.nbytes:]
+
     def grow(self, capacity: int) -> None:
         for i, buffer in enumerate(self.storage):           # one at a time, so that only one exists twice
             rows, heads, old, size = _shape(buffer)

@@ -21,7 +21,8 @@ from .thoughts import Thoughts
 @dataclass(frozen=True)
 class Timings:
     """When each token of a reply was there, in milliseconds of wall clock since the request's tokens went to the model
-    (so prefill is in it, tokenizing and templates are not). In a batch, steps are shared with the neighbours."""
+    (so prefill is in it, tokenizing and templates are not), or to the scheduler (`Engine.submit`: so waiting is in it too).
+    In a batch, steps are shared with the neighbours."""
 
     prompt_tokens: int
     token_ms: list[float]
@@ -77,11 +78,20 @@ class Draft:
         return text
 
     @property
+    def shown(self) -> int:
+        """How many tokens have become text, or part of it."""
+        return len(self._token_ms)
+
+    def told(self, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """The same with the texts of their tokens."""
+        alone = self._text.tokenizer.alone
+        return [entry._replace(text=alone(entry.token), top_texts=[alone(token) for token, _ in entry.top]) for entry in logprobs]
+
+    @property
     def reply(self) -> Reply:
         """The reply so far; without tokens that were made when an exception came, before their text was."""
-        sequence, count, alone = self.sequence, len(self._token_ms), self._text.tokenizer.alone
-        logprobs = [entry._replace(text=alone(entry.token), top_texts=[alone(token) for token, _ in entry.top])
-                    for entry in sequence.logprobs[:count]]
+        sequence, count = self.sequence, self.shown
+        logprobs = self.told(sequence.logprobs[:count])
         text, tokens, thought = "".join(self._pieces), sequence.tokens[:count], None
         answer = text
         if self._thoughts:

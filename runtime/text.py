@@ -288,15 +288,21 @@ def _visible(text: str, shown: bytes) -> str:
 
 
 class ReplyText:
-    """The text of one reply, from its tokens, up to the first stop string."""
+    """The text of one reply, from its tokens, up to the first stop string. spelled: control tokens whose spelling is shown."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()):
-        self.tokenizer, self._detokenizer, self._stops = tokenizer, Detokenizer(tokenizer), StopStrings(stops)
-        self._special = tokenizer.control_tokens if self._stops else {}
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), spelled: frozenset[int] = frozenset()):
+        self.tokenizer, self._detokenizer, self._stops, self._spelled = tokenizer, Detokenizer(tokenizer), StopStrings(stops), spelled
+        self._special = tokenizer.control_tokens if self._stops or spelled else {}
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that `token` completes, and whether a stop string is complete. Call no more after it is."""
-        if (spelling := self._special.get(token)) is not None:
+        if token in self._spelled:
+            held, stopped = self._stops.push(self._detokenizer.finish())
+            if stopped:
+                return held, True
+            text, stopped = self._stops.push(self._special[token])
+            return held + text, stopped
+        if self._stops and (spelling := self._special.get(token)) is not None:
             return self._stops.push(spelling, shown=False)
         return self._stops.push(self._detokenizer.push(token))
 

@@ -132,6 +132,38 @@ class TrtCache(Cache):
                 begin = self.address(index)
                 self.backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
 
+    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+        return self._through_host(row, first, stop, None)
+
+    def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
+        self._through_host(row, first, stop, data)
+
+    def _through_host(self, row: int, first: int, stop: int, data: np.ndarray | None) -> np.ndarray | None:
+        """The slots of all heads, gathered in one buffer on the device: its bytes, or (data) these to there."""
+        device, item = self.backend.device, self.backend.item_bytes
+        widths = [(stop - first) * size * item for _, _, size in self.backend.caches]
+        total = sum(width * heads for width, (_, heads, _) in zip(widths, self.backend.caches))
+        with device.turn:
+            host, gathered = device.pinned((total,), np.uint8), device.allocate(total)
+            try:
+                if data is not None:
+                    host[:] = data
+                    device.upload(gathered, host)
+                at = gathered
+                for index, (width, (_, heads, size)) in enumerate(zip(widths, self.backend.caches)):
+                    pitch = self.capacity * size * item
+                    there = self.address(index) + row * self.storage.row_bytes[index] + first * size * item, pitch
+                    target, source = ((at, width), there) if data is None else (there, (at, width))
+                    device.copy_blocks(*target, *source, width, heads)
+                    at += width * heads
+                if data is None:
+                    device.download(host, gathered)
+                device.synchronize()
+                return host.copy() if data is None else None
+            finally:
+                device.free(gathered)
+                device.unpin(host)
+
     def grow(self, capacity: int) -> None:
         backend, larger = self.backend, self.backend.capacity_for(capacity)
         if larger <= self.capacity:

@@ -250,6 +250,15 @@ class NativeCache(Cache):
     def _copy_slots(self, source: int, target: int) -> None:
         self.storage.copy(self.start + source, self.storage, self.start + target, int(self.lengths[source]))
 
+    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+        move = self.backend._core.ew_cache_slots, self.storage.handle, self.start + row, first, stop - first
+        found = np.empty(self.backend._call(*move, None, 0), np.uint8)
+        self.backend._call(*move, found.ctypes.data, 0)
+        return found
+
+    def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
+        self.backend._call(self.backend._core.ew_cache_slots, self.storage.handle, self.start + row, first, stop - first, data.ctypes.data, 1)
+
     def grow(self, capacity: int) -> None:
         larger = _Storage(self.backend, self.rows, capacity)
         larger.states = self.storage.states

@@ -69,3 +69,30 @@ void ew_cache_copy(const ew_model *m, const ew_cache *source, int from, ew_cache
         }
     }
 }
+
+/* n bytes from one to the other, in the direction asked; returns where the run goes on. */
+static uint8_t *carry(void *slots, uint8_t *bytes, size_t n, int write) {
+    if (!bytes) return bytes;
+    if (write) memcpy(slots, bytes, n);
+    else memcpy(bytes, slots, n);
+    return bytes + n;
+}
+
+int64_t ew_cache_slots(const ew_model *m, const ew_cache *c, int row, int first, int count, uint8_t *bytes, int write) {
+    const size_t element = dtype_bits(c->kind) / 8;
+    int64_t total = 0;
+    for (int l = 0; l < m->config.layers; l++) {
+        const cache_layer *y = &c->layer[l];
+        const size_t key = y->dim * element, value = y->padded * element, scale = y->kind == EW_INT8 ? sizeof(float) : 0;
+        total += (int64_t)y->kv_heads * count * (key + value + 2 * scale);
+        for (int h = 0; h < y->kv_heads; h++) {
+            const size_t at = ((size_t)row * y->kv_heads + h) * y->capacity + first;
+            bytes = carry(y->k + at * key, bytes, count * key, write);
+            bytes = carry(y->v + at * value, bytes, count * value, write);
+            if (!scale) continue;
+            bytes = carry(y->k_scale + at, bytes, count * scale, write);
+            bytes = carry(y->v_scale + at, bytes, count * scale, write);
+        }
+    }
+    return total;
+}

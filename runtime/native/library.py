@@ -59,6 +59,7 @@ _FUNCTIONS = {
     "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
     "ew_cache_free": (None, c_void_p),
     "ew_cache_copy": (None, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int),
+    "ew_cache_slots": (c_int64, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
     "ew_state_floats": (c_int64, c_void_p),
     "ew_forward": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
     "ew_next": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p,

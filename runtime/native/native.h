@@ -66,6 +66,9 @@ int64_t ew_cache_bytes(const ew_model *, int rows, int capacity, int kind);
 ew_cache *ew_cache_new(const ew_model *, int rows, int capacity, int kind, char *error);
 void ew_cache_free(ew_cache *);
 void ew_cache_copy(const ew_model *, const ew_cache *source, int from, ew_cache *target, int to, int length);
+/* Slots first..first+count-1 of a row, multiples of 16, to bytes, or (write) from there. Returns how many bytes they
+ * are, the same for every cache of a model and a kind; bytes NULL: no more than that. */
+int64_t ew_cache_slots(const ew_model *, const ew_cache *, int row, int first, int count, uint8_t *bytes, int write);
 
 /* Recurrent states that the caller keeps: float [2][rows][ew_state_floats], two copies of a row of the cache. A row's
  * tokens of a pass go on from copy `from` (-1: zeros) and leave the state in copy `to` (which may be the same). */

@@ -30,6 +30,14 @@ class MockCache(Cache):
     def _copy_slots(self, source: int, target: int) -> None:
         self.slots[target] = self.slots[source]
 
+    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+        assert first % 16 == stop % 16 == 0 and stop <= self.capacity
+        return self.slots[row, first:stop].copy().view(np.uint8)
+
+    def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
+        assert first % 16 == stop % 16 == 0 and stop <= self.capacity
+        self.slots[row, first:stop] = data.view(np.int64)
+
     def grow(self, capacity: int) -> None:
         assert self.rows == len(self.storage) and capacity > self.capacity
         slots = np.full((self.rows, capacity), -1)

@@ -22,6 +22,8 @@ class Sums(Cache):
     def grow(self, capacity):
         pass
 
+    read = write = None
+
     def forward(self, write_index, tokens):
         """tokens: a list for each row. Gives what each row's state says its tokens are."""
         write_index, counts = np.array(write_index), np.array([len(some) for some in tokens])
