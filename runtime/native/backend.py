@@ -151,35 +151,62 @@ class NativeBackend:
             self._pass(part, unique, found, cache)
             logits[inside] = found[where]
 
-    def _pass(self, columns, wanted, logits, cache) -> None:
+    def _pass(self, columns, wanted, logits, cache, choices=None) -> None:
         tokens, owners, slots, *copies, wanted = (np.ascontiguousarray(a, np.int32) for a in (*columns, wanted))
         if len(tokens) or len(wanted):
             self._try(self._core.ew_forward, cache.handle_for(self), cache.c_states(*copies), len(tokens), tokens.ctypes.data,
-                      owners.ctypes.data, slots.ctypes.data, len(wanted), wanted.ctypes.data, logits.ctypes.data)
+                      owners.ctypes.data, slots.ctypes.data, len(wanted), wanted.ctypes.data, choices, logits.ctypes.data)
+
+    def step_rows(self, cache: NativeCache, tokens: np.ndarray,
+                  samplers: list[Sampler]) -> list[tuple[np.ndarray, np.ndarray] | np.ndarray]:
+        """Append one token (int64 [rows]) to every row of `cache`, whose lengths it advances by 1, and find what is likely next.
+
+        samplers: one a row (the same one twice: as two rows would have it). The result has for each row, where its sampler has
+        `candidates`, ids (int32 [n]) and logits (float32 [n]) of that many largest logits (fewer only where the vocabulary is smaller),
+        with the sampler's penalties, largest first, the lower id first among equals: `Sequence.accept_among(*found)` takes them.
+        Where `candidates` is 0, it has all logits as they are, float32 [vocab]: `Sequence.accept(found)`. Arrays of logits are
+        valid until the next call with this cache. The samplers' penalties are read during the call: no other thread may choose with
+        them meanwhile. Raises UserError where a row is full, or beyond the context; then no length has changed.
+        """
+        rows, slots, states = cache.rows, cache.lengths, cache.states
+        if rows > library.PASS:
+            parts = [(start, min(start + library.PASS, rows)) for start in range(0, rows, library.PASS)]
+            return [found for a, b in parts for found in self.step_rows(cache.view(a, b), tokens[a:b], samplers[a:b])]
+        if slots.max() >= self._max_context:
+            raise UserError(f"position {slots.max()} is beyond the context of {self._max_context} tokens")
+        columns = [tokens, np.arange(cache.start, cache.start + rows), slots]
+        if states:
+            columns += [states.begin(slots), 1 - states.copy]
+        choices, logits = (library.Choice * rows)(), cache.logits(rows)
+        found = [self._choice(choice, sampler) for choice, sampler in zip(choices, samplers, strict=True)]
+        self._pass(columns, np.arange(rows), logits, cache, choices)
+        if states:
+            states.end(slots, np.ones(rows, np.int64))
+        slots += 1
+        return [(pair[0][:choice.found], pair[1][:choice.found]) if pair else row for pair, choice, row in zip(found, choices, logits)]
+
+    def _choice(self, choice: library.Choice, sampler: Sampler) -> tuple[np.ndarray, np.ndarray] | None:
+        """Fills `choice` with what the sampler seeks; where that will be."""
+        if not (count := sampler.candidates):
+            return None
+        ids, values = np.empty(count, np.int32), np.empty(count, np.float32)
+        choice.k, choice.index, choice.value = count, ids.ctypes.data, values.ctypes.data
+        if penalties := sampler.penalties(self.vocab):
+            options, counts, seen = penalties     # the sampler keeps them
+            choice.repetition, choice.presence, choice.frequency = (
+                options.repetition_penalty, options.presence_penalty, options.frequency_penalty)
+            choice.counts, choice.seen = counts.ctypes.data, seen.ctypes.data
+        return ids, values
 
     def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
                choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
         """Feed `token` at the end of `row`, then what `choose(ids, logits)` makes of the largest logits (as many as
         `sampler.candidates`, largest first, with the sampler's penalties), at most `limit` steps or until it gives None."""
-        ids, values = np.empty(sampler.candidates, np.int32), np.empty(sampler.candidates, np.float32)
-        penalties = sampler.penalties(self.vocab)
-        if penalties:
-            options, counts, seen = penalties     # the sampler keeps them
-            penalties = library.Penalties(options.repetition_penalty, options.presence_penalty, options.frequency_penalty,
-                                          counts.ctypes.data, seen.ctypes.data)
-        handle, start = cache.handle_for(self), int(cache.lengths[row])
-        found = penalties, len(ids), ids.ctypes.data, values.ctypes.data, cache.logits(1).ctypes.data
-        states, one, c_states = cache.states and cache.states.view(row, row + 1), np.ones(1, np.int64), None
-        for slot in range(start, min(start + limit, cache.capacity, self._max_context)):
-            if states:
-                at = np.array([slot])
-                copies = states.begin(at).astype(np.int32), (1 - states.copy).astype(np.int32)
-                c_states = cache.c_states(*copies)
-            count = self._try(self._core.ew_next, handle, c_states, cache.start + row, slot, token, *found)
-            if states:
-                states.end(at, one)
-            cache.lengths[row] = slot + 1
-            token = choose(ids[:count], values[:count])
+        start = int(cache.lengths[row])
+        view = cache.view(row, row + 1) if cache.rows > 1 else cache              # which has room for logits
+        for _ in range(start, min(start + limit, cache.capacity, self._max_context)):
+            found, = self.step_rows(view, np.array([token]), [sampler])
+            token = choose(*found)
             if token is None:
                 return
 

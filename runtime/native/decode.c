@@ -1,19 +1,26 @@
 /* Choosing among tokens inside the core: penalties, and the k best of a row of logits, which Python need not look
  * through. */
-#include "core.h"
+#include "pass.h"
 
 /* x [n] penalized in float32 and float64 as runtime/sampling.py does it, so that both choose the same tokens. */
-static void penalize(float *x, int n, const ew_penalties *p) {
-    for (int i = 0; i < n; i++) {
-        if (!p->seen[i]) continue;
-        if (p->repetition != 1) x[i] = x[i] < 0 ? x[i] * p->repetition : x[i] / p->repetition;
-        if (p->counts[i]) x[i] = (float)(x[i] - (p->presence + (double)p->frequency * p->counts[i]));
+static void penalize(float *x, int n, const ew_choice *c) {
+    for (int from = 0; from < n; from += 64) {
+        const int end = from + 64 < n ? from + 64 : n;
+        uint8_t any = 0;
+        for (int i = from; i < end; i++) any |= c->seen[i];
+        for (int i = from; any && i < end; i++) {
+            if (!c->seen[i]) continue;
+            if (c->repetition != 1) x[i] = x[i] < 0 ? x[i] * c->repetition : x[i] / c->repetition;
+            if (c->counts[i]) x[i] = (float)(x[i] - (c->presence + (double)c->frequency * c->counts[i]));
+        }
     }
 }
 
-/* The k largest of x [n] to index and value [k], largest first, ties to the lower index. Returns how many there are. */
-static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *index, float *value) {
-    int count = 0;
+void seek(const kernels *kernel, ew_choice *c, float *x, int n) {
+    int32_t *index = c->index;
+    float *value = c->value;
+    int k = c->k, count = 0;
+    if (c->counts) penalize(x, n, c);
     for (int from = 0; from < n; from += 64) {
         int end = from + 64 < n ? from + 64 : n;
         if (count == k && !(kernel->peak(x + from, end - from) > value[k - 1])) continue;
@@ -24,13 +31,5 @@ static int top_k(const kernels *kernel, const float *x, int n, int k, int32_t *i
             value[at] = x[i], index[at] = i;
         }
     }
-    return count;
-}
-
-int ew_next(ew_model *m, ew_cache *c, const ew_states *states, int row, int slot, int token,
-            const ew_penalties *penalties, int k, int32_t *index, float *value, float *logits, char *error) {
-    int32_t first = 0;
-    if (ew_forward(m, c, states, 1, &token, &row, &slot, 1, &first, logits, error)) return -1;
-    if (penalties) penalize(logits, m->config.vocab, penalties);
-    return top_k(m->kernels, logits, m->config.vocab, k, index, value);
+    c->found = count;
 }

@@ -46,8 +46,9 @@ class Tensor(ctypes.Structure):
                 ("offset", c_int64), ("bytes", c_int64)]
 
 
-class Penalties(ctypes.Structure):
-    _fields_ = [(name, c_float) for name in ("repetition", "presence", "frequency")] + [("counts", c_void_p), ("seen", c_void_p)]
+class Choice(ctypes.Structure):
+    _fields_ = [("k", c_int32), ("found", c_int32), ("index", c_void_p), ("value", c_void_p), ("repetition", c_float),
+                ("presence", c_float), ("frequency", c_float), ("counts", c_void_p), ("seen", c_void_p)]
 
 
 _FUNCTIONS = {
@@ -61,9 +62,8 @@ _FUNCTIONS = {
     "ew_cache_copy": (None, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int),
     "ew_cache_slots": (c_int64, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
     "ew_state_floats": (c_int64, c_void_p),
-    "ew_forward": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_char_p),
-    "ew_next": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_int, c_int, POINTER(Penalties), c_int, c_void_p, c_void_p,
-                c_void_p, c_char_p),
+    "ew_forward": (c_int, c_void_p, c_void_p, POINTER(States), c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, POINTER(Choice),
+                   c_void_p, c_char_p),
     "ew_profile": (None, c_void_p, c_int, POINTER(c_double)),
 }
 

@@ -78,23 +78,24 @@ typedef struct {
     const int32_t *from, *to;                        /* [tokens]; those of a row's first token in the pass count */
 } ew_states;
 
+/* What is sought in a row of logits: the k largest (penalized in place, if asked) in order, ties to the lower index. */
+typedef struct {
+    int32_t k, found;                                /* k 0: nothing; found: how many there are */
+    int32_t *index; float *value;                    /* [k] */
+    float repetition, presence, frequency;           /* as in runtime/sampling.py */
+    const int32_t *counts;                           /* [vocab]: times in the reply; NULL: nothing is penalized */
+    const uint8_t *seen;                             /* [vocab]: in the prompt or the reply */
+} ew_choice;
+
 /* One pass: token i of sequence row[i] at slot[i], which is its position. Tokens of one row come in order, after those
  * of its earlier slots, and with recurrent layers one after the other. The bits of a token's result do not depend on
  * the other tokens of the pass, nor on the threads; with the kernels avx512-amx alone, on whether they are EW_MANY or
  * more (and logits, and layers that only they need, on whether as many are wanted). Logits of the tokens listed in
- * `wanted` go to logits [n_wanted][vocab]. states: may be NULL without recurrent layers. */
+ * `wanted` go to logits [n_wanted][vocab]; choices: NULL, or what is sought in each. states: may be NULL without
+ * recurrent layers. */
 int ew_forward(ew_model *, ew_cache *, const ew_states *, int tokens, const int32_t *token, const int32_t *row,
-               const int32_t *slot, int n_wanted, const int32_t *wanted, float *logits, char *error);
-
-/* A step of a lone row: feeds `token` at `slot`, and puts the k largest logits (penalized, if asked) into index and
- * value [k] in order, ties to the lower index. logits: [vocab], to work in. Returns how many there are, or -1. */
-typedef struct {                                     /* as in runtime/sampling.py */
-    float repetition, presence, frequency;
-    const int32_t *counts;                           /* [vocab]: times in the reply */
-    const uint8_t *seen;                             /* [vocab]: in the prompt or the reply */
-} ew_penalties;
-int ew_next(ew_model *, ew_cache *, const ew_states *, int row, int slot, int token, const ew_penalties *, int k,
-            int32_t *index, float *value, float *logits, char *error);
+               const int32_t *slot, int n_wanted, const int32_t *wanted, ew_choice *choices, float *logits,
+               char *error);
 
 /* Microseconds spent in each part since the last call (threads work together; this is the caller's clock). */
 void ew_profile(ew_model *, int on, double *microseconds);

@@ -43,6 +43,7 @@ typedef struct {
     const int32_t *wanted;                           /* [wanted_tokens]: of the pass, whose logits are asked */
     const int32_t *origin;                           /* [tokens] of the pass, where others were dropped; or NULL */
     float *logits;                                   /* [wanted_tokens][vocab] */
+    ew_choice *choices;                              /* [wanted_tokens], or NULL */
     int runs, longest, high;                         /* attention units, tokens of the longest, slots at most */
     int segments;                                    /* of tokens of one row one after the other */
     int run[EW_PASS + 1], segment[EW_PASS + 1];      /* first token of each, and the end */
@@ -101,5 +102,8 @@ void feed_experts(pass *, const layer *, float times);
 /* per_layer.c: the inputs of all layers, after the embedding; and the block that adds a layer's. */
 void per_layer_inputs(pass *);
 void add_per_layer(pass *, const layer *);
+
+/* decode.c: what is sought in a row of logits x [n], which it may penalize; k is at least 1. */
+void seek(const kernels *, ew_choice *, float *x, int n);
 
 #endif

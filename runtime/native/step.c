@@ -26,7 +26,7 @@ static void embed(pass *p) {
     }
 }
 
-/* logits [wanted_tokens][vocab]. */
+/* logits [wanted_tokens][vocab], and what is sought in them. */
 static void head(pass *p) {
     const ew_model *m = p->m;
     const matrix *w = m->head_matrix;
@@ -38,6 +38,10 @@ static void head(pass *p) {
         float *logits = p->logits + (size_t)i * m->config.vocab;
         for (int c = t0 * TILE; c < end; c++) logits[c] = cap * tanhf(logits[c] / cap);
     }
+    meet(p, EW_PART_HEAD);
+    for (int i = p->id; p->choices && i < p->wanted_tokens; i += p->threads)
+        if (p->choices[i].k)
+            seek(m->kernels, &p->choices[i], p->logits + (size_t)i * m->config.vocab, m->config.vocab);
 }
 
 /* Consecutive tokens of one row share the reading of their cache, up to RUN of them, or LONG_RUN of a long prompt. */
@@ -107,7 +111,6 @@ static void work(void *context, int id, int threads) {
         if (m->config.per_layer) add_per_layer(p, l);
     }
     if (p->wanted_tokens) head(p);
-    meet(p, EW_PART_HEAD);
 }
 
 /* Why a pass cannot be, or NULL. */
@@ -140,10 +143,11 @@ static const char *refuse_states(const pass *p) {
 }
 
 int ew_forward(ew_model *m, ew_cache *cache, const ew_states *states, int tokens, const int32_t *token,
-               const int32_t *row, const int32_t *slot, int n_wanted, const int32_t *wanted, float *logits,
-               char *error) {
+               const int32_t *row, const int32_t *slot, int n_wanted, const int32_t *wanted, ew_choice *choices,
+               float *logits, char *error) {
     job whole = {.pass = {.m = m, .s = m->scratch, .cache = cache, .states = states, .tokens = tokens, .token = token,
-                          .wanted_tokens = n_wanted, .row = row, .slot = slot, .wanted = wanted, .logits = logits}};
+                          .wanted_tokens = n_wanted, .row = row, .slot = slot, .wanted = wanted, .logits = logits,
+                          .choices = choices}};
     pass *p = &whole.pass;
     const char *why = refuse(p);
     if (!why) find_runs(p), why = refuse_states(p);

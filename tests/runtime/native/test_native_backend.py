@@ -200,6 +200,55 @@ def test_the_loop_ends_with_an_exception_and_its_candidates_are_the_largest(tmp_
     assert cache.lengths.tolist() == [3]
 
 
+KINDS_OF_SAMPLING = [{}, {"logit_bias": {3: 2.0}}, {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+                     {"temperature": 0.9, "top_k": 40, "seed": 3}, {"temperature": 0.7, "top_p": 0.9, "seed": 5}, {"suppress_tokens": [1, 4]},
+                     {"temperature": 1.5, "top_k": 60, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 4}]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_steps_of_rows_find_what_each_sampler_seeks(tmp_path, first):
+    """Against every logit and numpy: rows of all lengths and samplers, from a view's first row on, down to a full cache."""
+    bundle, decoder = write_bundle(tmp_path, config(vocab_size=331))
+    backend, ids = NativeBackend(bundle, threads=3), ids_for(decoder.config, rows=9, width=12)
+    caches, samplers = [backend.new_cache(9, 32).view(first, first + 7) for _ in range(2)], [[], []]
+    for cache, some in zip(caches, samplers):
+        for row, options in enumerate(KINDS_OF_SAMPLING):
+            prompt = ids[row, :5 + row]
+            decode.prefill(backend, cache.view(row, row + 1), [prompt])
+            some.append(Sampler(SamplingOptions(**options), prompt))
+    tokens, expected = ([decode.Sequence(ids[row], sampler, 99) for row, sampler in enumerate(some)] for some in samplers)
+    last = ids[:7, 20 % 12]
+    for _ in range(32 - 11):
+        found = backend.step_rows(caches[0], last, samplers[0])
+        logits = decode.step(backend, caches[1], last)
+        for row, (sequence, other) in enumerate(zip(tokens, expected)):
+            if n := sequence.sampler.candidates:
+                assert len(found[row][0]) == n and (np.diff(found[row][1]) <= 0).all()
+                sequence.accept_among(*found[row])
+            else:
+                assert np.array_equal(found[row], logits[row])
+                sequence.accept(found[row])
+            other.accept(logits[row])
+        last = np.array([sequence.tokens[-1] for sequence in tokens])
+        assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
+    assert [sequence.tokens for sequence in tokens] == [sequence.tokens for sequence in expected] and caches[0].lengths.max() == 32
+    with pytest.raises(UserError, match="outside the cache"):
+        backend.step_rows(caches[0], last, samplers[0])
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
+
+
+def test_a_step_takes_more_rows_than_a_pass_and_no_position_beyond_the_context(tmp_path):
+    bundle, decoder = write_bundle(tmp_path, config())
+    backend, tokens = NativeBackend(bundle, threads=2), np.arange(130) % 50
+    cache, samplers = backend.new_cache(130, 352), [Sampler(SamplingOptions(), np.array([1]))] * 130
+    found = backend.step_rows(cache, tokens, samplers)
+    assert len(found) == 130 and (cache.lengths == 1).all()
+    assert all(found[row][0] == found[row % 50][0] and found[row][1] == found[row % 50][1] for row in range(130))
+    cache.lengths[7] = 320
+    with pytest.raises(UserError, match="beyond the context of 320"):
+        backend.step_rows(cache.view(0, 9), tokens[:9], samplers[:9])
+
+
 def test_two_engines_work_side_by_side(tmp_path):
     bundle, decoder = write_bundle(tmp_path, config())
     ids = ids_for(decoder.config)

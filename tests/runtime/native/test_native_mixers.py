@@ -119,6 +119,23 @@ def test_the_loop_in_the_core_goes_on_from_states_and_leaves_them(tmp_path, monk
     assert looped == tokens() and len(looped) == 60
 
 
+def test_steps_of_rows_go_on_from_their_own_states(tmp_path):
+    bundle, decoder = write_bundle(tmp_path, QWEN, coded)
+    backend, samplers = NativeBackend(bundle, threads=2, isa=ONE_KIND), [Sampler(SamplingOptions(), np.array([1])) for _ in range(3)]
+    whole = backend.new_cache(5, 32)
+    cache, others = whole.view(1, 4), [backend.new_cache(1, 32) for _ in range(3)]
+    for row, other in enumerate(others):
+        for some in (cache.view(row, row + 1), other):
+            decode.prefill(backend, some, [np.arange(5, 8 + 3 * row)])
+    tokens = np.array([9, 8, 7])
+    for _ in range(6):
+        found = backend.step_rows(cache, tokens, samplers)
+        alone = [decode.step(backend, other, tokens[row:row + 1])[0] for row, other in enumerate(others)]
+        assert [(int(i[0]), v[0]) for i, v in found] == [(int(logits.argmax()), logits.max()) for logits in alone]
+        tokens = np.array([ids[0] for ids, _ in found])
+    assert cache.lengths.tolist() == cache.states.held.tolist() == [9, 12, 15] and whole.lengths.tolist() == [0, 9, 12, 15, 0]
+
+
 def test_an_interrupted_call_leaves_the_state_before_it(tmp_path, monkeypatch):
     bundle, _ = write_bundle(tmp_path, QWEN, coded)
     backend, ids = NativeBackend(bundle, threads=1), np.random.default_rng(0).integers(3, 380, (1, 200))
