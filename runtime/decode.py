@@ -32,7 +32,7 @@ class Sequence:
     """One reply in the making.
 
     prompt: int64 [n], n >= 1. stop_tokens end the reply and are not part of it. finish_reason: None while it goes on,
-    "stop", or "length" at max_new_tokens; whoever consumes the loop may set it, and the sequence ends there.
+    "stop" (a stop token, or the end of what the sampler's constraint allows), or "length" at max_new_tokens; whoever consumes the loop may set it, and the sequence ends there.
     """
 
     prompt: np.ndarray
@@ -66,6 +66,8 @@ class Sequence:
         self.times.append(time.perf_counter())
         if len(self.tokens) >= self.max_new_tokens:
             self.finish_reason = "length"
+        if self.sampler.constraint is not None and self.sampler.constraint.done:
+            self.finish_reason = "stop"
         return True
 
 
@@ -155,16 +157,15 @@ def append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarra
     return found
 
 
-def burst(backend: Backend, cache: Cache, sequence: Sequence, limit: int | None = None) -> None:
-    """Steps of a lone sequence inside the backend, for about BURST_S or `limit` of them: no logits come out, the tokens are in
-    `sequence`."""
+def burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
+    """Steps of a lone sequence inside the backend, for about BURST_S: no logits come out, the tokens are in `sequence`."""
     until = time.perf_counter() + BURST_S
 
     def choose(ids: np.ndarray, logits: np.ndarray) -> int | None:
         sequence.accept_among(ids, logits)
         return None if sequence.finish_reason or sequence.times[-1] > until else sequence.tokens[-1]
 
-    backend.decode(cache, 0, sequence.tokens[-1], limit or cache.capacity, sequence.sampler, choose)
+    backend.decode(cache, 0, sequence.tokens[-1], cache.capacity, sequence.sampler, choose)
 
 
 def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:

@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,11 +44,9 @@ from .pending import Pending
 from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
 from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
 from .scheduler import Limits, Scheduler
+from .structured import after_thought
 from .text import ReplyText, Tokenizer
 from .thoughts import Thoughts
-
-if TYPE_CHECKING:
-    from .chat_tokens import ChatEncoder
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
@@ -166,8 +163,11 @@ class Engine:
 
     def submit_chat(self, messages: list[dict], *, sample: int = 0, priority: float = 0, deadline_s: float | None = None,
                     user: str = "", constraint=None, spelled: frozenset[int] = frozenset(), template: dict | None = None, **options) -> Pending:
-        """The same of the prompt that the chat template makes of `messages` and what it reads besides, in `template`."""
+        """The same of the prompt that the chat template makes of `messages` and what it reads besides, in `template`. Where that
+        opens a thought, the constraint begins behind it."""
         tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), template=template)
+        if constraint is not None:
+            constraint = after_thought(constraint, self, self._chat.thoughts, tokens)
         return self._submit(tokens, self._options(options), self._chat.thoughts, sample, priority, deadline_s, user, None, constraint, spelled)
 
     def _submit(self, prompt, options, thoughts, sample, priority, deadline_s, user, prompt_logprobs, constraint, spelled) -> Pending:
@@ -220,18 +220,13 @@ class Engine:
         for name in variables:
             if not isinstance(name, str) or name in ("self", "messages", "control_tokens"):
                 raise UserError(f"template has {shown(name)}, which is no name for what a chat template may be given")
-        return self.chat_encoder.tokens(messages, control_tokens=control_tokens, **variables)
-
-    @property
-    def chat_encoder(self) -> ChatEncoder:
-        """The bundle's chat template with its tokenizer. Raises UserError where it has none."""
         if self._chat is None:
             from .chat_tokens import bundle_encoder
             self._chat = bundle_encoder(self.bundle, self.tokenizer)
         if self._chat is None:
             raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
                             "prompt of its own making with `generate` or `stream`")
-        return self._chat
+        return self._chat.tokens(messages, control_tokens=control_tokens, **variables)
 
     def _options(self, given: dict) -> GenerationOptions:
         for name in given:
@@ -276,8 +271,8 @@ class Engine:
         stop = (options.stop,) if isinstance(options.stop, str) else options.stop
         stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop else self.bundle.model["eos_token_ids"])
         limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
-        sampler = Sampler(options, ids, sample, constraint) if constraint else Sampler(options, ids, sample)
-        return Draft(decode.Sequence(ids, sampler, limit, stop_tokens), ReplyText(self.tokenizer, stop, spelled), thoughts)
+        sequence = decode.Sequence(ids, Sampler(options, ids, sample, constraint), limit, stop_tokens)
+        return Draft(sequence, ReplyText(self.tokenizer, stop, spelled), thoughts)
 
     def _encode(self, prompt, options: GenerationOptions) -> np.ndarray:
         """Token ids of a prompt that leaves room for the reply asked for."""

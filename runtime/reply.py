@@ -95,7 +95,7 @@ class Draft:
         text, tokens, thought = "".join(self._pieces), sequence.tokens[:count], None
         answer = text
         if self._thoughts:
-            thought, answer = self._thoughts.split(self._text.tokenizer, sequence.prompt, tokens, text)
+            thought, answer = self._thoughts.split(self._text.tokenizer, sequence.prompt, tokens, text, self._text.spelled)
         timings = Timings(len(sequence.prompt), self._token_ms)
         return Reply(text, tokens, sequence.finish_reason, logprobs, timings, thought, answer)
 

@@ -24,11 +24,13 @@ import numpy as np
 
 from .cli import arg
 from .errors import UserError, shown
+from .structured import Constraint
 
 _BLOCK = 64                       # logits of a strided block, whose maxima are taken first
 _SUMMED = 768                     # neighbouring weights summed first
 _GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from greedy in float32
 _MOST, _LARGEST = 1e6, 1e30         # of penalties; of temperature and bias
+_LOWEST = np.finfo(np.float32).min
 _MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps a sorted list
 
 
@@ -112,11 +114,12 @@ class TokenLogprobs(NamedTuple):
 class Sampler:
     """Chooses the tokens of one sequence.
 
-    prompt: int64 [n], for the repetition penalty; sample: number of this reply among those to the same prompt.
+    prompt: int64 [n], for the repetition penalty; sample: number of this reply among those to the same prompt. constraint:
+    which tokens may come at all (runtime/structured.py): the others' logits are -inf for all that decides.
     """
 
-    def __init__(self, options: SamplingOptions, prompt: np.ndarray, sample: int = 0):
-        self.options = options
+    def __init__(self, options: SamplingOptions, prompt: np.ndarray, sample: int = 0, constraint: Constraint | None = None):
+        self.options, self.constraint = options, constraint
         self._random = random.Random() if options.seed is None else random.Random(f"{options.seed}/{sample}")
         self._prompt = prompt
         self._counts: np.ndarray | None = None                    # times each token is in the reply so far
@@ -130,8 +133,11 @@ class Sampler:
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
 
     def choose(self, logits: np.ndarray) -> int:
-        """The next token from float32 logits [vocab]. Raises UserError for logits that are not numbers."""
+        """The next token from float32 logits [vocab]. Raises UserError for logits that are not numbers, and what the constraint
+        raises."""
         adjusted = self._adjust(logits) if self._adjusts or len(self._not_first) and not self._begun else logits
+        if self.constraint is not None:
+            adjusted = self._constrained(adjusted)
         best = int(adjusted.argmax())
         peak = _finite(adjusted[best])
         if self._greedy:
@@ -144,7 +150,8 @@ class Sampler:
     @property
     def candidates(self) -> int:
         """How many of the largest logits, after `penalties`, `choose_among` needs; 0: it needs more, use `choose`."""
-        if self.options.logit_bias or self.options.logprobs is not None or len(self._not_first) and not self._begun:
+        if self.constraint is not None or self.options.logit_bias or self.options.logprobs is not None \
+                or len(self._not_first) and not self._begun:
             return 0
         wanted = 1 if self._greedy else self.options.top_k
         return wanted and wanted + len(self._never) if wanted + len(self._never) <= _MOST_CANDIDATES else 0
@@ -174,6 +181,8 @@ class Sampler:
         if self._penalized:
             self._counts[token] += 1
             self._seen[token] = True
+        if self.constraint is not None:
+            self.constraint.accept(token)
         return token
 
     def _draw_among(self, ids: np.ndarray, weights: np.ndarray) -> int:
@@ -199,6 +208,16 @@ class Sampler:
             used = np.flatnonzero(self._counts > 0)
             logits[used] -= np.float32(options.presence_penalty) + np.float32(options.frequency_penalty) * self._counts[used]
         return logits
+
+    def _constrained(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of adjusted logits with -inf for every token that the constraint does not allow."""
+        words = np.zeros(-(-len(logits) // 32), np.int32)
+        self.constraint.mask(words)
+        allowed = np.unpackbits(words.view(np.uint8), count=len(logits), bitorder="little").view(bool)
+        masked = np.where(allowed, logits, np.float32(-np.inf))
+        if masked.max() == -np.inf and logits.max() > -np.inf:
+            raise UserError("nothing can follow in this reply: suppress_tokens or logit_bias forbid all that its grammar allows")
+        return masked
 
     def _candidates(self, logits: np.ndarray, peak: float) -> tuple[np.ndarray, np.ndarray]:
         """Ids and weights (exp((logit - peak) / temperature), float64) that top-k, top-p and min-p leave."""
@@ -248,12 +267,12 @@ def _finite(peak: np.float32) -> float:
 
 
 def largest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest logits [vocab], largest first, the lower id first among equals."""
+    """Ids of the `count` largest logits [vocab], largest first, the lower id first among equals; fewer where others are -inf."""
     count = min(count, len(logits))
     blocks = len(logits) // _BLOCK
     pool = np.maximum.reduce(logits[:blocks * _BLOCK].reshape(_BLOCK, blocks)) if count <= blocks else logits
     floor = np.partition(pool, len(pool) - count)[len(pool) - count]    # `count` blocks reach it, so as many logits do
-    ids = np.flatnonzero(logits >= floor)
+    ids = np.flatnonzero(logits >= max(floor, _LOWEST))
     return ids[np.argsort(-logits[ids], kind="stable")[:count]]
 
 

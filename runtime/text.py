@@ -117,6 +117,10 @@ class Tokenizer:
         """Every token, added ones included, with its id."""
         return self._tokenizer.get_vocab()
 
+    def json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def __len__(self) -> int:
         """One more than the largest id: more than there are tokens where the ids have gaps."""
         return max(self.vocabulary().values(), default=-1) + 1
@@ -273,7 +277,7 @@ class StopStrings:
             return text if shown else "", False
         text, flags = self._held + text, self._shown + bytes((shown,)) * len(text)
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        end = min(found)[1] if found else len(text) - max(_overlap(text, stop) for stop in self._stops)
+        end = min(found)[1] if found else len(text) - max(overlap(text, stop) for stop in self._stops)
         self._held, self._shown = text[end:], flags[end:]          # complete first; of those, the longest
         return _visible(text[:end], flags), bool(found)
 
@@ -291,12 +295,12 @@ class ReplyText:
     """The text of one reply, from its tokens, up to the first stop string. spelled: control tokens whose spelling is shown."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), spelled: frozenset[int] = frozenset()):
-        self.tokenizer, self._detokenizer, self._stops, self._spelled = tokenizer, Detokenizer(tokenizer), StopStrings(stops), spelled
+        self.tokenizer, self._detokenizer, self._stops, self.spelled = tokenizer, Detokenizer(tokenizer), StopStrings(stops), spelled
         self._special = tokenizer.control_tokens if self._stops or spelled else {}
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that `token` completes, and whether a stop string is complete. Call no more after it is."""
-        if token in self._spelled:
+        if token in self.spelled:
             held, stopped = self._stops.push(self._detokenizer.finish())
             if stopped:
                 return held, True
@@ -312,6 +316,6 @@ class ReplyText:
         return (tail, True) if stopped else (tail + self._stops.finish(), False)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that `mark` begins with, short of all of it."""
+    return next(n for n in range(min(len(text), len(mark) - 1), -1, -1) if text.endswith(mark[:n]))

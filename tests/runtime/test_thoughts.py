@@ -75,3 +75,30 @@ def test_which_delimiters_a_model_has(tokenizer):
     for known in KNOWN:
         assert thoughts_of(f"{{{{ m.content.split('{known.end}') }}}}", tokenizer) == known
     assert thoughts_of("{{ m.content }}", tokenizer) == (None if tokenizer.token_id("</think>") is None else KNOWN[0])
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.begin)
+def test_a_stream_gives_what_the_whole_gives(tokenizer, known):
+    """However the text is cut: marks, titles and white space too."""
+    random, spelled, cases = np.random.default_rng(0), known.spelled(tokenizer), 0
+    parts = [known.begin, known.end, known.title, known.title[:4], known.begin[:3], known.end[:-1], " ", "\n\n", "I must", "Yes.", "<", "日本"]
+    for prompt in ("<user>hm?", f"hm?{known.begin}{known.title or chr(10)}", f"{known.begin}a{known.end}"):
+        prompt = tokenizer.encode(prompt, control_tokens=True)
+        for _ in range(300):
+            said = "".join(random.choice(parts, random.integers(0, 9)))
+            tokens = tokenizer.encode(said, control_tokens=True).tolist()
+            reply = ReplyText(tokenizer, (), spelled)
+            text = "".join(reply.push(token)[0] for token in tokens) + reply.finish()[0]
+            whole = known.split(tokenizer, prompt, tokens, text, spelled)
+            stream, found, place = known.stream(tokenizer, prompt), [], 0
+            while place < len(text):
+                step = int(random.integers(1, 7))
+                found += stream.push(text[place:place + step])
+                place += step
+            found += stream.finish()
+            assert all(piece for _, piece in found)
+            joined = {kind: "".join(piece for k, piece in found if k == kind) for kind in ("thought", "answer")}
+            assert (joined["thought"] or None, joined["answer"]) == whole, (text, found)
+            assert [k for k, _ in found] == sorted((k for k, _ in found), reverse=True)      # thoughts first
+            cases += whole[0] is not None and whole[1] != ""
+    assert cases > 20
