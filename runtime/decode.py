@@ -157,15 +157,16 @@ def append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarra
     return found
 
 
-def burst(backend: Backend, cache: Cache, sequence: Sequence) -> None:
-    """Steps of a lone sequence inside the backend, for about BURST_S: no logits come out, the tokens are in `sequence`."""
+def burst(backend: Backend, cache: Cache, sequence: Sequence, limit: int | None = None) -> None:
+    """Steps of a lone sequence inside the backend, for about BURST_S or `limit` of them: no logits come out, the tokens are in
+    `sequence`."""
     until = time.perf_counter() + BURST_S
 
     def choose(ids: np.ndarray, logits: np.ndarray) -> int | None:
         sequence.accept_among(ids, logits)
         return None if sequence.finish_reason or sequence.times[-1] > until else sequence.tokens[-1]
 
-    backend.decode(cache, 0, sequence.tokens[-1], cache.capacity, sequence.sampler, choose)
+    backend.decode(cache, 0, sequence.tokens[-1], limit or cache.capacity, sequence.sampler, choose)
 
 
 def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:

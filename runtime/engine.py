@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -47,6 +48,9 @@ from .scheduler import Limits, Scheduler
 from .structured import after_thought
 from .text import ReplyText, Tokenizer
 from .thoughts import Thoughts
+
+if TYPE_CHECKING:
+    from .chat_tokens import ChatEncoder
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
@@ -220,13 +224,18 @@ class Engine:
         for name in variables:
             if not isinstance(name, str) or name in ("self", "messages", "control_tokens"):
                 raise UserError(f"template has {shown(name)}, which is no name for what a chat template may be given")
+        return self.chat_encoder.tokens(messages, control_tokens=control_tokens, **variables)
+
+    @property
+    def chat_encoder(self) -> ChatEncoder:
+        """The bundle's chat template with its tokenizer. Raises UserError where it has none."""
         if self._chat is None:
             from .chat_tokens import bundle_encoder
             self._chat = bundle_encoder(self.bundle, self.tokenizer)
         if self._chat is None:
             raise UserError(f"{self.bundle.folder}: no chat template in this bundle, so it cannot chat; give it a "
                             "prompt of its own making with `generate` or `stream`")
-        return self._chat.tokens(messages, control_tokens=control_tokens, **variables)
+        return self._chat
 
     def _options(self, given: dict) -> GenerationOptions:
         for name in given:

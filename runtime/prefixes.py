@@ -60,9 +60,8 @@ class Prefixes:
         return chain
 
     def restore(self, tokens: np.ndarray, cache: Cache, row: int) -> int:
-        """Begin `row` with what is kept of tokens int64 [n]; returns how many tokens it holds now."""
+        """Begin `row`, which is empty, with what is kept of tokens int64 [n]; returns how many tokens it holds now."""
         chain = self.find(tokens, bool(cache.states))
-        cache.truncate(row, 0)
         for number, node in enumerate(chain):
             cache.write(row, number * BLOCK, (number + 1) * BLOCK, node.data)
         cache.lengths[row] = len(chain) * BLOCK
@@ -86,7 +85,7 @@ class Prefixes:
                 self.add(child)
             chain.append(node := child)
         self._touch(chain)
-        if cache.states and blocks and len(tokens) == blocks * BLOCK and not node.states and _since_states(chain) >= interval(cache, row, node):
+        if cache.states and blocks and len(tokens) == blocks * BLOCK == cache.lengths[row] and not node.states and _since_states(chain) >= interval(cache, row, node):
             states = cache.snapshot(row).states
             if self._make_room(sum(array.nbytes for array in states), node):
                 node.states = states

@@ -8,10 +8,8 @@ user has the fewest rows, then who came first; read one chunk of one prompt (pro
 rows that are being answered. Nobody's reply depends on the others', near ties of logits aside (decode.py). A lone row with
 nobody else about goes through the backend's own loop, several tokens a turn.
 
-Rows. One cache of the backend; rows being answered lie at its beginning, so that a step is one call over a view, prompts
-being read at its end. Whether a request is admitted is decided by bytes computed before: rows x the longest that any of them
-may become must fit `cache_bytes`. Where more rows or longer ones are needed than the cache has, it is made anew and rows move
-over; when nobody has asked for IDLE_S, cache and thread are given up.
+Which rows of the backend's cache they have, and who is admitted, is told in rows.py. When nobody has asked for IDLE_S, cache
+and thread are given up.
 
 Prompts that begin as earlier prompts or replies did pay for the difference alone (prefixes.py); one that begins as a prompt
 that is just being read waits until that part is there.
@@ -36,10 +34,11 @@ from pathlib import Path
 import numpy as np
 
 from . import decode, prefix_file
-from .backend import BLOCK, Backend, Cache
+from .backend import BLOCK, Backend
 from .errors import DeviceError, UserError
 from .pending import Busy, Expired, Pending, wake_all
 from .prefixes import Prefixes
+from .rows import Row, Rows
 from .sampling import token_logprobs
 
 CHUNK = 128                       # tokens of a prompt between two steps of the others
@@ -80,22 +79,6 @@ class Stats:
     refused: int = 0              # the queue was full
 
 
-@dataclass(eq=False)
-class _Row:
-    pending: Pending
-    context: np.ndarray           # int64, what is to be read before the next token is chosen
-    index: int                    # of the cache's row
-    read: int | None = None       # tokens of the context that the row holds; None: it was not begun
-
-    @property
-    def sequence(self) -> decode.Sequence:
-        return self.pending.draft.sequence
-
-    @property
-    def capacity(self) -> int:
-        return decode.last_capacity([self.sequence])
-
-
 class Scheduler:
     """backend: gives the present one. bytes_of(rows, capacity): of its caches. cache_bytes: what these may take (None: no limit);
     prefix_bytes: what prefixes may. step_down(failed backend, error): puts another one in its place, or raises."""
@@ -112,12 +95,9 @@ class Scheduler:
         self._closed: UserError | None = None
         self._numbers = itertools.count()
         # Of the thread alone:
-        self._backend: Backend | None = None
-        self._cache: Cache | None = None
-        self._view: Cache | None = None           # of the live rows
-        self._live: list[_Row] = []               # row i of the cache is _live[i]
-        self._reading: list[_Row] = []            # whose turn it is, first
+        self._rows: Rows | None = None            # of the backend that was present at the last turn
         self._prefixes, self._stats = Prefixes(prefix_bytes), Stats()
+        self._kept_by: Backend | None = None      # whose slots the prefixes are
 
     def submit(self, pending: Pending) -> Pending:
         """Take a request. Raises UserError where it could never run, or all is closed, and Busy where too many wait."""
@@ -128,7 +108,7 @@ class Scheduler:
         with self._news:
             if self._closed:
                 raise self._closed
-            if len(self._waiting) >= self.limits.queue + max(0, self.limits.rows - len(self._live) - len(self._reading)):
+            if len(self._waiting) >= self.limits.queue + self.limits.rows - len(self._running):
                 self._stats.refused += 1
                 raise Busy(f"{len(self._waiting)} requests wait already; try again later")
             pending.scheduler, pending.order = self, next(self._numbers)
@@ -138,9 +118,9 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """A copy of the counters as they are."""
-        rows, prefixes, cache = len(self._live) + len(self._reading), self._prefixes, self._cache
-        return dataclasses.replace(self._stats, queued=len(self._waiting), rows=rows, prefix_bytes=prefixes.nbytes,
-                                   evictions=prefixes.evictions, cache_bytes=cache.nbytes if cache and not self._closed else 0)
+        rows, prefixes = self._rows, self._prefixes
+        return dataclasses.replace(self._stats, queued=len(self._waiting), rows=len(self._running), prefix_bytes=prefixes.nbytes,
+                                   evictions=prefixes.evictions, cache_bytes=rows.nbytes if rows else 0)
 
     def save(self, path: Path | str, identity: str) -> int:
         """Write the kept prefixes to a file; returns their tokens. identity: names the model they are of. Raises UserError."""
@@ -170,6 +150,10 @@ class Scheduler:
         if thread and thread is not threading.current_thread() and self.pid == os.getpid():
             thread.join()
 
+    @property
+    def _running(self) -> list[Row]:
+        return self._rows.all if self._rows else []
+
     def _begin(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="edgewright-scheduler", daemon=True)
@@ -196,13 +180,13 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._news:
-                busy = self._live or self._reading
-                if not busy:
+                if not (busy := self._running):
                     self._news.wait_for(lambda: self._waiting or self._jobs or self._closed, IDLE_S)
                 jobs, self._jobs = self._jobs, []
                 over = self._closed or not (busy or self._waiting or jobs)
                 if over:
-                    self._thread = self._cache = self._view = None
+                    self._thread = None
+                    self._rows = self._rows if busy else None            # with its cache
             for job in jobs:
                 job()
             wake: dict = {}
@@ -220,27 +204,27 @@ class Scheduler:
     def _turn(self, wake: dict) -> None:
         self._give_up(wake)
         try:
-            if self._present() is not self._backend:                     # another call has stepped down, or this is the first turn
+            if self._rows is None or self._rows.backend is not self._present():
                 self._start_over()
             self._admit()
-            if self._reading:
-                self._reading.append(row := self._reading.pop(0))
+            if self._rows.reading:
+                self._rows.reading.append(row := self._rows.reading.pop(0))
                 self._read(row, wake)
-            if self._live:
+            if self._rows.live:
                 self._step(wake)
         except DeviceError as error:
-            if self._step_down is None:
+            if self._step_down is None or self._rows is None:
                 raise
-            self._step_down(self._backend, error.with_traceback(None))
-            self._start_over()
+            self._step_down(self._rows.backend, error.with_traceback(None))
 
     def _start_over(self) -> None:
-        """With the present backend: everybody's tokens are read again."""
-        self._backend, self._cache, self._view = self._present(), None, None
+        """With the present backend: where it is another than before, everybody's tokens are read again."""
+        backend, running = self._present(), self._running
+        if backend is not self._kept_by:
+            self._prefixes.clear()
+        self._kept_by, self._rows = backend, Rows(backend, self.limits.rows, self._bytes_of, self._budget)
         with self._news:
-            self._waiting += [row.pending for row in self._live + self._reading]
-        self._live, self._reading = [], []
-        self._prefixes.clear()
+            self._waiting += [row.pending for row in running]
 
     def _give_up(self, wake: dict) -> None:
         now = time.monotonic()
@@ -253,7 +237,7 @@ class Scheduler:
             self._waiting = [pending for pending in self._waiting if pending not in late]
         for pending in late:
             self._count_end(pending, wake)
-        for row in [row for row in self._live + self._reading if over(row.pending)]:
+        for row in [row for row in self._running if over(row.pending)]:
             self._leave(row)
             self._count_end(row.pending, wake)
 
@@ -264,111 +248,70 @@ class Scheduler:
         pending.end(None if pending.cancelled else Expired("the deadline has passed before the reply was whole"), wake)
 
     def _admit(self) -> None:
-        while len(self._live) + len(self._reading) < self.limits.rows:
-            running = Counter(row.pending.user for row in self._live + self._reading)
+        while True:
+            running = Counter(row.pending.user for row in self._rows.all)
             waiting = [pending for pending in self._waiting if not self._in_common(pending)]
             first = min(waiting, key=lambda p: (-p.priority, running[p.user], p.order), default=None)
-            if first is None or not self._make_room(decode.last_capacity([first.draft.sequence])):
+            if first is None or not self._rows.admit(first):
                 return
             with self._news:
                 self._waiting.remove(first)
-            used = {row.index for row in self._live + self._reading}
-            index = next(i for i in reversed(range(self._cache.rows)) if i not in used)
-            self._reading.append(_Row(first, first.draft.sequence.context, index))
 
     def _in_common(self, pending: Pending) -> bool:
         """Whether a prompt that is being read begins alike, so that waiting for it costs less than reading the same again."""
         if not self._prefixes.most_bytes or pending.wants_prompt is not None:
             return False
         context, most = pending.draft.sequence.context, 0
-        for row in self._reading:
+        for row in self._rows.reading:
             n = min(len(context), len(row.context))
             differs = np.flatnonzero(context[:n] != row.context[:n])
             most = max(most, int(differs[0]) if len(differs) else n)
         if most < _WORTH_WAITING:
             return False
-        have = len(self._prefixes.find(context, bool(self._cache.states))) * BLOCK
+        have = len(self._prefixes.find(context, bool(self._rows.cache.states))) * BLOCK
         return most - have >= _WORTH_WAITING
 
-    def _make_room(self, capacity: int) -> bool:
-        """Have a cache with room for one more row, of `capacity`; False: there is no memory for it now."""
-        rows = len(self._live) + len(self._reading) + 1
-        capacity = max([capacity, *(row.capacity for row in self._live + self._reading)])
-        if self._budget is not None and self._bytes_of(rows, capacity) > self._budget:
-            return False
-        if self._cache is None or self._cache.rows < rows or self._cache.capacity < capacity:
-            larger = max(512, 1 << (capacity - 1).bit_length())          # so that it need not be made anew soon
-            fits = (self._budget is None or self._bytes_of(self.limits.rows, larger) <= self._budget)
-            capacity, most = (larger, self.limits.rows) if fits else (capacity, self.limits.rows)
-            while self._budget is not None and most > rows and self._bytes_of(most, capacity) > self._budget:
-                most -= 1
-            self._replace_cache(self._backend.new_cache(most, capacity))
-        return True
-
-    def _replace_cache(self, cache: Cache) -> None:
-        """Move all rows over."""
-        old, self._cache, self._view = self._cache, cache, None
-        for number, row in enumerate(self._live + self._reading):
-            at = number if number < len(self._live) else cache.rows - 1 - (number - len(self._live))
-            _put(cache, at, _take(old, row.index))
-            row.index = at
-
-    def _read(self, row: _Row, wake: dict) -> None:
+    def _read(self, row: Row, wake: dict) -> None:
         """The next chunk of its prompt; after the last one, its first token."""
-        pending, cache = row.pending, self._cache
+        rows, cache, pending = self._rows, self._rows.cache, row.pending
         if row.read is None:
             row.read = 0 if pending.wants_prompt is not None else self._prefixes.restore(row.context, cache, row.index)
-            if not row.read:
-                cache.truncate(row.index, 0)
             pending.cached_tokens = min(row.read, pending.prompt_tokens)
             self._stats.prompt_tokens += len(row.context)
             self._stats.cached_tokens += row.read
-        alone = not self._live and not cache.states                      # states are kept between chunks
-        most = min(decode.PREFILL_TOKENS if alone else CHUNK, self._backend.chunk or decode.PREFILL_TOKENS)
+        alone = not rows.live and not cache.states                       # states are kept between chunks
+        most = min(decode.PREFILL_TOKENS if alone else CHUNK, rows.backend.chunk or decode.PREFILL_TOKENS)
         chunk = row.context[row.read:row.read + most]
         wanted = np.arange(len(chunk))[None] if pending.wants_prompt is not None else np.array([[len(chunk) - 1]])
-        found = decode.append(self._backend, cache.view(row.index, row.index + 1), chunk[None], len(chunk), wanted)[0]
+        found = decode.append(rows.backend, cache.view(row.index, row.index + 1), chunk[None], len(chunk), wanted)[0]
         row.read += len(chunk)
         if pending.wants_prompt is not None:
             following = row.context[row.read - len(chunk) + 1:row.read + 1]
             pending.prompt_logprobs += [] if pending.prompt_logprobs else [None]
             pending.prompt_logprobs += pending.draft.told([token_logprobs(logits, int(token), pending.wants_prompt)
                                                            for logits, token in zip(found, following)])
-        else:
-            self._prefixes.keep(row.context[:row.read], cache, row.index)
+        self._keep(row)
         if row.read == len(row.context):
-            self._answer(row)
+            rows.answer(row)
             self._accept([(row, found[-1])], wake)
-
-    def _answer(self, row: _Row) -> None:
-        """A prompt has been read: its row goes behind those of the others that are being answered."""
-        self._reading.remove(row)
-        target, source, cache = len(self._live), row.index, self._cache
-        there = next((other for other in self._reading if other.index == target), None)
-        kept = _take(cache, target) if there else None
-        cache.fork(source, target)
-        if there:
-            _put(cache, source, kept)
-            there.index = source
-        row.index = target
-        self._live.append(row)
-        self._view = None
 
     def _step(self, wake: dict) -> None:
         """One more token for every row that is being answered; for a lone one, some."""
-        rows, backend = list(self._live), self._backend
-        if self._view is None:
-            self._view = self._cache.view(0, len(rows))
+        live, view, backend = list(self._rows.live), self._rows.view, self._rows.backend
         self._stats.steps += 1
-        self._stats.step_rows += len(rows)
-        tokens, samplers = np.array([row.sequence.tokens[-1] for row in rows]), [row.sequence.sampler for row in rows]
-        if len(rows) == 1 and not self._reading and samplers[0].candidates and hasattr(backend, "decode"):
-            decode.burst(backend, self._view, rows[0].sequence)
-            self._accept([(rows[0], None)], wake)
+        self._stats.step_rows += len(live)
+        tokens, samplers = np.array([row.sequence.tokens[-1] for row in live]), [row.sequence.sampler for row in live]
+        if len(live) == 1 and not self._rows.reading and samplers[0].candidates and hasattr(backend, "decode"):
+            length = int(view.lengths[0])
+            decode.burst(backend, view, live[0].sequence, CHUNK - length % CHUNK if view.states else None)
+            self._accept([(live[0], None)], wake)
         elif hasattr(backend, "step_rows"):
-            self._accept(zip(rows, backend.step_rows(self._view, tokens, samplers)), wake)
+            self._accept(zip(live, backend.step_rows(view, tokens, samplers)), wake)
         else:
-            self._accept(zip(rows, decode.step(backend, self._view, tokens)), wake)
+            self._accept(zip(live, decode.step(backend, view, tokens)), wake)
+        for row in self._rows.live if view.states else ():               # which only these places bring back
+            if self._rows.cache.lengths[row.index] % CHUNK == 0:
+                self._keep(row)
 
     def _accept(self, found, wake: dict) -> None:
         """Rows with what their next token is chosen from: logits, (ids, logits) of candidates, or None where it was chosen."""
@@ -390,39 +333,22 @@ class Scheduler:
                 if error:
                     row.pending.end(error, wake)
 
-    def _leave(self, row: _Row) -> None:
-        """Its row is free: what it holds is kept, and the last of the live rows takes its place."""
-        if row in self._reading:
-            self._reading.remove(row)
-            return
+    def _keep(self, row: Row) -> None:
         if row.pending.wants_prompt is None:
-            self._prefixes.keep(row.sequence.context[:int(self._cache.lengths[row.index])], self._cache, row.index)
-        last = self._live.pop()
-        if last is not row:
-            self._cache.fork(last.index, row.index)
-            self._live[row.index], last.index = last, row.index
-        self._view = None
+            cache = self._rows.cache
+            self._prefixes.keep(row.sequence.context[:int(cache.lengths[row.index])], cache, row.index)
+
+    def _leave(self, row: Row) -> None:
+        """It has ended: what its row holds is kept, and the row is free."""
+        if row.read is not None:
+            self._keep(row)
+        self._rows.leave(row)
 
     def _end_all(self, error: Exception, wake: dict) -> None:
         with self._news:
-            pending, self._waiting = [row.pending for row in self._live + self._reading] + self._waiting, []
-        self._live, self._reading, self._cache, self._view, self._backend = [], [], None, None, None
+            pending, self._waiting = [row.pending for row in self._running] + self._waiting, []
+        self._rows = None
         for one in pending:
             self._stats.failed += 1
             one.end(error, wake)
 
-
-def _take(cache: Cache, row: int) -> tuple:
-    """What a row holds."""
-    length = int(cache.lengths[row])
-    stop = -(-length // BLOCK) * BLOCK
-    return length, stop, cache.read(row, 0, stop) if stop else None, cache.snapshot(row)
-
-
-def _put(cache: Cache, row: int, taken: tuple) -> None:
-    length, stop, data, snapshot = taken
-    cache.truncate(row, 0)
-    if length:
-        cache.write(row, 0, stop, data)
-        cache.lengths[row] = length
-        cache.restore(row, snapshot)

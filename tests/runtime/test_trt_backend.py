@@ -88,6 +88,11 @@ def test_states_go_up_and_down(family, tiny_checkpoint, tmp_path):
         cache.truncate(2, 10)
         rows.append(decode.step(backend, cache, rng.integers(3, 380, 3)).copy())
         cache.restore(1, places[1])
+        other = backend.new_cache(2, 64)
+        other.write(1, 0, 32, cache.read(1, 0, 32))
+        other.lengths[1] = places[1].length
+        other.restore(1, places[1])
+        rows.append(decode.logits(backend, rng.integers(3, 380, 4), 2, other.view(1, 2)).copy())
         cache.grow(128)
         rows.append(decode.logits(backend, rng.integers(3, 380, 30), 2, cache.view(1, 2)).copy())
         found.append(np.concatenate(rows))
