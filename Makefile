@@ -15,7 +15,7 @@
 PYTHON ?= python3
 PY      := .venv/bin/python
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EXTRAS  := cpu,rtx,train,quant,export,eval,dev
+EXTRAS  := cpu,rtx,serve,train,quant,export,eval,dev
 MODEL   := build/smollm2-135m
 
 .PHONY: demo test stress test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean

@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 NAME = "edgewright"
-EXTRAS = ("cpu", "gpu", "rtx")
+EXTRAS = ("cpu", "gpu", "rtx", "serve")
+PARTS = ("native", "calls", "server")
 CROSS = "aarch64-linux-gnu-gcc"
 
 
@@ -34,8 +35,8 @@ def wheel_project(text: str) -> str:
               "project": {key: value for key, value in table.items() if key != "readme"},
               "project.optional-dependencies": {name: extras[name] for name in EXTRAS},
               # included package data would be the C files
-              "tool.setuptools": {"packages": [NAME, f"{NAME}.native"], "include-package-data": False},
-              "tool.setuptools.package-data": {NAME: ["py.typed"]}}
+              "tool.setuptools": {"packages": [NAME, *(f"{NAME}.{part}" for part in PARTS)], "include-package-data": False},
+              "tool.setuptools.package-data": {NAME: ["py.typed"], f"{NAME}.server": ["page/*"]}}
     lines = [line for name, entries in tables.items()
              for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items()))]
     return "\n".join([*lines, "[tool.setuptools.dynamic]", f'version = {{ attr = "{NAME}.__version__" }}', ""])

@@ -2,7 +2,7 @@
 
 from .cli import list_commands
 
-COMMANDS = {"run a bundle": ("generate", "chat"),
+COMMANDS = {"run a bundle": ("generate", "chat", "serve"),
             "check and measure it on this machine": ("verify", "bench", "native.profile")}
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(Checked):
-    """What every command that opens a bundle takes."""
-    bundle: Path = arg(positional=True, help="folder of the bundle")
+class OpeningOptions(Checked):
+    """How bundles are opened."""
     provider: str | None = arg(None, help="insist on this device", choices=PROVIDERS)
     threads: int | None = arg(None, help="CPU threads; default: the CPUs this process may use")
     max_memory_mb: float | None = arg(None, help="refuse when weights and KV cache would take more than this")
@@ -29,10 +28,20 @@ class EngineOptions(Checked):
                                   "float16, or int8 where the bundle's was quantized")
     repack_cache: bool = arg(False, help="keep the native core's repacked weights beside the bundle's, to open sooner")
 
-    def open(self) -> Engine:
+    def open_bundle(self, bundle: Path, max_memory_mb: float | None) -> Engine:
         """The engine these options ask for. Raises UserError, CheckFailed."""
-        return Engine(self.bundle, provider=self.provider, threads=self.threads, max_memory_mb=self.max_memory_mb,
+        return Engine(bundle, provider=self.provider, threads=self.threads, max_memory_mb=max_memory_mb,
                       verify=self.verify, cache_dtype=self.cache_dtype, repack_cache=self.repack_cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(OpeningOptions):
+    """What every command that opens a bundle takes."""
+    bundle: Path = arg(positional=True, help="folder of the bundle")
+
+    def open(self) -> Engine:
+        """Raises UserError, CheckFailed."""
+        return self.open_bundle(self.bundle, self.max_memory_mb)
 
 
 # EngineOptions and how replies are made: every field of GenerationOptions that has a help text. What is not given (None) is as the

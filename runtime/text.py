@@ -92,10 +92,10 @@ class Tokenizer:
         found = [np.array(encoding.ids, np.int64) for encoding in encodings]
         return [np.array(self._as_text(text)[0], np.int64) if self._cuts(text, ids) else ids for text, ids in zip(texts, found)]
 
-    def decode(self, ids) -> str:
-        """Text of token ids; special tokens are left out."""
+    def decode(self, ids, *, control_tokens: bool = False) -> str:
+        """Text of token ids; special tokens are left out, unless control_tokens."""
         with self._words("fails on tokens ({error})"), _library:
-            return self._tokenizer.decode(ids, skip_special_tokens=True)
+            return self._tokenizer.decode(ids, skip_special_tokens=not control_tokens)
 
     def token_text(self, token: int) -> str | None:
         """A token as the vocabulary spells it, special tokens included; None: no such token."""

@@ -46,6 +46,7 @@ NEEDS = {
     "runtime.generate BUNDLE -p Hi --provider cpu": "onnxruntime",
     "runtime.generate BUNDLE -p Hi --provider tensorrt": "cuda",
     "runtime.chat BUNDLE --provider cpu": "onnxruntime",
+    "runtime.serve BUNDLE --port 0": "fastapi uvicorn httptools prometheus_client",
     "runtime.verify BUNDLE": "",
     "runtime.bench BUNDLE --provider cpu": "onnxruntime",
     "runtime.native.profile BUNDLE": "",

@@ -1,6 +1,7 @@
 """Bundles of tiny random models, exported for real."""
 
 import pytest
+from server_fixtures import serve, served_bundle, server        # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")
