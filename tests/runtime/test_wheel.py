@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import urllib.request
 import venv
 import zipfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from runtime import Engine, __version__
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("numpy", "tokenizers", "jinja2", "markupsafe")
+OF_SERVE = ("fastapi", "starlette", "pydantic", "pydantic_core", "typing_extensions", "typing-inspection", "annotated-types", "annotated-doc",
+            "uvicorn", "httptools", "h11", "click", "anyio", "idna", "prometheus_client")
 OF_ONNXRUNTIME = ("onnxruntime", "flatbuffers", "packaging", "protobuf")
 APP = """
 import importlib, json, pkgutil, sys
@@ -32,7 +35,7 @@ try:
 except UserError as error:
     tokens, said = None, str(error)
 for module in pkgutil.walk_packages(edgewright.__path__, "edgewright."):
-    if not module.name.endswith(("__main__", "_core")):
+    if not module.name.endswith(("__main__", "_core")) and ".server." not in module.name:
         importlib.import_module(module.name)
 print(json.dumps({"tokens": tokens, "said": said, "whose": [models.WHOSE, runtime.WHOSE, runtime.errors.WHOSE],
                   "files": [getattr(module, "__file__", None) or "" for module in sys.modules.values()]}))
@@ -91,12 +94,13 @@ def test_the_wheel_holds_the_runtime_and_nothing_else(wheel):
         facts = archive.read(f"edgewright-{__version__}.dist-info/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"edgewright", f"edgewright-{__version__}.dist-info"}
     inside = {name.removeprefix("edgewright/") for name in names if name.startswith("edgewright/")}
-    assert inside == {"py.typed", "native/_core.so", *(str(file.relative_to(ROOT / "runtime")) for file in (ROOT / "runtime").rglob("*.py"))}
+    files = [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "runtime/server/page").glob("*.*")]
+    assert inside == {"py.typed", "native/_core.so", *(str(file.relative_to(ROOT / "runtime")) for file in files)}
     assert not [file for file in (ROOT / "runtime").rglob("*.py") if re.search(r"^\s*(from|import) runtime\b", file.read_text("utf-8"), re.M)]
     assert any(name.endswith("licenses/LICENSE") for name in names) and "-py3-none-" in wheel.name
     required = [line.split(": ")[1] for line in facts.splitlines() if line.startswith("Requires-Dist")]
     assert [line.split(">")[0] for line in required if ";" not in line] == ["numpy", "tokenizers", "jinja2"]
-    assert {line.split("extra == ")[1] for line in required if ";" in line} == {'"cpu"', '"gpu"', '"rtx"'}
+    assert {line.split("extra == ")[1] for line in required if ";" in line} == {'"cpu"', '"gpu"', '"rtx"', '"serve"'}
 
 
 def test_an_app_with_packages_of_the_same_names(python, packages, golden_bundle):
@@ -131,3 +135,17 @@ def test_its_commands(python, packages, golden_bundle):
     assert said.stdout == Engine(golden_bundle, threads=1).generate("Hi", max_new_tokens=4)[0].text + "\n"
     checked = python("-m", "edgewright.verify", golden_bundle, "--threads", "1")
     assert checked.returncode == 0 and "native" in checked.stdout, checked.stderr
+
+
+def test_it_serves(packages, golden_bundle, python):
+    """First without FastAPI, which is asked for in one sentence; then with it, until SIGTERM."""
+    said = python("-m", "edgewright.serve", golden_bundle, "--port", "0")
+    assert said.returncode == 2 and "pip install 'edgewright[serve]'" in said.stderr and "Traceback" not in said.stderr
+    link(packages, OF_SERVE)
+    words = [packages.parents[2] / "bin/python", "-m", "edgewright.serve", golden_bundle, "--port", "0", "--threads", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url, _, served = process.stdout.readline().partition(" serves ")
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            assert json.load(answer)["data"][0]["id"] == golden_bundle.name == served.strip()
+        process.terminate()
+        assert process.wait(30) == 0, process.stderr.read()
