@@ -14,7 +14,7 @@ from . import errors
 from .guard import Guard
 from .service import Service
 
-ROUTES = ("status", "tokens", "slots")
+ROUTES = ("status", "tokens", "slots", "chat", "completions")
 OPEN = frozenset({"/health", "/v1/health"})       # to whoever has no key
 
 
