@@ -197,8 +197,8 @@ class Backend(Protocol):
         Threads may call at once, each with caches of its own. Raises DeviceError once the backend was closed.
         """
 
-    # A backend may also have `decode(cache, row, token, limit, sampler, choose)`, a loop of its own for a lone row that
-    # keeps the logits to itself: see `runtime.native.backend.NativeBackend.decode`.
+    # A backend may also have `step_rows(cache, tokens, samplers)`, a step that finds the likely next tokens itself: see
+    # `NativeBackend.step_rows` in native/backend.py.
 
     def close(self) -> None:
         """Free the device's memory, once the calls that run have ended; none begins after. Closing again does nothing."""

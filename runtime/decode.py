@@ -24,7 +24,7 @@ from .sampling import Sampler, TokenLogprobs, token_logprobs
 PREFILL_TOKENS = 512              # padded tokens of one call
 CAPACITY_STEP = 64                # capacities are multiples of this
 FIRST_TOKENS = 256                # room for new tokens that a cache begins with; it grows when a reply outlasts it
-BURST_S = 0.01                    # how long a backend's own loop may go on before its tokens are shown
+BURST_S = 0.01                    # how long a lone sequence may go on before its tokens are shown
 
 
 @dataclass(eq=False)
@@ -32,7 +32,8 @@ class Sequence:
     """One reply in the making.
 
     prompt: int64 [n], n >= 1. stop_tokens end the reply and are not part of it. finish_reason: None while it goes on,
-    "stop" (a stop token, or the end of what the sampler's constraint allows), or "length" at max_new_tokens; whoever consumes the loop may set it, and the sequence ends there.
+    "stop" (a stop token, or the end of what the sampler's constraint allows), or "length" at max_new_tokens; whoever consumes
+    the loop may set it, and the sequence ends there.
     """
 
     prompt: np.ndarray
@@ -49,14 +50,13 @@ class Sequence:
         """The prompt and the tokens so far: int64 [n]."""
         return np.concatenate([self.prompt, np.array(self.tokens, np.int64)])
 
-    def accept(self, logits: np.ndarray) -> None:
-        """Choose the next token from float32 logits [vocab]; append it or finish."""
-        if self._append(self.sampler.choose(logits)) and self.sampler.options.logprobs is not None:
-            self.logprobs.append(token_logprobs(logits, self.tokens[-1], self.sampler.options.logprobs))
-
-    def accept_among(self, ids: np.ndarray, logits: np.ndarray) -> None:
-        """The same from the ids and logits of `sampler.candidates` candidates."""
-        self._append(self.sampler.choose_among(ids, logits))
+    def accept(self, found: np.ndarray | tuple[np.ndarray, np.ndarray]) -> None:
+        """Choose the next token from float32 logits [vocab], or from ids and logits of `sampler.candidates` candidates; append it or
+        finish."""
+        if isinstance(found, tuple):
+            self._append(self.sampler.choose_among(*found))
+        elif self._append(self.sampler.choose(found)) and self.sampler.options.logprobs is not None:
+            self.logprobs.append(token_logprobs(found, self.tokens[-1], self.sampler.options.logprobs))
 
     def _append(self, token: int) -> bool:
         if token in self.stop_tokens:
@@ -108,10 +108,7 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
         if int(rows.lengths.max()) >= rows.capacity:
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
-        if len(live) == 1 and live[0].sampler.candidates and hasattr(backend, "decode"):
-            found = burst(backend, rows, live[0])
-        else:
-            found = step(backend, rows, np.array([sequence.tokens[-1] for sequence in live]))
+        found = burst(backend, rows, live[0]) if len(live) == 1 else choices(backend, rows, live)
 
 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
@@ -136,6 +133,24 @@ def step(backend: Backend, cache: Cache, tokens: np.ndarray) -> np.ndarray:
     return append(backend, cache, tokens[:, None], 1, np.zeros((len(tokens), 1), np.int64))[:, 0]
 
 
+def choices(backend: Backend, cache: Cache, sequences: list[Sequence]) -> list | np.ndarray:
+    """Append the last token of sequences[r] to row r; what `sequences[r].accept` chooses the next one from, for each."""
+    tokens = np.array([sequence.tokens[-1] for sequence in sequences])
+    if hasattr(backend, "step_rows"):
+        return backend.step_rows(cache, tokens, [sequence.sampler for sequence in sequences])
+    return step(backend, cache, tokens)
+
+
+def burst(backend: Backend, cache: Cache, sequence: Sequence, most: int | None = None) -> None:
+    """Steps of a lone sequence for about BURST_S, `most` of them or until the cache is full: its tokens are in `sequence`."""
+    until, room = time.perf_counter() + BURST_S, cache.capacity - int(cache.lengths[0])
+    for _ in range(min(room, most or room)):
+        found, = choices(backend, cache, [sequence])
+        sequence.accept(found)
+        if sequence.finish_reason or sequence.times[-1] > until:
+            return
+
+
 def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:
     """Append tokens (int64 [n]) in one call, or as many as the backend's chunk asks for, to the one row of `cache` (None: a new one);
     float32 logits [n - first, vocab] after each token from index `first` on, valid until the next call with `cache`."""
@@ -155,18 +170,6 @@ def append(backend: Backend, cache: Cache, tokens: np.ndarray, counts: np.ndarra
     found = backend.forward(tokens, positions, cache.lengths, wanted, cache, counts + np.zeros_like(cache.lengths))
     cache.lengths += counts
     return found
-
-
-def burst(backend: Backend, cache: Cache, sequence: Sequence, limit: int | None = None) -> None:
-    """Steps of a lone sequence inside the backend, for about BURST_S or `limit` of them: no logits come out, the tokens are in
-    `sequence`."""
-    until = time.perf_counter() + BURST_S
-
-    def choose(ids: np.ndarray, logits: np.ndarray) -> int | None:
-        sequence.accept_among(ids, logits)
-        return None if sequence.finish_reason or sequence.times[-1] > until else sequence.tokens[-1]
-
-    backend.decode(cache, 0, sequence.tokens[-1], limit or cache.capacity, sequence.sampler, choose)
 
 
 def _together(backend: Backend, cache: Cache, start: int, stop: int, longest: int) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 import threading
@@ -293,45 +294,40 @@ class Scheduler:
         self._keep(row)
         if row.read == len(row.context):
             rows.answer(row)
-            self._accept([(row, found[-1])], wake)
+            self._gain(row, functools.partial(row.sequence.accept, found[-1]), wake)
 
     def _step(self, wake: dict) -> None:
         """One more token for every row that is being answered; for a lone one, some."""
         live, view, backend = list(self._rows.live), self._rows.view, self._rows.backend
         self._stats.steps += 1
         self._stats.step_rows += len(live)
-        tokens, samplers = np.array([row.sequence.tokens[-1] for row in live]), [row.sequence.sampler for row in live]
-        if len(live) == 1 and not self._rows.reading and samplers[0].candidates and hasattr(backend, "decode"):
-            length = int(view.lengths[0])
-            decode.burst(backend, view, live[0].sequence, CHUNK - length % CHUNK if view.states else None)
-            self._accept([(live[0], None)], wake)
-        elif hasattr(backend, "step_rows"):
-            self._accept(zip(live, backend.step_rows(view, tokens, samplers)), wake)
+        if len(live) == 1 and not self._rows.reading:
+            most = CHUNK - int(view.lengths[0]) % CHUNK if view.states else None
+            self._gain(live[0], lambda: decode.burst(backend, view, live[0].sequence, most), wake)
         else:
-            self._accept(zip(live, decode.step(backend, view, tokens)), wake)
+            for row, found in zip(live, decode.choices(backend, view, [row.sequence for row in live])):
+                self._gain(row, functools.partial(row.sequence.accept, found), wake)
         for row in self._rows.live if view.states else ():               # which only these places bring back
             if self._rows.cache.lengths[row.index] % CHUNK == 0:
                 self._keep(row)
 
-    def _accept(self, found, wake: dict) -> None:
-        """Rows with what their next token is chosen from: logits, (ids, logits) of candidates, or None where it was chosen."""
-        for row, logits in found:
-            sequence, error, before = row.sequence, None, row.pending.draft.shown
-            try:
-                if isinstance(logits, tuple):
-                    sequence.accept_among(*logits)
-                elif logits is not None:
-                    sequence.accept(logits)
-                row.pending.gain(wake)
-            except UserError as failed:
-                error = failed
-            self._stats.new_tokens += row.pending.draft.shown - before
-            if error or row.pending.finished:
-                self._stats.failed += error is not None
-                self._stats.finished += error is None
-                self._leave(row)
-                if error:
-                    row.pending.end(error, wake)
+    def _gain(self, row: Row, choose: Callable[[], None], wake: dict) -> None:
+        """`choose` gives its sequence a token, or some; their text is told, and where it has ended, its row is free."""
+        error, before = None, row.pending.draft.shown
+        try:
+            choose()
+            row.pending.gain(wake)
+        except DeviceError:
+            raise
+        except UserError as failed:
+            error = failed
+        self._stats.new_tokens += row.pending.draft.shown - before
+        if error or row.pending.finished:
+            self._stats.failed += error is not None
+            self._stats.finished += error is None
+            self._leave(row)
+            if error:
+                row.pending.end(error, wake)
 
     def _keep(self, row: Row) -> None:
         if row.pending.wants_prompt is None:

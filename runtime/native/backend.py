@@ -163,8 +163,8 @@ class NativeBackend:
 
         samplers: one a row (the same one twice: as two rows would have it). The result has for each row, where its sampler has
         `candidates`, ids (int32 [n]) and logits (float32 [n]) of that many largest logits (fewer only where the vocabulary is smaller),
-        with the sampler's penalties, largest first, the lower id first among equals: `Sequence.accept_among(*found)` takes them.
-        Where `candidates` is 0, it has all logits as they are, float32 [vocab]: `Sequence.accept(found)`. Arrays of logits are
+        with the sampler's penalties, largest first, the lower id first among equals: `Sequence.accept` takes them.
+        Where `candidates` is 0, it has all logits as they are, float32 [vocab]. Arrays of logits are
         valid until the next call with this cache. The samplers' penalties are read during the call: no other thread may choose with
         them meanwhile. Raises UserError where a row is full, or beyond the context; then no length has changed.
         """
@@ -197,18 +197,6 @@ class NativeBackend:
                 options.repetition_penalty, options.presence_penalty, options.frequency_penalty)
             choice.counts, choice.seen = counts.ctypes.data, seen.ctypes.data
         return ids, values
-
-    def decode(self, cache: NativeCache, row: int, token: int, limit: int, sampler: Sampler,
-               choose: Callable[[np.ndarray, np.ndarray], int | None]) -> None:
-        """Feed `token` at the end of `row`, then what `choose(ids, logits)` makes of the largest logits (as many as
-        `sampler.candidates`, largest first, with the sampler's penalties), at most `limit` steps or until it gives None."""
-        start = int(cache.lengths[row])
-        view = cache.view(row, row + 1) if cache.rows > 1 else cache              # which has room for logits
-        for _ in range(start, min(start + limit, cache.capacity, self._max_context)):
-            found, = self.step_rows(view, np.array([token]), [sampler])
-            token = choose(*found)
-            if token is None:
-                return
 
     def profile(self, on: bool) -> dict[str, float]:
         """Microseconds spent in each part of the steps since the last call; `on` starts or ends the counting."""

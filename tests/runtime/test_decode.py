@@ -126,7 +126,8 @@ def test_the_consumer_may_end_a_sequence():
     sequences = [sequence(p, 50) for p in prompts]
     backend = MockBackend(VOCAB)
     for s in decode.run(backend, backend.new_cache(2, 128), sequences):
-        if len(s.tokens) == (4 if s is sequences[0] else 9):
+        if len(s.tokens) >= (most := 4 if s is sequences[0] else 9):               # a lone one gains several at once
+            del s.tokens[most:]
             s.finish_reason = "stop"
     assert [s.tokens for s in sequences] == [greedy(prompts[0], 4), greedy(prompts[1], 9)]
 

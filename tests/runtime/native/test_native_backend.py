@@ -165,39 +165,28 @@ def test_cache_views_forks_truncates_and_grows(tmp_path):
 @pytest.mark.parametrize("options", [
     {}, {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}, {"temperature": 0.9, "top_k": 40, "seed": 3},
     {"temperature": 1.5, "top_k": 60, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.1, "seed": 4}], ids=str)
-def test_the_loop_in_the_core_chooses_what_the_sampler_chooses(tmp_path, monkeypatch, options):
+def test_what_the_core_finds_likely_is_what_the_sampler_chooses(tmp_path, monkeypatch, options):
     bundle, decoder = write_bundle(tmp_path, config())
     backend = NativeBackend(bundle, threads=2)
     prompt = ids_for(decoder.config, width=9)[0]
 
-    def tokens(looping, stop_tokens=frozenset()):
+    def tokens(stop_tokens=frozenset()):
         sequence = decode.Sequence(prompt, Sampler(SamplingOptions(**options), prompt), 90, stop_tokens)
-        yields = sum(1 for _ in decode.run(backend, backend.new_cache(1, 64), [sequence]))
+        list(decode.run(backend, backend.new_cache(1, 64), [sequence]))
         assert len(sequence.times) == len(sequence.tokens) and sequence.times == sorted(sequence.times)
-        assert yields == len(sequence.tokens) + bool(stop_tokens) or looping
         return sequence.tokens
 
-    looped, stopped = tokens(True), tokens(True, frozenset([tokens(True)[50]]))
+    looped, stopped = tokens(), tokens(frozenset([tokens()[50]]))
     monkeypatch.setattr(Sampler, "candidates", 0)             # every logit to Python
-    assert looped == tokens(False) and len(looped) == 90 and stopped == looped[:looped.index(looped[50])]
+    assert looped == tokens() and len(looped) == 90 and stopped == looped[:looped.index(looped[50])]
 
 
-def test_the_loop_ends_with_an_exception_and_its_candidates_are_the_largest(tmp_path):
+def test_candidates_are_the_largest(tmp_path):
     bundle, decoder = write_bundle(tmp_path, config(vocab_size=331))
     backend = NativeBackend(bundle, threads=2)
     logits = backend.forward(np.array([[7]]), None, np.zeros(1, np.int64), np.zeros((1, 1), np.int64), backend.new_cache(1, 16))[0, 0].copy()
-    sampler, cache, seen = Sampler(SamplingOptions(temperature=1.0, top_k=50), np.array([7])), backend.new_cache(1, 16), []
-
-    def choose(ids, values):
-        seen.append((ids.copy(), values.copy()))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return 5
-
-    with pytest.raises(KeyboardInterrupt):
-        backend.decode(cache, 0, 7, 10, sampler, choose)
-    assert np.array_equal(seen[0][0], np.argsort(-logits, kind="stable")[:50]) and np.array_equal(seen[0][1], logits[seen[0][0]])
-    assert cache.lengths.tolist() == [3]
+    (ids, values), = backend.step_rows(backend.new_cache(1, 16), np.array([7]), [Sampler(SamplingOptions(temperature=1.0, top_k=50), np.array([7]))])
+    assert np.array_equal(ids, np.argsort(-logits, kind="stable")[:50]) and np.array_equal(values, logits[ids])
 
 
 KINDS_OF_SAMPLING = [{}, {"logit_bias": {3: 2.0}}, {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
@@ -224,7 +213,7 @@ def test_steps_of_rows_find_what_each_sampler_seeks(tmp_path, first):
         for row, (sequence, other) in enumerate(zip(tokens, expected)):
             if n := sequence.sampler.candidates:
                 assert len(found[row][0]) == n and (np.diff(found[row][1]) <= 0).all()
-                sequence.accept_among(*found[row])
+                sequence.accept(found[row])
             else:
                 assert np.array_equal(found[row], logits[row])
                 sequence.accept(found[row])
