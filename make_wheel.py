@@ -38,7 +38,7 @@ def wheel_project(text: str) -> str:
               "tool.setuptools": {"packages": [NAME, *(f"{NAME}.{part}" for part in PARTS)], "include-package-data": False},
               "tool.setuptools.package-data": {NAME: ["py.typed"], f"{NAME}.server": ["page/*"]}}
     lines = [line for name, entries in tables.items()
-             for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items()))]
+             for line in (f"[{name}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in entries.items()))]
     return "\n".join([*lines, "[tool.setuptools.dynamic]", f'version = {{ attr = "{NAME}.__version__" }}', ""])
 
 

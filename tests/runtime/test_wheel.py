@@ -19,7 +19,7 @@ from runtime import Engine, __version__
 ROOT = Path(__file__).parents[2]
 NEEDED = ("numpy", "tokenizers", "jinja2", "markupsafe")
 OF_SERVE = ("fastapi", "starlette", "pydantic", "pydantic_core", "typing_extensions", "typing-inspection", "annotated-types", "annotated-doc",
-            "uvicorn", "httptools", "h11", "click", "anyio", "idna", "prometheus_client")
+            "opentelemetry-api", "uvicorn", "httptools", "h11", "click", "anyio", "idna", "prometheus_client")
 OF_ONNXRUNTIME = ("onnxruntime", "flatbuffers", "packaging", "protobuf")
 APP = """
 import importlib, json, pkgutil, sys
@@ -145,6 +145,7 @@ def test_it_serves(packages, golden_bundle, python):
     words = [packages.parents[2] / "bin/python", "-m", "edgewright.serve", golden_bundle, "--port", "0", "--threads", "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url, _, served = process.stdout.readline().partition(" serves ")
+        assert url, process.stderr.read()
         with urllib.request.urlopen(f"{url}/v1/models") as answer:
             assert json.load(answer)["data"][0]["id"] == golden_bundle.name == served.strip()
         process.terminate()
