@@ -108,7 +108,8 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
         if int(rows.lengths.max()) >= rows.capacity:
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
-        found = burst(backend, rows, live[0]) if len(live) == 1 else choices(backend, rows, live)
+        alone = len(live) == 1 and hasattr(backend, "step_rows")         # as fast as that, showing each token would cost
+        found = burst(backend, rows, live[0]) if alone else choices(backend, rows, live)
 
 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:

@@ -28,7 +28,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,13 @@ from . import decode, reply
 from .backend import Backend
 from .backends import PROVIDERS, open_backend, provider_of, step_down
 from .bundle import MANIFEST, Bundle, open_bundle
-from .cli import arg, did_you_mean
+from .cli import did_you_mean
 from .errors import DeviceError, UserError, shown
 from .machine import available_memory, cpu_threads, release_free_memory
+from .options import GenerationOptions, SubmitOptions, is_id
 from .pending import Pending
 from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
-from .sampling import Sampler, SamplingOptions, TokenLogprobs, check_defaults
+from .sampling import Sampler, TokenLogprobs, check_defaults
 from .scheduler import Limits, Scheduler
 from .structured import after_thought
 from .text import ReplyText, Tokenizer
@@ -57,29 +58,6 @@ _MOST_REPLIES = 1 << 16
 _MB = 1 << 20
 _PREFIX_BYTES = 512 * _MB
 _CLOSED = "{}: this engine was closed; open the bundle again with Engine()"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions(SamplingOptions):
-    """How a reply is made; the keyword arguments of `generate`, `stream`, `chat` and `stream_chat`. Where the model's
-    generation_config.json has sampling values, an engine takes those in place of these defaults."""
-
-    max_new_tokens: int | None = arg(None, help="tokens of a reply at most; default: 256, or what the context leaves")
-    stop: tuple[str, ...] | str = arg((), help="end the reply before any of these texts; a special token's spelling counts")
-    stop_tokens: tuple[int, ...] = ()         # token ids that end the reply, besides the model's own
-    ignore_model_stop: bool = False           # go on past the model's own end-of-text tokens
-    control_tokens: bool = arg(False, help="take control tokens that a text spells, such as <|im_end|>, for the token, not for text")
-
-    def __post_init__(self):
-        super().__post_init__()
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stops, (list, tuple)) or any(not isinstance(stop, str) or not stop for stop in stops):
-            raise UserError(f"stop strings are {shown(stops)}; each must be text of at least one character")
-        self._check("max_new_tokens", lambda v: v is None or v >= 1, "a whole number of at least 1", (int, np.integer, type(None)))
-        self._check("stop_tokens", lambda v: getattr(v, "ndim", 1) == 1 and all(_is_id(token) and token >= 0 for token in v), "token ids",
-                    (list, tuple, set, frozenset, np.ndarray))
-        for name in ("ignore_model_stop", "control_tokens"):
-            self._check(name, lambda v: True, "true or false", bool)
 
 
 _OPTIONS = {field.name for field in fields(GenerationOptions)}
@@ -153,33 +131,26 @@ class Engine:
             pass
         return stream.reply
 
-    def submit(self, prompt, *, sample: int = 0, priority: float = 0, deadline_s: float | None = None, user: str = "",
-               prompt_logprobs: int | None = None, constraint=None, spelled: frozenset[int] = frozenset(), **options) -> Pending:
-        """Hand a prompt to the scheduler and return at once: requests of all threads and event loops share its steps.
+    def submit(self, prompt, **options) -> Pending:
+        """Hand a prompt to the scheduler and return at once: requests of all threads and event loops share its steps. options:
+        those of `generate`, and of SubmitOptions. Raises UserError, and Busy (which is one) where too many wait."""
+        return self._submit(prompt, self._options(options, SubmitOptions), None)
 
-        options: those of `generate`. sample: which of the replies to the same prompt this is, for its seed. priority: larger
-        goes first. deadline_s: given up that many seconds from now. user: whoever has fewer running requests goes first.
-        prompt_logprobs: tell the prompt's own log probabilities, and so many likeliest tokens. constraint: what may come next
-        (structured.py). spelled: control tokens whose spelling stands in the text. Raises UserError, and Busy (also one)
-        where too many wait.
-        """
-        return self._submit(prompt, self._options(options), None, sample, priority, deadline_s, user, prompt_logprobs, constraint, spelled)
-
-    def submit_chat(self, messages: list[dict], *, sample: int = 0, priority: float = 0, deadline_s: float | None = None,
-                    user: str = "", constraint=None, spelled: frozenset[int] = frozenset(), template: dict | None = None, **options) -> Pending:
+    def submit_chat(self, messages: list[dict], *, template: dict | None = None, **options) -> Pending:
         """The same of the prompt that the chat template makes of `messages` and what it reads besides, in `template`. Where that
         opens a thought, the constraint begins behind it."""
-        tokens = self.chat_tokens(messages, control_tokens=options.get("control_tokens", False), template=template)
-        if constraint is not None:
-            constraint = after_thought(constraint, self, self._chat.thoughts, tokens)
-        return self._submit(tokens, self._options(options), self._chat.thoughts, sample, priority, deadline_s, user, None, constraint, spelled)
+        asked = self._options(options, SubmitOptions)
+        tokens = self.chat_tokens(messages, control_tokens=asked.control_tokens, template=template)
+        if asked.constraint is not None:
+            asked = replace(asked, constraint=after_thought(asked.constraint, self, self._chat.thoughts, tokens))
+        return self._submit(tokens, asked, self._chat.thoughts)
 
-    def _submit(self, prompt, options, thoughts, sample, priority, deadline_s, user, prompt_logprobs, constraint, spelled) -> Pending:
+    def _submit(self, prompt, options: SubmitOptions, thoughts: Thoughts | None) -> Pending:
         self._check_open()
-        ids = self._encode(prompt, options)
-        draft = self._draft(ids, options, sample, thoughts, constraint, spelled)
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        return self.scheduler.submit(Pending(draft, priority=priority, deadline=deadline, user=user, prompt_logprobs=prompt_logprobs))
+        draft = self._draft(self._encode(prompt, options), options, options.sample, thoughts, options.constraint, options.spelled)
+        deadline = None if options.deadline_s is None else time.monotonic() + options.deadline_s
+        return self.scheduler.submit(Pending(draft, priority=options.priority, deadline=deadline, user=options.user,
+                                             prompt_logprobs=options.prompt_logprobs))
 
     def serve_with(self, **limits) -> None:
         """Limits of the scheduler (its Limits), before the first `submit`. Raises UserError after it, and for what is no limit."""
@@ -237,11 +208,12 @@ class Engine:
                             "prompt of its own making with `generate` or `stream`")
         return self._chat
 
-    def _options(self, given: dict) -> GenerationOptions:
+    def _options(self, given: dict, kind: type[GenerationOptions] = GenerationOptions) -> GenerationOptions:
+        known = {field.name for field in fields(kind)}
         for name in given:
-            if name not in _OPTIONS:
-                raise UserError(f"there is no option {name!r}{did_you_mean(name, _OPTIONS)}: options are those of GenerationOptions")
-        return GenerationOptions(**self._defaults | given)
+            if name not in known:
+                raise UserError(f"there is no option {name!r}{did_you_mean(name, known)}: options are those of {kind.__name__}")
+        return kind(**self._defaults | given)
 
     def close(self) -> None:
         """Free the model's memory, once no call is in it; what is asked of the engine after is refused with a UserError."""
@@ -264,7 +236,7 @@ class Engine:
                 thoughts: Thoughts | None = None) -> list[Draft]:
         """One draft for each reply: first samples of every prompt, then second ones."""
         self._check_open()
-        if not _is_id(n) or n < 1:
+        if not is_id(n) or n < 1:
             raise UserError(f"n is {shown(n)}; it must be a whole number of at least 1")
         if not prompts:
             raise UserError("there is no prompt: the batch is empty")
@@ -287,7 +259,7 @@ class Engine:
         """Token ids of a prompt that leaves room for the reply asked for."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, control_tokens=options.control_tokens) if prompt else np.empty(0, np.int64)
-        elif isinstance(prompt, (list, tuple)) and all(map(_is_id, prompt)):
+        elif isinstance(prompt, (list, tuple)) and all(map(is_id, prompt)):
             ids = np.array(prompt)
         elif isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
             ids = prompt
@@ -393,11 +365,6 @@ class Stream:
     @property
     def reply(self) -> Reply:
         return self._draft.reply
-
-
-def _is_id(value) -> bool:
-    """Whether it is a whole number, which numpy's are and True is not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _as_list(prompts) -> list:

@@ -36,7 +36,7 @@ import numpy as np
 
 from . import decode, prefix_file
 from .backend import BLOCK, Backend
-from .errors import DeviceError, UserError
+from .errors import DeviceError, UserError, shown
 from .pending import Busy, Expired, Pending, wake_all
 from .prefixes import Prefixes
 from .rows import Row, Rows
@@ -57,6 +57,14 @@ class Limits:
     queue: int = 64
     cache_mb: float | None = None
     prefix_mb: float | None = None
+
+    def __post_init__(self):
+        for name, least in (("rows", 1), ("queue", 0), ("cache_mb", 0), ("prefix_mb", 0)):
+            value = getattr(self, name)
+            whole = name in ("rows", "queue")
+            if (value is None and not whole) or isinstance(value, int if whole else (int, float)) and least <= value <= 1e12:
+                continue
+            raise UserError(f"{name} is {shown(value)}; it must be a {'whole ' if whole else ''}number of at least {least}")
 
 
 @dataclass
@@ -301,7 +309,7 @@ class Scheduler:
         live, view, backend = list(self._rows.live), self._rows.view, self._rows.backend
         self._stats.steps += 1
         self._stats.step_rows += len(live)
-        if len(live) == 1 and not self._rows.reading:
+        if len(live) == 1 and not self._rows.reading and hasattr(backend, "step_rows"):
             most = CHUNK - int(view.lengths[0]) % CHUNK if view.states else None
             self._gain(live[0], lambda: decode.burst(backend, view, live[0].sequence, most), wake)
         else:

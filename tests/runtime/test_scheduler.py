@@ -128,11 +128,12 @@ def test_kept_prefixes_stay_within_their_bytes_and_the_least_recently_used_goes(
 def test_who_goes_first(engine, monkeypatch):
     gate = Gate(engine.backend, monkeypatch)
     engine.serve_with(rows=2)
-    running = [engine.submit("a", max_new_tokens=30, ignore_model_stop=True, user="greedy"), engine.submit("b", max_new_tokens=1, user="greedy")]
+    running = engine.submit("a", max_new_tokens=30, ignore_model_stop=True, user="greedy")
+    until(lambda: engine.scheduler.stats().rows == 1)
     names = [("greedy 1", "greedy", 0), ("greedy 2", "greedy", 0), ("modest", "modest", 0), ("urgent", "greedy", 5)]
     pending = {name: engine.submit(name, max_new_tokens=1, user=user, priority=priority, ignore_model_stop=True) for name, user, priority in names}
     gate.open.set()
-    for one in [*running, *pending.values()]:
+    for one in [running, *pending.values()]:
         one.result(20)
     assert sorted(pending, key=lambda name: pending[name].draft.sequence.times[0]) == ["urgent", "modest", "greedy 1", "greedy 2"]
 
@@ -272,9 +273,14 @@ def test_threads_and_clients_that_leave(engine):
 
 def test_what_is_no_request_is_refused(engine):
     for wrong, match in (({"prompt": ""}, "empty"), ({"prompt": "x" * 3000}, "context"), ({"prompt": "x", "temperatur": 1}, "no option"),
-                         ({"prompt": [VOCAB]}, "token id outside"), ({"prompt": None}, "must be a text")):
+                         ({"prompt": [VOCAB]}, "token id outside"), ({"prompt": None}, "must be a text"), ({"prompt": "x", "sample": -1}, "sample is"),
+                         ({"prompt": "x", "deadline_s": 0}, "deadline_s is"), ({"prompt": "x", "priority": float("nan")}, "priority is"),
+                         ({"prompt": "x", "prompt_logprobs": "2"}, "prompt_logprobs is"), ({"prompt": "x", "user": 3}, "user is")):
         with pytest.raises(UserError, match=match):
             engine.submit(**wrong)
+    for limits in ({"rows": 0}, {"rows": 1.5}, {"queue": -1}, {"cache_mb": "8"}):
+        with pytest.raises(UserError, match=next(iter(limits))):
+            engine.serve_with(**limits)
     assert engine.scheduler.stats().queued == 0
     with pytest.raises(UserError, match="before the first submit"):
         engine.serve_with(rows=2)
