@@ -107,8 +107,9 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer, unless an answer was begun, and close."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        """Answer, unless that would fall into another answer, and close."""
+        cycle, anew = self.cycle, self._in_head or not self._begun               # else it is about the cycle's own body
+        if not self.pipeline and (cycle is None or (cycle.response_complete if anew else not cycle.response_started)):
             body = json.dumps(error.body).encode()
             head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n" + "".join(
                 f"{name}: {value}\r\n" for name, value in error.headers.items())
