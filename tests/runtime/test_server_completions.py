@@ -131,36 +131,44 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
 
 
+NAMES = ["tiny_choice", "tiny_rolling"]
+
+
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def evaluated(tmp_path_factory):
+    """evaluated(model as the harness has it) -> its results and samples on two small tasks."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager, get_task_dict
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"The answer to {a} plus {b} is", "choices": [f" {a + b}", f" {a * b}", " never"], "answer": a % 3}
             for a in range(6) for b in range(3)]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("tiny_choice", CHOICE), ("tiny_rolling", ROLLING)):
+    for name, text in zip(NAMES, (CHOICE, ROLLING)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + text)
-    return folder
+    tasks = get_task_dict(NAMES, TaskManager(include_path=str(folder), include_defaults=False))
+    return lambda model: evaluate(model, tasks, log_samples=True, bootstrap_iters=0)
+
+
+@pytest.fixture(scope="module")
+def adapted(evaluated, served_bundle):
+    """The same with the bundle in this process."""
+    from models.judging.language_model import open_model
+    from models.lm_eval_adapter import EdgewrightLM
+    return evaluated(EdgewrightLM(open_model(served_bundle, threads=1), progress=False))
 
 
 @pytest.mark.parametrize("backend", ["huggingface", "remote"])
-def test_lm_eval_scores_a_bundle_unmodified(server, served_bundle, tiny_bundle, tasks, backend, monkeypatch):
-    lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
-    from models.judging.language_model import open_model
-    from models.lm_eval_adapter import EdgewrightLM
-    names, manager = ["tiny_choice", "tiny_rolling"], TaskManager(include_path=str(tasks))
+def test_lm_eval_scores_a_bundle_unmodified(server, tiny_bundle, evaluated, adapted, backend):
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
     how = {"tokenizer": str(tiny_bundle("smollm2", 4)[0])} if backend == "huggingface" else {}
-    served = lm_eval.simple_evaluate("local-completions", tasks=names, task_manager=manager, batch_size=4, log_samples=True, bootstrap_iters=0,
-                                     model_args={"model": "tiny", "base_url": f"{server.url}/v1/completions", "tokenizer_backend": backend,
-                                                 "num_concurrent": 1, "max_length": 256, **how})
-    own = lm_eval.simple_evaluate(EdgewrightLM(open_model(served_bundle, threads=1), progress=False), tasks=names, task_manager=manager,
-                                  log_samples=True, bootstrap_iters=0)
-    for name in names:
-        pairs = list(zip(served["samples"][name], own["samples"][name], strict=True))
-        for one, other in pairs:
-            for (a, greedy), (b, other_greedy) in zip(one["filtered_resps"] if name == "tiny_choice" else [], other["filtered_resps"]):
-                assert a == pytest.approx(b, abs=5e-3) and bool(greedy) == bool(other_greedy)
-    assert served["results"]["tiny_choice"]["acc,none"] == own["results"]["tiny_choice"]["acc,none"]
-    assert served["results"]["tiny_rolling"]["word_perplexity,none"] == pytest.approx(own["results"]["tiny_rolling"]["word_perplexity,none"], rel=2e-3)
+    served = evaluated(LocalCompletionsAPI(model="tiny", base_url=f"{server.url}/v1/completions", tokenizer_backend=backend, batch_size=4,
+                                           max_length=256, **how))
+    for one, other in zip(served["samples"]["tiny_choice"], adapted["samples"]["tiny_choice"], strict=True):
+        for (score, greedy), (wanted, wanted_greedy) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+            assert score == pytest.approx(wanted, abs=5e-3) and bool(greedy) == bool(wanted_greedy)
+    results = [found["results"] for found in (served, adapted)]
+    assert results[0]["tiny_choice"]["acc,none"] == results[1]["tiny_choice"]["acc,none"]
+    perplexities = [found["tiny_rolling"]["word_perplexity,none"] for found in results]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=2e-3)
