@@ -45,6 +45,7 @@ class Talk:
         encoder = engine.chat_encoder
         self.engine, self.samples, self.told = engine, body.n or 1, body.told
         tools, choice = _tools(body)
+        self.tools = tools
         kind = body.constraint()
         variables = _variables(body, encoder.template.source, tools)
         try:
@@ -109,7 +110,7 @@ class _Listener:
 
     def __init__(self, talk: Talk):
         self._thoughts = talk.thoughts.stream(talk.engine.tokenizer, talk.tokens) if talk.thoughts else None
-        self._syntax = talk.syntax.stream() if talk.syntax else None
+        self._syntax = talk.syntax.stream(talk.tools) if talk.syntax else None
         self._one_call, self.calls, self.enough = talk.one_call, 0, False
 
     def push(self, text: str) -> list[Event]:

@@ -139,7 +139,7 @@ def evaluated(tmp_path_factory):
     """evaluated(model as the harness has it) -> its results and samples on two small tasks."""
     pytest.importorskip("lm_eval")
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"The answer to {a} plus {b} is", "choices": [f" {a + b}", f" {a * b}", " never"], "answer": a % 3}
             for a in range(6) for b in range(3)]
@@ -147,7 +147,7 @@ def evaluated(tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in zip(NAMES, (CHOICE, ROLLING)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + text)
-    tasks = get_task_dict(NAMES, TaskManager(include_path=str(folder), include_defaults=False))
+    tasks = TaskManager(include_path=str(folder), include_defaults=False).load(NAMES)
     return lambda model: evaluate(model, tasks, log_samples=True, bootstrap_iters=0)
 
 
