@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from . import grammar_trial
-from .errors import Unavailable, UserError, pip_line, shown
+from .errors import UserError, pip_line, shown
 from .text import Tokenizer
 from .thoughts import Thoughts
 
@@ -92,7 +92,7 @@ class _Grammars:
         try:
             import llguidance
         except ImportError:
-            raise Unavailable(f"structured output needs llguidance: {pip_line('serve')}") from None
+            raise UserError(f"structured output needs llguidance: {pip_line('serve')}") from None
         self._library, vocab = llguidance, model["config"]["vocab_size"]
         self._trial = {"control": tokenizer.control_tokens, "vocab": vocab}
         try:

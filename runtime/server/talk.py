@@ -53,6 +53,7 @@ class Talk:
         except UserError as error:                        # without this machine's folders
             raise ApiError(400, str(error).replace(f"{engine.bundle.folder}/", "")) from None
         self.syntax = calls.parser_of(encoder.template.source, engine.tokenizer) if tools else None
+        self.tools = tools
         if tools and choice != "auto":
             if kind:
                 raise ApiError(400, "response_format and a required tool call exclude each other", param="tool_choice")

@@ -10,7 +10,7 @@ import pytest
 
 from runtime import structured
 from runtime.engine import Engine
-from runtime.errors import Unavailable, UserError
+from runtime.errors import UserError
 from runtime.structured import after_thought, constraint_for
 from runtime.thoughts import KNOWN
 
@@ -230,5 +230,5 @@ def test_threads_compile_side_by_side(engine):
 def test_without_llguidance_it_says_what_installs_it(engine, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     monkeypatch.setattr(structured, "_of_tokenizer", {})
-    with pytest.raises(Unavailable, match=r"pip install '.\[serve\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[serve\]'"):
         constraint_for(engine, "json")
