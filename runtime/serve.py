@@ -31,8 +31,8 @@ LIMITS = "limits"
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(OpeningOptions):
     """Serve bundles over HTTP, as OpenAI's API does."""
-    bundles: tuple[Path, ...] = arg(positional=True, metavar="BUNDLE", help="folders of bundles; clients name them by the folder's name, and "
-                                    "the first answers where none is named")
+    bundles: tuple[Path, ...] = arg(positional=True, metavar="BUNDLE", help="folders of bundles; clients name them by the folder's "
+                                    "name, and the first answers where none is named")
     host: str = arg("127.0.0.1", help="address to listen at; 0.0.0.0 is every one of this machine's", group="who may ask")
     port: int = arg(8080, help="port to listen at; 0: a free one", least=0, most=65535, group="who may ask")
     api_keys: Path | None = arg(None, help="file of API keys, one a line, of which a client must give one", group="who may ask")
@@ -86,6 +86,8 @@ async def _serve(options: ServeOptions) -> None:
             loading.result()                      # raises why it could not be loaded
     finally:
         await bundles.close()
+        if broken_off := server.server_state.tasks:
+            await asyncio.wait(broken_off, timeout=1)          # to tell their clients
 
 
 def _is_loopback(host: str) -> bool:

@@ -46,7 +46,8 @@ class Connection(HttpToolsProtocol):
         transport.set_write_buffer_limits(0)                      # whatever the kernel does not take is a stall
         self._wait()
         if len(self.connections) > self._most:
-            self._refuse(ApiError(503, "the server has all the connections it can have; try again later", code="too_many_connections", retry_s=1))
+            self._refuse(ApiError(503, "the server has all the connections it can have; try again later", code="too_many_connections",
+                                  retry_s=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._waiting, self._stalled):

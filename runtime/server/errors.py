@@ -74,10 +74,11 @@ def install(app: FastAPI) -> None:
         return describe(error).response()
 
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
+        method, path = request.method, request.url.path[:200]
         if error.detail == "Not Found":
-            error = ApiError(404, f"there is no {request.method} {request.url.path[:200]} here", code="unknown_url")
+            error = ApiError(404, f"there is no {method} {path} here", code="unknown_url")
         elif error.detail == "Method Not Allowed":
-            error = ApiError(405, f"{request.url.path[:200]} does not take {request.method}", code="method_not_allowed", headers=error.headers)
+            error = ApiError(405, f"{path} does not take {method}", code="method_not_allowed", headers=error.headers)
         return describe(error).response()
 
     app.add_exception_handler(HTTPException, not_found)

@@ -130,8 +130,8 @@ class Guard:
         if method in _SAFE or origin is None or origin in self._cors or "*" in self._cors:
             return
         if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
-            raise ApiError(403, f"a page of {origin[:100]} may not ask here: start the server with --cors {origin[:100]}, or with --api-keys",
-                           code="unknown_origin")
+            raise ApiError(403, f"a page of {origin[:100]} may not ask here: start the server with --cors {origin[:100]}, or with "
+                                "--api-keys", code="unknown_origin")
 
 
 class ClientGone(Exception):
@@ -165,7 +165,8 @@ class _Body:
         if size > most:
             raise ApiError(413, f"the body is larger than the {most / _MB:g} MB that this server takes", code="body_too_large")
         if self._guard.held > _MOST_BODIES * most:
-            raise ApiError(429, "the bodies of other requests fill the memory for them; try again later", code="too_many_requests", retry_s=1)
+            raise ApiError(429, "the bodies of other requests fill the memory for them; try again later", code="too_many_requests",
+                           retry_s=1)
 
     async def receive(self) -> Message:
         """For the routes: the body once, then what the connection says."""

@@ -38,7 +38,8 @@ class Metrics(Collector):
         own = {"registry": self._registry, "namespace": "edgewright"}
         self.requests = Counter("http_requests", "answers by status", ["method", "status"], **own)
         self.active = Gauge("http_requests_active", "requests that are being answered", **own)
-        self._ttft = Histogram("time_to_first_token_seconds", "from submission, waiting included", ["model", "route"], buckets=_SECONDS, **own)
+        self._ttft = Histogram("time_to_first_token_seconds", "from submission, waiting included", ["model", "route"],
+                               buckets=_SECONDS, **own)
         self._tpot = Histogram("time_per_output_token_seconds", "mean over a reply, after its first token", ["model", "route"],
                                buckets=_PER_TOKEN, **own)
         self._whole = Histogram("reply_seconds", "from submission to the last token", ["model", "route"], buckets=_SECONDS, **own)

@@ -99,8 +99,10 @@ class Service:
         return model
 
     async def close(self) -> None:
-        """Close every engine."""
+        """Close every engine; whoever still waits for a reply is told."""
         for model in self.models.values():
+            if model.engine:
+                await asyncio.to_thread(model.engine.scheduler.close, ApiError(503, "the server was stopped", code="stopping"))
             await self._unload(model)
 
     async def _load_for_client(self, model: Model) -> None:

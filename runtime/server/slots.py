@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from ..engine import Engine
+from ..errors import UserError
 from .errors import ApiError
 from .service import Service
 
@@ -41,7 +42,10 @@ async def change(number: int, action: Literal["save", "restore", "erase"], reque
     name = list(service.models)[number]
     path = None if action == "erase" else _path(service, body)
     async with service.engine(name) as engine:
-        tokens = await asyncio.to_thread(_act, engine, action, path)
+        try:
+            tokens = await asyncio.to_thread(_act, engine, action, path)
+        except UserError as error:                        # less the folder, which is nothing to tell
+            raise ApiError(400, str(error).replace(f"{service.options.slots_dir}/", ""), param="filename") from None
     return {"id": number, "model": name, "action": action, "filename": path and path.name, "tokens": tokens}
 
 

@@ -120,7 +120,8 @@ def test_no_json(strict, path):
 
 
 def test_wrong_types_are_named(strict):
-    for path, body, param in [("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {}, "prompt"), ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+    for path, body, param in [("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {}, "prompt"),
+                              ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
                               ("/detokenize", {"tokens": [1, 10**6]}, "tokens"), ("/detokenize", {"tokens": [True]}, "tokens[0]"),
                               ("/v1/completions", {"prompt": "a", "temperature": "hot"}, "temperature"),
                               ("/slots/0?action=destroy", {}, "action"), ("/slots/zero?action=save", {}, "number")]:
@@ -246,8 +247,8 @@ def test_more_connections_than_there_may_be(strict, serve, monkeypatch):
     [one.close() for one in idle]
 
 
-PATHS = ["/nothing", "//v1/models", "/v1//models", "/v1/models/", "/../etc/passwd", "/v1/../v1/models", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models%00",
-         "/v1/models%0d%0aX-Injected:%20a", "/V1/MODELS", "/" + "a" * 10_000, "/%ff%fe", "/v1/models/..%2f..%2fetc", "/docs", "/redoc"]
+PATHS = ["/nothing", "//v1/models", "/v1//models", "/v1/models/", "/../etc/passwd", "/v1/../v1/models", "/%2e%2e/%2e%2e/etc/passwd",
+         "/v1/models%00", "/v1/models%0d%0aX-Injected:%20a", "/V1/MODELS", "/" + "a" * 10_000, "/%ff%fe", "/v1/models/..%2f..%2fetc", "/docs", "/redoc"]
 
 
 def test_path_tricks(strict):
@@ -261,8 +262,9 @@ def test_path_tricks(strict):
 
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"
 NO_HTTP = [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-           HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}", HEAD + b"Content-Length: -1\r\n\r\n", HEAD + b"Content-Length: 1e3\r\n\r\n",
-           HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+           HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}", HEAD + b"Content-Length: -1\r\n\r\n",
+           HEAD + b"Content-Length: 1e3\r\n\r\n", HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+           HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
            HEAD + b"X: a\0b\r\n\r\n", HEAD + b" folded: a\r\n\r\n", HEAD + b"no colon\r\n\r\n", b"GET /\xc3\xa9 HTTP/1.1\r\n\r\n",
            b"get /health HTTP/1.1\r\nHost: localhost\r\n\r\n"]
 
@@ -304,8 +306,8 @@ def test_keys(serve, tmp_path, monkeypatch):
     server, compared = serve(api_keys=tmp_path / "keys"), []
     compare = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))
-    for headers in ({}, {"authorization": "Bearer sk-three"}, {"authorization": "sk-one"}, {"authorization": "Basic sk-one"}, {"x-api-key": ""},
-                    {"authorization": "Bearer " + "a" * 10_000}, {"authorization": "Bearer sk-onesk-two"}, {"x-api-key": b"\xff\xfe"},
+    for headers in ({}, {"authorization": "Bearer sk-three"}, {"authorization": "sk-one"}, {"authorization": "Basic sk-one"},
+                    {"x-api-key": ""}, {"authorization": "Bearer " + "a" * 10_000}, {"authorization": "Bearer sk-onesk-two"}, {"x-api-key": b"\xff\xfe"},
                     {"authorization": "Bearer # of the house"}, {"authorization": "Bearer"}):
         compared.clear()
         answer = httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}, headers=headers)
@@ -359,7 +361,8 @@ def test_a_bundle_that_disappears(serve, served_bundle, tmp_path):
     server = serve(tmp_path / "one", tmp_path / "two")
 
     def ask(model):
-        return httpx.post(f"{server.url}/v1/completions", json={"prompt": "The capital", "max_tokens": 8, "temperature": 0, "model": model})
+        body = {"prompt": "The capital", "max_tokens": 8, "temperature": 0, "model": model}
+        return httpx.post(f"{server.url}/v1/completions", json=body)
 
     want = ask("one").json()["choices"][0]["text"]
     shutil.rmtree(tmp_path / "one")

@@ -18,8 +18,8 @@ from runtime import Engine, __version__
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("numpy", "tokenizers", "jinja2", "markupsafe")
-OF_SERVE = ("fastapi", "starlette", "pydantic", "pydantic_core", "typing_extensions", "typing-inspection", "annotated-types", "annotated-doc",
-            "opentelemetry-api", "uvicorn", "httptools", "h11", "click", "anyio", "idna", "prometheus_client")
+OF_SERVE = ("fastapi", "starlette", "pydantic", "pydantic_core", "typing_extensions", "typing-inspection", "annotated-types",
+            "annotated-doc", "opentelemetry-api", "uvicorn", "httptools", "h11", "click", "anyio", "idna", "prometheus_client")
 OF_ONNXRUNTIME = ("onnxruntime", "flatbuffers", "packaging", "protobuf")
 APP = """
 import importlib, json, pkgutil, sys
