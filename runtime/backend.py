@@ -153,9 +153,9 @@ class Cache(ABC):
         self.lengths[target] = self.lengths[source]
 
     @abstractmethod
-    def read(self, row: int, first: int, stop: int) -> np.ndarray:
-        """The slots first..stop-1 of `row`, both multiples of BLOCK, as bytes: uint8 [n], as many for every cache of this
-        backend. What they hold is the backend's own matter."""
+    def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The slots first..stop-1 of `row`, both multiples of BLOCK, as bytes: uint8 [n] (`out`, if given), as many for every cache
+        of this backend. What they hold is the backend's own matter."""
 
     @abstractmethod
     def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:

@@ -228,9 +228,9 @@ class OrtCache(Cache):
             array[self.start + target, :, :length] = array[self.start + source, :, :length]
             _write(buffer, array)
 
-    def read(self, row: int, first: int, stop: int) -> np.ndarray:
-        return np.concatenate([np.ascontiguousarray(_read(buffer)[self.start + row, :, first:stop]).view(np.uint8).ravel()
-                               for buffer in self.storage])
+    def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        parts = [np.ascontiguousarray(_read(buffer)[self.start + row, :, first:stop]).view(np.uint8).ravel() for buffer in self.storage]
+        return np.concatenate(parts, out=out)
 
     def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
         for buffer in self.storage:

@@ -91,13 +91,12 @@ def _take_in(arrays: dict[str, np.ndarray], prefixes: Prefixes, cache: Cache) ->
     for i in range(count):
         parent, key = prefixes.root if parents[i] < 0 else nodes[parents[i]], tokens[i].tobytes()
         node = parent.children.get(key) if parent else None
-        if parent and node is None:
-            node = Node(parent, key, np.array(slots[i]), carried.get(i, ()))
-            node = node if prefixes.nbytes + node.nbytes <= prefixes.most_bytes else None
-            if node:
-                prefixes.add(node)
+        if parent and node is None and prefixes.nbytes + width + sum(array.nbytes for array in carried.get(i, ())) <= prefixes.most_bytes:
+            node = prefixes.add(parent, key, np.array(slots[i]), carried.get(i, ()))
         nodes.append(node)
-    return sum(node is not None for node in nodes) * BLOCK
+    there = [node for node in nodes if node]
+    prefixes.touch(there)
+    return len(there) * BLOCK
 
 
 def _parents_first(prefixes: Prefixes) -> list[Node]:

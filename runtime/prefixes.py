@@ -23,6 +23,7 @@ import numpy as np
 from .backend import BLOCK, Cache, Snapshot
 
 _LEAST_INTERVAL, _MOST_INTERVAL = 128, 1024       # tokens between two kept states
+_SLAB = 2 << 20                  # bytes; of 4 MB and more numpy asks for huge pages, which the kernel may take long to find
 
 
 @dataclass(eq=False)
@@ -41,9 +42,26 @@ class Node:
         return self.data.nbytes + sum(array.nbytes for array in self.states)
 
 
+class _Slabs:
+    """Arrays of one size, some from one allocation, and used again: fresh memory costs ten times as much to fill."""
+
+    def __init__(self, most_bytes: int):
+        self._most_bytes, self._free = most_bytes, []
+
+    def take(self, width: int) -> np.ndarray:
+        """uint8 [width]; every call's width is the same."""
+        if not self._free:
+            self._free.extend(np.empty((max(1, min(_SLAB, self._most_bytes) // max(1, width)), width), np.uint8))
+        return self._free.pop()
+
+    def give(self, array: np.ndarray) -> None:
+        self._free.append(array)
+
+
 class Prefixes:
     def __init__(self, most_bytes: int):
         self.most_bytes, self.nbytes, self.evictions, self.root = most_bytes, 0, 0, Node(None)
+        self._slabs, self._width = _Slabs(most_bytes), 0
         # Least recently used first. Parents are touched after their children, so the first one is always a leaf.
         self.order: OrderedDict[Node, None] = OrderedDict()
 
@@ -67,7 +85,7 @@ class Prefixes:
         cache.lengths[row] = len(chain) * BLOCK
         if chain:
             cache.restore(row, Snapshot(len(chain) * BLOCK, chain[-1].states))
-            self._touch(chain)
+            self.touch(chain)
         return len(chain) * BLOCK
 
     def keep(self, tokens: np.ndarray, cache: Cache, row: int) -> None:
@@ -78,26 +96,32 @@ class Prefixes:
             key = data[number * BLOCK * 8:(number + 1) * BLOCK * 8]
             child = node.children.get(key)
             if child is None:
-                self._touch(chain)
-                child = Node(node, key, cache.read(row, number * BLOCK, (number + 1) * BLOCK))
-                if not self._make_room(child.nbytes, node):
+                self.touch(chain)
+                place = number * BLOCK, (number + 1) * BLOCK
+                self._width = self._width or len(cache.read(row, *place))
+                if not self._make_room(self._width, node):
                     return
-                self.add(child)
+                child = self.add(node, key, cache.read(row, *place, out=self._slabs.take(self._width)))
             chain.append(node := child)
-        self._touch(chain)
-        if cache.states and blocks and len(tokens) == blocks * BLOCK == cache.lengths[row] and not node.states and _since_states(chain) >= interval(cache, row, node):
+        self.touch(chain)
+        whole = blocks and len(tokens) == blocks * BLOCK == cache.lengths[row]
+        if cache.states and whole and not node.states and _since_states(chain) >= interval(cache, row, node):
             states = cache.snapshot(row).states
             if self._make_room(sum(array.nbytes for array in states), node):
                 node.states = states
                 self.nbytes += sum(array.nbytes for array in states)
 
-    def add(self, node: Node) -> None:
-        """A node whose parent is here and newer than all others."""
-        node.parent.children[node.tokens] = node
+    def add(self, parent: Node, tokens: bytes, data: np.ndarray, states: tuple[np.ndarray, ...] = ()) -> Node:
+        """A new node; `touch` its chain after."""
+        node = parent.children[tokens] = Node(parent, tokens, data, states)
         self.nbytes += node.nbytes
         self.order[node] = None
-        if node.parent is not self.root:
-            self._touch([node.parent])
+        return node
+
+    def touch(self, chain: list[Node]) -> None:
+        """Nodes, each behind its parent, are used."""
+        for node in reversed(chain):
+            self.order.move_to_end(node)
 
     def clear(self) -> None:
         self.__init__(self.most_bytes)
@@ -110,12 +134,9 @@ class Prefixes:
                 return False
             del self.order[oldest], oldest.parent.children[oldest.tokens]
             self.nbytes -= oldest.nbytes
+            self._slabs.give(oldest.data)
             self.evictions += 1
         return True
-
-    def _touch(self, chain: list[Node]) -> None:
-        for node in reversed(chain):
-            self.order.move_to_end(node)
 
 
 def interval(cache: Cache, row: int, node: Node) -> int:

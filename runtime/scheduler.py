@@ -299,10 +299,14 @@ class Scheduler:
             pending.prompt_logprobs += [] if pending.prompt_logprobs else [None]
             pending.prompt_logprobs += pending.draft.told([token_logprobs(logits, int(token), pending.wants_prompt)
                                                            for logits, token in zip(found, following)])
-        self._keep(row)
+        now = cache.states or self._waiting                              # who waits may begin alike
+        if now:
+            self._keep(row)
         if row.read == len(row.context):
             rows.answer(row)
             self._gain(row, functools.partial(row.sequence.accept, found[-1]), wake)
+            if not now and row in rows.live:                             # the first token need not wait for it
+                self._keep(row)
 
     def _step(self, wake: dict) -> None:
         """One more token for every row that is being answered; for a lone one, some."""

@@ -132,8 +132,12 @@ class TrtCache(Cache):
                 begin = self.address(index)
                 self.backend.device.copy_blocks(begin + target * size, size, begin + source * size, size, size, 1)
 
-    def read(self, row: int, first: int, stop: int) -> np.ndarray:
-        return self._through_host(row, first, stop, None)
+    def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        found = self._through_host(row, first, stop, None)
+        if out is None:
+            return found
+        out[:] = found
+        return out
 
     def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
         self._through_host(row, first, stop, data)

@@ -265,9 +265,9 @@ class NativeCache(Cache):
     def _copy_slots(self, source: int, target: int) -> None:
         self.storage.copy(self.start + source, self.storage, self.start + target, int(self.lengths[source]))
 
-    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+    def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         move = self.backend._core.ew_cache_slots, self.storage.handle, self.start + row, first, stop - first
-        found = np.empty(self.backend._call(*move, None, 0), np.uint8)
+        found = np.empty(self.backend._call(*move, None, 0), np.uint8) if out is None else out
         self.backend._call(*move, found.ctypes.data, 0)
         return found
 

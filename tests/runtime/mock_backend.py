@@ -30,9 +30,12 @@ class MockCache(Cache):
     def _copy_slots(self, source: int, target: int) -> None:
         self.slots[target] = self.slots[source]
 
-    def read(self, row: int, first: int, stop: int) -> np.ndarray:
+    def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         assert first % 16 == stop % 16 == 0 and stop <= self.capacity
-        return self.slots[row, first:stop].copy().view(np.uint8)
+        found = self.slots[row, first:stop].copy().view(np.uint8)
+        if out is not None:
+            out[:] = found
+        return found if out is None else out
 
     def write(self, row: int, first: int, stop: int, data: np.ndarray) -> None:
         assert first % 16 == stop % 16 == 0 and stop <= self.capacity
