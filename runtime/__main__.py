@@ -3,6 +3,7 @@
 from .cli import list_commands
 
 COMMANDS = {"run a bundle": ("generate", "chat", "serve"),
+            "learn from what people say of its replies": ("feedback",),
             "check and measure it on this machine": ("verify", "bench", "native.profile")}
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class ServeOptions(OpeningOptions):
     prefix_mb: float | None = arg(None, help="for what is kept of earlier prompts, a bundle; default: 512, or a quarter of what is free",
                                   least=0, group=LIMITS)
     client_timeout: float = arg(30.0, help="seconds a client may take to send its request, or not read its reply", above=0, group=LIMITS)
+    feedback: Path | None = arg(None, help="SQLite file in which to keep what people say of replies; python -m "
+                                           f"{__package__}.feedback exports it to learn from")
     slots_dir: Path | None = arg(None, help="folder into which clients may save what is kept of prompts (POST /slots/0?action=save)")
 
 

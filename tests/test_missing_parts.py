@@ -48,6 +48,7 @@ NEEDS = {
     "runtime.chat BUNDLE --provider cpu": "onnxruntime",
     "runtime.serve BUNDLE --port 0": "fastapi uvicorn httptools prometheus_client",
     "runtime.verify BUNDLE": "",
+    "runtime.feedback stats FILE": "",
     "runtime.bench BUNDLE --provider cpu": "onnxruntime",
     "runtime.native.profile BUNDLE": "",
 }

@@ -23,12 +23,13 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 def encode_chat(messages: list[dict], chat: ChatEncoder, **variables) -> list[Encoded]:
     """A chat that ends with the assistant's reply, as one example. Where the template rewrites earlier turns (leaves
-    out a thought once there is a next question), as one a reply, each after what the model reads before it.
-    variables: see `ChatTemplate.render`. Raises UserError where replies cannot be told apart."""
+    out a thought once there is a next question), as one a reply, each after what the model reads before it. A reply with
+    "weight": 0, as OpenAI's files have it, is read and not learned. variables: see `ChatTemplate.render`. Raises UserError
+    where replies cannot be told apart."""
     marked, replies = chat.marked(messages, variables), []
     messages, text = marked.messages, chat.render(marked, marked.messages, add_generation_prompt=False)
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("weight") != 0:
             asked = chat.render(marked, messages[:index], add_generation_prompt=True)
             through = text if index + 1 == len(messages) else chat.render(marked, messages[:index + 1], add_generation_prompt=False)
             if not through.startswith(asked):        # a prompt that opens a thought, which this reply has not

@@ -10,12 +10,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from .. import __version__
-from . import errors
+from . import errors, page
 from .guard import Guard
 from .service import Service
 
-ROUTES = ("status", "tokens", "slots", "chat", "completions")
-OPEN = frozenset({"/health", "/v1/health"})       # to whoever has no key
+ROUTES = ("status", "tokens", "slots", "chat", "completions", "feedback", "page")
+OPEN = frozenset({"/health", "/v1/health", *page.PATHS.values()})       # to whoever has no key
 
 
 def create_app(service: Service) -> tuple[ASGIApp, Guard]:

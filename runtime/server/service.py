@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..bundle import MANIFEST, open_bundle
 from ..engine import Engine
 from ..errors import CheckFailed, UserError
+from ..feedback import Store
 from .errors import ApiError
 from .logs import say
 from .metrics import Metrics
@@ -62,6 +63,7 @@ class Service:
             if options.max_memory_mb is not None and self.models[name].weights_mb >= options.max_memory_mb:
                 raise UserError(f"{folder}: the weights alone take {self.models[name].weights_mb:.0f} MB, and --max-memory-mb is "
                                 f"{options.max_memory_mb:g}")
+        self.feedback = Store(options.feedback) if options.feedback else None
         self.ready = False                        # the first one is loaded
         self.draining = False                     # nothing new is taken
         self.metrics = Metrics(self)
@@ -99,7 +101,9 @@ class Service:
         return model
 
     async def close(self) -> None:
-        """Close every engine; whoever still waits for a reply is told."""
+        """Close every engine, and the file of feedback; whoever still waits for a reply is told."""
+        if self.feedback:
+            self.feedback.close()
         for model in self.models.values():
             if model.engine:
                 await asyncio.to_thread(model.engine.scheduler.close, ApiError(503, "the server was stopped", code="stopping"))

@@ -77,6 +77,15 @@ def test_replies_alone_are_learned_as_transformers_tells_them(parts):
     assert oracle.decode(ids[learned].tolist()) == "It is 3.<|im_end|>Yes, 今天<|im_end|>"
 
 
+def test_a_reply_of_weight_0_is_read_and_not_learned(parts):
+    """OpenAI's files have it so. The ids stay, and what is learned is the other reply."""
+    _, tokenizer, chat = parts
+    (ids, learned), = encode_chat([CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]], chat)
+    (plain, both), = encode_chat(CHAT, chat)
+    assert ids.tolist() == plain.tolist() and tokenizer.decode(plain[both]) == "It is 3.Yes, 今天"
+    assert tokenizer.decode(ids[learned]) == "Yes, 今天" and not (learned & ~both).any() and ids[learned][-1] == tokenizer.token_id("<|im_end|>")
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(parts, tmp_path):
     rewriting = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "t")
     with pytest.raises(UserError, match="rewrites earlier turns"):

@@ -1,6 +1,7 @@
 """Bundles of tiny random models, exported for real."""
 
 import pytest
+from page_fixtures import browser, script, scripting, visit     # noqa: F401  (fixtures)
 from server_fixtures import serve, served_bundle, server        # noqa: F401  (fixtures)
 
 
