@@ -142,7 +142,15 @@ class Sampling(Fields):
         return next(iter(found.values()), None)
 
 
-class Chat(Sampling):
+class Templated(Sampling):
+    """And what a chat template may read."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class Chat(Templated):
     """The body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -152,9 +160,14 @@ class Chat(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
+
+    @classmethod
+    def converted(cls, values: dict) -> Chat:
+        """From the body of another route. Raises RequestValidationError."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False)) from None
 
     @property
     def limit(self) -> int | None:

@@ -201,7 +201,7 @@ def _tools(body: Chat) -> tuple[list[dict], str]:
     for number, tool in enumerate(tools):
         function = tool.get("function")
         if tool.get("type", "function") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(400, f'tools[{number}] must be {{"type": "function", "function": {{"name", ...}}}}', param=f"tools[{number}]")
+            raise ApiError(400, f"tools[{number}] must be of type function, with a name; this server has no tools of its own", param=f"tools[{number}]")
         if not isinstance(function.get("parameters"), dict | None):
             raise ApiError(400, f"tools[{number}].function.parameters must be a JSON schema", param=f"tools[{number}].function.parameters")
     if choice in (None, "auto", "none"):
