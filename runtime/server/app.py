@@ -20,7 +20,7 @@ OPEN = frozenset({"/health", "/v1/health", *page.PATHS.values()})       # to who
 
 def create_app(service: Service) -> tuple[ASGIApp, Guard]:
     """The ASGI application over a service, and the guard in it. Raises UserError for a file of keys that is none."""
-    app = FastAPI(title="Edgewright", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, strict_content_type=False)
+    app = FastAPI(title="Edgewright", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     errors.install(app)
     for name in ROUTES:

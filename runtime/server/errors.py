@@ -71,7 +71,10 @@ def _of_validation(error: RequestValidationError) -> ApiError:
 def install(app: FastAPI) -> None:
     """Have every exception of the routes answered so, 404 and 405 of the router too."""
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return describe(error).response()
+        described = describe(error)
+        for model in request.app.state.service.models.values():          # the engine's sentences say where its bundle is
+            described.args = (str(described).replace(str(model.folder), model.name),)
+        return described.response()
 
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
         method, path = request.method, request.url.path[:200]

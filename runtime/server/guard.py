@@ -30,6 +30,7 @@ from .service import Service
 _MB = 1 << 20
 _MOST_BODIES = 16                 # of the largest, held at once
 _LOCAL_ENDS = (".localhost", ".local", ".internal", ".lan", ".home.arpa")
+_QUIET = ("/health", "/v1/health", "/metrics")      # which are asked for all the time: no line in the log
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
             "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -98,8 +99,9 @@ class Guard:
             self.held -= body.size
             self._service.metrics.active.dec()
             self._service.metrics.requests.labels(method if method in ("GET", "POST") else "other", status or 499).inc()
-            say("request", id=identity, client=(scope.get("client") or ["unix"])[0], method=method, path=path, status=status or 499,
-                ms=round((time.monotonic() - begun) * 1e3, 1))
+            if path not in _QUIET or status != 200:
+                say("request", id=identity, client=(scope.get("client") or ["unix"])[0], method=method, path=path, status=status or 499,
+                    ms=round((time.monotonic() - begun) * 1e3, 1))
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         """Raises ApiError for a request that is not to be answered."""

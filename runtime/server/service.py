@@ -77,13 +77,13 @@ class Service:
     @contextlib.asynccontextmanager
     async def engine(self, name: str | None = None) -> AsyncIterator[Engine]:
         """The engine of a model (None: of the first), which stays loaded meanwhile. Raises ApiError."""
-        model = self.find(name)
+        model, deadline = self.find(name), time.monotonic() + _WAIT_S
         model.users += 1
         try:
             if model.engine is None:
                 async with self._loading:
                     if model.engine is None:
-                        await self._load_for_client(model)
+                        await self._load_for_client(model, deadline)
             model.used = time.monotonic()
             yield model.engine
         finally:
@@ -109,9 +109,9 @@ class Service:
                 await asyncio.to_thread(model.engine.scheduler.close, ApiError(503, "the server was stopped", code="stopping"))
             await self._unload(model)
 
-    async def _load_for_client(self, model: Model) -> None:
+    async def _load_for_client(self, model: Model, deadline: float) -> None:
         try:
-            await self._make_room(model)
+            await self._make_room(model, deadline)
             await self._load(model)
         except (UserError, CheckFailed, OSError) as error:           # its message names this machine's folders
             say("a bundle cannot be loaded", level=40, model=model.name, reason=str(error))
@@ -121,7 +121,7 @@ class Service:
     async def _load(self, model: Model) -> None:
         start = time.monotonic()
         model.engine = await asyncio.to_thread(self._open, model)
-        say("loaded", model=model.name, ms=round((time.monotonic() - start) * 1e3), backend=model.engine.explain().splitlines()[0])
+        say("loaded", model=model.name, ms=round((time.monotonic() - start) * 1e3), backend="; ".join(model.engine.explain().splitlines()))
 
     def _open(self, model: Model) -> Engine:
         options = self.options
@@ -135,10 +135,10 @@ class Service:
         weights, most = [one.weights_mb for one in self.models.values()], self.options.max_memory_mb
         return model.weights_mb + max((most - sum(weights)) / len(weights), min(most - max(weights), most / 4))
 
-    async def _make_room(self, model: Model) -> None:
+    async def _make_room(self, model: Model, deadline: float) -> None:
+        """Unload until there is memory for `model`. Raises ApiError where those who use it have not ended by the deadline."""
         if self.options.max_memory_mb is None:
             return
-        deadline = time.monotonic() + _WAIT_S
         while sum(self._share(one) for one in self.models.values() if one.engine) + self._share(model) > self.options.max_memory_mb + 1e-6:
             idle = min((one for one in self.models.values() if one.engine and not one.users), key=lambda one: one.used, default=None)
             if idle:

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
 
 from ..engine import Engine
 from ..errors import UserError
 from .errors import ApiError
+from .fields import Fields, read
 from .service import Service
 
 router = APIRouter()
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
-class File(BaseModel):
-    filename: str | None = None
+class File(Fields):
+    filename: str
 
 
 @router.get("/slots")
@@ -34,13 +34,13 @@ async def slots(request: Request) -> list[dict]:
 
 
 @router.post("/slots/{number}")
-async def change(number: int, action: Literal["save", "restore", "erase"], request: Request, body: File | None = None) -> dict:
+async def change(number: int, action: Literal["save", "restore", "erase"], request: Request) -> dict:
     """Save, restore or erase what is kept: {"tokens": how many}."""
     service: Service = request.app.state.service
     if not 0 <= number < len(service.models):
         raise ApiError(404, f"there is no slot {number}: slots are 0 to {len(service.models) - 1}", code="unknown_slot")
     name = list(service.models)[number]
-    path = None if action == "erase" else _path(service, body)
+    path = None if action == "erase" else _path(service, (await read(request, File)).filename)
     async with service.engine(name) as engine:
         try:
             tokens = await asyncio.to_thread(_act, engine, action, path)
@@ -49,15 +49,13 @@ async def change(number: int, action: Literal["save", "restore", "erase"], reque
     return {"id": number, "model": name, "action": action, "filename": path and path.name, "tokens": tokens}
 
 
-def _path(service: Service, body: File | None) -> Path:
+def _path(service: Service, name: str) -> Path:
     """A file right in --slots-dir: its name has no separators and no leading dot, so that it cannot leave. Raises ApiError."""
     if service.options.slots_dir is None:
         raise ApiError(400, "this server saves no slots: start it with --slots-dir FOLDER", code="no_slots_dir")
-    if body is None or body.filename is None:
-        raise ApiError(400, "filename is missing", param="filename")
-    if not _NAME.fullmatch(body.filename):
+    if not _NAME.fullmatch(name):
         raise ApiError(400, "filename: give a name of letters, digits, _ - and . alone, at most 100, no path", param="filename")
-    return service.options.slots_dir / body.filename
+    return service.options.slots_dir / name
 
 
 def _act(engine: Engine, action: str, path: Path | None) -> int | None:

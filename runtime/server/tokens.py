@@ -4,34 +4,38 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import Field
 
 from .errors import ApiError
+from .fields import Fields, read
 
 router = APIRouter()
 
 
-class Text(BaseModel):
+class Text(Fields):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
 
 
-class Tokens(BaseModel):
+class Tokens(Fields):
     model: str | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 @router.post("/tokenize")
-async def tokenize(body: Text, request: Request) -> dict:
+async def tokenize(request: Request) -> dict:
     """Token ids of a text; control tokens that it spells are taken for the tokens, as prompts of token ids would have them."""
+    body = await read(request, Text)
     async with request.app.state.service.engine(body.model) as engine:
         tokens = await asyncio.to_thread(engine.tokenizer.encode, body.prompt, special_tokens=body.add_special_tokens, control_tokens=True)
         return {"tokens": tokens.tolist(), "count": len(tokens), "max_model_len": engine.bundle.max_context}
 
 
 @router.post("/detokenize")
-async def detokenize(body: Tokens, request: Request) -> dict:
+async def detokenize(request: Request) -> dict:
+    """The text of token ids, control tokens as they are spelled."""
+    body = await read(request, Tokens)
     async with request.app.state.service.engine(body.model) as engine:
         vocab = engine.bundle.model["config"]["vocab_size"]
         if max(body.tokens, default=0) >= vocab:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import shutil
 import threading
 import time
@@ -82,12 +83,20 @@ def test_slots_are_saved_restored_and_erased(serve, served_bundle, tmp_path):
     for name in ("../chat.bin", "/etc/passwd", "a/b", "..", ".hidden", "", "a\\b", "a\0b", "x" * 101, "é"):
         answer = act("save", filename=name)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "filename", name
-    assert act("save").status_code == 400 and act("save", 1, filename="a").status_code == 404
+    assert act("save").json()["error"]["param"] == "filename" and act("save", 1, filename="a").status_code == 404
     (tmp_path / "bad.bin").write_bytes(b"no prefixes")
     for name in ("bad.bin", "missing.bin"):
         answer = act("restore", filename=name)
         assert answer.status_code == 400 and str(tmp_path) not in answer.text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.bin", "chat.bin"]
+
+
+def test_the_servers_folders_are_nothing_to_tell(serve, served_bundle, tmp_path):
+    shutil.copytree(served_bundle, tmp_path / "plain")
+    manifest = json.loads((tmp_path / "plain/manifest.json").read_text())
+    (tmp_path / "plain/manifest.json").write_text(json.dumps(manifest | {"chat_template": None}))
+    answer = httpx.post(f"{serve(tmp_path / 'plain').url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    assert answer.status_code == 400 and "no chat template" in answer.text and str(tmp_path) not in answer.text
 
 
 def test_slots_without_a_folder_to_save_in(server):

@@ -277,6 +277,9 @@ def test_header_tricks(strict):
         assert said(strict, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")[0] == 431
     chunked = b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
     assert said(strict, HEAD + chunked + b"Trailer: " + b"a" * 9_000_000 + b"\r\n\r\n")[0] in (400, 431)
+    ahead = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3          # of the answers
+    assert rest(connect(strict, ahead + b"GET /health HTTP/1.0\r\n\r\n")).count(b'{"status":"ok"}') == 4
+    assert rest(connect(strict, ahead + b"GARBAGE\r\n\r\n")) == b""            # no error where an answer is awaited
     for upgrade in (b"Upgrade: websocket\r\nConnection: upgrade", b"Upgrade: h2c\r\nConnection: upgrade, close"):
         answer = connect(strict, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n\r\n").recv(4096)
         assert answer.startswith(b"HTTP/1.1 200")
@@ -307,8 +310,8 @@ def test_keys(serve, tmp_path, monkeypatch):
     compare = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))
     for headers in ({}, {"authorization": "Bearer sk-three"}, {"authorization": "sk-one"}, {"authorization": "Basic sk-one"},
-                    {"x-api-key": ""}, {"authorization": "Bearer " + "a" * 10_000}, {"authorization": "Bearer sk-onesk-two"}, {"x-api-key": b"\xff\xfe"},
-                    {"authorization": "Bearer # of the house"}, {"authorization": "Bearer"}):
+                    {"x-api-key": ""}, {"authorization": "Bearer " + "a" * 10_000}, {"authorization": "Bearer sk-onesk-two"},
+                    {"x-api-key": b"\xff\xfe"}, {"authorization": "Bearer # of the house"}, {"authorization": "Bearer"}):
         compared.clear()
         answer = httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}, headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
