@@ -133,13 +133,13 @@ class Scheduler:
 
     def save(self, path: Path | str, identity: str) -> int:
         """Write the kept prefixes to a file; returns their tokens. identity: names the model they are of. Raises UserError."""
-        return self._between_turns(lambda: prefix_file.save(Path(path), identity, self._prefixes))
+        return self._between_turns(lambda: prefix_file.save(Path(path), f"{identity} on {self._present().name}", self._prefixes))
 
     def load(self, path: Path | str, identity: str) -> int:
         """Take in the prefixes of a file, as many as fit; returns their tokens. Raises UserError for a file of another model."""
         def load() -> int:
             probe = self._present().new_cache(1, BLOCK)
-            return prefix_file.load(Path(path), identity, self._prefixes, probe)
+            return prefix_file.load(Path(path), f"{identity} on {probe.backend.name}", self._prefixes, probe)
         return self._between_turns(load)
 
     def forget(self) -> None:
