@@ -272,6 +272,8 @@ class Scheduler:
             return False
         context, most = pending.draft.sequence.context, 0
         for row in self._rows.reading:
+            if row.pending.wants_prompt is not None:
+                continue                          # which is not kept
             n = min(len(context), len(row.context))
             differs = np.flatnonzero(context[:n] != row.context[:n])
             most = max(most, int(differs[0]) if len(differs) else n)

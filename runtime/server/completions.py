@@ -20,7 +20,7 @@ from ..sampling import TokenLogprobs
 from . import logprobs
 from .errors import ApiError
 from .fields import Completion, read
-from .runs import Run
+from .runs import Run, user_of
 from .sse import DONE, EventStream, while_connected
 from .talk import generation
 
@@ -30,7 +30,7 @@ router = APIRouter()
 class Continuations:
     """What a request to /v1/completions makes of an engine. Making one tokenizes and compiles grammars: not for an event loop."""
 
-    def __init__(self, engine: Engine, body: Completion, most: int | None):
+    def __init__(self, engine: Engine, body: Completion, most: int | None, user: str = ""):
         if body.suffix:
             raise ApiError(400, "suffix is given; this server continues texts, it fills no gaps in them", param="suffix")
         if body.best_of is not None and body.best_of > (body.n or 1):
@@ -47,7 +47,7 @@ class Continuations:
         self._constraint = partial(structured.constraint_for, engine, *kind) if kind else lambda: None
         self._constraint()
         self._submits = [partial(
-            engine.submit, ids, logprobs=self.told, prompt_logprobs=self.told if body.echo else None,
+            engine.submit, ids, user=user, logprobs=self.told, prompt_logprobs=self.told if body.echo else None,
             **generation(engine, body, len(ids), 1 if self.drops else asked, most, "prompt") | more) for _, ids in self.prompts]
 
     def jobs(self) -> list:
@@ -72,7 +72,7 @@ async def completions(request: Request) -> Response:
     service, body = request.app.state.service, await read(request, Completion)
     async with AsyncExitStack() as held:
         engine = await held.enter_async_context(service.engine(body.model))
-        asked = await asyncio.to_thread(Continuations, engine, body, service.options.max_tokens)
+        asked = await asyncio.to_thread(Continuations, engine, body, service.options.max_tokens, user_of(request))
         name = service.find(body.model).name
         run = held.enter_context(Run(asked.jobs(), partial(service.metrics.observe, route=request.url.path, model=name)))
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": name}

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable
+
+from fastapi import Request
 
 from ..pending import Busy, Pending, Piece
 from ..reply import Reply
 
 TOGETHER = 16                     # replies of one request that wait or run at a time
 _RETRY_S = 0.05
+
+
+def user_of(request: Request) -> str:
+    """Who asks, as far as turns are concerned: by key, else by address."""
+    key = request.headers.get("authorization") or request.headers.get("x-api-key")
+    return hashlib.sha256(key.encode()).hexdigest() if key else request.client.host if request.client else ""
 
 
 class Run:

@@ -21,7 +21,7 @@ from ..errors import UserError, shown
 from ..pending import Piece
 from .errors import ApiError
 from .fields import Chat, Sampling
-from .runs import Run
+from .runs import Run, user_of
 
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")     # of a message, besides role and content
 _ROLES = {"developer": "system", "function": "tool"}
@@ -39,9 +39,9 @@ class Event(NamedTuple):
 
 class Talk:
     """A chat on an engine, ready to be submitted. Making one renders the template, tokenizes and compiles the grammar: not for an
-    event loop. most: tokens of a reply, at most, as the server's owner says. Raises ApiError, UserError."""
+    event loop. most: tokens of a reply, at most, as the server's owner says; user: who shares turns. Raises ApiError, UserError."""
 
-    def __init__(self, engine: Engine, body: Chat, most: int | None):
+    def __init__(self, engine: Engine, body: Chat, most: int | None, user: str = ""):
         encoder = engine.chat_encoder
         self.engine, self.samples, self.told = engine, body.n or 1, body.told
         tools, choice = _tools(body)
@@ -65,7 +65,7 @@ class Talk:
         if self.thoughts:
             spelled |= self.thoughts.spelled(engine.tokenizer)
         self._submit = functools.partial(
-            engine.submit, self.tokens, spelled=spelled, logprobs=self.told,
+            engine.submit, self.tokens, user=user, spelled=spelled, logprobs=self.told,
             **generation(engine, body, len(self.tokens), body.limit, most, "messages"))
         self._kind = kind
         self._constraint()                                # compiled, or refused, here
@@ -100,7 +100,7 @@ async def talking(request: Request, body: Chat) -> AsyncIterator[tuple[Talk, Run
     """The chat that a request asks for, its replies, submitted, and the model's name. Raises ApiError, UserError."""
     service = request.app.state.service
     async with service.engine(body.model) as engine:
-        talk = await asyncio.to_thread(Talk, engine, body, service.options.max_tokens)
+        talk = await asyncio.to_thread(Talk, engine, body, service.options.max_tokens, user_of(request))
         name = service.find(body.model).name
         with Run(talk.jobs(), functools.partial(service.metrics.observe, route=request.url.path, model=name)) as run:
             yield talk, run, name
