@@ -28,7 +28,8 @@ LARGEST_RECORD = 1 << 20        # bytes of JSON
 LARGEST_FILE = 1 << 30          # bytes of the database: then it counts as a full disk
 _APPLICATION = 0x45646657       # SQLite's application_id of these files: "EdfW"
 _TABLE = """CREATE TABLE IF NOT EXISTS feedback (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
-    id TEXT UNIQUE, model TEXT, rating REAL NOT NULL, messages TEXT NOT NULL, reply TEXT NOT NULL, tools TEXT, correction TEXT, comment TEXT)"""
+    id TEXT UNIQUE, model TEXT, rating REAL NOT NULL, messages TEXT NOT NULL, reply TEXT NOT NULL,
+    tools TEXT, correction TEXT, comment TEXT)"""
 _FIELDS = ("id", "model", "rating", "messages", "reply", "tools", "correction", "comment")
 EXAMPLES = """examples:
   %(prog)s stats feedback.db
@@ -101,7 +102,8 @@ def checked(record: object) -> dict:
     rating = record.get("rating")
     rating = RATINGS.get(rating, rating) if isinstance(rating, str) else rating
     if not isinstance(rating, (int, float)) or isinstance(rating, bool) or not -1 <= rating <= 1:
-        raise UserError(f'rating is {shown(rating)}, which should be "up", "down" or a number from -1 to 1 (of 1 to 5 stars: (stars - 3) / 2)')
+        raise UserError(f'rating is {shown(rating)}, which should be "up", "down" or a number from -1 to 1 '
+                        "(of 1 to 5 stars: (stars - 3) / 2)")
     messages, reply = record.get("messages"), record.get("reply")
     reply = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
     if not isinstance(messages, list) or not messages:
@@ -160,20 +162,28 @@ def feedback(options: Options) -> None:
         raise UserError("-o is missing: name the file to write")
     counts = dict.fromkeys(("good", "corrected", "bad"), 0)
     with closing(Store(options.file, make=False)) as store:
-        if options.action == "stats":
+        if options.action == "export":
+            kept = _export(options, store, counts)
+        else:
             for record in store.records():
                 counts[_kind(record)] += 1
-            print(", ".join(f"{number} {kind}" for kind, number in counts.items()))
-            return
-        with new_file(options.out) as partial, open(partial, "w", encoding="utf-8") as file:
+    said = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    print(said if options.action == "stats" else f"{options.out}: {kept} of {sum(counts.values())} records ({said})")
+
+
+def _export(options: Options, store: Store, counts: dict[str, int]) -> int:
+    """Write the file and count records by kind. Returns how many are in it. Raises UserError where that is none."""
+    wanted = ("corrected",) if options.corrected_only else ("good", "corrected")
+    with new_file(options.out) as partial:
+        with open(partial, "w", encoding="utf-8") as file:
             for record in store.records():
-                counts[_kind(record)] += 1
-                if record["correction"] is not None or record["rating"] > 0 and not options.corrected_only:
+                kind = _kind(record)
+                counts[kind] += 1
+                if kind in wanted:
                     file.write(json.dumps(as_chat(record), ensure_ascii=False) + "\n")
-            kept = counts["corrected"] + (0 if options.corrected_only else counts["good"])
-            if not kept:
-                raise UserError(f"{options.file}: nothing to learn from: {counts}")
-    print(f"{options.out}: {kept} of {sum(counts.values())} records ({', '.join(f'{number} {kind}' for kind, number in counts.items())})")
+        if not (kept := sum(counts[kind] for kind in wanted)):
+            raise UserError(f"{options.file}: nothing to learn from: of {sum(counts.values())} records none is {' or '.join(wanted)}")
+    return kept
 
 
 def _kind(record: dict) -> str:

@@ -142,7 +142,7 @@ def visit(browser) -> Callable:
         context.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") and allowed not in message.text else None)
         context.on("weberror", lambda error: said.append(str(error.error)))
         page.goto(url)
-        page.wait_for_load_state("networkidle")
+        page.locator("#model option, dialog[open], .notice").first.wait_for(state="attached")         # it has asked the server
         return page
 
     yield visit

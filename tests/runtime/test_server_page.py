@@ -192,6 +192,30 @@ def test_two_conversations(script, visit, tmp_path):
     assert page.locator("nav li").all_inner_texts() == ["two"]
 
 
+def test_two_tabs(script, visit):
+    """What one writes the other shows, without touching what is being written there; a reply of a deleted conversation brings nothing back."""
+    script.scripts = [say("First"), say("Second"), [*say("Third"), HELD]]
+    page = visit(script.url)
+    send(page, "one")
+    settle(page)
+    other = page.context.new_page()
+    other.goto(script.url)
+    page.get_by_role("button", name="Edit").click()
+    send(other, "two")
+    settle(other)
+    page.locator("nav li", has_text="two").wait_for()
+    assert page.get_by_label("The message").input_value() == "one"
+    other.locator("nav li button", has_text="one").click()
+    send(other, "three")
+    other.locator(".prose", has_text="Third").wait_for()
+    other.get_by_role("button", name="Delete").click()
+    script.go.set()
+    page.locator("nav li", has_text="one").wait_for(state="detached")
+    other.wait_for_timeout(200)
+    assert other.locator("nav li").all_inner_texts() == page.locator("nav li").all_inner_texts() == ["two"]
+    assert len(other.evaluate("Object.keys(localStorage).filter(one => one.includes('chat'))")) == 1
+
+
 def test_the_oldest_make_room(script, visit):
     script.scripts = [say("new")]
     page = visit(script.url)
@@ -214,7 +238,7 @@ def test_errors_in_words(script, visit):
         assert page.locator(".error").last.inner_text() == said and messages(page)[-1] == kept
     send(page, "b")
     settle(page)
-    assert [one["content"] for one in script.asked[-1]["messages"]] == ["a", "a", "Well", "a", "Hm", "b"] and messages(page)[-1] == "fine"
+    assert [one["content"] for one in script.asked[-1]["messages"]] == ["a\n\na", "Well", "a", "Hm", "b"] and messages(page)[-1] == "fine"
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.get_by_role("button", name="Retry").last.click()
     page.locator(".error", has_text="The server does not answer").wait_for()

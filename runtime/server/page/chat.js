@@ -1,7 +1,7 @@
 // The page: the list of conversations, the one that is open, and what is done with it.
 
 import * as api from "./api.js";
-import { make, notice } from "./dom.js";
+import { make, notice, sends } from "./dom.js";
 import { view } from "./message.js";
 import * as store from "./store.js";
 
@@ -39,10 +39,12 @@ function keep(one) {
 // ---- what is seen
 
 function drawList() {
+  const focused = document.activeElement?.dataset.id;
   at("list").replaceChildren(...known.map((one) => make("li", {}, make("button", {
-    type: "button", className: running.has(one.id) ? "running" : "", onclick: () => { open(one); if (at("side").matches(":popover-open")) at("side").hidePopover(); },
-    ...(one.id === chat.id && { "aria-current": "true" }) }, one.title || "New conversation"))));
-  title.value = chat.title;
+    type: "button", className: running.has(one.id) ? "running" : "", onclick: () => open(one),
+    "data-id": one.id, ...(one.id === chat.id && { "aria-current": "true" }) }, one.title || "New conversation"))));
+  if (focused) at("list").querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
+  if (document.activeElement !== title) title.value = chat.title;
   title.placeholder = "New conversation";
   document.title = chat.title || "Edgewright";
   const busy = running.has(chat.id);
@@ -67,6 +69,7 @@ function follow() {
 function open(one) {
   chat = one;
   following = true;
+  if (at("side").matches(":popover-open")) at("side").hidePopover();
   draw();
   text.focus();
 }
@@ -109,7 +112,7 @@ async function reply() {
   const count = message.usage?.completion_tokens;
   if (first) message.times = { first: first - begun, rate: count > 1 ? (count - 1) / (last - first) * 1000 : 0 };
   running.delete(mine.id);
-  keep(mine);
+  if (known.includes(mine)) keep(mine);                             // else it was deleted meanwhile
   if (chat === mine) {
     for (const one of views.values()) one.update();
     follow();
@@ -131,11 +134,16 @@ function grow(message, delta) {
   return Boolean(delta?.content || thought || delta?.tool_calls?.length);
 }
 
-/** Messages as the server takes them: without what is the page's own, and replies of which nothing came. */
+/** Messages as the server takes them: without what is the page's own, and replies of which nothing came. Questions that
+ * then follow each other are one, since many templates take turns alone. */
 function sent(list, system) {
-  const told = list.filter((one) => one.role !== "assistant" || one.content || one.tool_calls);
-  return [...(system ? [{ role: "system", content: system }] : []),
-    ...told.map((one) => Object.fromEntries(SENT.filter((name) => one[name] !== undefined).map((name) => [name, one[name]])))];
+  const told = system ? [{ role: "system", content: system }] : [];
+  for (const one of list) {
+    if (one.role === "assistant" && !one.content && !one.tool_calls) continue;
+    if (one.role === "user" && told.at(-1)?.role === "user") told.at(-1).content += "\n\n" + one.content;
+    else told.push(Object.fromEntries(SENT.filter((name) => one[name] !== undefined).map((name) => [name, one[name]])));
+  }
+  return told;
 }
 
 /** What the settings add to a request. */
@@ -143,7 +151,8 @@ function options() {
   const numbers = ["temperature", "top_p", "top_k", "max_tokens", "seed"].filter((name) => settings[name] !== "");
   return {
     ...Object.fromEntries(numbers.map((name) => [name, Number(settings[name])])),
-    ...(settings.schema && { response_format: { type: "json_schema", json_schema: { name: "reply", schema: JSON.parse(settings.schema) } } }),
+    ...(settings.schema && {
+      response_format: { type: "json_schema", json_schema: { name: "reply", schema: JSON.parse(settings.schema) } } }),
     ...(settings.tools && { tools: JSON.parse(settings.tools) }),
     ...(settings.thinking && { chat_template_kwargs: { enable_thinking: settings.thinking === "on" } }) };
 }
@@ -248,8 +257,8 @@ function takeSettings(event) {
 
 function showActive() {
   const tools = settings.tools ? JSON.parse(settings.tools).length : 0;
-  at("active").textContent = [settings.system && "system prompt", settings.schema && "schema", tools && `${tools} tool${tools > 1 ? "s" : ""}`,
-    settings.thinking && `thinking ${settings.thinking}`].filter(Boolean).join(", ");
+  at("active").textContent = [settings.system && "system prompt", settings.schema && "schema",
+    tools && `${tools} tool${tools > 1 ? "s" : ""}`, settings.thinking && `thinking ${settings.thinking}`].filter(Boolean).join(", ");
 }
 
 /** Ask the server what it has. */
@@ -277,8 +286,7 @@ function fit() {
 
 text.addEventListener("input", fit);
 text.addEventListener("keydown", (event) => {
-  const touch = matchMedia("(pointer: coarse)").matches;           // whose Enter has no Shift
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
+  if (!sends(event)) return;
   event.preventDefault();
   if (!running.has(chat.id)) send();
 });
@@ -291,7 +299,7 @@ box.addEventListener("scroll", () => {
   at("latest").hidden = following;
 });
 at("latest").onclick = () => { following = true; follow(); text.focus(); };
-at("new").onclick = () => { if (at("side").matches(":popover-open")) at("side").hidePopover(); open(empty()); };
+at("new").onclick = () => open(empty());
 title.onchange = () => { chat.title = title.value.trim() || chat.title; keep(chat); };
 title.onkeydown = (event) => { if (event.key === "Enter") text.focus(); };
 at("export-one").onclick = exportChat;
@@ -304,7 +312,7 @@ at("model").onchange = () => {
 };
 settingsForm.addEventListener("submit", takeSettings);
 settingsForm.addEventListener("input", (event) => event.target.setCustomValidity(""));
-at("reset").onclick = () => { for (const name of Object.keys(store.DEFAULTS)) if (settingsForm.elements[name]) settingsForm.elements[name].value = ""; };
+at("reset").onclick = () => { for (const field of settingsForm.elements) field.value = ""; };
 document.querySelector(".skip").onclick = (event) => { event.preventDefault(); text.focus(); };
 addEventListener("pagehide", () => {
   for (const one of known.filter((chat) => running.has(chat.id))) {
@@ -313,12 +321,13 @@ addEventListener("pagehide", () => {
     attempt(() => store.save(one));
   }
 });
-addEventListener("storage", () => {                                // another tab has written
-  const mine = known.filter((one) => running.has(one.id));
-  known = [...mine, ...store.chats().filter((one) => !running.has(one.id))];
-  const found = known.find((one) => one.id === chat.id);
-  if (found && found !== chat) { chat = found; draw(); }
-  drawList();
+addEventListener("storage", (event) => {                           // another tab has written
+  const told = store.told(event);
+  if (!told || running.has(told.id)) return;
+  known = [...(told.chat ? [told.chat] : []), ...known.filter((one) => one.id !== told.id)].sort((a, b) => b.at - a.at);
+  if (!told.chat || told.id !== chat.id) return drawList();
+  chat = told.chat;
+  draw();
 });
 
 draw();

@@ -29,6 +29,9 @@ export function notice(text, action = "", act = null) {
   setTimeout(() => node.remove(), 10000);
 }
 
+/** Whether a key in a field of several lines sends it: Enter, but for touch screens, whose Enter has no Shift. */
+export const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && !matchMedia("(pointer: coarse)").matches;
+
 /** Copy to the clipboard, which browsers give to https and localhost alone: else by way of a selection. */
 export async function copy(text, button) {
   try {
@@ -54,5 +57,6 @@ export function table(value) {
   const entries = Object.entries(value);
   if (!entries.length) return make("span", { className: "value null" }, "none");
   if (Array.isArray(value)) return make("ol", { className: "values" }, entries.map(([, one]) => make("li", {}, table(one))));
-  return make("dl", { className: "values" }, entries.map(([name, one]) => make("div", {}, make("dt", {}, name), make("dd", {}, table(one)))));
+  return make("dl", { className: "values" },
+    entries.map(([name, one]) => make("div", {}, make("dt", {}, name), make("dd", {}, table(one)))));
 }

@@ -119,7 +119,8 @@ function list(lines, depth) {
 }
 
 /** The cells of a row of a table; "\|" is a bar in one. */
-const cells = (line) => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map((one) => one.trim().replaceAll("\\|", "|"));
+const cells = (line) => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/)
+  .map((one) => one.trim().replaceAll("\\|", "|"));
 const isRuler = (line, columns) => line.includes("-") && cells(line).length === columns && cells(line).every((one) => /^:?-+:?$/.test(one));
 
 function grid([head, ruler, ...rows]) {
@@ -143,7 +144,8 @@ const CLOSED = /(?:(?<=\*)(?!\*)|(?<=_)(?!\w))/.source;
 const INLINE = new RegExp([
   /(?<!`)(?<ticks>`+)(?!`)(?<code>[^]{0,4999}?[^`])\k<ticks>(?!`)/.source,
   /\\(?<escaped>[!-/:-@[-`{-~])/.source,
-  /!?\[(?<words>(?:[^[\]\\]|\\.|\[[^[\]]*\]){0,999})\]\(\s*<?(?<target>[^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.source,
+  /!?\[(?<words>(?:[^[\]\\]|\\.|\[[^[\]]*\]){0,999})\]/.source +
+    /\(\s*<?(?<target>[^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.source,
   /<?(?<address>https?:\/\/[^\s<>"`]*[^\s<>"`.,;:!?'*_)\]])>?/.source,
   /(?<two>\*\*|(?<!\w)__)(?=\S)(?<bold>[^]{0,1999}?\S)\k<two>/.source + CLOSED,
   /(?<one>\*|(?<!\w)_)(?=[^\s*])(?<italic>[^]{0,1999}?[^\s*])\k<one>/.source + CLOSED,

@@ -1,7 +1,7 @@
 // One message of a conversation on the page: view(page, message, index, chat) -> {node, update}. `update` shows what the
 // message has become, and touches nothing that is as it was. page: what can be done (chat.js).
 
-import { copy, iconButton, make, table } from "./dom.js";
+import { copy, iconButton, make, sends, table } from "./dom.js";
 import { code, render } from "./markdown.js";
 
 export function view(page, message, index, chat) {
@@ -12,7 +12,8 @@ export function view(page, message, index, chat) {
 function question(page, message, index) {
   const bubble = make("div", { className: "bubble" }, message.content);
   const button = iconButton("edit", "Edit", () => {
-    const form = ask("The message", message.content, "Send", (words) => page.edit(index, words), () => { form.replaceWith(bubble); button.focus(); });
+    const form = ask("The message", message.content, "Send", (words) => page.edit(index, words),
+      () => { form.replaceWith(bubble); button.focus(); });
     bubble.replaceWith(form);
     form.focusText();
   });
@@ -32,7 +33,7 @@ function ask(label, value, send, done, leave) {
   form.addEventListener("submit", submit);
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { event.preventDefault(); leave(); }
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+    if (sends(event)) submit(event);
   });
   form.focusText = () => { area.focus(); area.setSelectionRange(value.length, value.length); };
   return form;
@@ -40,7 +41,8 @@ function ask(label, value, send, done, leave) {
 
 function result(page, message, index, chat) {
   const call = chat.messages.flatMap((one) => one.tool_calls ?? []).find((one) => one.id === message.tool_call_id);
-  const details = make("details", { className: "card" }, make("summary", {}, `Result of ${call?.function.name ?? "a call"}`), readable(message.content));
+  const details = make("details", { className: "card" }, make("summary", {}, `Result of ${call?.function.name ?? "a call"}`),
+    readable(message.content));
   return { node: make("li", { className: "tool" }, details), update() {} };
 }
 
@@ -50,7 +52,7 @@ function readable(text) {
     const value = JSON.parse(text);
     if (value && typeof value === "object") return table(value);
   } catch { /* not whole yet, or not JSON */ }
-  return code(text, "");
+  return code(text, /^\s*[{[]/.test(text) ? "json" : "");
 }
 
 function reply(page, message, index, chat) {
@@ -96,7 +98,8 @@ function reply(page, message, index, chat) {
     good.setAttribute("aria-pressed", message.rating === "up");
     bad.setAttribute("aria-pressed", message.rating === "down");
     const { first, rate } = message.times ?? {};
-    figures.textContent = [first && `first token ${(first / 1000).toFixed(2)} s`, rate && `${rate < 100 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
+    figures.textContent = [first && `first token ${(first / 1000).toFixed(2)} s`,
+      rate && `${rate < 100 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
       message.usage && `${message.usage.completion_tokens} tokens`].filter(Boolean).join(" · ");
   }
   update();

@@ -3,7 +3,8 @@
 
 const LARGEST = 4_000_000;
 const CHAT = "edgewright:chat:", SETTINGS = "edgewright:settings", KEY = "edgewright:key";
-export const DEFAULTS = { model: "", system: "", temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", thinking: "", schema: "", tools: "" };
+export const DEFAULTS = {
+  model: "", system: "", temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", thinking: "", schema: "", tools: "" };
 
 const chatKeys = () => Object.keys(localStorage).filter((name) => name.startsWith(CHAT));
 
@@ -34,6 +35,11 @@ export function save(chat) {
       return removed;
     } catch { drop(); }
   }
+}
+
+/** {id, chat} of a conversation that another tab has written; chat is null where it is deleted, all is null for anything else. */
+export function told({ key, newValue }) {
+  return key?.startsWith(CHAT) ? { id: key.slice(CHAT.length), chat: newValue && JSON.parse(newValue) } : null;
 }
 
 export const remove = (chat) => localStorage.removeItem(CHAT + chat.id);
