@@ -31,7 +31,7 @@ LIMITS = "limits"
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(OpeningOptions):
     """Serve bundles over HTTP, as OpenAI's API does."""
-    bundles: tuple[Path, ...] = arg(positional=True, metavar="BUNDLE", help="folders of bundles; clients name them by the folder's "
+    bundles: tuple[Path, ...] = arg(positional=True, metavar="BUNDLE", help="folders of bundles, and of encoders for embeddings; clients name them by the folder's "
                                     "name, and the first answers where none is named")
     host: str = arg("127.0.0.1", help="address to listen at; 0.0.0.0 is every one of this machine's", group="who may ask")
     port: int = arg(8080, help="port to listen at; 0: a free one", least=0, most=65535, group="who may ask")

@@ -14,7 +14,7 @@ from . import errors, page
 from .guard import Guard
 from .service import Service
 
-ROUTES = ("status", "tokens", "slots", "chat", "completions", "responses", "messages", "feedback", "page")
+ROUTES = ("status", "tokens", "slots", "chat", "completions", "embeddings", "responses", "messages", "feedback", "page")
 OPEN = frozenset({"/health", "/v1/health", *page.PATHS.values()})       # to whoever has no key
 
 

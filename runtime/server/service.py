@@ -2,7 +2,7 @@
 
 Of the event loop alone, but for loading and closing engines, which run in threads. With `max_memory_mb`, every engine has a
 share for its caches beside its weights (`_share`), and before one is loaded, those nobody uses are closed, the least
-recently used first, until the shares of all that are loaded fit.
+recently used first, until the shares of all that are loaded fit. Encoders, which are small, are loaded at the start and stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..bundle import MANIFEST, open_bundle
 from ..engine import Engine
 from ..errors import CheckFailed, UserError
 from ..feedback import Store
+from .encoder import Encoder, is_encoder
 from .errors import ApiError
 from .logs import say
 from .metrics import Metrics
@@ -52,17 +53,22 @@ class Service:
     """Raises UserError for bundles that cannot be served: none there, two of one name, weights beyond max_memory_mb."""
 
     def __init__(self, options: ServeOptions):
-        self.options, self.models = options, {}
+        self.options, self.models, self.encoders = options, {}, {}
         for folder in options.bundles:
-            bundle = open_bundle(folder)
-            name = bundle.folder.resolve().name
-            if name in self.models:
+            name = folder.resolve().name
+            if name in self.models or name in self.encoders:
                 raise UserError(f"two bundles are called {name!r}, and clients choose by the folder's name: rename a folder")
-            created = int((bundle.folder / MANIFEST).stat().st_mtime)
-            self.models[name] = Model(name, bundle.folder, bundle.weights_bytes / _MB, created)
-            if options.max_memory_mb is not None and self.models[name].weights_mb >= options.max_memory_mb:
-                raise UserError(f"{folder}: the weights alone take {self.models[name].weights_mb:.0f} MB, and --max-memory-mb is "
-                                f"{options.max_memory_mb:g}")
+            if is_encoder(folder):
+                self.encoders[name] = Encoder(folder, options.threads)
+            else:
+                bundle = open_bundle(folder)
+                self.models[name] = Model(name, folder, bundle.weights_bytes / _MB, int((folder / MANIFEST).stat().st_mtime))
+        self._most_mb = None if options.max_memory_mb is None else (
+            options.max_memory_mb - sum(encoder.size_bytes for encoder in self.encoders.values()) / _MB)
+        for model in self.models.values():
+            if self._most_mb is not None and model.weights_mb >= self._most_mb:
+                raise UserError(f"{model.folder}: the weights alone take {model.weights_mb:.0f} MB, and --max-memory-mb is "
+                                f"{options.max_memory_mb:g}" + (", of which encoders take a part" if self.encoders else ""))
         self.feedback = Store(options.feedback) if options.feedback else None
         self.ready = False                        # the first one is loaded
         self.draining = False                     # nothing new is taken
@@ -71,7 +77,8 @@ class Service:
 
     async def load_first(self) -> None:
         """Load the first bundle; requests are answered from then on. Raises UserError, CheckFailed."""
-        await self._load(next(iter(self.models.values())))
+        if self.models:
+            await self._load(next(iter(self.models.values())))
         self.ready = True
 
     @contextlib.asynccontextmanager
@@ -92,13 +99,28 @@ class Service:
 
     def find(self, name: str | None = None) -> Model:
         """The model of this name (None: the first). Raises ApiError 404, and 503 while the first one is being loaded."""
-        model = self.models.get(name) if name else next(iter(self.models.values()))
+        model = self.models.get(name) if name else next(iter(self.models.values()), None)
+        if model is None and (name in self.encoders or not name):
+            raise ApiError(400, f"the model {name or next(iter(self.encoders))!r} is an encoder, which answers at /v1/embeddings alone", param="model")
         if model is None or not model.there:
-            known = ", ".join(model.name for model in self.models.values() if model.there)
-            raise ApiError(404, f"there is no model {str(name)[:100]!r} here; there is: {known}", code="model_not_found", param="model")
+            raise self._unknown(name)
         if not self.ready:
             raise ApiError(503, "the model is being loaded; try again in a moment", code="loading", retry_s=1)
         return model
+
+    def encoder(self, name: str | None = None) -> Encoder:
+        """The encoder of this name (None: the first). Raises ApiError."""
+        encoder = self.encoders.get(name) if name else next(iter(self.encoders.values()), None)
+        if encoder is None and name and name not in self.models:
+            raise self._unknown(name)
+        if encoder is None:
+            raise ApiError(400, f"{f'the bundle {name!r} carries' if name else 'the bundles here carry'} no embeddings; ask an encoder, which the "
+                           "server's owner exports with --task sentence-similarity and serves beside it", param="model")
+        return encoder
+
+    def _unknown(self, name: str | None) -> ApiError:
+        known = ", ".join(model.name for model in [*self.models.values(), *self.encoders.values()] if model.there)
+        return ApiError(404, f"there is no model {str(name)[:100]!r} here; there is: {known}", code="model_not_found", param="model")
 
     async def close(self) -> None:
         """Close every engine, and the file of feedback; whoever still waits for a reply is told."""
@@ -125,21 +147,21 @@ class Service:
 
     def _open(self, model: Model) -> Engine:
         options = self.options
-        engine = options.open_bundle(model.folder, max_memory_mb=None if options.max_memory_mb is None else self._share(model))
+        engine = options.open_bundle(model.folder, max_memory_mb=None if self._most_mb is None else self._share(model))
         engine.serve_with(rows=options.rows, queue=options.queue, cache_mb=options.cache_mb, prefix_mb=options.prefix_mb)
         return engine
 
     def _share(self, model: Model) -> float:
         """MB that an engine may take: its weights, and for caches an equal part of what all weights leave; or, where not all
         bundles fit at once, up to a quarter of everything."""
-        weights, most = [one.weights_mb for one in self.models.values()], self.options.max_memory_mb
+        weights, most = [one.weights_mb for one in self.models.values()], self._most_mb
         return model.weights_mb + max((most - sum(weights)) / len(weights), min(most - max(weights), most / 4))
 
     async def _make_room(self, model: Model, deadline: float) -> None:
         """Unload until there is memory for `model`. Raises ApiError where those who use it have not ended by the deadline."""
-        if self.options.max_memory_mb is None:
+        if self._most_mb is None:
             return
-        while sum(self._share(one) for one in self.models.values() if one.engine) + self._share(model) > self.options.max_memory_mb + 1e-6:
+        while sum(self._share(one) for one in self.models.values() if one.engine) + self._share(model) > self._most_mb + 1e-6:
             idle = min((one for one in self.models.values() if one.engine and not one.users), key=lambda one: one.used, default=None)
             if idle:
                 await self._unload(idle)

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from .encoder import Encoder
 from .errors import ApiError
 from .service import Model
 
@@ -21,15 +22,17 @@ async def health(request: Request) -> dict:
 @router.get("/v1/models")
 async def models(request: Request) -> dict:
     """The bundles that can be asked for, the one that answers where none is named first."""
-    return {"object": "list", "data": [_entry(model) for model in request.app.state.service.models.values() if model.there]}
+    service = request.app.state.service
+    return {"object": "list", "data": [_entry(model) for model in [*service.models.values(), *service.encoders.values()] if model.there]}
 
 
 @router.get("/v1/models/{name}")
 async def model(name: str, request: Request) -> dict:
-    return _entry(request.app.state.service.find(name))
+    service = request.app.state.service
+    return _entry(service.encoders.get(name) or service.find(name))
 
 
-def _entry(model: Model) -> dict:
+def _entry(model: Model | Encoder) -> dict:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "edgewright"}
 
 
