@@ -73,8 +73,23 @@ static void project(pass *p, const layer *l) {
     }
 }
 
+/* Has the job fetch the keys that come after it: those of a run and a head (a pair), from a chunk of slots on. */
+static void look_ahead(const pass *p, const layer *l, attention_job *job, int pair, int chunk) {
+    const cache_layer *c = job->cache;
+    const int run = pair / c->kv_heads, head = pair % c->kv_heads, window = l->is.window;
+    const int high = p->slot[p->run[run + 1] - 1] + 1, seen = p->slot[p->run[run]] + 1 - window;
+    const int from = window && seen > chunk * CHUNK ? seen / CHUNK * CHUNK : chunk * CHUNK, left = high - from;
+    const size_t at = ((size_t)p->row[p->run[run]] * c->kv_heads + head) * c->capacity + from;
+    job->ahead = c->k + at * c->dim * (c->kind == EW_FLOAT32 ? 4 : c->kind == EW_FLOAT16 ? 2 : 1);
+    job->ahead_slots = left < 0 ? 0 : left < CHUNK ? left : CHUNK;
+}
+
+static void merge_states(const kernels *k, float *into, const float *from, int n, size_t stride) {
+    for (size_t q = 0; q < n * stride; q += stride) k->merge(into + q, from + q, stride - 2);
+}
+
 /* middle [tokens][heads * head_dim] = attention of y over the cache. A unit is a run of tokens and a kv head, or, where
- * that gives few units (split), one chunk of slots of these. */
+ * that gives few units (split), one chunk of slots of these: all first ones, all second ones, ... */
 static void attend(pass *p, const layer *l) {
     const ew_model *m = p->m;
     const kernels *k = m->kernels;
@@ -86,7 +101,7 @@ static void attend(pass *p, const layer *l) {
     float *out[most];
     int low[most], high[most];
     for (int u = p->id; u < units; u += p->threads) {        /* in turns: later tokens of a prompt see more slots */
-        const int pair = split ? u / chunks : u, run = pair / kv_heads, head = pair % kv_heads;
+        const int pair = u % pairs, run = pair / kv_heads, head = pair % kv_heads, next = u + p->threads;
         int n = 0;
         for (int i = p->run[run]; i < p->run[run + 1]; i++)
             for (int h = head * group; h < (head + 1) * group; h++, n++) {
@@ -95,21 +110,25 @@ static void attend(pass *p, const layer *l) {
                 high[n] = p->slot[i] + 1;
                 low[n] = window && high[n] > window ? high[n] - window : 0;
             }
-        const attention_job job = {&p->cache->layer[l->source], p->row[p->run[run]], head, n,
-                                   p->tokens >= EW_MANY && !m->fp32, query, low, high, m->config.attention_softcap};
-        const int begin = low[0] / CHUNK, end = ceil_div(high[n - 1], CHUNK);
+        attention_job job = {&p->cache->layer[l->source], p->row[p->run[run]], head, n,
+                             p->tokens >= EW_MANY && !m->fp32, query, low, high, m->config.attention_softcap, NULL, 0};
+        const int begin = low[0] / CHUNK, end = ceil_div(high[n - 1], CHUNK), first = split ? u / pairs : begin;
+        const int brief = high[n - 1] - (end - 1) * CHUNK < BLOCK;   /* the last chunk: it leaves no time to fetch */
+        const int last = split || end - 1 == begin ? first : end - 1 - brief;
         float *into = split ? p->s->chunks + ((size_t)pair * chunks + begin) * one : p->s->state[p->id];
+        if (first < begin || first >= end) continue;
+        for (int c = first; c < (split ? first + 1 : end); c++) {
+            float *to = into + (split ? c - begin : c > begin) * one;
+            job.ahead_slots = 0;
+            if (c < last) look_ahead(p, l, &job, pair, c + 1);
+            else if (c == last && next < units) look_ahead(p, l, &job, next % pairs, next / pairs);
+            k->attend(&job, c * CHUNK, to, stride);
+            if (to > into && !split) merge_states(k, into, to, n, stride);
+        }
         if (split) {
-            const int chunk = u % chunks;
-            if (chunk < begin || chunk >= end) continue;
-            k->attend(&job, chunk * CHUNK, into + (chunk - begin) * one, stride);
             if (__atomic_add_fetch(&p->s->finished[pair], 1, __ATOMIC_ACQ_REL) < end - begin) continue;
             p->s->finished[pair] = 0;
-        } else k->attend(&job, begin * CHUNK, into, stride);
-        for (int c = begin + 1; c < end; c++) {
-            float *next = into + (split ? c - begin : 1) * one;
-            if (!split) k->attend(&job, c * CHUNK, next, stride);
-            for (size_t q = 0; q < n * stride; q += stride) k->merge(into + q, next + q, l->padded);
+            for (int c = begin + 1; c < end; c++) merge_states(k, into, into + (c - begin) * one, n, stride);
         }
         for (int q = 0; q < n; q++, into += stride) {
             for (int d = 0; d < dim; d++) out[q][d] = into[2 + d] / into[1];

@@ -15,7 +15,13 @@ INLINE vf load_cached(const void *base, size_t index, const int kind) {
     return to_float((load_bytes((const uint8_t *)base + index) ^ 128) - 128);      /* signed */
 }
 
-/* N queries (from the job's i-th) over the chunk. */
+/* Asks for the cache lines of `bytes` from p on, which may lie beyond the cache's end. */
+INLINE void fetch(const uint8_t *p, size_t bytes) {
+    for (size_t n = 0; n < bytes; n += 64) __builtin_prefetch(p + n, 0, 2);
+}
+
+/* N queries (from the job's i-th) over the chunk. Values are fetched while keys are read, and the next keys while
+ * values are: memory would be waited for twice as long as the arithmetic takes. */
 INLINE void attend_some(const attention_job *job, int first, const int N, const int kind, int start, float *state,
                         size_t stride) {
     const cache_layer *c = job->cache;
@@ -33,20 +39,25 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     if (low < start) low = start;
     if (high > start + CHUNK) high = start + CHUNK;
     if (high > c->capacity) high = c->capacity;
+    const size_t step = high > low ? align64(job->ahead_slots * dim * element / (high - low)) : 0;   /* bytes a slot */
     float score[4][CHUNK];                           /* then weights: exp(score - most), times the value's scale */
     vf most[4], lanes = {0};
     for (int i = 0; i < W; i++) lanes[i] = i;
     EACH(i, N) most[i] = splat(NO_SCORE);
+    const float *query[4];
+    EACH(i, N) query[i] = job->query[first + i];
     const int from = low / ABREAST * ABREAST;
     for (int slot = from; slot < high; slot += ABREAST) {
         vf s[4][ABREAST / W];
         EACH(i, N) EACH(p, ABREAST / W) s[i][p] = splat(0);
         const size_t block = (size_t)slot * dim;
-        for (int d = 0; d < dim; d++)
+        for (int d = 0; d < dim; d++) {
+            fetch(v + ((size_t)slot * padded + d * ABREAST) * element, ABREAST * element);
             EACH(p, ABREAST / W) {
                 vf key = load_cached(k, block + (p / PARTS * dim + d) * TILE + p % PARTS * W, kind);
-                EACH(i, N) s[i][p] = key * splat(job->query[first + i][d]) + s[i][p];
+                EACH(i, N) s[i][p] = key * splat_at(query[i] + d) + s[i][p];
             }
+        }
         EACH(p, ABREAST / W) {
             vf at = lanes + (float)(slot + p * W);           /* exact: slots are far below 2^24 */
             EACH(i, N) {
@@ -74,16 +85,18 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
         vf acc[4][64 / W];
         EACH(i, N) EACH(n, vectors) acc[i][n] = splat(0);
         if (used == vectors)
-            for (int slot = low; slot < high; slot++)
+            for (int slot = low; slot < high; slot++) {
+                if (!d && step) fetch(job->ahead + (slot - low) * step, step);
                 EACH(n, vectors) {
                     vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
-                    EACH(i, N) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                    EACH(i, N) acc[i][n] = value * splat_at(&score[i][slot - start]) + acc[i][n];
                 }
+            }
         else
             for (int slot = low; slot < high; slot++)
                 for (int n = 0; n < used; n++) {
                     vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
-                    EACH(i, N) acc[i][n] = value * splat(score[i][slot - start]) + acc[i][n];
+                    EACH(i, N) acc[i][n] = value * splat_at(&score[i][slot - start]) + acc[i][n];
                 }
         EACH(i, N)
             for (int n = 0; n < used; n++) store(state + (size_t)(first + i) * stride + 2 + d + n * W, acc[i][n]);

@@ -83,7 +83,8 @@ int64_t ew_cache_slots(const ew_model *m, const ew_cache *c, int row, int first,
     int64_t total = 0;
     for (int l = 0; l < m->config.layers; l++) {
         const cache_layer *y = &c->layer[l];
-        const size_t key = y->dim * element, value = y->padded * element, scale = y->kind == EW_INT8 ? sizeof(float) : 0;
+        const size_t key = y->dim * element, value = y->padded * element;
+        const size_t scale = y->kind == EW_INT8 ? sizeof(float) : 0;
         total += (int64_t)y->kv_heads * count * (key + value + 2 * scale);
         for (int h = 0; h < y->kv_heads; h++) {
             const size_t at = ((size_t)row * y->kv_heads + h) * y->capacity + first;

@@ -115,6 +115,8 @@ typedef struct {
     const float *const *query;                       /* [queries] of [dim], already scaled by 1/sqrt(dim) */
     const int *low, *high;                           /* [queries] */
     float softcap;                                   /* scores become cap * tanh(scores / cap); 0: as they are */
+    const uint8_t *ahead;                            /* the keys that are read next, to be fetched meanwhile, */
+    int ahead_slots;                                 /* of so many slots; 0: none */
 } attention_job;
 
 /* A row's tokens through the state of one head [blocks][keys][32]: S = decay S + k d, output = query_scale S^T q, where

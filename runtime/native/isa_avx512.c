@@ -13,6 +13,8 @@ INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
 }
 INLINE vf load_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void store_half(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, 0)); }
+INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vi load_bytes(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 
 #include "attention.h"

@@ -5,6 +5,8 @@
 
 INLINE vf load_half(const uint16_t *p) { return (vf)vcvt_f32_f16(vld1_f16((const __fp16 *)p)); }
 INLINE void store_half(uint16_t *p, vf x) { vst1_f16((__fp16 *)p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
+INLINE vf minimum(vf a, vf b) { return pick(a < b, a, b); }
 INLINE vi load_bytes(const void *p) {
     uint32_t four;
     memcpy(&four, p, 4);

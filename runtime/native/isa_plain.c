@@ -9,6 +9,8 @@ INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits) {
     for (int j = 0; j < 4; j++) acc += ((w >> 8 * j) & 255) * x[j];
     return acc;
 }
+INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
+INLINE vf minimum(vf a, vf b) { return pick(a < b, a, b); }
 INLINE vi load_bytes(const void *p) {
     vi v;
     for (int i = 0; i < W; i++) v[i] = ((const uint8_t *)p)[i];

@@ -23,6 +23,8 @@ typedef int8_t vb __attribute__((vector_size(W)));
 INLINE vi dot4(vi acc, vi w, const int8_t *x, int bits);
 INLINE vf load_half(const uint16_t *p);              /* isa: W halves */
 INLINE void store_half(uint16_t *p, vf x);           /* isa: to nearest, ties to even */
+INLINE vf maximum(vf a, vf b);                       /* isa: a > b ? a : b, so b where one is no number */
+INLINE vf minimum(vf a, vf b);                       /* isa: a < b ? a : b */
 INLINE vi load_bytes(const void *p);                 /* isa: W unsigned bytes (GCC 12 widens vectors one by one) */
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -30,32 +32,53 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vi load_int(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vi splat_int(int32_t x) { return x - (vi){0}; }
+INLINE vf splat_at(const float *p) {                 /* an integer's broadcast takes no arithmetic port of Zen 4 */
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (vf)splat_int(x);
+}
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf maximum(vf a, vf b) { return pick(a > b, a, b); }
 INLINE vi round_int(vf x) { return (vi)((vu)(x + 12582912.f) - 0x4B400000); }    /* nearest even, |x| < 2^22 */
 INLINE size_t element_size(int kind) { return kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1; }   /* of a cache */
 
-INLINE float total(vf x) {                           /* pairwise, always in the same order */
-    float a[W];
-    store(a, x);
-    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+/* The lanes of x from the n-th on come first, then those before (n a constant). */
+#ifdef __clang__
+#define AT(i, n) (((i) + (n)) & (W - 1))
+#define FOUR_AT(i, n) AT(i, n), AT(i + 1, n), AT(i + 2, n), AT(i + 3, n)
+#if W == 16
+#define TURNED(x, n) __builtin_shufflevector(x, x, FOUR_AT(0, n), FOUR_AT(4, n), FOUR_AT(8, n), FOUR_AT(12, n))
+#elif W == 8
+#define TURNED(x, n) __builtin_shufflevector(x, x, FOUR_AT(0, n), FOUR_AT(4, n))
+#else
+#define TURNED(x, n) __builtin_shufflevector(x, x, FOUR_AT(0, n))
+#endif
+#else
+#define TURNED(x, n) __builtin_shuffle(x, (lanes() + (n)) & (W - 1))
+#endif
+INLINE vi lanes(void) { vi v = {0}; EACH(i, W) v[i] = i; return v; }
+
+/* Each folds the upper half of its lanes onto the lower one, and so on, always in the same order. */
+INLINE float total(vf x) {
+    if (W > 8) x += TURNED(x, 8 & (W - 1));
+    if (W > 4) x += TURNED(x, 4 & (W - 1));
+    x += TURNED(x, 2);
+    return (x + TURNED(x, 1))[0];
 }
 INLINE int32_t total_int(vi x) {
-    int32_t sum = 0;
-    for (int i = 0; i < W; i++) sum += x[i];
-    return sum;
+    if (W > 8) x += TURNED(x, 8 & (W - 1));
+    if (W > 4) x += TURNED(x, 4 & (W - 1));
+    x += TURNED(x, 2);
+    return (x + TURNED(x, 1))[0];
 }
 INLINE float largest(vf x) {
-    float a[W];
-    store(a, x);
-    for (int n = W / 2; n; n /= 2) for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-    return a[0];
+    if (W > 8) x = maximum(x, TURNED(x, 8 & (W - 1)));
+    if (W > 4) x = maximum(x, TURNED(x, 4 & (W - 1)));
+    x = maximum(x, TURNED(x, 2));
+    return maximum(x, TURNED(x, 1))[0];
 }
 INLINE vf exponential(vf x) {                        /* Cephes' expf: 2 ulp; exactly 1 at 0; x clamped to +-87 */
-    x = maximum(x, splat(-87.f));
-    x = pick(x < splat(87.f), x, splat(87.f));
+    x = minimum(maximum(x, splat(-87.f)), splat(87.f));
     vi n = round_int(x * 1.44269504f);
     vf m = to_float(n), r = x - m * 0.693359375f;
     r = r + m * 2.12194440e-4f;

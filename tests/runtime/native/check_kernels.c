@@ -220,7 +220,7 @@ static void check_attention(const kernels *k) {
         low[i] = high[i] > window ? high[i] - window : 0;
     }
     const float cap = up_to(2) ? 1 + up_to(9) : 0;
-    attention_job job = {&c, 1, heads - 1, queries, many, query, low, high, cap};
+    attention_job job = {&c, 1, heads - 1, queries, many, query, low, high, cap, c.k, length};
     const int bf16 = many && dim % BLOCK == 0 && !cap && !strcmp(k->name, "avx512-amx");
     float *into = calloc(queries * stride, 4), *next = calloc(queries * stride, 4);
     int begin = low[0] / CHUNK;
