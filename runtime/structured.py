@@ -32,6 +32,7 @@ KINDS = ("json", "json_schema", "regex", "grammar")
 LONGEST = 500_000                 # characters of a schema, an expression or a grammar
 SLOWEST_S = 0.5                   # of CPU for one mask
 _WAIT_S = 10.0                    # for a trial, which has 2 s of CPU
+_TURN_S = 2.0                     # to wait for a turn: two are tried at a time
 _KEPT = 16                        # compiled grammars of one tokenizer
 
 
@@ -52,7 +53,8 @@ def constraint_for(engine, kind: str, source: str | dict | None = None) -> Const
 
     kind: "json" (any JSON object; no source), "json_schema" (a dict, or its JSON), "regex" (the whole reply matches; Rust's
     syntax, without look-around), or "grammar" (Lark as llguidance has it, or llama.cpp's GBNF). May take 0.1 s for a new form.
-    Raises UserError for a form that is invalid, that no text satisfies, or that is too large or too slow to work with.
+    Raises UserError for a form that is invalid, that no text satisfies, or that is too large or too slow to work with; Busy (also
+    one) where others' new forms take too long.
     """
     if kind not in KINDS:
         raise UserError(f"there is no structured output of kind {shown(kind)}; the kinds are {', '.join(KINDS)}")
@@ -124,16 +126,20 @@ class _Grammars:
         if not sys.executable or getattr(sys, "frozen", False):
             raise UserError("a form is tried by a Python of its own, and this program has none (sys.executable)")
         request = json.dumps({"kind": kind, "source": source, **self._trial}).encode("ascii")
+        if not _trying.acquire(timeout=_TURN_S):
+            from .pending import Busy             # which imports what imports this
+            raise Busy("too many new grammars are being compiled; try again later")
         try:
-            with _trying:
-                told = subprocess.run([sys.executable, "-S", "-c", boot], input=request, stdout=subprocess.PIPE,
-                                      stderr=subprocess.DEVNULL, timeout=_WAIT_S, start_new_session=True).stdout
+            told = subprocess.run([sys.executable, "-S", "-c", boot], input=request, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, timeout=_WAIT_S, start_new_session=True).stdout
             found = json.loads(told)
         except (ValueError, subprocess.TimeoutExpired):
             raise UserError(f"the {_NAMES[kind]} takes too much time, memory or nesting to compile; make it simpler, with fewer "
                             "alternatives and smaller repetitions") from None
         except OSError as error:
             raise UserError(f"the process that tries a form cannot be started: {error.strerror}") from None
+        finally:
+            _trying.release()
         if "error" in found:
             raise UserError(f"the {_NAMES[kind]} cannot be used ({_line(found['error'])})")
         return found["grammar"]

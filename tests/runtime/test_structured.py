@@ -232,3 +232,15 @@ def test_without_llguidance_it_says_what_installs_it(engine, monkeypatch):
     monkeypatch.setattr(structured, "_of_tokenizer", {})
     with pytest.raises(UserError, match=r"pip install '.\[serve\]'"):
         constraint_for(engine, "json")
+
+
+def test_a_flood_of_slow_forms_is_turned_away(engine, monkeypatch):
+    """They wait for two turns at most so long, then are told to come again; what is compiled already needs no turn."""
+    from runtime.pending import Busy
+    constraint_for(engine, "regex", "known[ab]")
+    monkeypatch.setattr(structured, "_TURN_S", 0.1)
+    with structured._trying, structured._trying:
+        with pytest.raises(Busy, match="try again later"):
+            constraint_for(engine, "regex", "unknown[ab]")
+        constraint_for(engine, "regex", "known[ab]")
+    constraint_for(engine, "regex", "unknown[ab]")
