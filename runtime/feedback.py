@@ -31,6 +31,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS feedback (number INTEGER PRIMARY KEY, at 
     id TEXT UNIQUE, model TEXT, rating REAL NOT NULL, messages TEXT NOT NULL, reply TEXT NOT NULL,
     tools TEXT, correction TEXT, comment TEXT)"""
 _FIELDS = ("id", "model", "rating", "messages", "reply", "tools", "correction", "comment")
+_AS_JSON = ("messages", "reply", "tools")
 EXAMPLES = """examples:
   %(prog)s stats feedback.db
   %(prog)s export feedback.db -o build/feedback.jsonl --corrected-only
@@ -66,13 +67,12 @@ class Store:
 
     def add(self, record: dict) -> int:
         """Store a record that `checked` returned; returns its number. On the disk when this returns. Raises NotStored."""
-        values = [json.dumps(value) if name in ("messages", "reply", "tools") and value is not None else value
-                  for name in _FIELDS for value in (record.get(name),)]
+        values = [json.dumps(record[name]) if name in _AS_JSON and name in record else record.get(name) for name in _FIELDS]
         marks, again = ", ".join("?" * len(_FIELDS)), ", ".join(f"{name} = excluded.{name}" for name in _FIELDS)
         try:
             with self._lock:
                 return self._base.execute(f"INSERT INTO feedback ({', '.join(_FIELDS)}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE "
-                                          f"SET {again}, at = CURRENT_TIMESTAMP RETURNING number", values).fetchone()[0]
+                                          f"SET {again}, at = CURRENT_TIMESTAMP RETURNING number", values).fetchall()[0][0]
         except sqlite3.Error as error:
             raise NotStored(f"the feedback could not be stored ({error}): make room where the server keeps it, or try again") from None
 
@@ -81,7 +81,7 @@ class Store:
         try:
             for row in self._base.execute(f"SELECT at, {', '.join(_FIELDS)} FROM feedback ORDER BY number"):
                 record = dict(zip(("at", *_FIELDS), row))
-                yield record | {name: json.loads(record[name]) for name in ("messages", "reply", "tools") if record[name] is not None}
+                yield record | {name: json.loads(record[name]) for name in _AS_JSON if record[name] is not None}
         except (sqlite3.Error, ValueError) as error:
             raise UserError(f"{self.path}: damaged: {error}") from None
 
@@ -152,7 +152,7 @@ def as_chat(record: dict) -> dict:
 class Options:
     """Count the feedback a server has stored, or export it to fine-tune on."""
     action: str = arg(positional=True, choices=("export", "stats"), help="what to do")
-    file: Path = arg(positional=True, help="database of runtime.serve --feedback")
+    file: Path = arg(positional=True, help=f"database of {__package__}.serve --feedback")
     out: Path | None = arg(None, short="-o", help="JSONL file to write, for models.finetune --task chat")
     corrected_only: bool = arg(False, help="only what was corrected, without the replies that were rated well")
 
