@@ -2,7 +2,7 @@
 
 import pytest
 from page_fixtures import browser, script, scripting, visit     # noqa: F401  (fixtures)
-from server_fixtures import serve, served_bundle, server        # noqa: F401  (fixtures)
+from server_fixtures import serve, served_bundle, server, thinking        # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,14 @@ import pytest
 
 from runtime.serve import ServeOptions
 
+THINKING = """\
+{%- if tools %}{{ '<|im_start|>system\n# Tools\n<tools>\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{{ '</tools>\n\
+Answer with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n' }}{% endif -%}
+{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor -%}
+{{- '<|im_start|>assistant\n' }}{% if enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}"""
+
 
 @dataclass(frozen=True)
 class Running:
@@ -89,3 +97,16 @@ def serve(served_bundle) -> Iterator[Callable[..., Running]]:
     """serve(*bundles, **options) -> a server of its own, with these options (keys, limits), until the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda *bundles, **options: stack.enter_context(running(*(bundles or [served_bundle]), **options))
+
+
+@pytest.fixture(scope="session")
+def thinking(tiny_checkpoint, tmp_path_factory) -> Iterator[Running]:
+    """A server of a bundle called `thinker`: a tiny random model with 4,096 tokens' context, whose chat template knows tools (in
+    Hermes' syntax) and thoughts."""
+    from export import onnx
+    folder = tmp_path_factory.mktemp("thinking")
+    shutil.copytree(tiny_checkpoint("smollm2", max_position_embeddings=4096), folder / "checkpoint")
+    (folder / "checkpoint" / "chat_template.jinja").write_text(THINKING)
+    assert onnx.main([str(folder / "checkpoint"), "-o", str(folder / "thinker")]) == 0
+    with running(folder / "thinker") as one:
+        yield one

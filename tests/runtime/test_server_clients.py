@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
-from test_server_tools import HELLO, WEATHER, Weather, thinker, thinking  # noqa: F401  (fixtures)
+from test_server_tools import HELLO, WEATHER, Weather
 
 
 def weather(city: Literal["Rome", "Oslo"], days: Literal[1, 2, 3]) -> str:

@@ -9,7 +9,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 
 from openai.types.responses import Response
-from test_server_tools import CALL, HELLO, WEATHER, Weather, client, thinker, thinking  # noqa: F401  (fixtures)
+from test_server_tools import CALL, HELLO, WEATHER, Weather, client  # noqa: F401  (a fixture)
 
 FLAT = {"type": "function", **WEATHER["function"]}
 THERE_AND_BACK = [

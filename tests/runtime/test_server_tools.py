@@ -1,8 +1,6 @@
 """Tools, thoughts and structured output through the server, with clients that parse them: a random model is held to what it says."""
 
 import json
-import shutil
-from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -12,14 +10,6 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 
 from pydantic import BaseModel, ConfigDict, Field
-
-TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\n# Tools\n<tools>\n' }}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{{ '</tools>\n\
-Answer with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n' }}{% endif -%}
-{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}
-{%- for call in message.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor -%}
-{{- '<|im_start|>assistant\n' }}{% if enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}"""
 
 
 class Weather(BaseModel):
@@ -36,24 +26,6 @@ class Clock(BaseModel):
 WEATHER, CLOCK = ({"type": "function", "function": {"name": kind.__name__.lower(), "parameters": kind.model_json_schema()}} for kind in (Weather, Clock))
 HELLO = [{"role": "user", "content": "How is the weather?"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def thinker(tiny_checkpoint, tmp_path_factory) -> Path:
-    """A bundle called `thinker`: a tiny random model whose chat template knows tools and thoughts."""
-    from export import onnx
-    folder = tmp_path_factory.mktemp("thinking")
-    shutil.copytree(tiny_checkpoint("smollm2", max_position_embeddings=4096), folder / "checkpoint")
-    (folder / "checkpoint" / "chat_template.jinja").write_text(TEMPLATE)
-    assert onnx.main([str(folder / "checkpoint"), "-o", str(folder / "thinker")]) == 0
-    return folder / "thinker"
-
-
-@pytest.fixture(scope="module")
-def thinking(thinker):
-    from server_fixtures import running
-    with running(thinker) as one:
-        yield one
 
 
 @pytest.fixture(scope="module")
