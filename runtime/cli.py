@@ -174,6 +174,8 @@ def _add(parser, field, hint):
         kwargs["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is tuple:
         kwargs.update(type=typing.get_args(hint)[0], nargs="+" if required else "*")
+        if kwargs.get("default") == () and not meta["positional"]:
+            kwargs.update(action="extend", default=[])               # given twice, it has the values of both
     else:
         kwargs["type"] = hint
     if meta["positional"]:

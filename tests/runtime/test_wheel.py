@@ -129,7 +129,7 @@ def test_its_commands(python, packages, golden_bundle):
     link(packages, OF_ONNXRUNTIME)
     listed, helped = python("-m", "edgewright"), python("-m", "edgewright.bench", "--help")
     assert "python -m edgewright.native.profile" in listed.stdout and "runtime" not in listed.stdout
-    assert helped.stdout.startswith("usage: python -m edgewright.bench BUNDLE") and "python -m runtime" not in helped.stdout
+    assert helped.stdout.startswith("usage: python -m edgewright.bench [BUNDLE]") and "python -m runtime" not in helped.stdout
     said = python("-m", "edgewright.generate", golden_bundle, "-p", "Hi", "--max-new-tokens", "4", "--threads", "1", "--temperature", "0")
     assert said.returncode == 0, said.stderr
     assert said.stdout == Engine(golden_bundle, threads=1).generate("Hi", max_new_tokens=4)[0].text + "\n"
