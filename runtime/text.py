@@ -31,14 +31,46 @@ _REPLACEMENT = "\ufffd"           # what decoders write for bytes that are no ch
 _MOST_COMMAS = 8_000_000          # in a tokenizer.json; every value costs memory while it is read. The largest in use have 2 million
 _MOST_PARTS = 256                 # normalizers, splitters, processors and decoders
 _SPELLED_OUT = re.compile(rb"\\u00(?:[46][0-9a-fA-F]|[57][0-9aA]|5[fF])")      # letters, which could hide a key
+_LONG = 1 << 15                   # characters, about 10 ms: from there on as a batch of one, which alone lets Python's threads go on
 _MOST_GROWTH = 32                 # times as long as its input a text may become by replacements
 _MOST_ADDED = 256                 # special tokens put around a text
 
 
-# Held by who is in the library, and over a fork: the child would wait for ever for what another thread held then.
-_library = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_library.acquire, after_in_parent=_library.release, after_in_child=_library.release)
+class _Entrance:
+    """Passed by who goes into the library: any number of threads at once, so that a long text of one does not hold up the
+    tokens of others. A fork waits until they have left, because the child would wait for ever for what another thread held."""
+
+    def __init__(self):
+        self._news, self._inside, self._forking = threading.Condition(), [], False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._shut, after_in_parent=self._open, after_in_child=self._open_in_child)
+
+    def __enter__(self) -> None:
+        with self._news:
+            while self._forking:
+                self._news.wait()
+            self._inside.append(threading.get_ident())
+
+    def __exit__(self, *_) -> None:
+        with self._news:
+            self._inside.remove(threading.get_ident())
+            self._news.notify_all()
+
+    def _shut(self) -> None:
+        self._news.acquire()                      # until _open
+        self._forking, own = True, threading.get_ident()
+        self._news.wait_for(lambda: all(thread == own for thread in self._inside))
+
+    def _open(self) -> None:
+        self._forking = False
+        self._news.notify_all()
+        self._news.release()
+
+    def _open_in_child(self) -> None:
+        self._news, self._forking = threading.Condition(), False             # whose waiters are not there
+
+
+_library = _Entrance()
 
 
 class Tokenizer:
@@ -62,6 +94,7 @@ class Tokenizer:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True             # as text, that is
+        self._encoding = threading.RLock()        # of whom that setting is
         self._check_growth()
 
     def encode(self, text: str, *, special_tokens: bool = True, control_tokens: bool = False) -> np.ndarray:
@@ -87,7 +120,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of many texts, with nothing around them, on all CPUs."""
-        with self._words("fails on a text ({error})"), _library:
+        with self._words("fails on a text ({error})"), _library, self._encoding:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         found = [np.array(encoding.ids, np.int64) for encoding in encodings]
         return [np.array(self._as_text(text)[0], np.int64) if self._cuts(text, ids) else ids for text, ids in zip(texts, found)]
@@ -143,10 +176,12 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                             f"{error.start}, which is half a character; remove it") from None
-        with self._words("fails on this text ({error})"), _library:
+        with self._words("fails on this text ({error})"), _library, self._encoding:      # in this order, so that nobody holds it over a fork
             self._tokenizer.encode_special_tokens = not control_tokens
             try:
-                return self._tokenizer.encode(text, add_special_tokens=special_tokens)
+                if len(text) < _LONG:
+                    return self._tokenizer.encode(text, add_special_tokens=special_tokens)
+                return self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0]
             finally:
                 self._tokenizer.encode_special_tokens = True
 

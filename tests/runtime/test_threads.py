@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import stress
+import tokenizers
 
 from runtime import Engine
 from runtime.errors import DeviceError, UserError
@@ -29,6 +31,24 @@ def engine(tiny, request):
 def test_replies_of_eight_threads_are_those_given_alone(tiny):
     for name, engine in stress.engines(tiny[1], tiny[0]):
         assert stress.wrong_replies(engine, threads=8, count=6) == (0, 48), name
+
+
+def test_a_long_text_of_one_thread_does_not_hold_up_the_tokens_of_others(tiny):
+    tokenizer, texts = Engine(tiny[1], threads=1).tokenizer, []
+    text, want = "The capital of France is Paris. " * 30_000, tokenizer.decode([5, 6, 7])
+    during, longest, begun = 0, 0.0, time.perf_counter()
+    last = begun
+    long = threading.Thread(target=lambda: texts.append(tokenizer.encode(text)))
+    long.start()
+    while long.is_alive():
+        assert tokenizer.decode([5, 6, 7]) == want
+        during, now = during + 1, time.perf_counter()
+        longest, last = max(longest, now - last), now
+        time.sleep(0.001)
+    took = time.perf_counter() - begun
+    assert during > 20 and longest < took / 3, (during, longest, took)
+    oracle = tokenizers.Tokenizer.from_file(str(tiny[1] / "tokenizer.json"))
+    assert texts[0].tolist() == oracle.encode(text).ids
 
 
 def test_close_under_a_running_reply_is_no_crash(tiny):
