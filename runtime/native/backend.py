@@ -151,11 +151,11 @@ class NativeBackend:
             self._pass(part, unique, found, cache)
             logits[inside] = found[where]
 
-    def _pass(self, columns, wanted, logits, cache, choices=None) -> None:
+    def _pass(self, columns, wanted, logits, cache) -> None:
         tokens, owners, slots, *copies, wanted = (np.ascontiguousarray(a, np.int32) for a in (*columns, wanted))
         if len(tokens) or len(wanted):
             self._try(self._core.ew_forward, cache.handle_for(self), cache.c_states(*copies), len(tokens), tokens.ctypes.data,
-                      owners.ctypes.data, slots.ctypes.data, len(wanted), wanted.ctypes.data, choices, logits.ctypes.data)
+                      owners.ctypes.data, slots.ctypes.data, len(wanted), wanted.ctypes.data, None, logits.ctypes.data)
 
     def step_rows(self, cache: NativeCache, tokens: np.ndarray,
                   samplers: list[Sampler]) -> list[tuple[np.ndarray, np.ndarray] | np.ndarray]:
@@ -164,39 +164,29 @@ class NativeBackend:
         samplers: one a row (the same one twice: as two rows would have it). The result has for each row, where its sampler has
         `candidates`, ids (int32 [n]) and logits (float32 [n]) of that many largest logits (fewer only where the vocabulary is smaller),
         with the sampler's penalties, largest first, the lower id first among equals: `Sequence.accept` takes them.
-        Where `candidates` is 0, it has all logits as they are, float32 [vocab]. Arrays of logits are
-        valid until the next call with this cache. The samplers' penalties are read during the call: no other thread may choose with
+        Where `candidates` is 0, it has all logits as they are, float32 [vocab]. The arrays are
+        valid until the next step of this cache. The samplers' penalties are read during the call: no other thread may choose with
         them meanwhile. Raises UserError where a row is full, or beyond the context; then no length has changed.
         """
         rows, slots, states = cache.rows, cache.lengths, cache.states
         if rows > library.PASS:
             parts = [(start, min(start + library.PASS, rows)) for start in range(0, rows, library.PASS)]
             return [found for a, b in parts for found in self.step_rows(cache.view(a, b), tokens[a:b], samplers[a:b])]
-        if slots.max() >= self._max_context:
-            raise UserError(f"position {slots.max()} is beyond the context of {self._max_context} tokens")
-        columns = [tokens, np.arange(cache.start, cache.start + rows), slots]
+        filled = slots.tolist()
+        if max(filled) >= self._max_context:
+            raise UserError(f"position {max(filled)} is beyond the context of {self._max_context} tokens")
+        step = cache.step()
+        step.seek(samplers)
+        step.numbers[0], step.numbers[2] = tokens, slots
         if states:
-            columns += [states.begin(slots), 1 - states.copy]
-        choices, logits = (library.Choice * rows)(), cache.logits(rows)
-        found = [self._choice(choice, sampler) for choice, sampler in zip(choices, samplers, strict=True)]
-        self._pass(columns, np.arange(rows), logits, cache, choices)
+            step.numbers[4], step.numbers[5] = states.begin(slots), 1 - states.copy
+        token, row, slot, wanted, *_ = step.at
+        self._try(self._core.ew_forward, cache.handle_for(self), step.states, rows, token, row, slot, rows, wanted, step.choices,
+                  step.logits_at)
         if states:
             states.end(slots, np.ones(rows, np.int64))
-        slots += 1
-        return [(pair[0][:choice.found], pair[1][:choice.found]) if pair else row for pair, choice, row in zip(found, choices, logits)]
-
-    def _choice(self, choice: library.Choice, sampler: Sampler) -> tuple[np.ndarray, np.ndarray] | None:
-        """Fills `choice` with what the sampler seeks; where that will be."""
-        if not (count := sampler.candidates):
-            return None
-        ids, values = np.empty(count, np.int32), np.empty(count, np.float32)
-        choice.k, choice.index, choice.value = count, ids.ctypes.data, values.ctypes.data
-        if penalties := sampler.penalties(self.vocab):
-            options, counts, seen = penalties     # the sampler keeps them
-            choice.repetition, choice.presence, choice.frequency = (
-                options.repetition_penalty, options.presence_penalty, options.frequency_penalty)
-            choice.counts, choice.seen = counts.ctypes.data, seen.ctypes.data
-        return ids, values
+        slots[:] = [n + 1 for n in filled]
+        return list(step.found)
 
     def profile(self, on: bool) -> dict[str, float]:
         """Microseconds spent in each part of the steps since the last call; `on` starts or ends the counting."""
@@ -245,6 +235,7 @@ class NativeCache(Cache):
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
         self._logits = np.empty((0, self.backend.vocab), np.float32)
+        self._step: _Step | None = None
 
     def handle_for(self, backend: NativeBackend) -> int:
         """The C cache. Raises UserError where it is another backend's."""
@@ -261,6 +252,11 @@ class NativeCache(Cache):
         if len(self._logits) < count:
             self._logits = np.empty((count, self.backend.vocab), np.float32)
         return self._logits[:count]
+
+    def step(self) -> _Step:
+        if self._step is None:
+            self._step = _Step(self)
+        return self._step
 
     def _copy_slots(self, source: int, target: int) -> None:
         self.storage.copy(self.start + source, self.storage, self.start + target, int(self.lengths[source]))
@@ -280,6 +276,39 @@ class NativeCache(Cache):
         for row, length in enumerate(self.lengths):
             self.storage.copy(row, larger, row, int(length))
         self.storage, self.capacity = larger, capacity
+
+
+class _Step:
+    """What the core is told in a step of a cache's rows, and where it answers. Kept from step to step, with its addresses: weights
+    have just driven Python out of the CPU's caches, where each call of numpy costs ten times as much."""
+
+    def __init__(self, cache: NativeCache):
+        rows, self._vocab = cache.rows, cache.backend.vocab
+        self.numbers = np.empty((6, rows), np.int32)          # tokens, rows, slots, whose logits are wanted, copies of states
+        self.numbers[1], self.numbers[3] = np.arange(cache.start, cache.start + rows), np.arange(rows)
+        self.at = [row.ctypes.data for row in self.numbers]
+        self.states = library.States(cache.storage.states.ctypes.data, *self.at[4:]) if cache.states else None
+        self.logits, self.choices = np.empty((rows, self._vocab), np.float32), (library.Choice * rows)()
+        self.logits_at = self.logits.ctypes.data
+        self.found: list = list(self.logits)                  # of each row: its logits, or the ids and logits that are sought
+        self._sought: list = [(None, 0)] * rows
+
+    def seek(self, samplers: list[Sampler]) -> None:
+        """The core is to find what these samplers choose among."""
+        for row, (sampler, before) in enumerate(zip(samplers, self._sought, strict=True)):
+            sought = sampler, min(sampler.candidates, self._vocab)
+            if sought[0] is before[0] and sought[1] == before[1]:
+                continue
+            self._sought[row], count = sought, sought[1]      # keeps the sampler, whose penalties the core reads
+            ids, values = np.empty(count, np.int32), np.empty(count, np.float32)
+            choice = library.Choice(k=count, index=ids.ctypes.data, value=values.ctypes.data)
+            self.found[row] = (ids, values) if count else self.logits[row]
+            if count and (penalties := sampler.penalties(self._vocab)):
+                options, counts, seen = penalties
+                choice.repetition, choice.presence, choice.frequency = (
+                    options.repetition_penalty, options.presence_penalty, options.frequency_penalty)
+                choice.counts, choice.seen = counts.ctypes.data, seen.ctypes.data
+            self.choices[row] = choice
 
 
 def check_cache_dtype(name: str | None) -> None:

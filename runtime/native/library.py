@@ -47,7 +47,7 @@ class Tensor(ctypes.Structure):
 
 
 class Choice(ctypes.Structure):
-    _fields_ = [("k", c_int32), ("found", c_int32), ("index", c_void_p), ("value", c_void_p), ("repetition", c_float),
+    _fields_ = [("k", c_int32), ("index", c_void_p), ("value", c_void_p), ("repetition", c_float),
                 ("presence", c_float), ("frequency", c_float), ("counts", c_void_p), ("seen", c_void_p)]
 
 

@@ -80,7 +80,7 @@ typedef struct {
 
 /* What is sought in a row of logits: the k largest (penalized in place, if asked) in order, ties to the lower index. */
 typedef struct {
-    int32_t k, found;                                /* k 0: nothing; found: how many there are */
+    int32_t k;                                       /* at most vocab; 0: nothing */
     int32_t *index; float *value;                    /* [k] */
     float repetition, presence, frequency;           /* as in runtime/sampling.py */
     const int32_t *counts;                           /* [vocab]: times in the reply; NULL: nothing is penalized */
