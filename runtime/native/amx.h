@@ -131,7 +131,7 @@ FUNCTION void multiply_many(const matrix *m, const activations *x, int rows, flo
 INLINE void attend_queries(const attention_job *job, int start, float *state, size_t stride, const int kind) {
     const cache_layer *c = job->cache;
     const int dim = c->dim, across = dim / BLOCK;
-    const size_t head = ((size_t)job->row * c->kv_heads + job->head) * c->capacity, element = element_size(kind);
+    const size_t head = ((size_t)job->row * c->kv_heads + job->head) * c->capacity, element = element_bytes(kind);
     const uint8_t *k = c->k + (head + start) * dim * element;        /* [CHUNK / 16][dim][16] */
     const uint8_t *v = c->v + (head + start) * dim * element;        /* [CHUNK][dim] */
     const float *k_scale = c->k_scale + head + start, *v_scale = c->v_scale + head + start;  /* int8: [CHUNK] */

@@ -43,6 +43,15 @@ static void finish(pass *p, const layer *l, int kind, int i, int h0, int h1, flo
         k->append(&p->cache->layer[l->source], p->row[i], h0 + h / dim, slot, x + h, kind == VALUES);
 }
 
+/* Has the lines of the cache fetched where the key (or value) of token i and head h goes. */
+static void expect(const pass *p, const layer *l, int kind, int i, int h) {
+    const cache_layer *c = &p->cache->layer[l->source];
+    const int slot = p->slot[i], key = kind == KEYS, element = element_bytes(c->kind);
+    const size_t at = ((size_t)p->row[i] * c->kv_heads + h) * c->capacity + (key ? slot / TILE * TILE : slot);
+    const size_t width = (size_t)(key ? c->dim : c->padded) * element, bytes = width * (key ? TILE : 1);
+    for (size_t n = 0; n < bytes; n += 64) __builtin_prefetch((key ? c->k : c->v) + at * width + n, 1);
+}
+
 /* Queries to y, gates to gate, keys and values to the cache: each thread some heads of them; or, where tiles straddle
  * heads or a norm does, some tiles, and then some tokens. */
 static void project(pass *p, const layer *l) {
@@ -68,6 +77,7 @@ static void project(pass *p, const layer *l) {
         int k = 0, h = u;
         for (; h >= kinds[k].heads; k++) h -= kinds[k].heads;
         float *to = kinds[k].to + h * dim;
+        if (k == KEYS || k == VALUES) for (int i = 0; i < p->tokens; i++) expect(p, l, k, i, h);
         m->kernels->multiply(kinds[k].w, &a, p->tokens, kinds[k].to, m->widest, h * dim / TILE, (h + 1) * dim / TILE);
         for (int i = 0; i < p->tokens; i++) finish(p, l, k, i, h, h + 1, to + (size_t)i * m->widest);
     }
@@ -80,7 +90,7 @@ static void look_ahead(const pass *p, const layer *l, attention_job *job, int pa
     const int high = p->slot[p->run[run + 1] - 1] + 1, seen = p->slot[p->run[run]] + 1 - window;
     const int from = window && seen > chunk * CHUNK ? seen / CHUNK * CHUNK : chunk * CHUNK, left = high - from;
     const size_t at = ((size_t)p->row[p->run[run]] * c->kv_heads + head) * c->capacity + from;
-    job->ahead = c->k + at * c->dim * (c->kind == EW_FLOAT32 ? 4 : c->kind == EW_FLOAT16 ? 2 : 1);
+    job->ahead = c->k + at * c->dim * element_bytes(c->kind);
     job->ahead_slots = left < 0 ? 0 : left < CHUNK ? left : CHUNK;
 }
 

@@ -26,7 +26,7 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
                         size_t stride) {
     const cache_layer *c = job->cache;
     const int dim = c->dim, padded = c->padded;
-    const size_t head = (size_t)job->row * c->kv_heads + job->head, element = element_size(kind);
+    const size_t head = (size_t)job->row * c->kv_heads + job->head, element = element_bytes(kind);
     const uint8_t *k = c->k + head * c->capacity * dim * element;        /* [capacity / 16][dim][16] */
     const uint8_t *v = c->v + head * c->capacity * padded * element;     /* [capacity][padded] */
     const float *k_scale = c->k_scale + (kind == EW_INT8 ? head * c->capacity : 0);      /* [capacity] */
@@ -133,7 +133,7 @@ FUNCTION void merge(float *into, const float *from, int padded) {
 
 /* Put the key (or value) x [dim] of one slot of one head (the at-th, of all rows) into the cache. */
 INLINE void append_some(const cache_layer *c, size_t at, int slot, const float *x, const int value, const int kind) {
-    const size_t element = element_size(kind);
+    const size_t element = element_bytes(kind);
     float scale = 1;
     if (kind == EW_INT8) {
         float top = 0;

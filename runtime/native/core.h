@@ -218,6 +218,7 @@ void *keep(ew_model *, size_t bytes);
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 static inline int is_stream(int dtype) { return dtype >= EW_UINT2; }         /* packed row by row; 4 bits as one run */
 static inline int tile_rows(const matrix *m, int t) { return m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE; }
+static inline size_t element_bytes(int kind) { return kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1; }
 static inline size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 #endif

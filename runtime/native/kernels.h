@@ -40,7 +40,6 @@ INLINE vf splat_at(const float *p) {                 /* an integer's broadcast t
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vi round_int(vf x) { return (vi)((vu)(x + 12582912.f) - 0x4B400000); }    /* nearest even, |x| < 2^22 */
-INLINE size_t element_size(int kind) { return kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1; }   /* of a cache */
 
 /* The lanes of x from the n-th on come first, then those before (n a constant). */
 #ifdef __clang__
@@ -113,9 +112,9 @@ INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
 }
 
 /* R rows of activations (the first is row0) times W rows of a tile of codes, the part-th W: to y [R][y_stride].
- * int8: the activations are quantized; else they are floats. */
+ * int8: the activations are quantized; else they are floats. one: groups have one block each. */
 INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
-                           const int bits, const int int8, int part, float *y, size_t y_stride) {
+                           const int bits, const int int8, const int one, int part, float *y, size_t y_stride) {
     const uint16_t *scales = (const uint16_t *)tile + part * W;
     const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
     const int zero_bits = CODE_BIAS(bits) ? -1 : bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
@@ -130,7 +129,7 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
         EACH(r, R) group[r] = splat(0);
         const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - (int8 ? CODE_BIAS(bits) : 0)
                                    : splat_int(int8 ? 0 : 1 << (bits - 1));
-        const int end = b + m->group_blocks < blocks ? b + m->group_blocks : blocks;
+        const int end = one ? b + 1 : b + m->group_blocks < blocks ? b + m->group_blocks : blocks;
         for (; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R)
             if (int8) {
                 vi s[8];
@@ -187,7 +186,8 @@ typedef void tile_kernel(const matrix *, const uint8_t *tile, const activations 
                                                  float *y, size_t y_stride) { \
         _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) \
             if (kind >= KIND_F16) multiply_floats(m, tile, x, row, R, kind, part, y, y_stride); \
-            else multiply_codes(m, tile, x, row, R, kind, int8, part, y, y_stride); }
+            else if (m->group_blocks == 1) multiply_codes(m, tile, x, row, R, kind, int8, 1, part, y, y_stride); \
+            else multiply_codes(m, tile, x, row, R, kind, int8, 0, part, y, y_stride); }
 #define ENTRY(int8, kind, R) [kind][R] = multiply_##int8##_##kind##_##R,
 #ifdef FEW_REGISTERS                                 /* plain C */
 enum { MOST_INT8 = 2, MOST_FLOAT = 2 };
@@ -233,33 +233,52 @@ FUNCTION void multiply(const matrix *m, const activations *x, int rows, float *y
     }
 }
 
+/* n blocks of a row, at most BATCH, to every stride-th block of q, scale and sum. Largest values come first, for all
+ * blocks: one after the other, a block would wait for its own. */
+enum { BATCH = 2 * TILE };
+INLINE void quantize_blocks(const float *f, int n, int8_t *q, float *scale, int32_t *sum, int stride) {
+    float top[BATCH] = {0}, inverse[BATCH], scales[BATCH];
+    int32_t finite[BATCH];
+    for (int b = 0; b < n; b++) {
+        vi most = splat_int(0);                      /* of |x| by its bits, which order numbers, infinity, NaN */
+        for (int k = 0; k < BLOCK; k += W) {
+            vi size = (vi)load(f + b * BLOCK + k) & 0x7fffffff, more = size > most;
+            most = (more & size) | (~more & most);
+        }
+        const vi odd = most > 0x7f800000;            /* NaN, which `largest` would lose, becomes infinity */
+        top[b] = largest((vf)((odd & 0x7f800000) | (~odd & most)));
+    }
+    for (int b = 0; b < n; b += W) {
+        const vf t = load(top + b);
+        const vi number = t < splat(INFINITY);       /* else codes 0, scale NaN: outputs NaN */
+        memcpy(finite + b, &number, sizeof number);
+        store(inverse + b, pick(t > splat(1e-30f), 127 / t, splat(0)));      /* 127 / t stays finite */
+        store(scales + b, pick(number, t / 127, splat(NAN)));
+    }
+    for (int b = 0; b < n; b++, q += stride * BLOCK) {
+        const vi number = splat_int(finite[b]);
+        vi all = splat_int(0);
+        for (int k = 0; k < BLOCK; k += W) {
+            vi rounded = round_int(load(f + b * BLOCK + k) * splat_at(inverse + b)) & number;
+            vb bytes = __builtin_convertvector(rounded, vb);
+            memcpy(q + k, &bytes, W);
+            all += rounded;
+        }
+        scale[b * stride] = scales[b], sum[b * stride] = -total_int(all);
+    }
+}
+
 /* x->f [rows][blocks * 32] to int8, per block and row: scale = max|x| / 127, as ONNX Runtime's int4 kernel does it.
  * Rows first..last-1 of `rows`, which say how rows are grouped. */
 FUNCTION void quantize(activations *x, int rows, int first, int last) {
+    const int blocks = x->blocks;
     for (int g = 0, n; g < last; g += n) {
         n = group_rows(rows - g, MOST_INT8);
         for (int r = g > first ? g : first; r < g + n && r < last; r++)
-            for (int b = 0; b < x->blocks; b++) {
-                const float *f = x->f + ((size_t)r * x->blocks + b) * BLOCK;
-                const size_t i = (size_t)g * x->blocks + b * n + r - g;
-                vi most = splat_int(0);              /* of |x| by its bits, which order numbers, infinity, NaN */
-                for (int k = 0; k < BLOCK; k += W) {
-                    vi size = (vi)load(f + k) & 0x7fffffff, more = size > most;
-                    most = (more & size) | (~more & most);
-                }
-                const vi odd = most > 0x7f800000;    /* NaN, which `largest` would lose, becomes infinity */
-                const float top = largest((vf)((odd & 0x7f800000) | (~odd & most)));
-                const vi finite = splat_int(top < INFINITY ? -1 : 0);   /* else codes 0, scale NaN: outputs NaN */
-                float inverse = top > 1e-30f ? 127 / top : 0;                /* 127 / top stays finite */
-                vi sum = splat_int(0);
-                for (int k = 0; k < BLOCK; k += W) {
-                    vi rounded = round_int(load(f + k) * inverse) & finite;
-                    vb bytes = __builtin_convertvector(rounded, vb);
-                    memcpy(x->q + i * BLOCK + k, &bytes, W);
-                    sum += rounded;
-                }
-                x->scale[i] = top < INFINITY ? top / 127 : NAN;
-                x->sum[i] = -total_int(sum);
+            for (int b = 0; b < blocks; b += BATCH) {
+                const size_t i = (size_t)g * blocks + b * n + r - g;
+                quantize_blocks(x->f + ((size_t)r * blocks + b) * BLOCK, blocks - b < BATCH ? blocks - b : BATCH,
+                                x->q + i * BLOCK, x->scale + i, x->sum + i, n);
             }
     }
 }
