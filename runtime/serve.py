@@ -79,7 +79,7 @@ async def _serve(options: ServeOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
     host = f"[{where[0]}]" if ":" in where[0] else where[0]
-    print(f"http://{host}:{where[1]} serves {', '.join(bundles.models)}", flush=True)
+    print(f"http://{host}:{where[1]} serves {', '.join([*bundles.models, *bundles.encoders])}", flush=True)
     loading = asyncio.create_task(bundles.load_first())
     loading.add_done_callback(lambda done: done.cancelled() or done.exception() and server.stop())
     try:

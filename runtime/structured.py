@@ -14,6 +14,7 @@ counters, and a reply whose mask takes longer than SLOWEST_S ends.
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -82,6 +83,7 @@ def after_thought(constraint: Constraint, engine, thoughts: Thoughts | None, pro
     return _AfterThought(constraint, engine.tokenizer, thoughts.end, engine.bundle.model["eos_token_ids"])
 
 
+_FRAME = re.compile(r"^ *(\d+ \|.*|\^+) *$|<non-verbose/>|^at \d+\(\d+\): ", re.MULTILINE)       # how llguidance points at a place
 _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 _opening, _trying = threading.Lock(), threading.Semaphore(2)
 _of_tokenizer: weakref.WeakKeyDictionary[Tokenizer, "_Grammars"] = weakref.WeakKeyDictionary()
@@ -201,5 +203,5 @@ class _AfterThought:
 
 def _line(error: object) -> str:
     """What a library says, in one short line."""
-    said = " ".join(str(error).replace("<non-verbose/>", "").split())
+    said = " ".join(_FRAME.sub("", str(error)).split())
     return said if len(said) <= 200 else said[:197] + "..."

@@ -3,10 +3,11 @@
 import re
 
 from ..text import Tokenizer
-from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited
-from .values import MOST_NESTED, Shape, as_json, typed
+from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited, quoted
+from .values import MOST_NESTED, Shape, arguments_grammar, as_json, json_grammar, typed
 
 OPENING, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
+_DEEP = 4                         # levels of lists and objects to which a reply is held
 _HEAD = re.compile(r"\s*call:\s*([^\s{]{1,200})\s*(?=\{)")
 _KEY = re.compile(r"\s*([^\s:,{}\[\]<>]{1,200})\s*:")
 _BARE = re.compile(r"[^,{}\[\]]*")
@@ -70,8 +71,35 @@ def _string(text: str, place: int) -> tuple[str, int]:
     return text[start:end], end + len(QUOTE)
 
 
+def grammar(functions, mark) -> tuple[str, str]:
+    quote = mark(QUOTE)
+
+    def value(own: object, schema: dict, depth: int) -> str:
+        shape = Shape(own, schema)
+        types, choices = shape.types(), shape.choices()
+        if choices and all(isinstance(choice, str) for choice in choices):
+            return f"{quote} ({' | '.join(map(quoted, choices))}) {quote}"
+        if types == {"array"} and depth < _DEEP:
+            item = value(shape.items().schema, schema, depth + 1)
+            return f'"[" ({item} ("," {item})*)? "]"'
+        if types == {"object"} and depth < _DEEP:
+            inner = arguments_grammar(shape.schema, lambda name, part: f'{quote} {quoted(name)} {quote} ":" {value(part, schema, depth + 1)}', '","')
+            return f'"{{" {inner} "}}"'
+        if types is None or types & {"string", "array", "object"}:
+            return f"{quote} text {quote}"
+        return json_grammar(own, schema)
+
+    def call(name: str, schema: dict) -> str:
+        inner = arguments_grammar(schema, lambda key, own: f"{quoted(f'{key}:')} {value(own, schema, 0)}", '","')
+        return f"{quoted(f'call:{name}{{')} {inner} {quoted('}')}"
+
+    one = " | ".join(call(name, schema) for name, schema in functions)
+    text = "[^<]*" if quote.startswith('"') else r"(.|\n)*"              # up to the token that no text holds
+    return f"{mark(OPENING)} ({one}) {mark(END)}\ntext: /{text}/", ""
+
+
 def knows(template: str, tokenizer: Tokenizer) -> bool:
     return OPENING in template and END in template
 
 
-KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END, QUOTE), knows)
+KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END, QUOTE), knows, grammar)

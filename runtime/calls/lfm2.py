@@ -3,8 +3,8 @@
 import re
 
 from ..text import Tokenizer
-from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited
-from .values import MOST_NESTED, Shape, as_json, calls_of, read_json, typed
+from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited, quoted
+from .values import MOST_NESTED, Shape, arguments_grammar, as_json, calls_of, json_grammar, read_json, typed
 
 OPENING, END = "<|tool_call_start|>", "<|tool_call_end|>"
 _CALL = re.compile(r"\s*([\w.:/-]{1,200})\s*\(")
@@ -94,8 +94,17 @@ def _comma(text: str, place: int, close: str) -> int:
     return place
 
 
+def grammar(functions, mark) -> tuple[str, str]:
+    """One list of one call. Values are as JSON writes them, which reads the same."""
+    def value(schema: dict):
+        return lambda name, own: f'"{name}=" {json_grammar(own, schema)}'
+
+    one = " | ".join(f"{quoted(f'[{name}(')} {arguments_grammar(schema, value(schema), quoted(', '))} {quoted(')]')}" for name, schema in functions)
+    return f"{mark(OPENING)} ({one}) {mark(END)}", ""
+
+
 def knows(template: str, tokenizer: Tokenizer) -> bool:
     return OPENING in template or tokenizer.token_id(OPENING) is not None
 
 
-KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END), knows)
+KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END), knows, grammar)

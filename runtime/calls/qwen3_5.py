@@ -16,8 +16,8 @@ import re
 from ..text import Tokenizer
 from . import hermes
 from .hermes import END, OPENING
-from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited
-from .values import Shape, as_json, typed
+from .syntax import Call, Kind, Miss, Schemas, Unfinished, checked, delimited, quoted
+from .values import Shape, arguments_grammar, as_json, json_grammar, typed
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]{1,200})>\s*")
 _FUNCTION_END = re.compile(r"</function>\s*|\Z")
@@ -47,8 +47,31 @@ def parse(text: str, schemas: Schemas) -> list[Call]:
     return calls
 
 
+def grammar(functions, mark) -> tuple[str, str]:
+    """A text goes on to the first end of a parameter, whatever else the schema says of it."""
+    end = quoted("\n</parameter>\n")
+
+    def argument(name: str, own: object, schema: dict) -> str:
+        shape = Shape(own, schema)
+        types, choices = shape.types(), shape.choices()
+        if types and "string" not in types:
+            value = f"{json_grammar(own, schema)} {end}"
+        elif choices and all(isinstance(choice, str) for choice in choices):
+            value = f"({' | '.join(map(quoted, choices))}) {end}"
+        else:
+            value = "text"
+        return quoted(f"<parameter={name}>\n") + f" {value}"
+
+    def function(name: str, schema: dict) -> str:
+        arguments = arguments_grammar(schema, lambda key, own: argument(key, own, schema), "")
+        return quoted(f"<function={name}>\n") + f" {arguments}"
+
+    one = " | ".join(function(name, schema) for name, schema in functions)
+    return f'{mark(OPENING)} "\\n" ({one}) "</function>\\n" {mark(END)}\ntext[suffix={end}]: /(.|\\n)*/', '"\\n"'
+
+
 def knows(template: str, tokenizer: Tokenizer) -> bool:
     return "<function=" in template and OPENING in template
 
 
-KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END), knows)
+KIND = Kind(OPENING, delimited(OPENING, END, parse), (OPENING, END), knows, grammar)

@@ -63,7 +63,7 @@ class Kind:
     read: Callable[[str, bool, Schemas], tuple[int, list[Call]] | None]
     marks: tuple[str, ...]                        # which may be control tokens
     knows: Callable[[str, Tokenizer], bool]       # whether a chat template's model writes calls so
-    grammar: Callable[[list[tuple[str, dict]], Callable[[str], str]], tuple[str, str]] | None = None     # what a call is, what is between two
+    grammar: Callable[[list[tuple[str, dict]], Callable[[str], str]], tuple[str, str]]       # what a call is, what is between two
     first: bool = False                           # calls stand at the beginning of a reply or nowhere
     between: str = ""                             # what may stand between calls besides white space
 
@@ -91,11 +91,8 @@ class Syntax:
         """Control tokens that must stand in the text."""
         return frozenset(tokenizer.token_id(mark) for mark in self.kind.marks) & tokenizer.control_tokens.keys()
 
-    def grammar(self, functions: list[dict], several: bool = True) -> str | None:
-        """A grammar (runtime/structured.py) of replies that are calls of these functions (name, parameters) and nothing else; None:
-        this syntax has none."""
-        if self.kind.grammar is None:
-            return None
+    def grammar(self, functions: list[dict], several: bool = True) -> str:
+        """A grammar (runtime/structured.py) of replies that are calls of these functions (name, parameters) and nothing else."""
         call, between = self.kind.grammar(list(schemas_of(functions)), self._mark)
         return f"start: call{f' ({between} call)*' if several else ''}\ncall: {call}\n"
 
@@ -213,7 +210,7 @@ def schemas_of(tools: list[dict]):
     for tool in tools:
         function = tool.get("function") or tool
         schema = function.get("parameters")
-        yield function.get("name"), schema if isinstance(schema, dict) else {"type": "object"}
+        yield function.get("name"), {"type": "object", **(schema if isinstance(schema, dict) else {})}
 
 
 def quoted(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 from ..grammar_trial import WHITE_SPACE
 from .syntax import Call, Miss, Unfinished, checked
@@ -47,9 +48,22 @@ def json_end(text: str, start: int) -> int | None:
     return None
 
 
-def json_grammar(schema: dict) -> str:
-    """The part of a grammar that is an object as `schema` has it."""
-    return "%json " + as_json({"type": "object", **schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+def json_grammar(schema: object, root: dict | None = None) -> str:
+    """The part of a grammar that is JSON as `schema` has it; root: the schema that it is a part of, and whose definitions it names."""
+    defined = {key: root[key] for key in ("$defs", "definitions") if root and key in root}
+    return "%json " + as_json({**defined, **(schema if isinstance(schema, dict) else {}), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+
+
+def arguments_grammar(schema: dict, value: Callable[[str, object], str], between: str) -> str:
+    """The part of a grammar that is an object's arguments: what is required, then any of the others. value(name, schema): of one."""
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    needed = [name for name in properties if name in (schema.get("required") or ())]
+    more = [value(name, properties[name]) for name in properties if name not in needed]
+    if needed:
+        return f" {between} ".join(value(name, properties[name]) for name in needed) + "".join(f" ({between} {one})?" for one in more)
+    some = [one + "".join(f" ({between} {other})?" for other in more[number + 1:]) for number, one in enumerate(more)]
+    return f"({' | '.join(some)})?" if some else '""'
 
 
 def calls_of(value: object) -> list[Call]:
@@ -79,19 +93,19 @@ class Shape:
             if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
                 break
             schema = self._resolve(schema["$ref"])
-        self._schema = schema if isinstance(schema, dict) else {}
+        self.schema = schema if isinstance(schema, dict) else {}
 
     def property(self, name: str) -> Shape:
-        properties = self._schema.get("properties")
+        properties = self.schema.get("properties")
         own = properties.get(name) if isinstance(properties, dict) else None
-        return Shape(self._schema.get("additionalProperties") if own is None else own, self._root)
+        return Shape(self.schema.get("additionalProperties") if own is None else own, self._root)
 
     def items(self) -> Shape:
-        return Shape(self._schema.get("items"), self._root)
+        return Shape(self.schema.get("items"), self._root)
 
     def types(self, depth: int = 0) -> set[str] | None:
         """Names of the types it may have; None: any."""
-        schema = self._schema
+        schema = self.schema
         if "type" in schema:
             listed = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
             return {one for one in listed if isinstance(one, str)}
@@ -104,6 +118,11 @@ class Shape:
                 some = [Shape(one, self._root).types(depth + 1) for one in schema[key]]
                 return None if None in some else set().union(*some)
         return None
+
+    def choices(self) -> list | None:
+        """The values of an enum or a const; None: it has none."""
+        schema = self.schema
+        return [schema["const"]] if "const" in schema else schema["enum"] if isinstance(schema.get("enum"), list) else None
 
     def takes(self, value: object) -> bool:
         """Whether a value is of a type that it may have."""

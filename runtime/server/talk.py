@@ -219,13 +219,11 @@ def _tools(body: Chat) -> tuple[list[dict], str]:
 
 
 def _call_grammar(syntax, tools: list[dict], choice: str, several: bool) -> tuple[str, str]:
-    """What holds a reply to calls of `tools`. Raises ApiError where the model writes its calls otherwise than in JSON."""
-    grammar = syntax.grammar([tool["function"] for tool in tools], several) if syntax else None
-    if grammar is None:
-        raise ApiError(400, f"this model cannot be held to a tool call (tool_choice {shown(choice)}): "
-                       + ("its calls are not written in JSON" if syntax else "its chat template knows no call syntax") + "; use auto",
-                       param="tool_choice")
-    return "grammar", grammar
+    """What holds a reply to calls of `tools`. Raises ApiError where nobody knows how the model writes them."""
+    if syntax is None:
+        raise ApiError(400, f"this model cannot be held to a tool call (tool_choice {shown(choice)}): its chat template knows no call syntax; "
+                       "use auto", param="tool_choice")
+    return "grammar", syntax.grammar([tool["function"] for tool in tools], several)
 
 
 def _variables(body: Chat, source: str, tools: list[dict]) -> dict:
