@@ -4,14 +4,17 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer as HfTokenizer, decoders, models, normalizers, pre_tokenizers
 
 from runtime import structured
 from runtime.engine import Engine
 from runtime.errors import UserError
 from runtime.structured import after_thought, constraint_for
+from runtime.text import Tokenizer
 from runtime.thoughts import KNOWN
 
 pytest.importorskip("llguidance")
@@ -150,6 +153,32 @@ def test_after_a_thought_that_the_prompt_opens(engine):
     for token in engine.tokenizer.encode("abab").tolist():
         constraint.accept(token)
     assert constraint.done
+
+
+@pytest.mark.parametrize("kind", ["gemma", "unigram"])
+def test_sentencepieces_tokenizers(kind, tmp_path):
+    """Bytes in tokens of their own, and spaces that are no spaces."""
+    tokens = ["<unk>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *map(chr, range(33, 127))]
+    if kind == "gemma":
+        made = HfTokenizer(models.BPE({token: i for i, token in enumerate([*tokens, "\u2581a", "ab"])}, [("\u2581", "a"), ("a", "b")],
+                                      unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        made.normalizer, made.pre_tokenizer = normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        made = HfTokenizer(models.Unigram([(token, -float(i > 1) * 3) for i, token in enumerate(tokens)], 0, True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([AddedToken("<eos>", special=True)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, rng = Tokenizer(tmp_path / "tokenizer.json"), np.random.default_rng(0)
+    vocab = len(tokenizer) + 3                            # a table with padding
+    engine = SimpleNamespace(tokenizer=tokenizer, bundle=SimpleNamespace(model={"config": {"vocab_size": vocab}, "eos_token_ids": [1]}))
+    for _ in range(8):
+        constraint, said, words = constraint_for(engine, "regex", "x[ab é日]{8}"), [], np.zeros(-(-vocab // 32), np.int32)
+        while not constraint.done:
+            constraint.mask(words)
+            said.append(int(rng.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")))))
+            constraint.accept(said[-1])
+        assert re.fullmatch("x[ab é日]{8}", tokenizer.decode(said))
 
 
 def chain(n):
