@@ -63,6 +63,10 @@ class Continuations:
         """What `echo` says before the reply's own, and the prompt's first token."""
         return run.pendings[number].prompt_logprobs, int(self.prompts[number // self.samples][1][0])
 
+    def usage(self, run: Run) -> dict:
+        used = run.usage(self.samples)
+        return used | {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]} if self.drops else used
+
     def reason(self, reply: Reply) -> str:
         return "stop" if self.scores and self.ends.intersection(reply.tokens) else reply.finish_reason or "stop"
 
@@ -93,7 +97,7 @@ async def whole(asked: Continuations, run: Run, head: dict) -> dict:
             told = logprobs.of_completion(asked.engine.tokenizer, [*before, *made], first)
         choices.append({"index": number, "text": asked.prompt_text(number) + text if asked.body.echo else text, "logprobs": told,
                         "finish_reason": "length" if asked.drops else asked.reason(reply)})
-    return {**head, "choices": choices, "usage": run.usage(asked.samples), "timings": run.timings()}
+    return {**head, "choices": choices, "usage": asked.usage(run), "timings": run.timings()}
 
 
 async def chunks(asked: Continuations, run: Run, head: dict) -> AsyncIterator[bytes]:
@@ -122,5 +126,5 @@ async def chunks(asked: Continuations, run: Run, head: dict) -> AsyncIterator[by
             offsets[number] += len(piece.text)
             yield chunk(number, piece.text, told)
     if body.wants_usage:
-        yield f'data: {head},"choices":[],"usage":{dump(run.usage(asked.samples))},"timings":{dump(run.timings())}}}\n\n'.encode()
+        yield f'data: {head},"choices":[],"usage":{dump(asked.usage(run))},"timings":{dump(run.timings())}}}\n\n'.encode()
     yield DONE

@@ -50,7 +50,7 @@ def of_completion(tokenizer: Tokenizer, told: Iterable[TokenLogprobs | None], fi
         tokens.append(_named(tokenizer, token, text))
         logprobs.append(None if one is None else max(one.logprob, _LEAST))
         tops.append(None if one is None else _tops(tokenizer, one))
-        offset += len(text)
+        offset += 0 if token in tokenizer.control_tokens else len(text)        # which a text does not show
     return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 

@@ -41,14 +41,14 @@ class Body(Templated):
             _add(messages, message, f"messages[{number}]")
         choice = self.tool_choice or {}
         kind = choice.get("type", "auto")
-        named = {"type": "function", "function": {"name": choice.get("name")}} if kind == "tool" else {"any": "required"}.get(kind, kind)
+        named = {"type": "function", "function": {"name": choice.get("name")}} if kind == "tool" else "required" if kind == "any" else kind
         return Chat.converted(self.model_dump() | {
             "messages": messages, "stop": self.stop_sequences, "tool_choice": named, "n": None,
             "tools": [{"type": "function" if tool.get("type") in (None, "custom") else tool["type"], "function": {
                 "name": tool.get("name"), "parameters": tool.get("input_schema"), "description": tool.get("description") or ""}}
                 for tool in self.tools or []],
             "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
-            "enable_thinking": {"enabled": True, "adaptive": True, "disabled": False}.get((self.thinking or {}).get("type"), self.enable_thinking)})
+            "enable_thinking": self.enable_thinking if self.thinking is None else self.thinking.get("type") != "disabled"})
 
 
 def _add(messages: list[dict], message: dict, place: str) -> None:

@@ -48,8 +48,7 @@ class Body(Templated):
         tools = [{"type": tool.get("type"), "function": {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key)}}
                  for tool in self.tools or []]
         choice, form, effort = self.tool_choice, (self.text or {}).get("format"), (self.reasoning or {}).get("effort")
-        if isinstance(choice, dict):
-            choice = {"type": "function", "function": choice}
+        choice = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
         form = {"type": form.get("type"), "json_schema": form} if isinstance(form, dict) else form
         return Chat.converted(self.model_dump() | {
             "messages": messages, "max_tokens": self.max_output_tokens, "tools": tools, "tool_choice": choice, "response_format": form,
@@ -69,7 +68,8 @@ def _add(messages: list[dict], item: Any, place: str) -> None:
     if kind == "message":
         said["content"] = item.get("content")
     elif kind == "reasoning":
-        parts = [part.get("text") for part in item.get("content") or item.get("summary") or [] if isinstance(part, dict)]
+        parts = item.get("content") or item.get("summary")
+        parts = [part.get("text") for part in (parts if isinstance(parts, list) else []) if isinstance(part, dict)]
         said["reasoning_content"] = "".join(text for text in parts if isinstance(text, str))
     elif kind == "function_call":
         call = {"name": item.get("name"), "arguments": item.get("arguments")}

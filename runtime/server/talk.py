@@ -16,6 +16,7 @@ from typing import NamedTuple
 from fastapi import Request
 
 from .. import calls, structured
+from ..calls.values import json_grammar
 from ..engine import Engine
 from ..errors import UserError, shown
 from ..pending import Piece
@@ -44,8 +45,7 @@ class Talk:
     def __init__(self, engine: Engine, body: Chat, most: int | None, user: str = ""):
         encoder = engine.chat_encoder
         self.engine, self.samples, self.told = engine, body.n or 1, body.told
-        tools, choice = _tools(body)
-        self.tools = tools
+        tools, choice = self.tools, _ = _tools(body)
         kind = body.constraint()
         variables = _variables(body, encoder.template.source, tools)
         try:
@@ -53,11 +53,8 @@ class Talk:
         except UserError as error:                        # without this machine's folders
             raise ApiError(400, str(error).replace(f"{engine.bundle.folder}/", "")) from None
         self.syntax = calls.parser_of(encoder.template.source, engine.tokenizer) if tools else None
-        self.tools = tools
-        if tools and choice != "auto":
-            if kind:
-                raise ApiError(400, "response_format and a required tool call exclude each other", param="tool_choice")
-            kind = _call_grammar(self.syntax, tools, choice, body.parallel_tool_calls is not False)
+        if tools and (choice != "auto" or kind and kind[0] in ("json", "json_schema")):
+            kind = _call_form(self.syntax, tools, choice, body.parallel_tool_calls is not False, kind)
         self.thoughts, self.one_call = encoder.thoughts, body.parallel_tool_calls is False
         spelled = frozenset()
         if self.syntax:
@@ -218,12 +215,20 @@ def _tools(body: Chat) -> tuple[list[dict], str]:
     return tools, choice
 
 
-def _call_grammar(syntax, tools: list[dict], choice: str, several: bool) -> tuple[str, str]:
-    """What holds a reply to calls of `tools`. Raises ApiError where nobody knows how the model writes them."""
+def _call_form(syntax: calls.Syntax | None, tools: list[dict], choice: str, several: bool, kind: tuple | None) -> tuple[str, str]:
+    """What holds a reply to calls of `tools`, or, where they are not required, to these or JSON of `kind`. Raises ApiError where nobody
+    knows how the model writes them."""
+    if kind and choice != "auto":
+        raise ApiError(400, "response_format and a required tool call exclude each other", param="tool_choice")
     if syntax is None:
-        raise ApiError(400, f"this model cannot be held to a tool call (tool_choice {shown(choice)}): its chat template knows no call syntax; "
-                       "use auto", param="tool_choice")
-    return "grammar", syntax.grammar([tool["function"] for tool in tools], several)
+        mend = "ask for a response_format without tools" if kind else f"use auto instead of {shown(choice)}"
+        raise ApiError(400, f"this model's calls cannot be held to a form, because its chat template knows no call syntax; {mend}",
+                       param="response_format" if kind else "tool_choice")
+    grammar = syntax.grammar([tool["function"] for tool in tools], several)
+    if kind:
+        schema = kind[1] if isinstance(kind[1], dict) else {} if kind[1] else {"type": "object"}
+        grammar = f"start: calls | answer\nanswer: {json_grammar(schema)}\n{grammar.replace('start:', 'calls:', 1)}"
+    return "grammar", grammar
 
 
 def _variables(body: Chat, source: str, tools: list[dict]) -> dict:

@@ -134,6 +134,20 @@ def test_schemas_hold_a_reply(client):
     assert made.message.content.lstrip().startswith("{")
 
 
+@pytest.mark.parametrize("first, reason", [("<", "tool_calls"), ("{", "stop")])
+def test_with_tools_a_schema_leaves_the_choice(client, thinking, first, reason):
+    tokens = {i for text, i in thinking.service.models["thinker"].engine.tokenizer.vocabulary().items() if text.startswith(first)}
+    schema = {"type": "json_schema", "json_schema": {"name": "it", "schema": Clock.model_json_schema()}}
+    made, = client.chat.completions.create(
+        model="thinker", messages=HELLO, tools=[WEATHER], response_format=schema, parallel_tool_calls=False, max_tokens=300,
+        logit_bias={str(token): 50 for token in tokens}).choices
+    assert made.finish_reason == reason
+    if reason == "stop":
+        Clock.model_validate_json(made.message.content)
+    else:
+        Weather.model_validate_json(made.message.tool_calls[0].function.arguments)
+
+
 def test_openai_s_own_parse(client):
     made = client.chat.completions.parse(model="thinker", messages=HELLO, response_format=Weather, max_tokens=500, temperature=0.5, seed=4)
     assert isinstance(made.choices[0].message.parsed, Weather)
