@@ -146,3 +146,40 @@ def test_open_webui_s_requests(thinking):
     title = httpx.post(f"{thinking.url}/v1/chat/completions", json={"model": "thinker", "messages": HELLO, "stream": False,
                                                                     "max_completion_tokens": 10, "metadata": {"task": "title_generation"}})
     assert title.json()["choices"][0]["message"]["content"]
+
+
+# The real model
+
+@pytest.mark.real
+def test_smollm2_answers_a_conversation(smollm2, tmp_path):
+    """In int4: sense in a stream, a conversation whose beginning is read once, a schema kept, and replies side by side as alone."""
+    openai = pytest.importorskip("openai")
+    from server_fixtures import running
+
+    from compress import quantize
+    from export import onnx
+    assert quantize.main([str(smollm2), "-o", str(tmp_path / "int4")]) == 0
+    assert onnx.main([str(tmp_path / "int4"), "-o", str(tmp_path / "smollm2")]) == 0
+    with running(tmp_path / "smollm2", threads=2) as one, openai.OpenAI(base_url=f"{one.url}/v1", api_key="none") as client:
+        def ask(messages, **how):
+            return client.chat.completions.create(model="smollm2", messages=messages, max_tokens=60, **how)
+
+        talk = [{"role": "system", "content": "You are a helpful assistant who answers briefly and truthfully. " * 8},
+                {"role": "user", "content": "What is the capital of France?"}]
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in ask(talk, stream=True))
+        assert "Paris" in said
+        again = ask([*talk, {"role": "assistant", "content": said}, {"role": "user", "content": "What is the capital of Italy?"}])
+        assert "Rome" in again.choices[0].message.content
+        assert again.usage.prompt_tokens_details.cached_tokens > 0.6 * again.usage.prompt_tokens
+        schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}}, "required": ["city"], "additionalProperties": False}
+        held = ask(talk, response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}})
+        assert json.loads(held.choices[0].message.content) == {"city": "Paris"}
+
+        lands = [[talk[0], {"role": "user", "content": f"What is the capital of {land}?"}] for land in ("Italy", "Spain", "Japan", "Egypt", "Norway")]
+        alone = [ask(messages).choices[0].message.content for messages in lands]
+
+        async def together() -> list[str]:
+            async with openai.AsyncOpenAI(base_url=f"{one.url}/v1", api_key="none") as many:
+                made = await asyncio.gather(*(many.chat.completions.create(model="smollm2", messages=messages, max_tokens=60) for messages in lands))
+                return [reply.choices[0].message.content for reply in made]
+        assert sum(a == b for a, b in zip(asyncio.run(together()), alone)) >= 4         # one near tie may fall otherwise
