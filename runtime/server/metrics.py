@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,7 @@ class Metrics(Collector):
     def __init__(self, service: Service):
         self._service, self._registry = service, CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)                 # memory, CPU time and open files of this process
         own = {"registry": self._registry, "namespace": "edgewright"}
         self.requests = Counter("http_requests", "answers by status", ["method", "status"], **own)
         self.active = Gauge("http_requests_active", "requests that are being answered", **own)
