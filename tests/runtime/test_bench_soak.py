@@ -55,7 +55,7 @@ class Server:
 
     def answer(self, head: bytes, body: bytes) -> tuple[int, bytes, bytes]:
         if head.startswith(b"get /metrics"):
-            grows = 1000 * self.asked if self.fault == "grows" else 0
+            grows = 1e5 * self.asked if self.fault == "grows" else 0
             lines = f'edgewright_queued{{model="a"}} {int(self.fault == "queued")}.0\nprocess_resident_memory_bytes {1e6 + grows}\n'
             return 200, b"text/plain", lines.encode()
         self.asked += 1
