@@ -1,6 +1,7 @@
 """The process in which a reply's form is tried first: started by runtime/structured.py, JSON in, JSON out, then it ends.
 
-    {"kind": "json_schema" | "regex" | "grammar", "source": TEXT, "control": {ID: SPELLING}, "vocab": N} -> {"grammar": TEXT} or {"error": WHY}
+    {"kind": "json_schema" | "regex" | "grammar", "source": TEXT, "control": {ID: SPELLING}, "vocab": N}
+    -> {"grammar": TEXT} or {"error": WHY}
 
 A schema, an expression or a grammar is from a stranger, and llguidance can take exponential time over one, or end the process
 over another (rules that name each other for thousands of steps). Its own limits do not hold for either. So the system sets the

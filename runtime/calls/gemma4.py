@@ -83,7 +83,9 @@ def grammar(functions, mark) -> tuple[str, str]:
             item = value(shape.items().schema, schema, depth + 1)
             return f'"[" ({item} ("," {item})*)? "]"'
         if types == {"object"} and depth < _DEEP:
-            inner = arguments_grammar(shape.schema, lambda name, part: f'{quote} {quoted(name)} {quote} ":" {value(part, schema, depth + 1)}', '","')
+            def pair(name: str, part: object) -> str:
+                return f'{quote} {quoted(name)} {quote} ":" {value(part, schema, depth + 1)}'
+            inner = arguments_grammar(shape.schema, pair, '","')
             return f'"{{" {inner} "}}"'
         if types is None or types & {"string", "array", "object"}:
             return f"{quote} text {quote}"

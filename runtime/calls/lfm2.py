@@ -96,11 +96,11 @@ def _comma(text: str, place: int, close: str) -> int:
 
 def grammar(functions, mark) -> tuple[str, str]:
     """One list of one call. Values are as JSON writes them, which reads the same."""
-    def value(schema: dict):
-        return lambda name, own: f'"{name}=" {json_grammar(own, schema)}'
+    def call(name: str, schema: dict) -> str:
+        arguments = arguments_grammar(schema, lambda key, own: f"{quoted(f'{key}=')} {json_grammar(own, schema)}", '", "')
+        return f'{quoted(f"[{name}(")} {arguments} ")]"'
 
-    one = " | ".join(f"{quoted(f'[{name}(')} {arguments_grammar(schema, value(schema), quoted(', '))} {quoted(')]')}" for name, schema in functions)
-    return f"{mark(OPENING)} ({one}) {mark(END)}", ""
+    return f"{mark(OPENING)} ({' | '.join(call(name, schema) for name, schema in functions)}) {mark(END)}", ""
 
 
 def knows(template: str, tokenizer: Tokenizer) -> bool:

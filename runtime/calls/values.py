@@ -51,7 +51,8 @@ def json_end(text: str, start: int) -> int | None:
 def json_grammar(schema: object, root: dict | None = None) -> str:
     """The part of a grammar that is JSON as `schema` has it; root: the schema that it is a part of, and whose definitions it names."""
     defined = {key: root[key] for key in ("$defs", "definitions") if root and key in root}
-    return "%json " + as_json({**defined, **(schema if isinstance(schema, dict) else {}), "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+    own = schema if isinstance(schema, dict) else {}
+    return "%json " + as_json({**defined, **own, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def arguments_grammar(schema: dict, value: Callable[[str, object], str], between: str) -> str:

@@ -39,7 +39,8 @@ async def embeddings(request: Request) -> Response:
 
 async def _answer(encoder: Encoder, body: Embeddings) -> dict:
     if body.dimensions not in (None, encoder.size):
-        raise ApiError(400, f"dimensions is {body.dimensions}; this model's embeddings have {encoder.size} and cannot be cut", param="dimensions")
+        raise ApiError(400, f"dimensions is {body.dimensions}; this model's embeddings have {encoder.size} and cannot be cut",
+                       param="dimensions")
     inputs = await asyncio.to_thread(_inputs, encoder, body.input)
     vectors: list[np.ndarray | None] = [None] * len(inputs)
     for numbers in encoder.batches(inputs):       # a call each, so that a client that goes away is noticed between two

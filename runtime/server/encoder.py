@@ -103,6 +103,6 @@ class Encoder:
         except Exception as error:                # one class per ORT status, with no useful common one
             raise UserError(f"{path}: ONNX Runtime cannot load it ({' '.join(str(error).split())[:200]}); export the model again") from None
         if [put.name for put in session.get_outputs()] != [OUTPUT]:
-            raise UserError(f"{path}: gives {', '.join(put.name for put in session.get_outputs())} and no embeddings of texts; export the model "
-                            "with --task sentence-similarity")
+            raise UserError(f"{path}: gives {', '.join(put.name for put in session.get_outputs())} and no embeddings of texts; export "
+                            "the model with --task sentence-similarity")
         return session

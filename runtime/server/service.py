@@ -101,7 +101,8 @@ class Service:
         """The model of this name (None: the first). Raises ApiError 404, and 503 while the first one is being loaded."""
         model = self.models.get(name) if name else next(iter(self.models.values()), None)
         if model is None and (name in self.encoders or not name):
-            raise ApiError(400, f"the model {name or next(iter(self.encoders))!r} is an encoder, which answers at /v1/embeddings alone", param="model")
+            raise ApiError(400, f"the model {name or next(iter(self.encoders))!r} is an encoder, which answers at /v1/embeddings alone",
+                           param="model")
         if model is None or not model.there:
             raise self._unknown(name)
         if not self.ready:
@@ -114,8 +115,8 @@ class Service:
         if encoder is None and name and name not in self.models:
             raise self._unknown(name)
         if encoder is None:
-            raise ApiError(400, f"{f'the bundle {name!r} carries' if name else 'the bundles here carry'} no embeddings; ask an encoder, which the "
-                           "server's owner exports with --task sentence-similarity and serves beside it", param="model")
+            raise ApiError(400, f"{f'the bundle {name!r} carries' if name else 'the bundles here carry'} no embeddings; ask an encoder, "
+                           "which the server's owner exports with --task sentence-similarity and serves beside it", param="model")
         return encoder
 
     def _unknown(self, name: str | None) -> ApiError:
