@@ -44,15 +44,12 @@ class Continuations:
         self.scores = bool(body.echo and self.told is not None and asked is not None and asked <= 1)
         more = {"ignore_model_stop": True} if self.scores else {}
         kind = body.constraint()
-        self._constraint = partial(structured.constraint_for, engine, *kind) if kind else lambda: None
-        self._constraint()
-        self._submits = [partial(
-            engine.submit, ids, user=user, logprobs=self.told, prompt_logprobs=self.told if body.echo else None,
-            **generation(engine, body, len(ids), 1 if self.drops else asked, most, "prompt") | more) for _, ids in self.prompts]
-
-    def jobs(self) -> list:
-        return [lambda submit=submit, sample=sample: submit(sample=sample, constraint=self._constraint())
-                for submit in self._submits for sample in range(self.samples)]
+        self.jobs = []                            # for `Run`
+        for _, ids in self.prompts:
+            options = generation(engine, body, len(ids), 1 if self.drops else asked, most, "prompt") | more
+            self.jobs += [partial(
+                engine.submit, ids, sample=sample, user=user, logprobs=self.told, prompt_logprobs=self.told if body.echo else None,
+                constraint=structured.constraint_for(engine, *kind) if kind else None, **options) for sample in range(self.samples)]
 
     def prompt_text(self, number: int) -> str:
         """What `echo` repeats before reply `number`."""
@@ -78,7 +75,7 @@ async def completions(request: Request) -> Response:
         engine = await held.enter_async_context(service.engine(body.model))
         asked = await asyncio.to_thread(Continuations, engine, body, service.options.max_tokens, user_of(request))
         name = service.find(body.model).name
-        run = held.enter_context(Run(asked.jobs(), partial(service.metrics.observe, route=request.url.path, model=name)))
+        run = held.enter_context(Run(asked.jobs, partial(service.metrics.observe, route=request.url.path, model=name)))
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": name}
         if body.stream:
             return EventStream(chunks(asked, run, head), held.pop_all())

@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from ..errors import shown
-from .errors import ApiError, describe
+from .errors import ApiError
 from .fields import Chat, Templated, Texts, read
 from .runs import Run
-from .sse import EventStream, event, while_connected
+from .sse import EventStream, event, failure, while_connected
 from .talk import Event, Talk, talking
 
 router = APIRouter()
@@ -83,10 +83,11 @@ async def messages(request: Request) -> Response:
             talk, run, name = await held.enter_async_context(talking(request, chat))
             head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": name}
             if chat.stream:
-                return EventStream(_stream(talk, run, head, chat), held.pop_all())
+                return EventStream(_stream(talk, run, head, chat), held.pop_all(), "error")
             return await while_connected(request, _whole(talk, run, head, chat))
     except Exception as error:
-        return JSONResponse({"type": "error", **describe(error).body}, describe(error).status, describe(error).headers)
+        answer = failure(error)
+        return JSONResponse({"type": "error", **answer.body}, answer.status, answer.headers)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -144,6 +145,5 @@ async def _events(talk: Talk, run: Run, head: dict, chat: Chat) -> AsyncIterator
 
 
 def _block(one: Event) -> dict:
-    if one.kind == "call":
-        return {"type": "tool_use", "id": one.id, "name": one.text, "input": {}}
-    return {"type": "text", "text": ""} if one.kind == "content" else {"type": "thinking", "thinking": "", "signature": ""}
+    plain = {"content": {"type": "text", "text": ""}, "reasoning": {"type": "thinking", "thinking": "", "signature": ""}}
+    return plain.get(one.kind) or {"type": "tool_use", "id": one.id, "name": one.text, "input": {}}

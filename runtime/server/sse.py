@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
@@ -13,7 +14,8 @@ from typing import TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from .errors import describe
+from .errors import ApiError, describe
+from .logs import say
 
 T = TypeVar("T")
 PING_S = 15.0                     # of silence after which a comment goes out, for proxies that close what is silent
@@ -27,17 +29,18 @@ def event(data: dict, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """A stream of `events` (bytes of whole events). What went wrong after the first is an event with "error" in it.
+    """A stream of `events` (bytes of whole events).
 
-    held: what is to be closed when the stream has ended, however it has: the replies' rows, the model's lease.
+    held: what is to be closed when the stream has ended, however it has: the replies' rows, the model's lease. error_name: of
+    the event that says what went wrong, the status being sent already; None: as OpenAI's clients know it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack):
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, error_name: str | None = None):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._held = events, held
+        self._events, self._held, self._error_name = events, held, error_name
 
     async def __call__(self, scope, receive, send) -> None:
         async with self._held:
@@ -62,12 +65,20 @@ class EventStream(Response):
         try:
             async for data in self._events:
                 await write(data)
-        except Exception as error:                # the status was 200 already
-            await write(event(describe(error).body))
-            await write(DONE)
+        except Exception as error:
+            body = failure(error).body
+            await write(event({"type": "error", **body}, self._error_name) if self._error_name else event(body) + DONE)
         finally:
             pinging.cancel()
         await write(b"", more=False)
+
+
+def failure(error: Exception) -> ApiError:
+    """The answer to an exception that a route keeps to itself; a bug goes to the log."""
+    answer = describe(error)
+    if answer.code == "internal_error":
+        say("a request has failed", logging.ERROR, error)
+    return answer
 
 
 async def while_connected(request: Request, work: Awaitable[dict]) -> Response:

@@ -43,15 +43,14 @@ class Talk:
     event loop. most: tokens of a reply, at most, as the server's owner says; user: who shares turns. Raises ApiError, UserError."""
 
     def __init__(self, engine: Engine, body: Chat, most: int | None, user: str = ""):
-        encoder = engine.chat_encoder
         self.engine, self.samples, self.told = engine, body.n or 1, body.told
         tools, choice = self.tools, _ = _tools(body)
-        kind = body.constraint()
-        variables = _variables(body, encoder.template.source, tools)
+        kind, messages = body.constraint(), _messages(body.messages)
         try:
-            self.tokens = engine.chat_tokens(_messages(body.messages), template=variables)
+            encoder = engine.chat_encoder
+            self.tokens = engine.chat_tokens(messages, template=_variables(body, encoder.template.source, tools))
         except UserError as error:                        # without this machine's folders
-            raise ApiError(400, str(error).replace(f"{engine.bundle.folder}/", "")) from None
+            raise ApiError(400, str(error).replace(f"{engine.bundle.folder}", engine.bundle.name)) from None
         self.syntax = calls.parser_of(encoder.template.source, engine.tokenizer) if tools else None
         if tools and (choice != "auto" or kind and kind[0] in ("json", "json_schema")):
             kind = _call_form(self.syntax, tools, choice, body.parallel_tool_calls is not False, kind)
@@ -61,21 +60,15 @@ class Talk:
             spelled |= self.syntax.spelled(engine.tokenizer)
         if self.thoughts:
             spelled |= self.thoughts.spelled(engine.tokenizer)
-        self._submit = functools.partial(
-            engine.submit, self.tokens, user=user, spelled=spelled, logprobs=self.told,
-            **generation(engine, body, len(self.tokens), body.limit, most, "messages"))
-        self._kind = kind
-        self._constraint()                                # compiled, or refused, here
+        options = generation(engine, body, len(self.tokens), body.limit, most, "messages")
+        self.jobs = [functools.partial(
+            engine.submit, self.tokens, sample=sample, user=user, spelled=spelled, logprobs=self.told, constraint=self._constraint(kind),
+            **options) for sample in range(self.samples)]                 # for `Run`
 
-    def jobs(self) -> list:
-        """What submits each reply, for `Run`."""
-        return [lambda sample=sample: self._submit(sample=sample, constraint=self._constraint()) for sample in range(self.samples)]
-
-    def _constraint(self):
-        if self._kind is None:
+    def _constraint(self, kind: tuple | None) -> structured.Constraint | None:
+        if kind is None:
             return None
-        constraint = structured.constraint_for(self.engine, *self._kind)
-        return structured.after_thought(constraint, self.engine, self.thoughts, self.tokens)
+        return structured.after_thought(structured.constraint_for(self.engine, *kind), self.engine, self.thoughts, self.tokens)
 
     async def events(self, run: Run) -> AsyncIterator[tuple[int, list[Event], Piece | None, str | None]]:
         """Of each piece: number of the reply, its events, the piece itself, None; at a reply's end its last events, None, and its
@@ -99,7 +92,7 @@ async def talking(request: Request, body: Chat) -> AsyncIterator[tuple[Talk, Run
     async with service.engine(body.model) as engine:
         talk = await asyncio.to_thread(Talk, engine, body, service.options.max_tokens, user_of(request))
         name = service.find(body.model).name
-        with Run(talk.jobs(), functools.partial(service.metrics.observe, route=request.url.path, model=name)) as run:
+        with Run(talk.jobs, functools.partial(service.metrics.observe, route=request.url.path, model=name)) as run:
             yield talk, run, name
 
 

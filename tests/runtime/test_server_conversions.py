@@ -132,3 +132,18 @@ def test_a_message_says_what_stopped_it(thinking):
 def test_wrong_messages_are_errors_in_anthropic_s_shape(thinking, body):
     answer = ask(thinking, **{"messages": TURNS[:1]} | body)
     assert answer.status_code in (400, 404) and answer.json()["type"] == "error" and answer.json()["error"]["message"]
+
+
+def test_what_fails_in_a_stream_of_messages_is_an_error_event(thinking, monkeypatch):
+    from runtime import sampling
+    from runtime.errors import UserError
+
+    def choose(self, *_):
+        raise UserError("the model's largest logit is nan")
+    for name in ("choose", "choose_among"):
+        monkeypatch.setattr(sampling.Sampler, name, choose)
+    *_, last, rest = ask(thinking, stream=True).text.split("\n\n")
+    name, data = last.split("\n")
+    assert name == "event: error" and rest == ""
+    assert json.loads(data.removeprefix("data: ")) == {"type": "error", "error": {
+        "message": "the model's largest logit is nan", "type": "invalid_request_error", "param": None, "code": None}}
