@@ -12,7 +12,9 @@ openai = pytest.importorskip("openai")
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from runtime import sampling
 from runtime.engine import Engine
+from runtime.errors import UserError
 
 HELLO = [{"role": "user", "content": "The answer is 42."}]
 
@@ -201,23 +203,24 @@ def _slow_down(engine, until: threading.Event) -> None:
     engine.scheduler._turn = slow
 
 
-def test_what_fails_in_a_stream_is_an_error_event(serve, monkeypatch):
+@pytest.mark.parametrize("error, told", [(UserError("the model's largest logit is nan"), "largest logit is nan"),
+                                         (ZeroDivisionError("secret"), "its log says where")])
+def test_what_fails_in_a_stream_is_an_error_event(serve, monkeypatch, caplog, error, told):
     one = serve()
-    engine = one.service.models["tiny"].engine
-    from runtime import sampling
-    from runtime.errors import UserError
 
-    def choose(self, logits):
-        raise UserError("the model's largest logit is nan")
-    monkeypatch.setattr(sampling.Sampler, "choose", choose)
-    monkeypatch.setattr(sampling.Sampler, "candidates", property(lambda self: 0))
+    def choose(self, *_):
+        raise error
+    for name in ("choose", "choose_among"):
+        monkeypatch.setattr(sampling.Sampler, name, choose)
     with openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.APIError, match="largest logit is nan"):
-            for _ in client.chat.completions.create(model="tiny", messages=HELLO, stream=True, logprobs=True):
+        with pytest.raises(openai.APIError, match=told) as caught:
+            for _ in client.chat.completions.create(model="tiny", messages=HELLO, stream=True):
                 pass
-    monkeypatch.undo()
-    wait_until(lambda: idle(one))
-    assert engine is one.service.models["tiny"].engine
+        assert "secret" not in str(caught.value)
+        assert ("a request has failed" in caplog.text) == isinstance(error, ZeroDivisionError)
+        monkeypatch.undo()
+        wait_until(lambda: idle(one))
+        assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).usage.completion_tokens == 2
 
 
 def test_silence_is_filled_with_comments(serve, monkeypatch):
