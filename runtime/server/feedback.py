@@ -17,10 +17,10 @@ async def offered(request: Request) -> dict:
 
 @router.post("/v1/feedback")
 async def keep(record: dict, request: Request) -> dict:
-    """record: see `checked`. Errors: 400 for a record that is none, 501 for a server that keeps none, 507 where it cannot be stored."""
+    """record: see `checked`. Errors: 400 for a record that is none, 404 for a server that keeps none, 507 where it cannot be stored."""
     store: Store | None = request.app.state.service.feedback
     if store is None:
-        raise ApiError(501, "this server keeps no feedback: start it with --feedback FILE.db", code="no_feedback")
+        raise ApiError(404, "this server keeps no feedback: start it with --feedback FILE.db", code="no_feedback")
     try:
         number = await asyncio.to_thread(lambda: store.add(checked(record)))
     except NotStored as error:

@@ -32,7 +32,7 @@ def test_stored_and_read_by_another_process_meanwhile(told, tmp_path):
 def test_none_is_kept_unless_asked_for(server):
     assert httpx.get(f"{server.url}/v1/feedback").json()["enabled"] is False
     answer = post(server)
-    assert answer.status_code == 501 and answer.json()["error"]["code"] == "no_feedback" and "--feedback" in answer.json()["error"]["message"]
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "no_feedback" and "--feedback" in answer.json()["error"]["message"]
 
 
 MISTAKES = [b"", b"{", b"[]", b"null", b"5", b'{"rating": NaN}', b'{"a":' * 5000, b"\xff", b"{}", b'{"rating": ' + b"1" * 5000 + b"}",
