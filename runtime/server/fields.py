@@ -23,6 +23,7 @@ Body = TypeVar("Body", bound=BaseModel)
 MOST_CHOICES = 128                # n, as OpenAI's
 MOST_PROMPTS = 2048               # of one request to /v1/completions
 MOST_TOP = 20                     # likeliest tokens told of each token
+MOST_STOPS = 256                  # every piece of text is searched for each
 
 
 def _whole(value: Any) -> Any:
@@ -69,7 +70,7 @@ class Sampling(Fields):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: Whole | None = None
-    stop: Texts | None = None
+    stop: Annotated[Texts, Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
     response_format: dict[str, Any] | None = None

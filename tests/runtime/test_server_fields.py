@@ -67,7 +67,8 @@ def test_sampling_goes_to_the_engine_under_its_own_names():
 @pytest.mark.parametrize("fields, param", [
     ({"temperature": "warm"}, "temperature"), ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": -5}, "max_completion_tokens"), ({"stop": 3}, "stop"),
-    ({"stop": ["a", 1]}, "stop"), ({"stream": "yes"}, "stream"), ({"n": 0}, "n"), ({"n": 1000}, "n"), ({"top_logprobs": 21}, "top_logprobs"),
+    ({"stop": ["a", 1]}, "stop"), ({"stop": ["a"] * 257}, "stop"), ({"stream": "yes"}, "stream"),
+    ({"n": 0}, "n"), ({"n": 1000}, "n"), ({"top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"logit_bias": {"a": 1}}, "logit_bias"), ({"logit_bias": [[1, 2]]}, "logit_bias"),
     ({"messages": "Hi"}, "messages"), ({"messages": []}, "messages"), ({"messages": ["Hi"]}, "messages"), ({"tools": {}}, "tools"),
     ({"response_format": {"type": "xml"}}, "response_format"), ({"response_format": {"type": "json_schema"}}, "response_format"),
