@@ -31,6 +31,7 @@ _SUMMED = 768                     # neighbouring weights summed first
 _GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from greedy in float32
 _MOST, _LARGEST = 1e6, 1e30         # of penalties; of temperature and bias
 _LOWEST = np.finfo(np.float32).min
+_IDS = 1 << 31                    # no token id reaches it
 _MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps a sorted list
 
 
@@ -66,11 +67,11 @@ class SamplingOptions:
         for name in ("frequency_penalty", "presence_penalty"):
             self._check(name, lambda v: -most <= v <= most, f"a number, -{most:g} to {most:g}; 0 is off", number)
         self._check("logit_bias", lambda v: all(
-            isinstance(k, whole) and not isinstance(k, bool) and k >= 0 and isinstance(b, number) and not isinstance(b, bool)
+            isinstance(k, whole) and not isinstance(k, bool) and 0 <= k < _IDS and isinstance(b, number) and not isinstance(b, bool)
             and (b == -math.inf or -_LARGEST <= b <= _LARGEST) for k, b in v.items()),
             f"a dict of token ids to numbers, at most {_LARGEST:g}, or -inf", dict)
         for name in ("suppress_tokens", "begin_suppress_tokens"):
-            self._check(name, lambda v: all(isinstance(k, whole) and not isinstance(k, bool) and k >= 0 for k in v), "a list of token ids",
+            self._check(name, lambda v: all(isinstance(k, whole) and not isinstance(k, bool) and 0 <= k < _IDS for k in v), "a list of token ids",
                         (list, tuple))
         self._check("seed", lambda v: v is None or 0 <= v < 1 << 64, "a whole number from 0 to 2**64 - 1, or None", (*whole, type(None)))
         self._check("logprobs", lambda v: v is None or v >= 0, "None or a number of tokens, 0 or more", (*whole, type(None)))
@@ -127,6 +128,8 @@ class Sampler:
         self._penalized = (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
         self._never, self._not_first = (np.array(sorted({*tokens}), np.int64) for tokens in (
             options.suppress_tokens, {*options.suppress_tokens, *options.begin_suppress_tokens}))
+        self._biased = np.array(sorted(options.logit_bias), np.int64)
+        self._bias = np.array([options.logit_bias[token] for token in self._biased.tolist()], np.float32)
         self._begun = False
         self._adjusts = self._penalized or bool(options.logit_bias) or len(self._never) > 0
         self._greedy = options.temperature < _GREEDY_BELOW
@@ -195,10 +198,8 @@ class Sampler:
         forbidden = self._never if self._begun else self._not_first
         _within("suppress_tokens", forbidden[-1:], len(logits))
         logits[forbidden] = -np.inf
-        for token, bias in options.logit_bias.items():
-            if token >= len(logits):
-                raise UserError(f"logit_bias names token {token}, but the vocabulary ends at {len(logits) - 1}")
-            logits[token] += bias
+        _within("logit_bias", self._biased[-1:], len(logits))
+        logits[self._biased] += self._bias
         if self._penalized:
             self.penalties(len(logits))
             if options.repetition_penalty != 1:

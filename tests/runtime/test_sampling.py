@@ -253,7 +253,8 @@ def test_token_logprobs():
     ("temperature", True), ("top_k", -1), ("top_k", 2.5), ("top_p", 0), ("top_p", 1.1), ("top_p", math.nan),
     ("min_p", -0.1), ("min_p", 1.5), ("min_p", math.nan), ("repetition_penalty", 0), ("repetition_penalty", math.nan),
     ("frequency_penalty", math.inf), ("presence_penalty", math.nan), ("logit_bias", {1: math.nan}),
-    ("logit_bias", {-1: 1.0}), ("logit_bias", {1: math.inf}), ("logit_bias", [1]), ("seed", 1.5), ("logprobs", -1)])
+    ("logit_bias", {-1: 1.0}), ("logit_bias", {1: math.inf}), ("logit_bias", {10**30: 1.0}), ("suppress_tokens", [10**30]),
+    ("logit_bias", [1]), ("seed", 1.5), ("logprobs", -1)])
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(UserError, match=name):
         SamplingOptions(**{name: value})
