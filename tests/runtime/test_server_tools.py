@@ -172,3 +172,39 @@ def test_expressions_and_grammars(thinking, body, text):
 def test_forms_that_cannot_be_are_400(thinking, body):
     answer = httpx.post(f"{thinking.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 5, **body}, timeout=30)
     assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+# Marks that are control tokens: a reply's text shows them to the parser alone.
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A server of a tiny model with LFM2's marks of calls, and Mistral's of thoughts, among its control tokens."""
+    from server_fixtures import THINKING, running
+    from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+    from export import onnx
+    folder, marks = tmp_path_factory.mktemp("marked"), ["<|tool_call_start|>", "<|tool_call_end|>", "[THINK]", "[/THINK]"]
+    tiny_model("smollm2", max_position_embeddings=4096, vocab_size=VOCAB_SIZE + len(marks)).save_pretrained(folder / "checkpoint")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.save_pretrained(folder / "checkpoint")
+    template = THINKING.replace("<tool_call>", marks[0]).replace("</tool_call>", marks[1]).replace("<think>", marks[2]).replace("</think>", marks[3])
+    (folder / "checkpoint" / "chat_template.jinja").write_text(template)
+    assert onnx.main([str(folder / "checkpoint"), "-o", str(folder / "thinker")]) == 0
+    with running(folder / "thinker") as one:
+        yield one
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_marks_that_are_control_tokens_are_read_and_not_shown(marked, thinks):
+    vocabulary = marked.service.models["thinker"].engine.tokenizer.vocabulary()
+    with openai.OpenAI(base_url=f"{marked.url}/v1", api_key="none") as client:
+        for seed in range(3):
+            how = dict(tools=[WEATHER, CLOCK], tool_choice="required", temperature=0.7, seed=seed, max_tokens=600, parallel_tool_calls=False, extra_body={
+                "enable_thinking": thinks}, logit_bias={str(vocabulary["[/THINK]"]): 3})
+            made, = client.chat.completions.create(model="thinker", messages=HELLO, **how).choices
+            call, = made.message.tool_calls
+            {"weather": Weather, "clock": Clock}[call.function.name].model_validate_json(call.function.arguments)
+            assert made.message.content is None and bool(getattr(made.message, "reasoning_content", "")) == thinks
+            message, reason, calls = streamed(client, **how)
+            assert reason == "tool_calls" and message["content"] == "" and calls[0]["arguments"] == call.function.arguments
