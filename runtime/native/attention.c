@@ -53,7 +53,7 @@ static void expect(const pass *p, const layer *l, int kind, int i, int h) {
 }
 
 /* Queries to y, gates to gate, keys and values to the cache: each thread some heads of them; or, where tiles straddle
- * heads or a norm does, some tiles, and then some tokens. */
+ * heads or a norm does, or tokens are many (keys take longer than queries), some tiles, and then some tokens. */
 static void project(pass *p, const layer *l) {
     const ew_model *m = p->m;
     activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
@@ -63,12 +63,15 @@ static void project(pass *p, const layer *l) {
         {&l->v, p->s->middle, own ? l->is.kv_heads : 0}, {&l->gate, p->s->gate, l->gate.rows ? l->is.heads : 0}};
     int heads = 0, tiles = 0, at = 0, t0, t1;
     for (int k = 0; k < KINDS; k++) heads += kinds[k].heads, tiles += kinds[k].heads ? kinds[k].w->tiles : 0;
-    if (dim % TILE || m->config.qk_norm == EW_ALL_HEADS) {
+    if (dim % TILE || m->config.qk_norm == EW_ALL_HEADS || p->tokens > FEW) {
+        const int i0 = share(p, p->tokens, 0), i1 = share(p, p->tokens, 1);
+        for (int i = i0; i < i1; i++)
+            for (int h = 0; own && h < l->is.kv_heads; h++) expect(p, l, KEYS, i, h), expect(p, l, VALUES, i, h);
         for (int k = 0; k < KINDS; k++)
             if (kinds[k].heads && own_tiles(p, kinds[k].w, tiles, &at, &t0, &t1))
                 m->kernels->multiply(kinds[k].w, &a, p->tokens, kinds[k].to, m->widest, t0, t1);
         pool_barrier(m->pool, p->threads);
-        for (int i = share(p, p->tokens, 0); i < share(p, p->tokens, 1); i++)
+        for (int i = i0; i < i1; i++)
             for (int k = 0; k < KINDS; k++)
                 if (kinds[k].heads) finish(p, l, k, i, 0, kinds[k].heads, kinds[k].to + (size_t)i * m->widest);
         return;
@@ -77,7 +80,6 @@ static void project(pass *p, const layer *l) {
         int k = 0, h = u;
         for (; h >= kinds[k].heads; k++) h -= kinds[k].heads;
         float *to = kinds[k].to + h * dim;
-        if (k == KEYS || k == VALUES) for (int i = 0; i < p->tokens; i++) expect(p, l, k, i, h);
         m->kernels->multiply(kinds[k].w, &a, p->tokens, kinds[k].to, m->widest, h * dim / TILE, (h + 1) * dim / TILE);
         for (int i = 0; i < p->tokens; i++) finish(p, l, k, i, h, h + 1, to + (size_t)i * m->widest);
     }
