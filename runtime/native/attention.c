@@ -56,14 +56,18 @@ static void expect(const pass *p, const layer *l, int kind, int i, int h) {
  * heads or a norm does, or tokens are many (keys take longer than queries), some tiles, and then some tokens. */
 static void project(pass *p, const layer *l) {
     const ew_model *m = p->m;
-    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
     const int dim = l->is.head_dim, own = l->source == p->layer;
     const struct { const matrix *w; float *to; int heads; } kinds[KINDS] = {
         {&l->q, p->s->y, l->is.heads}, {&l->k, p->s->keys, own ? l->is.kv_heads : 0},
         {&l->v, p->s->middle, own ? l->is.kv_heads : 0}, {&l->gate, p->s->gate, l->gate.rows ? l->is.heads : 0}};
     int heads = 0, tiles = 0, at = 0, t0, t1;
     for (int k = 0; k < KINDS; k++) heads += kinds[k].heads, tiles += kinds[k].heads ? kinds[k].w->tiles : 0;
-    if (dim % TILE || m->config.qk_norm == EW_ALL_HEADS || p->tokens > FEW) {
+    const int by_tiles = dim % TILE || m->config.qk_norm == EW_ALL_HEADS || p->tokens > FEW;
+    int tile = by_tiles ? share(p, tiles, 0) : share(p, heads, 0) * dim / TILE, kind = 0;    /* the first of its own */
+    for (; kind < VALUES && tile >= kinds[kind].w->tiles; kind++) tile -= kinds[kind].w->tiles;
+    if (kinds[kind].heads) expect_tile(kinds[kind].w, tile);
+    activations a = prepare(p, p->tokens, m->config.hidden, &l->mixer_norm, NULL);
+    if (by_tiles) {
         const int i0 = share(p, p->tokens, 0), i1 = share(p, p->tokens, 1);
         for (int i = i0; i < i1; i++)
             for (int h = 0; own && h < l->is.kv_heads; h++) expect(p, l, KEYS, i, h), expect(p, l, VALUES, i, h);
@@ -96,6 +100,20 @@ static void look_ahead(const pass *p, const layer *l, attention_job *job, int pa
     job->ahead_slots = left < 0 ? 0 : left < CHUNK ? left : CHUNK;
 }
 
+/* How attend() shares out its units. */
+static int split_by_chunks(const pass *p, const layer *l) {
+    return p->high > CHUNK && p->runs * l->is.kv_heads < 4 * p->threads;
+}
+
+/* Has the keys fetched that this thread's first unit begins with. */
+static void expect_keys(const pass *p, const layer *l) {
+    attention_job job = {.cache = &p->cache->layer[l->source]};
+    const int pairs = p->runs * l->is.kv_heads;
+    if (p->id < pairs || split_by_chunks(p, l)) look_ahead(p, l, &job, p->id % pairs, p->id / pairs);
+    const size_t bytes = job.ahead_slots * job.cache->dim * element_bytes(job.cache->kind);
+    for (size_t n = 0; n < bytes && n < AT_ONCE; n += 64) __builtin_prefetch(job.ahead + n, 0, 2);
+}
+
 static void merge_states(const kernels *k, float *into, const float *from, int n, size_t stride) {
     for (size_t q = 0; q < n * stride; q += stride) k->merge(into + q, from + q, stride - 2);
 }
@@ -107,7 +125,7 @@ static void attend(pass *p, const layer *l) {
     const kernels *k = m->kernels;
     const int dim = l->is.head_dim, window = l->is.window, kv_heads = l->is.kv_heads, group = l->is.heads / kv_heads;
     const int most = p->longest * group, pairs = p->runs * kv_heads, chunks = ceil_div(p->high, CHUNK);
-    const int split = chunks > 1 && pairs < 4 * p->threads, units = split ? pairs * chunks : pairs;
+    const int split = split_by_chunks(p, l), units = split ? pairs * chunks : pairs;
     const size_t stride = 2 + l->padded, one = most * stride, width = (size_t)l->out.blocks * BLOCK;
     const float *query[most];
     float *out[most];
@@ -153,6 +171,7 @@ static void attend(pass *p, const layer *l) {
 
 void attention(pass *p, const layer *l) {
     project(p, l);
+    expect_keys(p, l);
     meet(p, EW_PART_QKV);
     attend(p, l);
 }

@@ -21,9 +21,12 @@ void feed(pass *p, const layer *l, float times) {
         feed_experts(p, l, times);
         return;
     }
-    activations a = prepare(p, p->tokens, p->m->config.hidden, &l->mlp_norm, NULL);
     const mlp *w = &l->mlp;
-    widen(p, w, &a, p->tokens, p->s->middle, share(p, w->up.tiles, 0), share(p, w->up.tiles, 1));
+    const int t0 = share(p, w->up.tiles, 0), t1 = share(p, w->up.tiles, 1);
+    if (w->gate.rows) expect_tile(&w->gate, t0);
+    expect_tile(&w->up, t0);
+    activations a = prepare(p, p->tokens, p->m->config.hidden, &l->mlp_norm, NULL);
+    widen(p, w, &a, p->tokens, p->s->middle, t0, t1);
     meet(p, EW_PART_GATE_UP);
     add_product(p, &w->down, NULL, &l->mlp_post, times);
     meet(p, EW_PART_DOWN);

@@ -100,6 +100,11 @@ int own_tiles(const pass *p, const matrix *w, int total, int *at, int *t0, int *
     return *t0 < *t1;
 }
 
+void expect_tile(const matrix *w, int tile) {
+    for (size_t n = 0; n < w->tile_bytes && n < AT_ONCE; n += 64)
+        __builtin_prefetch(w->data + tile * w->tile_bytes + n, 0, 2);
+}
+
 void add_rows(pass *p, const norm *after, float times) {
     const ew_model *m = p->m;
     const ew_config *c = &m->config;
@@ -114,8 +119,9 @@ void add_rows(pass *p, const norm *after, float times) {
 
 void add_product(pass *p, const matrix *w, const norm *before, const norm *after, float times) {
     const ew_model *m = p->m;
-    activations a = prepare_middle(p, p->tokens, w->inputs, before);
     const int t0 = share(p, w->tiles, 0), t1 = share(p, w->tiles, 1), end = t1 * TILE < w->rows ? t1 * TILE : w->rows;
+    expect_tile(w, t0);
+    activations a = prepare_middle(p, p->tokens, w->inputs, before);
     m->kernels->multiply(w, &a, p->tokens, p->s->y, m->widest, t0, t1);
     if (after->weight) {
         pool_barrier(m->pool, p->threads);

@@ -31,8 +31,9 @@ static void head(pass *p) {
     const ew_model *m = p->m;
     const matrix *w = m->head_matrix;
     const float cap = m->config.logits_softcap;
-    activations a = prepare(p, p->wanted_tokens, m->config.hidden, &m->final_norm, p->wanted);
     const int t0 = share(p, w->tiles, 0), t1 = share(p, w->tiles, 1), end = t1 * TILE < w->rows ? t1 * TILE : w->rows;
+    expect_tile(w, t0);
+    activations a = prepare(p, p->wanted_tokens, m->config.hidden, &m->final_norm, p->wanted);
     m->kernels->multiply(w, &a, p->wanted_tokens, p->logits, m->config.vocab, t0, t1);
     for (int i = 0; cap && i < p->wanted_tokens; i++) {
         float *logits = p->logits + (size_t)i * m->config.vocab;
