@@ -50,10 +50,13 @@ class Model:
 
 
 class Service:
-    """Raises UserError for bundles that cannot be served: none there, two of one name, weights beyond max_memory_mb."""
+    """Raises UserError for bundles that cannot be served (none there, two of one name, weights beyond max_memory_mb), and for no
+    folder of slots."""
 
     def __init__(self, options: ServeOptions):
         self.options, self.models, self.encoders = options, {}, {}
+        if options.slots_dir is not None and not options.slots_dir.is_dir():
+            raise UserError(f"{options.slots_dir}: no such folder to keep slots in; make it, or give another --slots-dir")
         for folder in options.bundles:
             name = folder.resolve().name
             if name in self.models or name in self.encoders:

@@ -74,6 +74,7 @@ def test_what_cannot_be_served(served_bundle, tmp_path):
     """A bundle that is none, two of one name, one that opens and cannot be loaded: one sentence, exit code 2."""
     (tmp_path / "tiny").symlink_to(served_bundle)
     for words, said in [([tmp_path / "none"], "no such folder"), ([served_bundle, tmp_path / "tiny"], "two bundles are called 'tiny'"),
+                        ([served_bundle, "--slots-dir", tmp_path / "none"], "no such folder to keep slots in"),
                         ([served_bundle, "--provider", "cuda"], "cuda"), ([served_bundle, "--max-memory-mb", "0.01"], "--max-memory-mb is"),
                         ([served_bundle, "--host", "203.0.113.7"], "cannot listen"), ([served_bundle, "--host", "no.invalid"], "cannot listen")]:
         done = subprocess.run([sys.executable, "-m", "runtime.serve", *map(str, words), "--port", "0"], capture_output=True, text=True,
