@@ -1,8 +1,10 @@
 """The rows of one cache that many requests share: who has which, and whether there is memory for one more.
 
 Rows being answered (`live`) lie at the beginning, so that a step of all is one call over one view; prompts being read at the
-end. Whether a request is admitted is decided by bytes computed before: rows x the longest that any may become must fit the
-budget. Where more rows or longer ones are needed than the cache has, it is made anew and the rows move over.
+end. Whether a request is admitted is decided by bytes computed before: rows x the slots that any of them needs soon (its prompt,
+its reply so far and FIRST_TOKENS more) must fit the budget. A client that names no length gets all that the context leaves, so
+what replies may become at most would admit next to nobody. Where more rows or longer ones are needed than the cache has, it is
+made anew and the rows move over; where there is no memory for that, somebody must leave (`extend`).
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ class Row:
         return self.pending.draft.sequence
 
     @property
+    def scores(self) -> bool:
+        """Whether the prompt's own log probabilities are still to be told: then all of it is read."""
+        return self.pending.wants_prompt is not None and not self.sequence.tokens
+
+    @property
     def capacity(self) -> int:
-        """Slots that it may come to need."""
-        return decode.last_capacity([self.sequence])
+        """Slots that it needs soon."""
+        return decode.first_capacity([self.sequence])
 
 
 class Rows:
@@ -67,7 +74,8 @@ class Rows:
 
     def admit(self, pending: Pending) -> bool:
         """Give it a row, to be read; False: there is no row, or no memory, for it now."""
-        if len(self.all) == self.most or not self._make_room(decode.last_capacity([pending.draft.sequence])):
+        soon = max([decode.first_capacity([pending.draft.sequence]), *(row.capacity for row in self.all)])
+        if len(self.all) == self.most or not self._make_room(len(self.all) + 1, soon):
             return False
         used = {row.index for row in self.all}
         index = next(i for i in reversed(range(self.cache.rows)) if i not in used)
@@ -99,9 +107,14 @@ class Rows:
             self.live[row.index], last.index = last, row.index
         self._view = None
 
-    def _make_room(self, capacity: int) -> bool:
-        """Have a cache with room for one more row, of `capacity`; False: there is no memory for it now."""
-        rows, capacity = len(self.all) + 1, max([capacity, *(row.capacity for row in self.all)])
+    def extend(self) -> bool:
+        """Have room for the next token of every live row; False: there is no memory for so many rows."""
+        if int(self.view.lengths.max()) < self.cache.capacity:
+            return True
+        return self._make_room(len(self.all), max(row.capacity for row in self.all))
+
+    def _make_room(self, rows: int, capacity: int) -> bool:
+        """Have a cache of at least this size; False: there is no memory for it now."""
         if not self._fits(rows, capacity):
             return False
         if self.cache is None or self.cache.rows < rows or self.cache.capacity < capacity:

@@ -219,6 +219,8 @@ class Scheduler:
             if self._rows.reading:
                 self._rows.reading.append(row := self._rows.reading.pop(0))
                 self._read(row, wake)
+            while self._rows.live and not self._rows.extend():
+                self._put_back()
             if self._rows.live:
                 self._step(wake)
         except DeviceError as error:
@@ -266,13 +268,20 @@ class Scheduler:
             with self._news:
                 self._waiting.remove(first)
 
+    def _put_back(self) -> None:
+        """Replies have outgrown the memory: the last to come of the lowest priority waits again, and will go on where it is."""
+        row = min(self._rows.all, key=lambda row: (row.pending.priority, -row.pending.order))
+        self._leave(row)
+        with self._news:
+            self._waiting.append(row.pending)
+
     def _in_common(self, pending: Pending) -> bool:
         """Whether a prompt that is being read begins alike, so that waiting for it costs less than reading the same again."""
         if not self._prefixes.most_bytes or pending.wants_prompt is not None:
             return False
         context, most = pending.draft.sequence.context, 0
         for row in self._rows.reading:
-            if row.pending.wants_prompt is not None:
+            if row.scores:
                 continue                          # which is not kept
             n = min(len(context), len(row.context))
             differs = np.flatnonzero(context[:n] != row.context[:n])
@@ -286,17 +295,18 @@ class Scheduler:
         """The next chunk of its prompt; after the last one, its first token."""
         rows, cache, pending = self._rows, self._rows.cache, row.pending
         if row.read is None:
-            row.read = 0 if pending.wants_prompt is not None else self._prefixes.restore(row.context, cache, row.index)
-            pending.cached_tokens = min(row.read, pending.prompt_tokens)
+            row.read = 0 if row.scores else self._prefixes.restore(row.context, cache, row.index)
+            if not row.sequence.tokens:                                  # else it had begun before
+                pending.cached_tokens, pending.prompt_logprobs = row.read, []
             self._stats.prompt_tokens += len(row.context)
             self._stats.cached_tokens += row.read
         alone = not rows.live and not cache.states                       # states are kept between chunks
         most = min(decode.PREFILL_TOKENS if alone else CHUNK, rows.backend.chunk or decode.PREFILL_TOKENS)
         chunk = row.context[row.read:row.read + most]
-        wanted = np.arange(len(chunk))[None] if pending.wants_prompt is not None else np.array([[len(chunk) - 1]])
+        wanted = np.arange(len(chunk))[None] if row.scores else np.array([[len(chunk) - 1]])
         found = decode.append(rows.backend, cache.view(row.index, row.index + 1), chunk[None], len(chunk), wanted)[0]
         row.read += len(chunk)
-        if pending.wants_prompt is not None:
+        if row.scores:
             following = row.context[row.read - len(chunk) + 1:row.read + 1]
             pending.prompt_logprobs += [] if pending.prompt_logprobs else [None]
             pending.prompt_logprobs += pending.draft.told([token_logprobs(logits, int(token), pending.wants_prompt)
@@ -344,7 +354,7 @@ class Scheduler:
                 row.pending.end(error, wake)
 
     def _keep(self, row: Row) -> None:
-        if row.pending.wants_prompt is None:
+        if not row.scores:
             cache = self._rows.cache
             self._prefixes.keep(row.sequence.context[:int(cache.lengths[row.index])], cache, row.index)
 

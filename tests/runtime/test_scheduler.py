@@ -177,6 +177,23 @@ def test_admission_is_by_bytes_computed_before(engine, monkeypatch):
         engine.submit("x" * 1000, max_new_tokens=900)
 
 
+def test_replies_that_outgrow_the_memory_wait_and_go_on(engine, monkeypatch):
+    """Six replies of 700 tokens where all may begin, and two can end at once."""
+    per_slot = engine.backend.bytes_per_slot
+    engine.serve_with(rows=6, cache_mb=2000 * per_slot / 2**20)
+    prompts = [f"{i}" * 20 for i in range(6)]
+    options = dict(max_new_tokens=700, ignore_model_stop=True, temperature=0.8, seed=1, frequency_penalty=0.1)
+    alone = [engine.generate(prompt, **options)[0] for prompt in prompts]
+    sizes, new_cache = [], engine.backend.new_cache
+    monkeypatch.setattr(engine.backend, "new_cache", lambda rows, capacity: sizes.append(rows * capacity) or new_cache(rows, capacity))
+    pending = [engine.submit(prompt, prompt_logprobs=0 if i == 5 else None, priority=int(i == 4), **options) for i, prompt in enumerate(prompts)]
+    replies = [one.result(60) for one in pending]
+    assert [reply.tokens for reply in replies] == [reply.tokens for reply in alone] and max(sizes) <= 2000
+    assert max(rows for rows, tokens in engine.backend.calls if tokens == 1) >= 4 and len(pending[5].prompt_logprobs) == 20
+    ends = [reply.timings.token_ms[-1] for reply in replies]
+    assert ends[4] <= min(ends[1:]) and engine.scheduler.stats().new_tokens == 6 * 700
+
+
 def test_a_failed_device_is_stepped_down_from_and_nobody_notices(engine, monkeypatch):
     prompts = [SYSTEM + str(i) for i in range(5)]
     alone = [engine.generate(prompt, max_new_tokens=30)[0].tokens for prompt in prompts]
