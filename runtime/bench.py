@@ -99,7 +99,7 @@ def bench(options: Options) -> int | None:
     else:
         samples, header = systems(options)
     header = {**header, "machine": f"{cpu_name()}, {available_cpus()} CPUs, {platform.system()} {platform.release()}",
-              **watch.told()}
+              **watch.told(*["servers and other programs"] if options.load else [])}
     print(terminal(samples, header))
     if options.json:
         write(options.json, json.dumps(as_json(samples, header), indent=2) + "\n")

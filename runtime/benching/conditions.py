@@ -15,13 +15,13 @@ class Conditions:
         self._root, self._start, self._own, self._watch = root, _cpu_seconds(root), sum(os.times()[:4]), time.monotonic()
         self._clocks = [clock_mhz(root)]
 
-    def told(self) -> dict[str, str]:
-        """{"conditions": one line}; nothing where nothing can be read."""
+    def told(self, others: str = "other programs") -> dict[str, str]:
+        """{"conditions": one line}; nothing where nothing can be read. others: what to call the programs that are not ours."""
         now, own, said = _cpu_seconds(self._root), sum(os.times()[:4]) - self._own, []
         if self._start and now and (whole := sum(now.values()) - sum(self._start.values())) > 0:
             passed = {name: now[name] - self._start[name] for name in now}
             busy = whole - passed["idle"] - passed["iowait"] - passed["steal"]
-            said += [f"steal {passed['steal'] / whole:.1%}", f"other programs {max(0, busy - own) / whole:.0%} of the machine's CPUs"]
+            said += [f"steal {passed['steal'] / whole:.1%}", f"{others} {max(0, busy - own) / whole:.0%} of the machine's CPUs"]
         clocks = [clock for clock in [*self._clocks, clock_mhz(self._root)] if clock]
         said += [f"clock {' to '.join(f'{clock / 1000:.2f}' for clock in sorted(clocks))} GHz"] if clocks else []
         return {"conditions": ", ".join(said)} if said else {}
