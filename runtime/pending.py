@@ -11,7 +11,6 @@ keeps no queue.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +21,8 @@ from .reply import Draft, Reply
 from .sampling import TokenLogprobs
 
 if TYPE_CHECKING:
+    import asyncio                                # which an app without an event loop need not load
+
     from .scheduler import Scheduler
 
 
@@ -92,11 +93,12 @@ class Pending:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces as they come; raises what the request ended with. May be called again to go on after a wait was given up."""
+        from asyncio import get_running_loop
         while True:
             with self._changed:
                 news = self._has_news()
                 piece = self._take() if news else None
-                waiter = None if news else asyncio.get_running_loop().create_future()
+                waiter = None if news else get_running_loop().create_future()
                 if waiter:
                     self._waiters.append(waiter)
             if waiter:

@@ -45,7 +45,7 @@ class ServeOptions(OpeningOptions):
     queue: int = arg(64, help="requests that may wait, a bundle; more are answered 429", least=0, group=LIMITS)
     max_active: int = arg(256, help="requests in work at once, of all bundles; more are answered 429", least=1, group=LIMITS)
     max_tokens: int | None = arg(None, help="tokens of a reply at most, whatever a client asks", least=1, group=LIMITS)
-    max_body_mb: float = arg(8.0, help="of a request; a larger one is answered 413", above=0, most=1024, group=LIMITS)
+    max_body_mb: float = arg(2.0, help="of a request; a larger one is answered 413", above=0, most=1024, group=LIMITS)
     cache_mb: float | None = arg(None, help="for the running requests' keys and values, a bundle; default: a part of what is free",
                                  above=0, group=LIMITS)
     prefix_mb: float | None = arg(None, help="for what is kept of earlier prompts, a bundle; default: 512, or a quarter of what is free",

@@ -112,6 +112,11 @@ class Connection(asyncio.Protocol):
         _, connection = await asyncio.get_running_loop().create_connection(cls, address.host, address.port)
         return connection
 
+    @property
+    def used(self) -> bool:
+        """Whether it was asked before."""
+        return self._answer is not None
+
     async def ask(self, request: bytes, timeout: float = 600) -> Answer:
         """Send, and wait for the whole answer, or the connection's end. Raises TimeoutError."""
         answer = self.send(request)

@@ -162,8 +162,12 @@ async def send(ask: Ask, prefix: str, connection: Connection | None = None, due:
     """Ask once, on a connection of its own where none is given. Raises OSError where there is none to be had."""
     own = connection is None
     connection = await Connection.open(ask.address) if own else connection
+    request, used = ask.request(prefix), connection.used
     try:
-        answer = await connection.ask(ask.request(prefix))
+        answer = await connection.ask(request)
+        if used and not answer.head:              # a server may close a connection that was idle just then: as every client, ask anew
+            connection, own = await Connection.open(ask.address), True
+            answer = await connection.ask(request)
     finally:
         if own:
             connection.close()

@@ -21,7 +21,7 @@ class Fake:
     """A server whose first text comes after FIRST seconds, and PIECES - 1 further pieces each EACH later."""
 
     def __init__(self):
-        self.bodies, self.fails, self.slots, self.ready = [], False, None, threading.Event()
+        self.bodies, self.fails, self.slots, self.ready, self.most = [], False, None, threading.Event(), 1000
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)
         self.thread.start()
         assert self.ready.wait(10)
@@ -38,7 +38,9 @@ class Fake:
         self.thread.join(10)
 
     async def answer(self, reader, writer):
-        while (head := await reader.read(1)):
+        for _ in range(self.most):                # requests of a connection, which then ends as the next is on its way
+            if not (head := await reader.read(1)):
+                break
             head += await reader.readuntil(b"\r\n\r\n")
             body = await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
             self.bodies.append(json.loads(body))
@@ -79,17 +81,24 @@ def measured(tmp_path, *words):
 def test_closed_loop_tells_the_servers_delays(fake, tmp_path, capsys):
     found = measured(tmp_path, fake.url, "--clients", "3", "--seconds", "1.5", "--prompt-tokens", "230", "--new-tokens", str(PIECES))
     whole = FIRST + EACH * (PIECES - 1)
-    assert found["ttft_ms_p50"] == pytest.approx(1e3 * FIRST, rel=.25) and found["tpot_ms_p50"] == pytest.approx(1e3 * EACH, rel=.35)
-    assert found["reply_ms_p50"] == pytest.approx(1e3 * whole, rel=.25)
-    assert found["requests_per_s"] == pytest.approx(3 / whole, rel=.25)
-    assert found["new_tokens_per_s"] == pytest.approx(PIECES * 3 / whole, rel=.25)
-    assert found["total_tokens_per_s"] == pytest.approx((PIECES + 230) * 3 / whole, rel=.25)
+    for name, least in (("ttft_ms_p50", FIRST), ("tpot_ms_p50", EACH), ("reply_ms_p50", whole)):        # a busy machine adds to them
+        assert .95e3 * least < found[name] < 3e3 * least, name
+    assert found["reply_ms_p50"] == pytest.approx(found["ttft_ms_p50"] + (PIECES - 1) * found["tpot_ms_p50"], rel=.2)
+    assert 1 / whole < found["requests_per_s"] < 3.1 / whole
+    assert found["new_tokens_per_s"] == pytest.approx(PIECES * found["requests_per_s"], rel=.2)
+    assert found["total_tokens_per_s"] == pytest.approx((PIECES + 230) * found["requests_per_s"], rel=.25)
     assert (found["prompt_tokens"], found["new_tokens"], found["errors"]) == (230, PIECES, 0)    # usage: 30 + 2 tokens a word
     texts = [body["messages"][0]["content"] for body in fake.bodies[3:]]
     assert all(len(text.split()) == 100 for text in texts) and len({text[:60] for text in texts}) == len(texts)
     body = fake.bodies[-1]
     assert body["stream_options"] == {"include_usage": True} and body["max_tokens"] == PIECES and body["temperature"] == 0 and body["ignore_eos"]
     assert "ttft_ms_p99" in capsys.readouterr().out
+
+
+def test_a_connection_that_had_its_time_is_no_error(fake, tmp_path):
+    fake.most = 2
+    found = measured(tmp_path, fake.url, "--clients", "2", "--seconds", ".6", "--new-tokens", str(PIECES))
+    assert found["errors"] == 0 and found["requests_per_s"] > 2
 
 
 def test_open_loop_counts_from_when_a_request_was_due(fake, tmp_path):
@@ -105,7 +114,7 @@ def test_a_shared_prefix_and_servers_in_turns(fake, tmp_path):
     found = measured(tmp_path, fake.url, fake.url + "/", "--clients", "2", "--seconds", ".3", "--repeat", "2", "--prompt-tokens", "130",
                      "--same-prefix", "80", "--new-tokens", str(PIECES))
     assert list(found["systems"]) == [fake.url, fake.url + "/"] and len(found["samples"]["ttft_ms_p50"]) == 2
-    assert found["first_ttft_ms"] == pytest.approx(1e3 * FIRST, rel=.3) and found["again_ttft_ms"] == pytest.approx(1e3 * FIRST, rel=.3)
+    assert .95e3 * FIRST < found["first_ttft_ms"] < 3e3 * FIRST and .95e3 * FIRST < found["again_ttft_ms"] < 3e3 * FIRST
     texts = [tuple(body["messages"][0]["content"].split()) for body in fake.bodies if len(body["messages"][0]["content"].split()) == 50]
     beginnings = {text[:40] for text in texts[2:]}
     assert len(beginnings) <= 6 and len({text[40:] for text in texts}) == len(texts)                 # each round's own, and two warm-ups

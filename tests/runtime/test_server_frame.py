@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import socket
 import threading
 import time
 
@@ -161,3 +162,20 @@ def test_the_least_recently_used_is_unloaded(serve, served_bundle, tmp_path):
     assert ask(server, "Hi", model="c")["choices"] == want and time.monotonic() - start > 0.5      # until one is free
     holding.join()
     assert len(loaded()) == 2
+
+
+def test_small_pieces_are_sent_at_once():
+    """On a connection to a socket of ours asyncio sets TCP_NODELAY; without, a stream's pieces wait for delayed acknowledgements."""
+    from runtime.server.connection import bind
+
+    async def accepted() -> int:
+        found, (one, *_) = asyncio.get_running_loop().create_future(), bind("127.0.0.1", 0)
+
+        def connected(reader, writer):
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+        async with await asyncio.start_server(connected, sock=one):
+            _, writer = await asyncio.open_connection(*one.getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, 10)
+    assert asyncio.run(accepted())
