@@ -132,7 +132,7 @@ def test_metrics(serve):
     assert grown("edgewright_http_requests_total", ("method", "POST"), ("status", "200")) == 2
     assert grown("edgewright_http_requests_total", ("method", "GET"), ("status", "404")) == 1
     assert after["edgewright_queued", *model] == 0 and after["edgewright_model_loaded", *model] == 1
-    assert all(name.startswith("edgewright_") for name, *_ in after)
+    assert all(name.startswith(("edgewright_", "process_")) for name, *_ in after)
 
 
 def test_the_least_recently_used_is_unloaded(serve, served_bundle, tmp_path):
