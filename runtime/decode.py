@@ -24,7 +24,7 @@ from .sampling import Sampler, TokenLogprobs, token_logprobs
 PREFILL_TOKENS = 512              # padded tokens of one call
 CAPACITY_STEP = 64                # capacities are multiples of this
 FIRST_TOKENS = 256                # room for new tokens that a cache begins with; it grows when a reply outlasts it
-BURST_S = 0.01                    # how long a lone sequence may go on before its tokens are shown
+BURST_S = 0.02                    # how long a lone sequence may go on before its tokens are shown
 
 
 @dataclass(eq=False)

@@ -219,6 +219,8 @@ class Scheduler:
             if self._rows.reading:
                 self._rows.reading.append(row := self._rows.reading.pop(0))
                 self._read(row, wake)
+                wake_all(wake)                    # a first token need not wait for the next step
+                wake.clear()
             while self._rows.live and not self._rows.extend():
                 self._put_back()
             if self._rows.live:
