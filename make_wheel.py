@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 NAME = "edgewright"
 EXTRAS = ("cpu", "gpu", "rtx", "serve")
-PARTS = ("native", "calls", "server", "benching")
+PARTS = ("native", "calls", "speculation", "server", "benching")
 CROSS = "aarch64-linux-gnu-gcc"
 
 

@@ -5,6 +5,9 @@
 The student is any full-precision checkpoint with the teacher's tokenizer (a pruned teacher, usually), every k-th layer of
 one (--layers), or a new model (--preset). The loss is in compress/distilling/.
 
+With --task the text is a task's examples, a row each, asked as models.finetune asks, and learned are the answers: the data's, or with
+--on-policy those that the student writes to the same prompts.
+
 The teacher's top-k predictions are cached on disk first (compress/teacher.py), so that several runs, and several passes
 over the text, ask it once. A live teacher (--live) gives whole distributions, and is needed where the cache cannot say: a
 temperature, hidden states, attention, the student's own text. With --label-share 1 the teacher only judges.
@@ -12,22 +15,25 @@ temperature, hidden states, attention, the student's own text. With --label-shar
 A run learns from steps x batch blocks, spread evenly over the text, again and again where the text has fewer. Held-out
 blocks (--valid, or --eval-rows blocks of the text set aside) show KL(teacher || student), "valid_loss", counted on the
 cached events, and top-1 agreement. OUT is a run's folder as in models.train: last/ and best/ are checkpoints, --resume
-goes on after kill -9.
+goes on after kill -9. Encoders (BERT and its kin) learn by compress/encoders/distill.py.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from compress.options import TEACHER_CACHE
 from models.formats import lineage
-from models.data.corpus import Blocks, DataOptions
+from models.data.corpus import Blocks, DataOptions, task_rows
+from models.data.records import find_sources
 from models.training.presets import preset
 from models.training.options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
+from runtime.text import Tokenizer
 
 EXAMPLES = """recipes:
   a model that lost layers learns them back:
@@ -82,7 +88,7 @@ class Options(DataOptions, TrainerOptions):
             raise UserError("give a student: --student FOLDER, --layers N or --preset SIZE")
         if self.on_policy and self.label_share:
             raise UserError("--on-policy learns from what the student writes, which has no labels: leave out --label-share")
-        if self.on_policy and not 1 <= self.prompt < self.context:
+        if self.on_policy and not self.task and not 1 <= self.prompt < self.context:
             raise UserError(f"--prompt is {self.prompt}, which should be from 1 to one less than --context {self.context}")
 
 
@@ -95,25 +101,31 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
+from compress.encoders.distill import distill_encoder
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import divergence
-from compress.distilling.taught import (OnPolicy, Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of,
+from compress.distilling.taught import (OnPolicy, Padded, Taught, check_tokenizers, fit, set_apart, spread, taught, trainer_of,
                                          with_defaults)
 from compress.pruning.depth import kept_config, kept_tensors
 from compress.teacher import frozen_decoder
 from compress.text import read_corpus
 from models.checkpoint import Checkpoint, check_output, fill_checkpoint, load_decoder, open_checkpoint
+from models.formats.chat import special_ids
+from models.encoders.network import is_encoder
 from models.formats.teacher_cache import shared_vocabulary
-from models.network.decoder import Decoder
-from models.training.trainer import mixed_precision
+from models.network.decoder import Decoder, tensor_shapes
+from models.training.memory import training_bytes
+from models.training.placement import mixed_precision, process_state
 
 
 def distill(options: Options) -> None:
     """Read, train, report. Raises UserError for input that cannot be used, CheckFailed at a loss not finite."""
+    if is_encoder(options.teacher):
+        return distill_encoder(options)
     teacher = open_checkpoint(options.teacher)
     if not 1 <= options.context <= teacher.config.context_length:
         raise UserError(f"--context {options.context}: the teacher's context is {teacher.config.context_length}")
-    options = with_defaults(options, options.context)
+    state = process_state(options.device)
     check_output(options.out / "last", options.student)
     torch.manual_seed(options.seed)
     student, source, options = _student(options, teacher)
@@ -125,13 +137,15 @@ def distill(options: Options) -> None:
     shared = shared_vocabulary(options.teacher, teacher.config.vocab_size, student.config.vocab_size)
     train, valid, inputs = _rows(options, teacher, shared, cached=learned and not live)
     inputs |= {"teacher": teacher.sha256(), "student": source.sha256()}
-    low = mixed_precision(options.precision) == "bf16"
-    distiller = Distiller(student, frozen_decoder(options.teacher, low) if live else None, losses, shared)
+    low = mixed_precision(options.precision, state.device) == "bf16"
+    stored = (2 if low else 4) * sum(map(prod, tensor_shapes(teacher.config).values())) if live else 0
+    options = with_defaults(options, options.context, student, state, stored)
+    needed = training_bytes(student, student.config, options.micro_batch, options.context, 0, options.checkpointing)
+    asked = frozen_decoder(options.teacher, low, state.device, spare=sum(needed.values())) if live else None
+    distiller = Distiller(student, asked, losses, shared)
     if options.on_policy:
-        train = OnPolicy(train, student, options.on_policy, options.prompt, options.seed, lambda: trainer, shared)
+        train = OnPolicy(train, student, options.on_policy, None if options.task else options.prompt, options.seed, lambda: trainer, shared)
     trainer = trainer_of(distiller, options, train, valid, partial(_save, source, options, inputs), inputs)
-    if live:
-        distiller.teacher.to(trainer.accelerator.device)
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
     print(f"student: {parameters:.1f}M parameters in {len(student.config.layers)} layers; {len(train)} blocks to learn from, "
           f"{len(valid)} to judge on; {options.steps} steps of {options.batch} x {options.context} tokens")
@@ -174,22 +188,32 @@ def every_kth_layer(decoder: Decoder, count: int) -> Decoder:
 
 def _rows(options: Options, teacher: Checkpoint, shared: int | None, cached: bool) -> tuple[Taught, Taught, dict[str, str]]:
     """Blocks to learn from and to judge on, the second always with the teacher's cache, and the digests of their text."""
-    corpus = read_corpus(teacher, options, options.data)
-    blocks = Blocks(corpus, options.context)
-    inputs = {"data": corpus.digest}
+    blocks, digest = _blocks(options, teacher, options.data)
+    inputs = {"data": digest}
     if options.valid:
-        judged = read_corpus(teacher, options, options.valid)
-        inputs["valid"] = judged.digest
-        valid_blocks, left = Blocks(judged, options.context), np.arange(len(blocks))
+        valid_blocks, inputs["valid"] = _blocks(options, teacher, options.valid)
+        left = np.arange(len(blocks))
         held = spread(np.arange(len(valid_blocks)), options.eval_rows)
     else:
         valid_blocks, (left, held) = blocks, set_apart(len(blocks), options.eval_rows)
     if not len(left):
-        raise UserError(f"{options.data[0]}: {len(corpus.tokens)} tokens are too few to learn from and to judge on in "
-                        f"blocks of {options.context}: give more, --valid FILES, or a shorter --context")
+        raise UserError(f"{options.data[0]}: {len(blocks)} rows are too few to learn from and to judge on, in blocks of {options.context} tokens: give more, --valid FILES, or a shorter --context")
     chosen = spread(left, options.steps * options.batch)
     train = taught(blocks, chosen, options, shared) if cached else Taught(blocks, chosen)
     return train, taught(valid_blocks, held, options, shared), inputs
+
+
+def _blocks(options: Options, teacher: Checkpoint, names: tuple[str, ...]) -> tuple[Blocks | Padded, str]:
+    """Text in blocks, or of a task an example a row, whose answer alone has labels; and the digest of either."""
+    corpus = read_corpus(teacher, options, names)
+    if not options.task:
+        return Blocks(corpus, options.context), corpus.digest
+    encoded = task_rows(options, find_sources(names), Tokenizer(teacher.path / "tokenizer.json"), teacher.path,
+                        end=next(iter(special_ids(teacher.config, teacher.path)["eos_token_ids"]), None))
+    rows = Padded(encoded, options.context, teacher.config.pad_token_id or 0)
+    if not len(rows):
+        raise UserError(f"{names[0]}: no example of task {options.task} has an answer within --context {options.context} tokens; raise it")
+    return rows, corpus.digest
 
 
 def _save(source: Checkpoint, options: Options, inputs: dict, distiller: Distiller, folder: Path, metrics: dict) -> None:

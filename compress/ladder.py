@@ -3,7 +3,7 @@
     figures = measure_quality(folder, original, texts, windows) | measure_speed(folder, work)
     print(ladder([("original", figures), ...]))
 
-Quality is measured in PyTorch, float32, on the second half of 512-token windows (models/judging/fidelity.py); the
+Quality is measured in PyTorch, float32, on a device, on the second half of 512-token windows (models/judging/fidelity.py); the
 reference is the model that the compression began with. A size is that of a bundle's weights file
 (compress/quantizing/mixed.py). Speed is that of an exported bundle on this machine, by the commands a user would type
 (export.onnx, runtime.bench), each in a process of its own; it depends on what else the machine does.
@@ -11,13 +11,19 @@ reference is the model that the compression began with. A size is that of a bund
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from compress.quantizing.mixed import bundle_extras
-from models.data.records import as_text, find_sources, read_records
-from models.checkpoint import load_decoder, open_checkpoint
-from models.judging.fidelity import cut_windows, measure
+from models.checkpoint import CPU, load_decoder, open_checkpoint
+from models.data.records import find_sources
+from models.formats.chat import chat_encoder
+from models.judging.fidelity import Fidelity, cut_windows, measure
+from models.judging.language_model import spare_for
+from models.judging.texts import read
 from models.network.torch_backend import TorchBackend
 from runtime.cli import table
 from runtime.files import read_json
@@ -27,21 +33,29 @@ WINDOW = 512
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 64, 3
 
 
-def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...], windows: int) -> dict:
-    """bytes and perplexity of a checkpoint; with an `original` of the same vocabulary kl and top1_agreement too.
+def measure_quality(folder: Path, original: Path | None, texts: tuple[str, ...], windows: int, device: torch.device = CPU) -> dict:
+    """bytes and perplexity of a checkpoint; with an `original` of the same vocabulary kl and top1_agreement too. Under "texts" the same
+    of each text, where there are several.
 
-    texts: files, each judged on its first `windows` windows. Raises UserError for text too short.
+    texts: files, of chats through the checkpoint's template, each judged on its first `windows` windows. Raises UserError for text too short.
     """
     checkpoint, tokenizer = open_checkpoint(folder), Tokenizer(folder / "tokenizer.json")
     size = {"bytes": sum(checkpoint.nbytes(name) for name in checkpoint.names()) + bundle_extras(checkpoint)}
-    window, cut = min(WINDOW, checkpoint.config.context_length), []
-    for source in find_sources(texts):
-        cut += cut_windows(tokenizer, "\n".join(map(as_text, read_records([source]))), window, window // 2, windows)
+    window, sources, parts = min(WINDOW, checkpoint.config.context_length), find_sources(texts), {}
+    for source in sources:
+        text = read(source, tokenizer, partial(chat_encoder, folder, tokenizer), window * (windows + 1))
+        parts[source] = cut_windows(text, window, window // 2, windows)
     reference = None
     if original is not None and Tokenizer(original / "tokenizer.json").vocabulary() == tokenizer.vocabulary():
-        reference = TorchBackend(load_decoder(original))
-    found = measure(TorchBackend(load_decoder(folder)), cut, reference, label=f"judging {folder.parent.name}").metrics()
-    return size | {name: found[name] for name in ("perplexity", "kl", "top1_agreement") if name in found}
+        reference = TorchBackend(load_decoder(original, device=device, spare=spare_for(device, folder)))
+    model, label = TorchBackend(load_decoder(folder, device=device)), f"judging {folder.parent.name}"
+    measured = {source: measure(model, cut, reference, label=label) for source, cut in parts.items()}
+    pooled = Fidelity([window for part in measured.values() for window in part.windows])
+    return size | _named(pooled) | ({"texts": {source: _named(part) for source, part in measured.items()}} if len(parts) > 1 else {})
+
+
+def _named(found: Fidelity) -> dict:
+    return {name: value for name, value in found.metrics().items() if name in ("perplexity", "kl", "top1_agreement")}
 
 
 def measure_speed(folder: Path, work: Path) -> dict:
@@ -60,10 +74,16 @@ def measure_speed(folder: Path, work: Path) -> dict:
 
 
 def ladder(results: list[tuple[str, dict]]) -> str:
-    """A table, a row a stage; what was not measured is a dash."""
+    """A table, a row a stage; where several texts are judged another, a row for each and stage: what was gained on one may be lost on
+    another. What was not measured is a dash."""
     def shown(figures: dict, name: str, form: str, factor: float = 1.0) -> str:
         return "-" if figures.get(name) is None else format(figures[name] * factor, form)
 
-    return table([{"stage": name, "MB": shown(figures, "bytes", ".1f", 1e-6), "perplexity": shown(figures, "perplexity", ".2f"),
-                   "KL": shown(figures, "kl", ".4f"), "same top-1": shown(figures, "top1_agreement", ".1%"),
-                   "decode tokens/s": shown(figures, "decode_tokens_per_s", ".0f")} for name, figures in results])
+    def quality(figures: dict) -> dict[str, str]:
+        return {"perplexity": shown(figures, "perplexity", ".2f"), "KL": shown(figures, "kl", ".4f"),
+                "same top-1": shown(figures, "top1_agreement", ".1%")}
+    stages = table([{"stage": name, "MB": shown(figures, "bytes", ".1f", 1e-6), **quality(figures),
+                     "decode tokens/s": shown(figures, "decode_tokens_per_s", ".0f")} for name, figures in results])
+    texts = [{"text": Path(text).name, "stage": name, **quality(figures["texts"][text])}
+             for text in results[-1][1].get("texts", ()) for name, figures in results if text in figures.get("texts", ())]
+    return f"{stages}\n\n{table(texts)}" if texts else stages

@@ -5,7 +5,7 @@
 Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads, hidden and vocabulary make a smaller
 model that exports and runs faster (depth.py, width.py, hidden.py, vocabulary.py); sparse keeps every shape (sparse.py).
 Prune one way, then another: stages compose. What was lost comes back in part by training afterwards (models.finetune,
-compress.distill).
+compress.distill). Of an encoder (BERT and its kin) whole layers can go (compress/encoders/layers.py).
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 from models.formats import lineage
 from models.network.config import ModelConfig
 from models.data.corpus import DataOptions
+from models.device import DeviceOptions
 from runtime.cli import arg, parse_size, run, table
 from runtime.errors import UserError
 from runtime.files import LARGEST_TOKENIZER, read_json
@@ -33,7 +34,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DataOptions):
+class Options(DataOptions, DeviceOptions):
     """Prune a checkpoint's layers, MLP neurons, attention heads, vocabulary or single weights."""
     checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
     out: Path = arg(help="checkpoint folder to write", short="-o")
@@ -77,15 +78,24 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 from torch import Tensor
 
+from compress.encoders.layers import prune_encoder
 from compress.pruning import depth, sparse, vocabulary, width
 from compress.pruning.hidden import principal_directions, sliced
 from compress.text import corpus_windows, read_corpus
-from models.checkpoint import Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.checkpoint import CPU, Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
+from models.device import computing_on
+from models.encoders.network import is_encoder
 from models.network.decoder import tensor_shapes
 
 
 def prune(options: Options) -> None:
-    checkpoint = open_checkpoint(options.checkpoint)
+    if is_encoder(options.checkpoint):
+        return prune_encoder(options)
+    with computing_on(options.device) as device:
+        _prune(open_checkpoint(options.checkpoint).on(device), options)
+
+
+def _prune(checkpoint: Checkpoint, options: Options) -> None:
     check_output(options.out, options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized: prune the checkpoint it was made from, then quantize")
@@ -139,10 +149,11 @@ def _depth(checkpoint: Checkpoint, ids: Tensor, options: Options):
     stay = frozenset(layer.cache_source for layer in config.layers if layer.cache_source is not None)
     if not max(1, len(stay)) <= layers < total:
         raise UserError(f"--layers is {layers}, which should be from {max(1, len(stay))} to {total - 1}")
-    gone = depth.choose_layers(load_decoder(options.checkpoint), ids, total - layers, options.order, stay)
+    decoder = load_decoder(options.checkpoint, device=checkpoint.device)
+    gone = depth.choose_layers(decoder, ids.to(checkpoint.device), total - layers, options.order, stay)
     left = [n for n in range(total) if n not in gone]
     print(f"layers left out, first to go first: {' '.join(map(str, gone))}")
-    tensors = ((name, checkpoint.read(name)) for name in checkpoint.names())
+    tensors = ((name, checkpoint.on(CPU).read(name)) for name in checkpoint.names())
     return depth.kept_config(config, left), depth.kept_tensors(config, left, tensors), {"dropped_layers": gone}
 
 
@@ -210,6 +221,7 @@ def _sparse(checkpoint: Checkpoint, ids: Tensor, options: Options):
 
 def _vocabulary(checkpoint: Checkpoint, options: Options):
     """As the others, and what rewrites the tokenizer's files."""
+    checkpoint = checkpoint.on(CPU)                                  # rows are chosen, nothing is computed
     config, counts = checkpoint.config, vocabulary.count_tokens(np.asarray(read_corpus(checkpoint, options, options.data).tokens))
     tokenizer = read_json(checkpoint.path / "tokenizer.json", largest=LARGEST_TOKENIZER)
     kept = vocabulary.plan(tokenizer, counts, options.tokens)

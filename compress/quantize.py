@@ -10,7 +10,8 @@ and its errors add up from token to token. Routers and convolutions stay as they
 METHODS has how codes are chosen. Calibrated methods go layer by layer over text and resume where they were stopped
 (compress/quantizing/calibrated.py); of the others only autoround has more than one tensor in memory. With --target-size
 or --target-bpw every module gets its own format (compress/quantizing/mixed.py). ONNX and TensorRT bundles take 4 and 8
-bits, TensorRT symmetric only; other widths run in PyTorch and the native core.
+bits, TensorRT symmetric only; other widths run in PyTorch and the native core. An encoder (BERT and its kin) is quantized by
+compress/encoders/quantize.py.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from compress.cluster import ClusterOptions, cluster
 from models.data.corpus import DataOptions
+from models.device import DeviceOptions
 from models.formats import lineage
 from models.progress import progress
 from runtime.capabilities import BACKENDS
@@ -41,13 +44,14 @@ class Method:
     data: bool = False                   # whether it is calibrated on text
     mixed: bool = True                   # whether modules may have formats of their own
     negative_scales: bool = False        # whether it cannot do without
+    corrected: bool = False              # whether it corrects for the errors of earlier layers, which takes the text through both models
     vocabulary: bool = False             # whether the embedding and the head are fitted too, to what sensitivity.py measures
 
 
 METHODS = {"rtn": Method("rtn.round_to_nearest", "weight"),
            "hqq": Method("neural_compressor.hqq", "weight"),
            "clip": Method("calibrated.clip", "layer", data=True),
-           "gptq": Method("calibrated.gptq_descended", "layer", data=True, vocabulary=True),
+           "gptq": Method("calibrated.gptq_descended", "layer", data=True, corrected=True, vocabulary=True),
            "autoround": Method("neural_compressor.autoround", "model", data=True, mixed=False, negative_scales=True)}
 FOLDS = {"awq": "folds.awq", "smooth": "folds.smooth", "values": "folds.rotate_values"}
 VOCABULARY = ("model.embed_tokens", "lm_head", "model.per_layer_embed")
@@ -61,7 +65,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DataOptions):
+class Options(DataOptions, DeviceOptions, ClusterOptions):
     """Quantize a checkpoint's weights."""
 
     checkpoint: Path = arg(positional=True, help="checkpoint folder to read")
@@ -75,7 +79,9 @@ class Options(DataOptions):
     method: str = arg("rtn", help="how codes are chosen", choices=tuple(METHODS))
     fold: tuple[str, ...] = arg((), help="rewrite layers before rounding: " + ", ".join(FOLDS), metavar="FOLD",
                                  group="calibration")
-    kind: str = arg("int", help="e4m3: the linears' weights as 8-bit floats", choices=("int", "e4m3"))
+    kind: str = arg("int", help="levels: values of 2 to 4 bits by a table of each matrix's own; e4m3: the linears' weights as 8-bit floats",
+                    choices=("int", "levels", "e4m3"))
+    scale_bits: int = arg(16, help="8: scales of groups in a byte each, and one fp16 a row", choices=(8, 16))
     activations: int = arg(0, help="8: linears also round their inputs to int8; 0: they do not", choices=(0, 8),
                            group="activations and KV cache")
     activation_scales: str = arg("row", help="of these: one for each token's row as it comes, or static: one for each "
@@ -108,12 +114,20 @@ class Options(DataOptions):
                  "--target-size and --target-bpw say the same thing twice: give one of them"),
                 (self.mixed and not self.data, "--target-size and --target-bpw measure sensitivity on text: give --data FILES"),
                 (method.data and not self.data, f"--method {self.method} is calibrated on text: give --data FILES"),
+                (self.ray and not self.measured, f"--ray shares out the measuring of sensitivity, which --method {self.method} does without: "
+                 "choose gptq, --target-size or --target-bpw"),
                 (unknown, f"--fold {unknown!r} is unknown: choose from {', '.join(FOLDS)}"),
                 (unlooked, f"{unlooked} looks at calibration text, which --method {self.method} does not: choose --method clip or gptq"),
                 (self.activation_scales == "static" and not self.activations,
                  "--activation-scales is about int8 activations: give --activations 8"),
                 (self.kind == "e4m3" and (self.method != "rtn" or self.bits != 8 or not self.symmetric),
                  "--kind e4m3 is rounded to nearest in 8 bits: give --method rtn --bits 8, without --no-symmetric"),
+                (self.kind == "levels" and (self.bits > 4 or not self.symmetric),
+                 "--kind levels has 2 to 4 bits and no zero points: give --bits 4, without --no-symmetric"),
+                (self.scale_bits == 8 and (self.group == 0 or self.kind == "e4m3"),
+                 "--scale-bits 8 is about the scales of groups: give --group 32, and --kind int or levels"),
+                ((self.kind == "levels" or self.scale_bits == 8) and self.method in ("hqq", "autoround"),
+                 f"--method {self.method} has even steps and fp16 scales: choose --method gptq for --kind levels or --scale-bits 8"),
                 (self.mixed and not method.mixed or method.negative_scales and not self.negative_scales,
                  f"--method {self.method} has one format for all linears, and negative scales, which TensorRT does not run: choose "
                  f"--method gptq for --target-size, --target-bpw or --backend tensorrt")):
@@ -124,6 +138,11 @@ class Options(DataOptions):
     def mixed(self) -> bool:
         """Whether every module gets a format of its own, for a target size."""
         return self.target_size is not None or self.target_bpw is not None
+
+    @property
+    def measured(self) -> bool:
+        """Whether sensitivity is measured."""
+        return self.mixed or METHODS[self.method].vocabulary and self.embedding_bits > 0
 
     @property
     def calibrated(self) -> bool:
@@ -143,13 +162,17 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 import torch
 
-from compress.quantizing.calibrated import calibrated, calibration_bytes
+from compress.encoders.quantize import quantize_encoder
+from compress.quantizing.calibrated import calibrated, calibration_bytes, device_bytes
 from compress.quantizing.grid import TABLE, by_rows
-from compress.quantizing.mixed import candidates, check_backend, check_target, mixed_formats
+from compress.quantizing.fisher import gradient_bytes, stored_bytes
+from compress.quantizing.mixed import check_backend, check_target, measured, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
-from compress.quantizing.sensitivity import Sensitivity, gradient_bytes, measure_sensitivity, stored_bytes
+from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity
 from compress.text import corpus_windows
-from models.checkpoint import Checkpoint, check_output, open_checkpoint, write_checkpoint
+from models.checkpoint import CPU, Checkpoint, check_output, open_checkpoint, write_checkpoint
+from models.device import computing_on
+from models.encoders.network import is_encoder
 from models.families import FAMILIES
 from models.formats.weight_names import Naming
 from models.network.decoder import named_groups
@@ -159,7 +182,14 @@ from models.training.memory import memory_line
 
 def quantize(options: Options) -> None:
     """Run the stage. Raises UserError for input that cannot be used; then nothing is written."""
-    checkpoint, method = open_checkpoint(options.checkpoint), METHODS[options.method]
+    if is_encoder(options.checkpoint):
+        return quantize_encoder(options)
+    with computing_on(options.device) as device:
+        _quantize(open_checkpoint(options.checkpoint).on(device), options)
+
+
+def _quantize(checkpoint: Checkpoint, options: Options) -> None:
+    method = METHODS[options.method]
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")
@@ -177,11 +207,11 @@ def quantize(options: Options) -> None:
     length = min(options.length, checkpoint.config.context_length)
     ids = corpus_windows(checkpoint, options, options.windows, length) if options.data else None
     if options.calibrated:
-        print(f"layer by layer, {memory_line(calibration_bytes(checkpoint.config, options.windows, options.length))}")
+        print(f"layer by layer, {_memory(checkpoint, options)}")
     inputs, found = {"checkpoint": checkpoint.sha256()}, None
     if ids is not None:
         inputs["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    if options.mixed or (method.vocabulary and options.embedding_bits):
+    if options.measured:
         found = _sensitivity(checkpoint, options, ids)
     if options.mixed:
         formats, damage = mixed_formats(checkpoint, found, size, options.backend, skip)
@@ -191,7 +221,7 @@ def quantize(options: Options) -> None:
         work = work_folder(options.out, [inputs, options.method, options.fold, options.negative_scales, plan.to_dict()])
         folds = tuple(_function(FOLDS[name]) for name in options.fold)
         tensors = calibrated(checkpoint, ids, plan, _function(method.function), work, folds, found and found.vocabulary,
-                             options.negative_scales)
+                             options.negative_scales, method.corrected)
     else:
         tensors = _quantized(checkpoint, ids, plan.tensors, options)
     config = checkpoint.hf_config | {"quantization_config": plan.to_dict()}
@@ -199,6 +229,15 @@ def quantize(options: Options) -> None:
         write_checkpoint(options.out, config, tensors, options.checkpoint, lineage.stage("compress.quantize", options, inputs))
         clear_work(options.out)
     _report(checkpoint, open_checkpoint(options.out))
+
+
+def _memory(checkpoint: Checkpoint, options: Options) -> str:
+    """The prediction. Raises UserError where the device has no room for one layer."""
+    config, device, streams = checkpoint.config, checkpoint.device, 1 + METHODS[options.method].corrected
+    if device == CPU:
+        return memory_line(calibration_bytes(config, options.windows, options.length, streams))
+    there, host = device_bytes(config, options.windows, options.length, device, streams)
+    return f"on {device} {memory_line(there, device)}; on the host {memory_line(host)}"
 
 
 def _weights(checkpoint: Checkpoint) -> int:
@@ -214,9 +253,12 @@ def _sensitivity(checkpoint: Checkpoint, options: Options, ids: torch.Tensor) ->
     """Read from --sensitivity, or measured and kept there."""
     if options.sensitivity is not None and options.sensitivity.exists():
         return Sensitivity.load(options.sensitivity, checkpoint.sha256())
-    print(f"sensitivity, {memory_line(gradient_bytes(checkpoint.config, options.length, stored_bytes(checkpoint)))}")
+    print(f"sensitivity, {memory_line(gradient_bytes(checkpoint.config, options.length, stored_bytes(checkpoint)), checkpoint.device)}")
     rows = torch.linspace(0, len(ids) - 1, min(options.sensitivity_windows, len(ids))).round().long()
-    found = measure_sensitivity(checkpoint, ids[rows], candidates("native"))
+    formats = measured()
+    work = work_folder(options.out, [checkpoint.sha256(), ids[rows].tolist(), list(map(str, formats))], "sensitivity")
+    with cluster(options.ray, options.device) as joined:
+        found = measure_sensitivity(checkpoint, ids[rows], formats, work=work, cluster=joined)
     if options.sensitivity is not None:
         found.save(options.sensitivity)
     return found
@@ -254,7 +296,8 @@ def choose_formats(checkpoint: Checkpoint, options: Options) -> dict[str, Tensor
             formats[module] = TensorFormat(8, 0)
             continue
         group = 0 if vocabulary and bits == 8 else options.group
-        formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary, "int" if vocabulary else options.kind)
+        kind = "int" if vocabulary and (bits > 4 or options.kind == "e4m3") else options.kind
+        formats[module] = TensorFormat(bits, group, options.symmetric or vocabulary, kind, options.scale_bits if group else 16)
         try:
             formats[module].groups(checkpoint.shape(f"{module}.weight")[1])
         except UserError as error:
@@ -271,17 +314,18 @@ def _quantized(checkpoint: Checkpoint, ids: torch.Tensor | None, formats: dict[s
     choose, done = _function(method.function), {}
     if method.sees == "model":
         linears = {name: form for name, form in formats.items() if name not in VOCABULARY}
-        done = choose(checkpoint.path, ids, linears, options.iterations)
+        done = choose(checkpoint.path, ids, linears, options.iterations, checkpoint.device)
     for name in progress(checkpoint.names(), label="quantizing", unit="tensor"):
         module = name.removesuffix(".weight")
         if module in done:
             yield from done[module].tensors(module).items()
         elif module in VOCABULARY and module in formats:
-            yield from by_rows(checkpoint.read(name), lambda rows: round_to_nearest(rows, formats[module]), TABLE).tensors(module).items()
+            table = checkpoint.on(CPU).read(name)
+            yield from by_rows(table, lambda rows: round_to_nearest(rows, formats[module]), TABLE, checkpoint.device).tensors(module).items()
         elif module in formats:
             yield from choose(checkpoint.weight(module), formats[module]).tensors(module).items()
         else:
-            yield name, checkpoint.read(name)
+            yield name, checkpoint.on(CPU).read(name)
 
 
 def _report(before: Checkpoint, after: Checkpoint) -> None:
@@ -294,7 +338,8 @@ def _report(before: Checkpoint, after: Checkpoint) -> None:
     lineage.add_metrics(after.path, metrics)
     for form, count in Counter(after.quantization.tensors.values()).items():
         print(f"{count} matrices at {form.bits} bits{'' if form.kind == 'int' else f' ({form.kind})'}, "
-              + (f"groups of {form.group}" if form.group else "one scale a row") + ("" if form.symmetric else ", with zero points"))
+              + (f"groups of {form.group}" if form.group else "one scale a row") + ("" if form.scale_bits == 16 else ", 8-bit scales")
+              + ("" if form.symmetric else ", with zero points"))
     rows = []
     for name, key, unit, form in (("weights, MB", "bytes", 1e-6, ".1f"), ("bits per weight", "bits_per_weight", 1, ".2f"),
                                   ("peak memory, MB", "peak_rss_mb", 1, ".0f")):

@@ -27,7 +27,7 @@ from runtime.errors import UserError
 from runtime.files import read_toml
 
 STAGES = ("quantize", "prune", "distill", "recover", "teacher")
-FILLED = ("checkpoint", "student", "teacher", "out", "data", "resume")
+FILLED = ("checkpoint", "student", "teacher", "out", "data", "resume", "device")
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -99,7 +99,7 @@ def check_stage(table: dict, place: str) -> Stage:
 
 def checked(stage: Stage, place: str) -> Stage:
     """The stage, if its options go together. Raises UserError, beginning with `place`."""
-    given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in stage.fields and key != "resume"}
+    given = {key: (str(SHIPPED),) if key == "data" else SHIPPED for key in FILLED if key in stage.fields and key not in ("resume", "device")}
     try:
         stage.options_class(**given | stage.settings)
     except UserError as error:

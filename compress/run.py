@@ -26,6 +26,7 @@ from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, s
 from models.formats import lineage
 from models.data.corpus import DataOptions
 from models.data.records import find_sources, source_digest
+from models.device import DeviceOptions, computing_on
 from models.training.options import TrainerOptions
 from runtime.capabilities import BACKENDS
 from runtime.cli import arg, run, table
@@ -41,7 +42,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DataOptions):
+class Options(DataOptions, DeviceOptions):
     """Run a recipe of compression stages and show what each gained and lost."""
 
     recipe: str | None = arg(None, positional=True, help="TOML file, or the name of a recipe that ships (see --list)")
@@ -157,7 +158,7 @@ def _run_stage(options: Options, stage: Stage, folder: Path, current: Path, text
     if not resume:
         shutil.rmtree(out, ignore_errors=True)                  # a training run that was killed before its first save
     filled = {"checkpoint": current, "student": current, "teacher": options.model, "out": out, "resume": resume,
-              "sensitivity": options.out / f"0-sensitivity-{read}.safetensors"}
+              "sensitivity": options.out / f"0-sensitivity-{read}.safetensors", "device": options.device}
     if stage.name == "teacher":
         filled |= {"checkpoint": options.model, "out": TEACHER_CACHE.expanduser()}
     words = command_line(stage, filled | dataclasses.asdict(text))
@@ -177,7 +178,8 @@ def _figures(options: Options, folder: Path, checkpoint: Path, original: Path | 
     judged_on = _hash([_digests(judged), options.eval_windows])
     before = dict(figures)
     if figures.get("judged_on") != judged_on:
-        figures |= measure_quality(checkpoint, original, judged, options.eval_windows) | {"judged_on": judged_on}
+        with computing_on(options.device) as device:
+            figures |= measure_quality(checkpoint, original, judged, options.eval_windows, device) | {"judged_on": judged_on}
         if original is None:
             figures |= {"kl": 0.0, "top1_agreement": 1.0}
     if options.speed and "decode_tokens_per_s" not in figures:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"models": "the network in PyTorch, how it learns, how it is judged", "compress": "the same model, smaller",
-            "export": "ONNX, TensorRT and the proof", "runtime": "what an app embeds: no PyTorch, nothing of the other packages"}
+            "export": "ONNX, TensorRT and the proof", "runtime": "what an app embeds: no PyTorch, nothing of the other packages",
+            "examples": "the case studies, from data to an app that answers"}
 
 
 def first_sentence(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from runtime.cli import list_commands
 
-COMMANDS = {"make a bundle, prove it": ("onnx", "ort", "verify"),
+COMMANDS = {"make a bundle, prove it": ("onnx", "ort", "verify", "draft"),
             "for NVIDIA GPUs": ("trt",)}
 
 if __name__ == "__main__":

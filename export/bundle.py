@@ -19,7 +19,7 @@ import numpy as np
 
 from models.formats.chat import template_source
 from models.checkpoint import Checkpoint
-from runtime import files
+from runtime import files, task
 from runtime.bundle import FORMAT, MANIFEST, VERSION, tensor_bytes
 from runtime.errors import UserError
 from runtime.tensors import LARGE, PAGE, VECTOR
@@ -70,17 +70,21 @@ def manifest(name: str, model: dict, weights: WeightsWriter, weights_entry: dict
     return {"format": FORMAT, "version": VERSION, "name": name, "model": model, "graphs": [], "engines": [],
             "weights": {"file": WEIGHTS, "bytes": weights_entry["bytes"], "formats": weights.formats,
                         "tensors": weights.tensors},
-            "files": {WEIGHTS: weights_entry}, "tokenizer": TOKENIZER, "chat_template": None, "golden": None,
+            "files": {WEIGHTS: weights_entry}, "tokenizer": TOKENIZER, "chat_template": None, "task": None, "golden": None,
             "lineage": lineage}
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path, manifest: dict) -> None:
-    """Tokenizer and chat template of a checkpoint, written into the bundle and entered in its manifest."""
+    """Tokenizer, chat template and task of a checkpoint, written into the bundle and entered in its manifest."""
     tokenizer = compact_tokenizer(read_json(checkpoint.path / TOKENIZER))
     texts = {TOKENIZER: json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))}
     if (template := template_source(checkpoint.path)) is not None:
         texts[CHAT_TEMPLATE] = template
         manifest["chat_template"] = CHAT_TEMPLATE
+    if (checkpoint.path / task.FILE).is_file():
+        task.read_task(checkpoint.path / task.FILE)             # one that no engine would read is refused here
+        texts[task.FILE] = (checkpoint.path / task.FILE).read_text("utf-8")
+        manifest["task"] = task.FILE
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
         manifest["files"][name] = file_entry(folder / name)
@@ -120,11 +124,11 @@ def add_file(folder: Path, manifest: dict, name: str, data) -> None:
 
 
 def without_file(manifest: dict, name: str) -> dict:
-    """The manifest of the same bundle without one of its graphs or engines, or without golden outputs."""
+    """The manifest of the same bundle without one of its graphs or engines, or without golden outputs or its draft."""
     return manifest | {"files": {file: entry for file, entry in manifest["files"].items() if file != name},
                        "graphs": [graph for graph in manifest["graphs"] if graph["file"] != name],
                        "engines": [engine for engine in manifest["engines"] if engine["file"] != name],
-                       "golden": None if manifest["golden"] == name else manifest["golden"]}
+                       **{key: None if manifest.get(key) == name else manifest.get(key) for key in ("golden", "draft")}}
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

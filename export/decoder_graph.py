@@ -1,6 +1,6 @@
-"""What the portable and the fast graph have in common: inputs, caches, the walk through the layers, linears, norms, logits.
+"""What the graphs of a decoder have in common: inputs, caches, the walk through the layers, linears, norms, logits.
 
-The interface of both (docs/formats.md, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
+The interface of the portable and the fast one (docs/formats.md, "Graph interface"): input_ids, position_ids int64 [b, s], write_index int64 [b],
 logits_positions int64 [b, k], past_key.L and past_value.L [b, kv_heads, capacity, head_dim]; logits float32
 [b, k, vocab], present_key.L and present_value.L. Right padding; slot i of a cache row holds the token at position i. A model with recurrent
 layers takes at most CHUNK tokens a call, and has more: counts int64 [b], how many of each row's tokens are real; past_conv.L

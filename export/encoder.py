@@ -1,39 +1,38 @@
 """Export a model that is no decoder (BERT and its kin) to ONNX, for `python -m export.onnx FOLDER -o OUT --task TASK`.
 
-The graph comes from `torch.onnx.export(dynamo=True)`, with batch and sequence dynamic; it is fp32, and `export.trt`
-compiles it with `--shapes`. OUT gets `model.onnx`, the configuration and the tokenizer. Before anything is kept, ONNX
-Runtime's CPU must give PyTorch's outputs, for two shapes, one of them with padding; a difference above TOLERANCE fails
-the export.
-
-A sentence's embedding is the mean over its real tokens, or the first token's state where 1_Pooling says so, normalized:
-what sentence-transformers gives for such folders. Other poolings and further modules are refused.
+The graph comes from `torch.onnx.export(dynamo=True)`, with batch and sequence dynamic, and `export.trt` compiles it with
+`--shapes`; a quantized checkpoint's codes are put into it value for value (encoder_codes.py). OUT gets the graphs, the tokenizer,
+golden outputs and a manifest (runtime/encoder_bundle.py). Before anything is kept, ONNX Runtime's CPU must give PyTorch's outputs,
+for two shapes, one of them with padding: a difference above TOLERANCE fails the export. The golden outputs are PyTorch's, of texts
+below; a fast graph, which rounds activations too, is held to a budget that is stored with them.
 """
 
 import inspect
-import logging
-import shutil
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from export.bundle import check_output
+from export.bundle import TOKENIZER, check_output, compact_tokenizer, file_entry, read_json, write_manifest
+from export.encoder_codes import put_codes
+from models.encoders.network import (TASKS, embedding, labels_of, load, max_tokens, pooled_by, quantized_tensors, read_quantized,
+                                     task_of)
+from models.formats import lineage
+from runtime.bundle import ENCODER_FORMAT, MANIFEST
+from runtime.compare import cosine
+from runtime.encoder import Encoder, TextEncoder
+from runtime.encoder_bundle import VERSION, open_encoder
 from runtime.errors import CheckFailed, UserError
-from runtime.files import new_folder, read_json
+from runtime.files import new_folder
+from runtime.text import Tokenizer
 
-TASKS = {                            # the class of transformers, the graph's outputs
-    "feature-extraction": ("AutoModel", ("last_hidden_state",)),
-    "sentence-similarity": ("AutoModel", ("sentence_embedding",)),
-    "text-classification": ("AutoModelForSequenceClassification", ("logits",)),
-    "token-classification": ("AutoModelForTokenClassification", ("logits",)),
-    "question-answering": ("AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
-}
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "mpnet", "deberta-v2", "modernbert")
-COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-              "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model")
-OPSET, GRAPH = 18, "model.onnx"
+OPSET, GRAPH, FAST, GOLDEN = 21, "model.onnx", "fast.onnx", "golden.json"
 TOLERANCE = 1e-5                     # of the largest output, where that is above 1
+EXACT, WORST = 1e-4, 0.05            # 1 - cosine to PyTorch's golden outputs: of the portable graph, and of a fast one at most
+TEXTS = ("A cat sits on the mat.", "Quarterly revenue grew by nine percent, Jane Doe of Acme Corp. said in Zürich.", "猫坐在垫子上。",
+         "not a film to miss , and yet one that never quite finds its feet " * 6)
 
 
 def export_encoder(folder: Path, out: Path, task: str | None) -> None:
@@ -46,88 +45,82 @@ def export_encoder(folder: Path, out: Path, task: str | None) -> None:
     check_output(out, GRAPH, f"holds no {GRAPH}")
     pooling = pooled_by(folder) if task == "sentence-similarity" else None
     model = _Headed(load(folder, task), outputs, pooling).eval()
-    inputs = dummy_inputs(model.model, batch=2, length=16)
+    if not (folder / TOKENIZER).is_file():
+        raise UserError(f"{folder} has no {TOKENIZER}, which a bundle needs: save the tokenizer there "
+                        f"(in transformers, AutoTokenizer.from_pretrained(...).save_pretrained)")
+    tokenizer, config = Tokenizer(folder / TOKENIZER), model.model.config
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{folder / TOKENIZER}: has {len(tokenizer)} tokens, where the model knows {config.vocab_size}; get the model again")
+    quantized, inputs = read_quantized(folder), dummy_inputs(model.model, batch=2, length=16)
     with new_folder(out) as partial:
         _write_graph(model, inputs, outputs, partial / GRAPH)
+        if quantized is not None:
+            put_codes(partial / GRAPH, partial / FAST, quantized_tensors(folder, quantized))
         worst = max(difference(model, shape, partial / GRAPH) for shape in (
             inputs, dummy_inputs(model.model, batch=3, length=7, padding=2)))
         if not worst <= TOLERANCE:
             raise CheckFailed(f"{folder}: ONNX Runtime differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}")
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
-    size = (out / GRAPH).stat().st_size
-    print(f"{out / GRAPH}: {task}, inputs {', '.join(inputs)}, outputs {', '.join(outputs)}, {size / 1e6:.1f} MB; "
+        (partial / TOKENIZER).write_text(json.dumps(compact_tokenizer(read_json(folder / TOKENIZER)), ensure_ascii=False,
+                                                    separators=(",", ":")), encoding="utf-8")
+        manifest = _manifest(out.resolve().name, folder, task, pooling, config, (partial / FAST).is_file())
+        _prove(model, tokenizer, partial, manifest)
+        open_encoder(partial)                               # what the runtime would refuse is not left behind
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    print(f"{out}: {task}, inputs {', '.join(inputs)}, outputs {', '.join(outputs)}, {size / 1e6:.1f} MB; "
           f"largest difference to PyTorch {worst:.1e}")
 
 
-def is_encoder(folder: Path) -> bool:
-    """Whether a checkpoint's architecture is one of BERT's kin, by its configuration."""
-    try:
-        return read_json(folder / "config.json", strict=False).get("model_type") in MODEL_TYPES
-    except UserError:
-        return False                                         # the decoder's reader says what is wrong with it
+def _manifest(name: str, folder: Path, task: str, pooling: str | None, config, fast: bool) -> dict:
+    regression = task == "text-classification" and config.problem_type == "regression"
+    task = "regression" if regression else task
+    graphs = [{"role": "portable", "file": GRAPH, "opset": OPSET}, *([{"role": "fast", "file": FAST, "opset": OPSET}] if fast else [])]
+    return {"format": ENCODER_FORMAT, "version": VERSION, "name": name, "files": {}, "tokenizer": TOKENIZER, "task": task,
+            "labels": labels_of(config) if task.endswith("-classification") else None, "pooling": pooling, "normalize": pooling is not None,
+            "golden": None, "graphs": graphs,
+            "model": {"model_type": config.model_type, "vocab_size": config.vocab_size, "max_tokens": max_tokens(config),
+                      "pad_token_id": config.pad_token_id or 0},
+            "lineage": [*lineage.read(folder), lineage.stage("export.onnx", {"task": task}, {})]}
 
 
-def task_of(folder: Path) -> str:
-    """The task that a checkpoint's architecture was made for."""
-    architecture = str((read_json(folder / "config.json", strict=False).get("architectures") or [""])[0])
-    for task, (kind, _) in TASKS.items():
-        if kind != "AutoModel" and architecture.endswith(kind.removeprefix("AutoModel")):
-            return task
-    return "sentence-similarity" if (folder / "1_Pooling").is_dir() else "feature-extraction"
+def _prove(model, tokenizer: Tokenizer, folder: Path, manifest: dict) -> None:
+    """Golden outputs and the manifest, with what each graph differs by from PyTorch. Raises CheckFailed where that is too much."""
+    encode = TextEncoder(tokenizer, manifest["model"]["max_tokens"])
+    expected = []
+    for text in TEXTS:
+        one = encode(text)
+        given = {"input_ids": torch.tensor(one.ids)[None], "attention_mask": torch.ones(1, len(one), dtype=torch.long)}
+        if _takes_types(model.model):
+            given["token_type_ids"] = torch.tensor(one.types)[None]
+        with torch.no_grad():
+            expected.append(model(**given)[0][0].flatten().numpy())
+    files = [file for file in sorted(folder.iterdir()) if file.name != MANIFEST]
+    manifest["files"] = {file.name: file_entry(file) for file in files}
+    write_manifest(folder, manifest)
+    budgets = {}
+    for graph in manifest["graphs"]:
+        with Encoder(folder, provider="cpu", role=graph["role"]) as encoder:
+            worst = max(1 - cosine(row.ravel(), want) for row, want in zip(encoder.outputs(list(TEXTS)), expected))
+        limit = EXACT if graph["role"] == "portable" else WORST
+        if not worst <= limit:
+            raise CheckFailed(f"the {graph['role']} graph differs from PyTorch by a cosine of 1 - {worst:.1e}, more than {limit:g}: "
+                              "quantize with more bits")
+        budgets[graph["role"]] = float(min(limit, max(1e-3, 4 * worst)) if graph["role"] == "fast" else EXACT)
+    (folder / GOLDEN).write_text(json.dumps({"budgets": budgets, "texts": list(TEXTS), "outputs": [
+        [float(f"{number:.6g}") for number in row] for row in expected]}), encoding="utf-8")
+    manifest["golden"], manifest["files"][GOLDEN] = GOLDEN, file_entry(folder / GOLDEN)
+    write_manifest(folder, manifest)
 
 
-def pooled_by(folder: Path) -> str:
-    """"mean" or "cls": how a folder of sentence-transformers makes a sentence's embedding. Raises UserError for other ways."""
-    for part in read_json(folder / "modules.json", list, strict=False) if (folder / "modules.json").is_file() else ():
-        kind = str(part.get("type")).rpartition(".")[2]
-        if kind not in ("Transformer", "Pooling", "Normalize"):
-            raise UserError(f"{folder}: its embeddings also go through a {kind} module, which is not exported; "
-                            "give --task feature-extraction and do the rest in the program around the graph")
-    file = folder / "1_Pooling" / "config.json"
-    told = read_json(file, strict=False) if file.is_file() else {}
-    modes = [key.removeprefix("pooling_mode_") for key, value in told.items() if key.startswith("pooling_mode_") and value is True]
-    if modes not in ([], ["mean_tokens"], ["cls_token"]):
-        raise UserError(f"{file}: embeddings by {' and '.join(modes)} are not exported, only by mean_tokens or cls_token; "
-                        "give --task feature-extraction and do the rest in the program around the graph")
-    return "cls" if modes == ["cls_token"] else "mean"
-
-
-def load(folder: Path, task: str):
-    """The transformers model of a local folder for a task, fp32. Raises UserError."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json in it; give the folder of a Hugging Face checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: no safetensors in it; save the model with save_pretrained")
-    for library in ("torchao", "torch.utils._pytree", "torch.onnx"):
-        logging.getLogger(library).setLevel(logging.ERROR)   # what they say of themselves
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        model, report = getattr(transformers, TASKS[task][0]).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True,
-            output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as error:                               # whose types have nothing in common
-        raise UserError(f"{folder}: transformers cannot load it for {task} ({type(error).__name__}: {' '.join(str(error).split())})"
-                        ) from None
-    if report["mismatched_keys"]:
-        name, stored, wanted = sorted(report["mismatched_keys"])[0]
-        raise UserError(f"{folder}: {name} is {list(stored)}, where config.json asks for {list(wanted)}; save the model again")
-    missing = [name for name in report["missing_keys"] if "pooler" not in name]
-    if missing:
-        raise UserError(f"{folder}: it has no weights for {task} ({', '.join(sorted(missing)[:3])}); give the --task it was "
-                        "trained for")
-    return model
+def _takes_types(model) -> bool:
+    return "token_type_ids" in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 2) > 1
 
 
 def dummy_inputs(model, batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of the names that the model's forward takes; the last `padding` tokens of row 0 are masked."""
-    shape, types = (batch, length), getattr(model.config, "type_vocab_size", 2)
+    shape = batch, length
     inputs = {"input_ids": torch.randint(model.config.vocab_size, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
-    if "token_type_ids" in inspect.signature(model.forward).parameters and types > 1:
-        inputs["token_type_ids"] = torch.randint(types, shape)
+    if _takes_types(model):
+        inputs["token_type_ids"] = torch.randint(getattr(model.config, "type_vocab_size", 2), shape)
     if padding:
         inputs["attention_mask"][0, -padding:] = 0
     return inputs
@@ -136,7 +129,9 @@ def dummy_inputs(model, batch: int, length: int, padding: int = 0) -> dict[str, 
 def difference(model, inputs: dict[str, torch.Tensor], graph: Path) -> float:
     """Largest difference between ONNX Runtime's CPU and PyTorch, relative where an output exceeds 1."""
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")      # which would round activations, too
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     got = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     with torch.no_grad():
         expected = [value.numpy() for value in model(**inputs)]
@@ -155,10 +150,7 @@ class _Headed(torch.nn.Module):
         result = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
         if self.pooling is None:
             return tuple(result[name] for name in self.outputs)
-        states = result.last_hidden_state
-        real = attention_mask[:, :, None].to(states.dtype)
-        pooled = states[:, 0] if self.pooling == "cls" else (states * real).sum(1) / real.sum(1).clamp(min=1e-9)
-        return (torch.nn.functional.normalize(pooled, dim=1),)
+        return (embedding(result.last_hidden_state, attention_mask, self.pooling),)
 
 
 def _write_graph(model, inputs, outputs, path: Path) -> None:

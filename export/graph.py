@@ -3,7 +3,7 @@
 `GraphBuilder` collects nodes, inputs and outputs, and initializers of two kinds: small constants, kept inside the ONNX
 file, and weights, which only point at an offset of a bundle's weights file. So building a graph costs no memory for
 weights, and several graphs can read one file. It knows nothing of language models; the decoder's graphs are in
-`portable.py` and `ort.py`.
+`portable.py`, `fast_graph.py` and `cuda_graph.py`.
 """
 
 import numpy as np
@@ -25,8 +25,11 @@ ELEMENT_TYPES = {
 class GraphBuilder:
     """Nodes, inputs, outputs and initializers of one graph, in the order they are added. weights: the manifest's."""
 
+    opset = OPSET
+
     def __init__(self, weights: dict):
         self.stored, self._weights_file = {tensor["name"]: tensor for tensor in weights["tensors"]}, weights["file"]
+        self._weights_bytes = weights["bytes"]
         self._nodes, self._inputs, self._outputs = [], [], []
         self._initializers: dict[str, TensorProto] = {}
 
@@ -44,13 +47,21 @@ class GraphBuilder:
         """The stored tensor `name` as an initializer that points into the weights file."""
         if name not in self._initializers:
             stored = self.stored[name]
-            tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[stored["dtype"]], dims=stored["shape"],
-                                 data_location=TensorProto.EXTERNAL)
-            place = {"location": self._weights_file, "offset": stored["offset"], "length": stored["bytes"]}
-            for key, value in place.items():
-                tensor.external_data.add(key=key, value=str(value))
-            self._initializers[name] = tensor
+            self._external(name, stored["dtype"], stored["shape"], stored["offset"], stored["bytes"])
         return name
+
+    def handed_over(self, name: str, dtype: str, shape) -> str:
+        """An initializer that whoever opens the graph has to give: it begins where the weights file ends."""
+        if name not in self._initializers:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            self._external(name, dtype, shape, self._weights_bytes, size)
+        return name
+
+    def _external(self, name: str, dtype: str, shape, offset: int, size: int) -> None:
+        tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in {"location": self._weights_file, "offset": offset, "length": size}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
 
     def constant(self, values, dtype=np.int64) -> str:
         """A small constant kept in the ONNX file; equal constants are stored once."""
@@ -72,7 +83,7 @@ class GraphBuilder:
     def serialize(self, name: str) -> bytes:
         """The contents of the ONNX file, a few hundred kB: no weights."""
         domains = {node.domain for node in self._nodes}
-        opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(MICROSOFT, 1)] if MICROSOFT in domains else [])
+        opsets = [helper.make_opsetid("", self.opset)] + ([helper.make_opsetid(MICROSOFT, 1)] if MICROSOFT in domains else [])
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._initializers.values()))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgewright")
         return model.SerializeToString(deterministic=True)

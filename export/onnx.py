@@ -27,7 +27,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 EXAMPLES = """examples:
   python -m export.onnx build/smollm2-135m-int4-checkpoint -o build/smollm2-135m-int4
   python -m export.onnx build/smollm2-135m -o build/smollm2-135m-fp16 --dtype fp16 --max-context 2048
-  python -m export.onnx all-MiniLM-L6-v2 -o build/minilm --task sentence-similarity      an encoder: build/minilm/model.onnx
+  python -m export.onnx all-MiniLM-L6-v2 -o build/minilm --task sentence-similarity      an encoder, for runtime.Encoder
 """
 
 
@@ -52,10 +52,11 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import onnx
 
 from export import bundle as bundles
-from export.encoder import export_encoder, is_encoder
+from export.encoder import export_encoder
 from export.graph import OPSET
 from export.portable import portable_graph
 from export.weights import write_weights
+from models.encoders.network import is_encoder
 from models.formats.chat import special_ids, special_tokens
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.network.quantized import Quantization
@@ -134,10 +135,10 @@ def model_facts(checkpoint: Checkpoint, plan: dict, max_context: int) -> dict:
             **special_ids(config, checkpoint.path), "special_tokens": special_tokens(checkpoint.path), "generation": generation}
 
 
-def graph_entry(role: str, file: str, size: int, dtype: str, max_context: int, source: str) -> dict:
+def graph_entry(role: str, file: str, size: int, dtype: str, max_context: int, source: str, opset: int = OPSET) -> dict:
     """A graph's entry for the manifest. The profile gives the smallest and largest value of each symbolic dimension."""
     tokens = [1, max_context]
-    return {"role": role, "file": file, "bytes": size, "dtype": dtype, "opset": OPSET, "weights": bundles.WEIGHTS,
+    return {"role": role, "file": file, "bytes": size, "dtype": dtype, "opset": opset, "weights": bundles.WEIGHTS,
             "source_checkpoint": source, "profile": {"b": [1, None], "s": tokens, "k": tokens, "capacity": tokens}}
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from export.tensorrt.child import in_a_child
 from runtime.bundle import MANIFEST, Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
+from runtime.encoder_bundle import is_encoder_bundle
 from runtime.errors import UserError
 from runtime.files import adding_to
 from runtime.machine import available_memory
@@ -164,7 +165,7 @@ def _find(model: Path) -> tuple[Path, Bundle | None]:
     if not model.exists():
         raise UserError(f"{model}: no such file or folder; give a bundle or an ONNX model")
     folder = model if model.is_dir() else model.parent
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file() or is_encoder_bundle(folder):
         return _only_graph(model) if model.is_dir() else model, None
     bundle = open_bundle(folder)
     if model.is_file():
@@ -176,7 +177,7 @@ def _find(model: Path) -> tuple[Path, Bundle | None]:
 
 
 def _only_graph(folder: Path) -> Path:
-    """The ONNX model of a folder that is no bundle: model.onnx, as encoders are exported, or the only one."""
+    """The ONNX model of a folder that is no decoder's bundle: model.onnx, as encoders are exported, or the only one."""
     found = sorted((*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")))
     named = [path for path in found if path.name == "model.onnx"]
     if len(named or found) == 1:
@@ -205,7 +206,7 @@ def _targets(backend: str, options: Options) -> tuple[tuple[int, ...], tuple[int
                             "device")
     known = targets(load_backend(backend))
     if backend == "trt":
-        from runtime.trt_device import present_gpu
+        from runtime.cuda_device import present_gpu
         own = present_gpu().compute_capability
         if options.sm and options.sm != str(own):
             raise UserError(f"--sm {options.sm}: --backend trt builds for the GPU of this machine, SM{own}")

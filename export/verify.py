@@ -23,9 +23,10 @@ The report ends with every runner of the bundle: what ran here and with what res
 needs a GPU (`python -m runtime.verify`, on the device) and was "built, never run".
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
 from runtime.compare import Comparison, compare
 from runtime.decode import logits
-from runtime.errors import CheckFailed, UserError
+from runtime.errors import CheckFailed, Unavailable, UserError
 from runtime.files import sole_writer
 from runtime.golden import Golden
 from runtime.text import Tokenizer
@@ -66,6 +67,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 
 
 from export import bundle as bundles
+from export.cuda_on_cpu import CudaOnCpu
 from models.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from models.network.torch_backend import TorchBackend
 
@@ -73,7 +75,7 @@ EXACT_BUDGETS = {"float32": 1e-6, "float16": 1e-3}         # mean KL in nats, by
 FUSED_BUDGET = 0.01               # of what rounds activations on its own account
 INT8_BUDGET = 0.02                # of every runner, where the checkpoint rounds its activations
 TITLES = {"pytorch": "PyTorch", "portable": "portable exact", "portable_fused": "portable fused", "fast": "fast",
-          "native_exact": "native exact", "native": "native"}
+          "cuda_graph": "cuda graph", "native_exact": "native exact", "native": "native"}
 NEVER = "built, never run"
 CHUNK = 16                        # tokens a call of the chunked prefill
 SINGLY = 16                       # tokens at the end of a prompt that go one by one
@@ -94,7 +96,7 @@ def verify(options: Options) -> None:
     reference.close()
     absent = {}
     ways = {runner: how for runner, how in runners(bundle, exact=True).items() if runner in budgets}
-    for runner, backend in opened(bundle, ways, options.threads):
+    for runner, backend in chain(opened(bundle, ways, options.threads), cuda_graph(bundle, options.threads)):
         if isinstance(backend, str):
             absent[runner] = backend
             continue
@@ -137,18 +139,29 @@ def runner_budgets(bundle: Bundle) -> dict[str, float]:
     if bundle.graph("portable"):
         budgets |= {"portable": exact} if exact else {}
         budgets["fast" if bundle.graph("fast") else "portable_fused"] = FUSED_BUDGET
+        budgets |= {"cuda_graph": EXACT_BUDGETS["float16"]} if bundle.graph("cuda") else {}
     elif exact and not any(t["name"].endswith(".k_scale") for t in tensors):        # whose rounding is the checkpoint's own
         budgets["native_exact"] = exact
     budgets["native"] = FUSED_BUDGET
     return dict.fromkeys(budgets, INT8_BUDGET) if bundle.model.get("activations") else budgets
 
 
+def cuda_graph(bundle: Bundle, threads: int | None) -> Iterator[tuple[str, Backend | str]]:
+    """The CUDA graph of a bundle that has one, on the CPU, or why it cannot run here."""
+    if bundle.graph("cuda"):
+        try:
+            with contextlib.closing(CudaOnCpu(bundle, threads)) as backend:
+                yield "cuda_graph", backend
+        except Unavailable as error:
+            yield "cuda_graph", str(error)
+
+
 def ladder(bundle: Bundle, budgets: dict[str, float], rows: list[dict], absent: dict[str, str]) -> list[dict]:
     """Every runner of the bundle, and what is known of it: `rows` are those of the report, `absent` the reasons of others."""
     found = []
     for runner, budget in budgets.items():
-        native = runner.startswith("native")
-        file = bundle.manifest["weights"]["file"] if native else bundle.graph("fast" if runner == "fast" else "portable")["file"]
+        native, role = runner.startswith("native"), {"fast": "fast", "cuda_graph": "cuda"}.get(runner, "portable")
+        file = bundle.manifest["weights"]["file"] if native else bundle.graph(role)["file"]
         worst = max((float(row["mean KL"]) for row in rows if row["graph"] == TITLES[runner]), default=None)
         result = f"not run here: {absent[runner]}" if runner in absent else f"run: mean KL at most {worst:.1e}, budget {budget:g}"
         found.append({"runner": TITLES[runner], "file": file, "on": "the CPU" if native else "ONNX Runtime, CPU", "result": result})

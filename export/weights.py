@@ -23,9 +23,10 @@ has only .up, a layer that reads another's keys only .q. An attention gate is .a
 Codes are signed int4 or int8, value for value those of the checkpoint minus 2^(bits-1); scales float16;
 asymmetric weights add zeros of the codes' type and the scales' shape. 8-bit floats are codes of type float8_e4m3fn, as
 they are. X.input_scale, float32 scalar, is the step to which the linear's inputs are rounded in int8;
-layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. Codes of other widths (2,
-3, 5, 6 bits), which ONNX lacks and the native core reads, keep the checkpoint's form: unsigned, [N, K], packed row by
-row, scales [N, K/G]. What convolutions and recurrences are made of is float32, everything else float32 or float16, as the
+layers.L.k_scale and .v_scale, float32 [1 or kv_heads * head_dim], those of an int8 KV cache. What ONNX lacks and
+the native core reads, codes of 2, 3, 5 and 6 bits, of levels and those with 8-bit scales, keeps the checkpoint's form whatever the
+width: X.codes "uint2" .. "uint8" [N, K], packed row by row, X.scales [N, K/G], with 8-bit scales int8 and X.row_scales float16 [N, 1]
+after them, then X.levels int8 [1, 2^bits], then X.zeros. Matrices of levels are never joined: each has its own. What convolutions and recurrences are made of is float32, everything else float32 or float16, as the
 graph computes. runtime/layout.py has the order.
 
 Tensors pass through one at a time, large ones in pieces, and the checkpoint is opened anew now and then, which gives
@@ -41,7 +42,7 @@ import torch
 from export.bundle import WeightsWriter
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.network.config import ModelConfig
-from models.network.quantized import QuantizedTensor, described, pack
+from models.network.quantized import QuantizedTensor, byte_scales, described, pack
 from models.network.rope import query_factors, rotations
 from models.progress import progress
 from runtime.capabilities import BACKENDS
@@ -137,7 +138,8 @@ class _Writer:
     def linear(self, name: str, parts: dict[str, str], turned: bool = True) -> None:
         """Linears of one input, part -> module: one matrix where they are stored alike, else one a part. `turned`: as [K, N]."""
         modules = list(parts.values())
-        if len({self.formats.get(module) for module in modules}) > 1:
+        forms = {self.formats.get(module) for module in modules}
+        if len(forms) > 1 or len(modules) > 1 and any(form and form.kind == "levels" for form in forms):
             for part, module in parts.items():
                 self.linear(f"{name.rpartition('.')[0]}.{part}", {part: module})
             return
@@ -157,11 +159,12 @@ class _Writer:
         self.out.add(name, "float32", tuple(tensor.shape), [tensor.contiguous().numpy()])
 
     def _codes(self, name: str, parts: list[QuantizedTensor], turned: bool) -> None:
-        """Codes, scales and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
+        """Codes, scales, levels and zero points of tensors [N, K] stored alike, stacked; `turned`: stored as [K, N]."""
         first, scales, zeros = parts[0], [part.scales for part in parts], [part.zeros for part in parts]
+        small = first.scale_bits == 8
         self.out.formats[name] = described(first.format)
         bits, kind, stored = first.bits, "float8_e4m3fn", torch.Tensor.contiguous
-        if bits not in BACKENDS["onnx"].bits:                # the checkpoint's own form
+        if bits not in BACKENDS["onnx"].bits or first.kind == "levels" or small:                # the checkpoint's own form
             kind, shape = "uint8", (sum(len(part.codes) for part in parts), first.codes.shape[1])
             self.out.add(f"{name}.codes", f"uint{bits}", shape, (pack(part.codes, bits).numpy() for part in parts))
             turned = False
@@ -173,7 +176,14 @@ class _Writer:
             if not first.group:             # in one piece: two int4 share a byte across parts of odd size
                 scales, zeros = ([torch.cat([part[:, 0] for part in those])] if those[0] is not None else those
                                  for those in (scales, zeros))
-        self._stack(f"{name}.scales", "float16", scales, turned)
+        if small:
+            scales, rows = zip(*map(byte_scales, scales))
+            self._stack(f"{name}.scales", "int8", scales, turned)
+            self._stack(f"{name}.row_scales", "float16", rows, turned)
+        else:
+            self._stack(f"{name}.scales", "float16", scales, turned)
+        if first.kind == "levels":
+            self._stack(f"{name}.levels", "int8", [first.levels[None]], turned)
         if not first.symmetric:
             self._stack(f"{name}.zeros", kind, zeros, turned, stored)
 

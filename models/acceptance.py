@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from models.data.records import as_messages, find_sources, read_records
+from models.device import DeviceOptions
 from models.judging.metrics import bootstrap
 from models.progress import progress
-from runtime.cli import Checked, arg, run, table
+from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
 EXAMPLES = """examples:
@@ -34,7 +35,7 @@ EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(DeviceOptions):
     """Measure how many of a draft model's tokens a target model accepts."""
     target: Path = arg(positional=True, help="checkpoint or bundle folder of the model that decides")
     draft: Path = arg(positional=True, help="checkpoint or bundle folder of the model that proposes")
@@ -55,7 +56,8 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 from models.evaluate import write_json
-from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.judging import on_device
+from models.judging.language_model import LanguageModel, check_same_tokenizer, judging_on
 from runtime.compare import log_softmax
 from runtime.decode import logits
 from runtime.sampling import SamplingOptions
@@ -84,17 +86,23 @@ def measure(target: LanguageModel, draft: LanguageModel, prompts: list[np.ndarra
     greedy = target.generate(prompts, tokens, sampling=SamplingOptions(logit_bias=unshared), label="greedy replies")
     sampled = target.generate(prompts, tokens, sampling=drawing, label="sampled replies")
 
-    def said(model: LanguageModel, prompt: np.ndarray, reply: list[int]) -> np.ndarray:
-        """Its logits [n, shared vocabulary] in the place of each token of the reply."""
-        return logits(model.backend, np.array([*prompt, *reply[:-1]], np.int64), len(prompt) - 1)[:, :shared]
+    there = on_device.computes_there(target.backend, draft.backend)
+
+    def said(model: LanguageModel, prompt: np.ndarray, reply: list[int]):
+        """Its logits [n, shared vocabulary] in the place of each token of the reply; where both compute on a device, a tensor there."""
+        tokens = np.array([*prompt, *reply], np.int64)
+        if there:
+            return on_device.said(model.backend, tokens, len(prompt))[:, :shared]
+        return logits(model.backend, tokens[:-1], len(prompt) - 1)[:, :shared]
 
     rounds, rates = [], []
     for prompt, likeliest, drawn in zip(progress(prompts, label="draft", unit="prompt"), greedy, sampled):
         if len(likeliest.tokens) >= ahead:
-            proposals = said(draft, prompt, likeliest.tokens).argmax(axis=-1)
-            rounds.append(accepted(proposals, np.array(likeliest.tokens), ahead))
+            proposals = said(draft, prompt, likeliest.tokens).argmax(-1)
+            rounds.append(accepted(proposals.cpu().numpy() if there else proposals, np.array(likeliest.tokens), ahead))
         if drawn.tokens:
-            rates.append(overlap(*(log_softmax(said(model, prompt, drawn.tokens)) for model in (target, draft))))
+            both = [said(model, prompt, drawn.tokens) for model in (target, draft)]
+            rates.append(on_device.overlap(*both) if there else overlap(*map(log_softmax, both)))
     if not rounds or not rates:
         raise UserError(f"no reply has {ahead} tokens: raise --tokens, or give other prompts")
 
@@ -112,7 +120,11 @@ def acceptance(options: Options) -> None:
     """Read the prompts, measure, print the table. Raises UserError for input that cannot be used."""
     records = islice(read_records(find_sources(options.data)), options.skip, options.skip + options.limit)
     questions = [next(m["content"] for m in as_messages(record) if m["role"] == "user") for record in records]
-    target, draft = open_model(options.target), open_model(options.draft)
+    with judging_on(options.device, options.target, options.draft) as opened:
+        _acceptance(options, questions, *map(opened, (options.target, options.draft)))
+
+
+def _acceptance(options: Options, questions: list[str], target: LanguageModel, draft: LanguageModel) -> None:
     room = min(target.context, draft.context) - options.tokens
     prompts = [ids for ids in map(target.chat_prompt, questions) if len(ids) <= room]
     if not prompts:

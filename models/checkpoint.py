@@ -8,6 +8,7 @@ Writing streams tensors into a temporary folder beside the target, reads its hea
 Folders of a known family and uniform shape open in `transformers` with equal logits.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -25,22 +26,26 @@ from models.formats import lineage
 from models.formats.chat import MORE_TEMPLATES
 from models.network.activations import round_inputs
 from models.network.config import ModelConfig
-from models.network.decoder import Decoder, tensor_shapes
-from models.network.quantized import Quantization, QuantizedTensor, unpack
+from models.network.decoder import Decoder, Layer, tensor_shapes
+from models.network.quantized import Quantization, QuantizedTensor
+from models.network.streamed import bring, streamed
 from models.formats.safetensors_file import write_safetensors
 from models.families import FAMILIES, text_config
 from models.formats.weight_names import OTHER_PARTS, OWN_FORM, Naming, Part, published, stored_as
 from runtime.errors import UserError
 from runtime.files import new_folder, read_json, restored
+from runtime.task import FILE as TASK
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CPU = torch.device("cpu")
+SPARE = 2 << 30                   # bytes left on a device for activations, where the caller knows no better
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TABLE = "model.embed_tokens.weight"
-_STORED = {torch.uint8: "U8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
+_STORED = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 # What travels with the weights from stage to stage.
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-               "LICENSE", "NOTICE")
+               TASK, "LICENSE", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,23 @@ class Checkpoint:
                  files: dict[Path, safe_open], places: dict[str, _Place], shapes: dict[str, tuple[int, ...]]):
         self.path, self.hf_config, self.config, self.quantization = path, hf_config, config, quantization
         self._files, self._places, self._shapes = files, places, shapes
+        self.device = CPU
+
+    def on(self, device: torch.device) -> "Checkpoint":
+        """The same checkpoint, whose tensors are read to a device, in their stored dtype, and made there into what they stand for."""
+        there = copy.copy(self)
+        there.device = device
+        return there
 
     def names(self) -> list[str]:
-        """Every stored tensor: `M.weight`, or `M.codes`, `M.scales` (, `M.zeros`) where module M is quantized."""
+        """Every stored tensor: `M.weight`, or `M.codes`, `M.scales` (and what else its format has) where module M is quantized."""
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """The type a tensor is stored in, as safetensors calls it: F32, F16, BF16 or U8."""
+        """The type a tensor is stored in, as safetensors calls it: F32, F16, BF16, U8 or I8."""
         return self._places[name].dtype
 
     def nbytes(self, name: str) -> int:
@@ -79,12 +91,12 @@ class Checkpoint:
         return torch.Size(place.shape).numel() * (_FLOATS[place.dtype].itemsize if place.dtype in _FLOATS else 1)
 
     def read(self, name: str) -> torch.Tensor:
-        """The stored tensor in its stored dtype, mapped from the file: not to be written to.
+        """The stored tensor in its stored dtype, mapped from the file (on another device a copy): not to be written to.
 
         Raises UserError where a number is not finite: attention may hide it, and the answer would look whole.
         """
         place = self._places[name]
-        tensor = place.part.cut(self._files[place.file].get_tensor(place.name))
+        tensor = place.part.cut(self._files[place.file].get_tensor(place.name)).to(self.device)
         if tensor.is_floating_point():
             plain = tensor.half() if place.dtype == "F8_E4M3" else tensor
             if not all(map(torch.isfinite, plain.aminmax())):             # keeps a NaN, and needs no copy of the tensor
@@ -102,18 +114,21 @@ class Checkpoint:
         return self.read(f"{module}.weight").float().contiguous() if quantized is None else quantized.dequantize()
 
     def quantized(self, module: str) -> QuantizedTensor | None:
-        """A module's codes, or None where its weight is dense. Raises UserError where zeros are corrupt; see `read`."""
+        """A module's codes, or None where its weight is dense. Raises UserError where they are corrupt; see `read`."""
         form = self.quantization and self.quantization.tensors.get(module)
         if not form:
             return None
-        codes = self.read(f"{module}.codes")
-        if form.kind == "int":
-            codes = unpack(codes, form.bits, self._shapes[f"{module}.weight"][1])
-        scales = self.read(f"{module}.scales")
-        zeros = None if form.symmetric else self.read(f"{module}.zeros")
-        if zeros is not None and int(zeros.max()) >= 2**form.bits:
-            raise UserError(f"{self.path}: {module}.zeros holds {int(zeros.max())}, which {form.bits} bits cannot")
-        return QuantizedTensor(codes, scales, zeros, form.bits, form.group, form.symmetric, form.kind)
+        shape = self._shapes[f"{module}.weight"]
+        parts = {suffix: self.read(f"{module}.{suffix}") for suffix in form.stored_shapes(*shape)}
+        try:
+            return QuantizedTensor.stored(form, shape[1], parts)
+        except UserError as error:
+            raise UserError(f"{self.path}: {module}.{error}: quantize the original checkpoint again") from None
+
+    def stands_for(self, name: str) -> torch.Tensor:
+        """A tensor of the Decoder's: in its stored dtype, or float32 where it is quantized."""
+        quantized = self.quantized(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return self.read(name) if quantized is None else quantized.dequantize()
 
     def input_scales(self) -> dict[str, torch.Tensor]:
         """Module -> float32 [1], the scale of its inputs, where activations have static scales."""
@@ -168,20 +183,23 @@ def _note(path: Path, others: str) -> None:
     print(f"note: {path} holds more than a decoder ({others}); its text part is taken", file=sys.stderr)
 
 
-def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device = CPU, spare: int = SPARE,
+                 linears: torch.dtype | None = None) -> Decoder:
     """The model, its weights in `dtype`; quantized weights hold exactly the values their codes stand for.
 
-    Weights stored in `dtype` are mapped from the file, not copied; changing them in memory leaves the file alone.
+    linears: another type for the weights of the layers' linears, as mixed precision multiplies them.
+    On the CPU, weights stored in their type are mapped from the file, not copied; changing them in memory leaves the file alone.
+    On a device, layers that leave no `spare` bytes free there stay in the file, and come for their turn (models/network/streamed.py).
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path).on(device)
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
-    state = {}
-    for name in decoder.state_dict():
-        module = name.removesuffix(".weight")
-        quantized = checkpoint.quantized(module) if name.endswith(".weight") else None
-        state[name] = (checkpoint.read(name) if quantized is None else quantized.dequantize()).to(dtype).contiguous()
-    decoder.load_state_dict(state, assign=True)
+    types = _types(decoder, dtype, linears)
+    coming = streamed(decoder, types, device, spare)
+    decoder.load_state_dict({name: checkpoint.stands_for(name).to(kind).contiguous() for name, kind in types.items()
+                             if not name.startswith(tuple(f"model.layers.{number}." for number in coming))}, assign=True, strict=not coming)
+    for number in coming:
+        bring(decoder.model.layers[number], lambda layer: load_layer(checkpoint, layer, dtype, linears))
     if checkpoint.quantization:
         round_inputs(decoder, checkpoint.quantization.rounding_linears(), checkpoint.input_scales())
         if checkpoint.quantization.kv_cache:
@@ -189,6 +207,21 @@ def load_decoder(path: Path | str, dtype: torch.dtype = torch.float32) -> Decode
                 tuple(checkpoint.read(f"model.layers.{number}.self_attn.{part}_scale") for part in "kv")
                 if checkpoint.config.cache_heads(layer) else None for number, layer in enumerate(checkpoint.config.layers)]
     return decoder
+
+
+def _types(module: torch.nn.Module, dtype: torch.dtype, linears: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Name -> type of every parameter of a decoder or a layer."""
+    low = {name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear) and (
+        isinstance(module, Layer) or name.startswith("model.layers."))} if linears else ()
+    return {name: linears if name.rpartition(".")[0] in low else dtype for name in module.state_dict()}
+
+
+def load_layer(checkpoint: Checkpoint, layer: Layer, dtype: torch.dtype = torch.float32, linears: torch.dtype | None = None) -> Layer:
+    """Give one layer the checkpoint's weights, in memory of its own on the checkpoint's device."""
+    state = {name: checkpoint.stands_for(f"model.layers.{layer.number}.{name}").to(kind)
+             for name, kind in _types(layer, dtype, linears).items()}
+    layer.load_state_dict({name: tensor.clone() if tensor.device == CPU else tensor.contiguous() for name, tensor in state.items()}, assign=True)
+    return layer
 
 
 def check_output(out: Path | str, source: Path | str | None = None) -> None:

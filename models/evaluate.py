@@ -5,62 +5,71 @@
     python -m models.evaluate BUNDLE --task qa --data xquad-en.json --limit 100 --examples answers.jsonl
 
 `perplexity` reports perplexity and bits per byte and, with a reference, its KL divergence and top-1 agreement, for each
-text apart and pooled (models/judging/fidelity.py); `kl` is the same pass and insists on the reference. That is a
-checkpoint, a bundle, or a cache of compress.teacher, whose own text is then the one measured on. The labelled tasks and
-their files are in models/judging/tasks.py; every number has its 95% bootstrap interval beside it.
+text apart and pooled (models/judging/fidelity.py), chats through the model's template (texts.py); `kl` is the same pass and insists
+on the reference. That is a
+checkpoint, a bundle, or a cache of compress.teacher, whose own text is then the one measured on. The other tasks, their files
+and prompts are in models/tasks/defaults.py; a model that was fine-tuned on one is asked as it was trained. Answers are greedy
+unless sampling is asked for, and several to an example with --n. Encoders are judged by models/encoders/evaluate.py. Every number has its 95% bootstrap interval beside it.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from models.progress import progress
-from models.data.tables import HEADERS
-from models.judging import metrics, tasks
+from models.device import DeviceOptions
+from models.tasks.defaults import DECODER_TASKS
+from models.tasks.defaults import TASKS as ALL_TASKS
+from models.tasks.options import TaskOptions, default_shots, examples_of, open_task, with_shots
 from runtime.backends import PROVIDERS
-from runtime.cli import Checked, arg, run, table
+from runtime.cli import arg, run, table
 from runtime.errors import UserError
 from runtime.files import write
+from runtime.sampling import SamplingOptions
 
 LIKELIHOOD = ("perplexity", "kl")
-TASKS = (*LIKELIHOOD, *tasks.PROMPTS)
+TASKS = (*LIKELIHOOD, *ALL_TASKS)
 EXAMPLES = """tasks and their files:
-  perplexity   plain UTF-8 text; with --reference also kl and top1_agreement
+  perplexity   UTF-8 text, or JSON, JSONL and tables with texts or chats; with --reference also kl and top1_agreement
   kl           the same, --reference needed; without --data where that is a cache of compress.teacher
-  qa           SQuAD JSON                     summarize  JSONL with text, summary
-  translate    TSV: source TAB target         generate   Alpaca JSON or JSONL with instruction, output
-  classify     TSV: sentence TAB label
+  qa           SQuAD JSON                     summarize  text, summary               translate  source TAB target
+  classify     sentence TAB label             pair       two texts and a label       regress    two texts and a number
+  ner          CoNLL: token TAB BIO tag       instruct   Alpaca, prompt completion   chat       messages, ShareGPT, Alpaca
+  continue     texts, whose first half is shown
+Records may be JSON, JSONL, TSV or CSV, with or without a header, CoNLL, or hf:NAME@SPLIT.
 
 examples:
   python -m models.evaluate build/smollm2-135m-int4 --task perplexity --data wiki.txt --reference build/smollm2-135m
   python -m models.evaluate build/smollm2-135m --task classify --data sst2-dev.tsv --shots 4 --limit 200
-  python -m models.evaluate build/smollm2-135m --task qa --data xquad-en.json --show-prompt
+  python -m models.evaluate build/smollm2-135m --task qa --data xquad-en.json --chat --show-prompt
+  python -m models.evaluate build/smollm2-135m --task summarize --data descriptions.jsonl --n 4 --temperature 0.8 --top-p 0.95
 """
 
 
-@dataclass(frozen=True)
-class Options(Checked):
-    """Measure a model: perplexity and fidelity to a reference, or a labelled task."""
+@dataclass(frozen=True, kw_only=True)
+class Options(TaskOptions, DeviceOptions):
+    """Measure a model: perplexity and fidelity to a reference, or a task with right answers."""
     model: Path = arg(positional=True, help="checkpoint or bundle folder")
-    data: tuple[Path, ...] = arg((), help="files to measure on")
+    data: tuple[str, ...] = arg((), help="files to measure on; of tasks with right answers also folders, globs and hf:NAME@SPLIT")
     task: str = arg("perplexity", help="what to measure", choices=TASKS)
     reference: Path | None = arg(None, help="checkpoint, bundle or teacher's cache whose predictions the model's are held against")
     json: Path | None = arg(None, help="write the metrics to this file")
     window: int | None = arg(None, help="perplexity: tokens a window (default: 512, or the cache's)",
                              least=2, group="perplexity and kl")
-    stride: int | None = arg(None, help="perplexity: tokens between windows (default: half a window)",
-                             least=1, group="perplexity and kl")
+    stride: int | None = arg(None, least=1, group="perplexity and kl", help="perplexity: tokens between windows (default: half a window); "
+                             "ner with an encoder: tokens that windows over a long text share")
     max_windows: int | None = arg(None, help="perplexity: windows a text, at most", least=1, group="perplexity and kl")
-    shots: int | None = arg(None, help="solved examples in each prompt (default: the task's)", least=0, group="labelled tasks")
-    prompt: Path | None = arg(None, help="TOML file that changes the task's prompt (see models/judging/tasks.py)", group="labelled tasks")
-    show_prompt: bool = arg(False, help="print the first prompt and stop", group="labelled tasks")
-    limit: int | None = arg(None, help="solve this many examples at most, drawn by seed", least=1, group="labelled tasks")
-    header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS)
-    seed: int = arg(0, help="draws the shots and the examples", least=0, most=2**63 - 1, group="labelled tasks")
-    examples: Path | None = arg(None, help="write each example with its answer and scores to this JSONL file",
-                                group="labelled tasks")
+    show_prompt: bool = arg(False, help="print the first prompt and stop", group="the task")
+    limit: int | None = arg(None, help="solve this many examples at most, drawn by seed", least=1, group="the task")
+    seed: int = arg(0, help="draws the shots and the examples, and what is sampled", least=0, most=2**63 - 1, group="the task")
+    examples: Path | None = arg(None, help="write each example with its answers and scores to this JSONL file", group="the task")
+    n: int = arg(1, help="answers to each example", least=1, most=64, group="sampling")
+    temperature: float = arg(0.0, help="0: the likeliest token", least=0, group="sampling")
+    top_k: int = arg(0, help="choose among this many tokens; 0: all", least=0, group="sampling")
+    top_p: float = arg(1.0, help="choose among the likeliest tokens with this much probability", above=0, most=1, group="sampling")
     provider: str | None = arg(None, help="bundle: the engine that runs it (default: the best here)", choices=PROVIDERS,
                                group="bundles")
     graph: str | None = arg(None, help="bundle: this graph of it, on ONNX Runtime's CPU", choices=("portable", "fast"),
@@ -72,6 +81,8 @@ class Options(Checked):
         super().__post_init__()
         if self.reference and self.task not in LIKELIHOOD:
             raise UserError(f"--reference belongs to the tasks {' and '.join(LIKELIHOOD)}, not to {self.task}")
+        if self.n > 1 and not self.temperature:
+            raise UserError(f"--n {self.n}: without --temperature all answers to an example are the same one")
         if self.task == "kl" and not self.reference:
             raise UserError("task kl needs --reference: a checkpoint, a bundle or a cache of compress.teacher")
 
@@ -84,8 +95,12 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 
-from models.judging import fidelity
-from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.encoders.evaluate import evaluate_encoder, is_any_encoder
+from models.judging import fidelity, texts
+from models.tasks.examples import Example, split_shots
+from models.tasks.scoring import Solved, score
+from runtime.task import Task
+from models.judging.language_model import LanguageModel, check_same_tokenizer, judging_on
 from models.formats.teacher_cache import TeacherCache, is_cache, open_cache, tokenizer_digest
 
 
@@ -95,38 +110,58 @@ def evaluate(options: Options) -> None:
         raise UserError(f"{options.reference}: is a teacher's cache, which brings its own text; leave --data out")
     if not (cached or options.data):
         raise UserError("give the files to measure on with --data")
-    texts = [(file, tasks.read_text(file)) for file in options.data] if likelihood else []
-    if options.show_prompt and not likelihood:
-        print(_prompts(options)[2][0])
+    if is_any_encoder(options.model):
+        result = {"model": options.model.name, "task": options.task, **evaluate_encoder(options)}
+        print(report(result))
+        if result["truncated"]:
+            print(f"{result['truncated']} texts were longer than the model's positions, and were cut there")
+        if options.json:
+            write_json(options.json, result)
+        return
+    if options.task not in (*LIKELIHOOD, *DECODER_TASKS):
+        raise UserError(f"--task {options.task}: compares the embeddings of an encoder, which {options.model} is not; a decoder has --task regress")
+    task, examples = (None, []) if likelihood else _asked(options)
+    if options.show_prompt and task and not task.chat:
+        print(task.text(examples[0].fields))
         return
     cache = open_cache(options.reference) if cached else None
-    model = open_model(options.model, threads=options.threads, graph=options.graph, exact=options.exact,
-                       provider=options.provider)
-    if cache:
-        result = on_cache(options, model, cache)
-    else:
-        result = perplexity(options, model, texts) if likelihood else labelled(options, model)
+    with judging_on(options.device, options.model, *([options.reference] if options.reference else [])) as opened:
+        model = opened(options.model, threads=options.threads, graph=options.graph, exact=options.exact, provider=options.provider)
+        if options.show_prompt and task:
+            print(model.tokenizer.decode(task.prompt(examples[0].fields, model.tokenizer, model.chat), control_tokens=True))
+            return
+        if cache:
+            result = on_cache(options, model, cache)
+        else:
+            windows = cut_texts(options, model) if likelihood else {}               # all are read before the first is measured
+            reference = opened(options.reference, threads=options.threads) if options.reference else None
+            result = perplexity(model, reference, windows) if likelihood else labelled(options, model, task, examples)
     result = {"model": options.model.name, "task": options.task, "backend": model.backend.name, **result}
     print(report(result))
     if options.json:
         write_json(options.json, result)
 
 
-def perplexity(options: Options, model: LanguageModel, texts: list[tuple[Path, str]]) -> dict:
-    """Pooled metrics, and those of each text under "texts"."""
-    reference = shared = None
-    if options.reference:
-        reference = open_model(options.reference, threads=options.threads)
-        shared = check_same_tokenizer(model, reference)
+def cut_texts(options: Options, model: LanguageModel) -> dict[str, list[fidelity.Window]]:
+    """The windows of each file, by its name (its path, where two have one name). Raises UserError for a file that cannot be used."""
     window = min(options.window or 512, model.context)
     stride = window // 2 if options.stride is None else options.stride
-    parts = []
-    for file, text in texts:
-        windows = fidelity.cut_windows(model.tokenizer, text, window, stride, options.max_windows)
-        part = fidelity.measure(model.backend, windows, reference and reference.backend, shared=shared, label=file.name)
-        parts.append((file.name, part))
-    pooled = fidelity.Fidelity([window for _, part in parts for window in part.windows])
-    return {**pooled.metrics(), "texts": {name: part.metrics() for name, part in parts}}
+    enough = None if options.max_windows is None else window + stride * options.max_windows
+    files = [Path(file) for file in options.data]
+    names, found = Counter(file.name for file in files), {}
+    for file in files:
+        text = texts.read(file, model.tokenizer, lambda: model.chat, enough)
+        found[file.name if names[file.name] == 1 else str(file)] = fidelity.cut_windows(text, window, stride, options.max_windows)
+    return found
+
+
+def perplexity(model: LanguageModel, reference: LanguageModel | None, windows: dict[str, list[fidelity.Window]]) -> dict:
+    """Pooled metrics, and those of each text under "texts"."""
+    shared = reference and check_same_tokenizer(model, reference)
+    parts = {name: fidelity.measure(model.backend, cut, reference and reference.backend, shared=shared, label=name)
+             for name, cut in windows.items()}
+    pooled = fidelity.Fidelity([window for part in parts.values() for window in part.windows])
+    return {**pooled.metrics(), "texts": {name: part.metrics() for name, part in parts.items()}}
 
 
 def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dict:
@@ -144,70 +179,54 @@ def on_cache(options: Options, model: LanguageModel, cache: TeacherCache) -> dic
     return fidelity.measure(model.backend, windows, cache, label=cache.folder.name).metrics()
 
 
-def _prompts(options: Options) -> tuple[tasks.Prompt, list[tasks.Example], list[str], list[str]]:
-    """How to ask, the examples to solve, the text of each, and every answer that the files have, sorted."""
-    prompt = tasks.load_prompt(options.task, options.prompt)
-    shots = prompt.shots if options.shots is None else options.shots
-    examples = [e for file in options.data for e in tasks.read_examples(options.task, file, options.header)]
-    solved, rest = tasks.split_shots(examples, shots, options.limit, options.seed)
-    return prompt, rest, [tasks.render(prompt, solved, e) for e in rest], sorted({e.answers[0] for e in examples})
+def _asked(options: Options) -> tuple[Task, list[Example]]:
+    """The task and the examples to solve. Raises UserError, before a model is opened."""
+    if not options.model.is_dir():
+        raise UserError(f"{options.model} does not exist; give the folder of a checkpoint or bundle")
+    examples = examples_of(options, options.data)
+    task = open_task(options.task, options, examples, options.model)
+    brought = task.shots and options.shots is None
+    shots = 0 if brought else default_shots(task) if options.shots is None else options.shots
+    solved, rest = split_shots(examples, shots, options.limit, options.seed)
+    return task if brought else with_shots(task, solved), rest
 
 
-def labelled(options: Options, model: LanguageModel) -> dict:
+def labelled(options: Options, model: LanguageModel, task: Task, examples: list[Example]) -> dict:
     """Metrics of a task with right answers."""
-    prompt, examples, texts, labels = _prompts(options)
-    if options.task == "classify":
-        unnamed = [x for x in labels if prompt.labels and x not in prompt.labels]
-        if unnamed:
-            raise UserError(f"label {unnamed[0]!r} has no words in the prompt; it names {', '.join(prompt.labels)}: "
-                            "give its labels with --prompt")
-        texts = progress(texts, label="classify", unit="example")
-        answers = [model.classify(text, labels, prompt.labels) for text in texts]
+    prompts = [task.prompt(example.fields, model.tokenizer, model.chat) for example in examples]
+    if task.answer != "text":
+        if options.temperature:
+            raise UserError(f"--temperature {options.temperature}: task {task.name} writes nothing, its answers are chosen; leave it out")
+        answers = [[model.answer(task, example.fields)] for example in progress(examples, label=task.name, unit="example")]
     else:
-        replies = model.generate(texts, prompt.max_new_tokens, prompt.stop, label=options.task)
-        answers = [reply.text.strip() for reply in replies]
-    result, rows = score(options.task, answers, examples)
+        sampling = SamplingOptions(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+        replies = model.generate([ids for ids in prompts for _ in range(options.n)], task.max_new_tokens, task.stops, sampling=sampling,
+                                 label=task.name)
+        texts = [_answer(model, task, reply, prompts[number // options.n]) for number, reply in enumerate(replies)]
+        answers = [texts[first:first + options.n] for first in range(0, len(texts), options.n)]
+    likely = [(0.0, 0)] * len(examples)
+    if "perplexity" in task.metrics:
+        likely = [_likelihood(model, task, *one) for one in progress(list(zip(examples, prompts)), label="right answers", unit="example")]
+    solved = [Solved(found, example.answers, nll) for found, example, nll in zip(answers, examples, likely)]
+    result, scores = score(task, solved)
     if options.examples:
+        rows = [{"fields": example.fields, "references": list(example.answers), "answer": found[0], **({"answers": found} if options.n > 1 else {}),
+                 **row} for example, found, row in zip(examples, answers, scores)]
         write(options.examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return result
 
 
-def score(task: str, answers: list[str], examples: list[tasks.Example]) -> tuple[dict, list[dict]]:
-    """A task's metrics with intervals, and a row an example."""
-    rights = [list(e.answers) for e in examples]
-    pairs = [(answer, right[0]) for answer, right in zip(answers, rights)]
-    rows = [{"fields": e.fields, "references": r, "answer": a} for e, r, a in zip(examples, rights, answers)]
-    result = {"examples": len(rows)}
+def _answer(model: LanguageModel, task: Task, reply, prompt: np.ndarray) -> str:
+    """What a reply says, without a thought before it."""
+    thoughts = model.chat.thoughts if task.chat and model.chat else None
+    text = thoughts.split(model.tokenizer, prompt, reply.tokens, reply.text)[1] if thoughts else reply.text
+    return text.strip()
 
-    def mean(name: str, values: list[float]) -> None:
-        result[name], result[f"{name}_interval"] = float(np.mean(values)), list(metrics.bootstrap(values))
-        for row, value in zip(rows, values):
-            row[name] = value
 
-    def corpus(name: str, function, resamples: int = 200) -> None:
-        statistic = lambda some: function(*zip(*some))    # noqa: E731
-        result[name] = statistic(pairs)
-        result[f"{name}_interval"] = list(metrics.bootstrap(pairs, statistic, resamples=resamples))
-
-    if task == "qa":
-        mean("exact_match", [metrics.exact_match(a, r) for a, r in zip(answers, rights)])
-        mean("f1", [metrics.token_f1(a, r) for a, r in zip(answers, rights)])
-    if task == "classify":
-        for name in ("accuracy", "precision", "recall", "f1"):
-            corpus(name, lambda a, r, n=name: metrics.classification(a, r)[n], resamples=1000)
-        result |= {name: metrics.classification(*zip(*pairs))[name] for name in ("labels", "confusion")}
-    if task in ("qa", "summarize", "generate"):
-        scores = [metrics.rouge(a, r) for a, r in zip(answers, rights)]
-        for kind in ("rougeL",) if task == "qa" else ("rouge1", "rouge2", "rougeL"):
-            mean(kind, [s[kind] for s in scores])
-    if task in ("translate", "generate"):
-        chinese = any("\u4e00" <= c <= "\u9fff" for r in rights for c in r[0])
-        corpus("bleu", lambda a, r: metrics.bleu(a, r, chinese=chinese))
-    if task == "translate":
-        corpus("chrf", metrics.chrf)
-    if task == "generate":
-        mean("meteor", [metrics.meteor(*pair) for pair in pairs])
-    return result, rows
+def _likelihood(model: LanguageModel, task: Task, example: Example, prompt: np.ndarray) -> tuple[float, int]:
+    """-ln p of the first right answer, and its tokens, as far as the context goes."""
+    tail = task.tail(example.fields, example.answers[0], model.tokenizer, model.chat)[:max(1, model.context - len(prompt))]
+    return -model.score_tails(prompt, [tail])[0][0], len(tail)
 
 
 def report(result: dict) -> str:

@@ -65,6 +65,7 @@ def storage(checkpoint: Checkpoint) -> list[dict]:
         else:
             form = formats[module]
             kind = f"{form.bits}-bit " + (f"group {form.group}" if form.group else "per channel")
+            kind += ("" if form.kind == "int" else f" {form.kind}") + ("" if form.scale_bits == 16 else ", 8-bit scales")
             kind += "" if form.symmetric else " asymmetric"
             whole = math.prod(shapes[f"{module}.weight"]) if suffix == "codes" else 0       # scales count as bytes only
         row = rows.setdefault(kind, {"stored as": kind, "tensors": 0, "weights": 0, "bytes": 0})

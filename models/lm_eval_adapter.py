@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from models.device import DeviceOptions
 from models.progress import progress
-from runtime.cli import Checked, arg, run, table
+from runtime.cli import arg, run, table
 from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(DeviceOptions):
     """Run lm-evaluation-harness tasks on a checkpoint or a bundle."""
     model: Path = arg(positional=True, help="checkpoint or bundle folder")
     tasks: tuple[str, ...] = arg(help="names of tasks")
@@ -43,7 +44,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from models.evaluate import write_json
-from models.judging.language_model import LanguageModel, open_model
+from models.judging.language_model import LanguageModel, judging_on
 
 MAX_NEW_TOKENS = 256          # where a task does not say, as in the harness
 
@@ -119,10 +120,11 @@ def evaluate(options: Options) -> None:
     unknown = [t for t in options.tasks if t not in manager.all_tasks]
     if unknown:
         raise UserError(f"there is no task {unknown[0]!r} in the harness or in {options.include_path or 'a folder of yours (--include-path)'}")
-    model = EdgewrightLM(open_model(options.model, threads=options.threads, graph=options.graph))
     try:
-        results = simple_evaluate(model, tasks=list(options.tasks), task_manager=manager, num_fewshot=options.shots,
-                                  limit=options.limit)["results"]
+        with judging_on(options.device, options.model) as opened:
+            model = EdgewrightLM(opened(options.model, threads=options.threads, graph=options.graph))
+            results = simple_evaluate(model, tasks=list(options.tasks), task_manager=manager, num_fewshot=options.shots,
+                                      limit=options.limit)["results"]
     except ConnectionError as error:              # datasets' and huggingface_hub's, where a task's data is on the hub
         raise UserError(f"the data of {', '.join(options.tasks)} cannot be reached ({str(error).splitlines()[0]}); connect, or give a "
                         "task of your own whose data is a file (--include-path)") from None

@@ -62,11 +62,12 @@ import torch
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.network.decoder import Decoder
 from models.network.gru import gru_of_size, write_gru
-from models.training.memory import memory_line, training_bytes
-from models.training.trainer import Trainer, process_state
+from models.training.memory import memory_line, rows_at_once, training_bytes
+from models.training.placement import process_state
+from models.training.trainer import Trainer
 
 TOKENS_PER_PARAMETER = 20
-LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default
+LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default on a CPU
 
 
 def train(options: TrainOptions) -> None:
@@ -75,8 +76,8 @@ def train(options: TrainOptions) -> None:
     tokenizer = tokenizer_file(folder)
     check_output(options.out / "last", options.checkpoint)
     torch.manual_seed(options.seed)
-    model, options, eos = _model_and_options(options, folder)
-    state = process_state()
+    state = process_state(options.device)
+    model, options, eos = _model_and_options(options, folder, state)
     with state.main_process_first():
         train_corpus, valid_corpus = _corpora(options, tokenizer, eos)
     train_rows, valid_rows = (Blocks(c, options.context, options.boundaries) for c in (train_corpus, valid_corpus))
@@ -89,7 +90,7 @@ def train(options: TrainOptions) -> None:
               f"{len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x {options.context} tokens")
         if isinstance(model, Decoder):
             print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
-                                             options.checkpointing)))
+                                             options.checkpointing), state.device))
     metrics = trainer.fit()
     if state.is_main_process:
         bits = metrics["valid_loss"] / math.log(2) * len(valid_corpus.tokens) / valid_corpus.text_bytes
@@ -97,7 +98,7 @@ def train(options: TrainOptions) -> None:
               f"({bits:.3f} bits a byte); lowest {trainer.best:.4f} in {options.out / 'best'}")
 
 
-def _model_and_options(options: TrainOptions, folder: Path):
+def _model_and_options(options: TrainOptions, folder: Path, state):
     """(module, options with every default filled in, EOS id)."""
     if options.checkpoint is not None:
         checkpoint = open_checkpoint(options.checkpoint)
@@ -118,8 +119,10 @@ def _model_and_options(options: TrainOptions, folder: Path):
     steps = options.steps
     if steps is None:
         steps = -(-TOKENS_PER_PARAMETER * _parameters(model) // (batch * options.context))
-    micro = min(batch, max(1, LOGIT_FLOATS // (vocab * options.context)))
-    return model, options.filled(batch=batch, steps=steps, micro_batch=micro, learning_rate=rate, warmup=steps // 20), eos
+    share, micro = max(1, batch // state.num_processes), max(1, LOGIT_FLOATS // (vocab * options.context))
+    if isinstance(model, Decoder):
+        micro = rows_at_once(model, model.config, share, options.context, options.context, options.checkpointing, state.device, micro)
+    return model, options.filled(batch=batch, steps=steps, micro_batch=min(batch, micro), learning_rate=rate, warmup=steps // 20), eos
 
 
 def _parameters(model) -> int:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from models.device import DeviceOptions
 from models.network.config import ModelConfig
 from models.training.presets import preset
 from models.training.options import TrainerOptions
 from runtime.cli import arg, run, table
 
 
-@dataclass(frozen=True)
-class BenchOptions:
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(DeviceOptions):
     """Compare the trainer's tokens/s with those of a plain PyTorch loop of the same shape."""
     preset: str = arg("5m", help="size of the model")
     vocab_size: int = arg(4096, help="size of the vocabulary")
@@ -123,7 +124,7 @@ def bench(options: BenchOptions) -> None:
     config, rows = preset(options.preset, options.vocab_size, options.context, eos=0).config, RandomBlocks(options)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainerOptions(out=Path(folder) / "run", steps=10**6, batch=options.batch, micro_batch=options.batch,
-                                  learning_rate=1e-3, warmup=0, precision=options.precision)
+                                  learning_rate=1e-3, warmup=0, precision=options.precision, device=options.device)
         ours = Trainer(Decoder(config), settings, rows, rows, save=lambda module, out, metrics: None, inputs={})
         plain = PlainLoop(config, rows, options, ours.accelerator.device)
         tokens = options.steps * options.batch * options.context
@@ -132,7 +133,9 @@ def bench(options: BenchOptions) -> None:
             for name, loop in (("plain", plain), ("ours", ours)):
                 start = time.perf_counter()
                 for _ in range(options.steps):
-                    loop.train_step()
+                    done = loop.train_step()
+                if loop is ours:
+                    done.read()                                          # the device is asked to, and has not made, the last ones
                 if number:                                           # the first round warms up
                     speeds[name].append(tokens / (time.perf_counter() - start))
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in (("plain", plain.model), ("ours", ours.module))}

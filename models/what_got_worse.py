@@ -17,21 +17,26 @@ from pathlib import Path
 
 import numpy as np
 
-from models.judging import behaviour, tasks
+from models.device import DeviceOptions
+from models.judging import behaviour
 from models.progress import progress
-from runtime.cli import Checked, arg, run
+from models.tasks.defaults import SHOTS
+from models.tasks.examples import Example, read_examples, split_shots
+from models.tasks.options import TaskOptions, open_task, with_shots
+from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import write
+from runtime.task import Task
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(DeviceOptions):
     """Compare a model before and after: what got worse, where, and by how much."""
     before: Path = arg(positional=True, help="checkpoint or bundle to hold the other against")
     after: Path = arg(positional=True, help="checkpoint or bundle that was made from it")
-    data: tuple[Path, ...] = arg((), help="UTF-8 texts, one a domain")
-    prompts: Path | None = arg(None, help="instructions with replies: Alpaca JSON, or JSONL with instruction and output")
-    labelled: Path | None = arg(None, help="TSV: sentence TAB label")
+    data: tuple[Path, ...] = arg((), help="texts or chats, a file a domain")
+    prompts: Path | None = arg(None, help="instructions with replies: Alpaca, or prompt and completion")
+    labelled: Path | None = arg(None, help="texts with labels, such as a TSV of sentence TAB label")
     windows: int = arg(20, help="windows of 512 tokens a text, at most", least=1)
     limit: int = arg(40, help="prompts and labelled examples, at most", least=1)
     new_tokens: int = arg(96, help="tokens of each reply whose habits are judged", least=1)
@@ -55,28 +60,29 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 
-from models.judging import fidelity
+from models.judging import fidelity, texts
 from models.evaluate import write_json
-from models.judging.language_model import LanguageModel, check_same_tokenizer, open_model
+from models.judging.language_model import LanguageModel, check_same_tokenizer, judging_on
 from models.judging.page import page, report
 
 
 def compare(options: Options) -> None:
-    texts = [(file.name, tasks.read_text(file)) for file in options.data]
-    instructions = tasks.read_examples("generate", options.prompts) if options.prompts else []
-    labelled = tasks.read_examples("classify", options.labelled) if options.labelled else []
-    before, after = (open_model(m, threads=options.threads) for m in (options.before, options.after))
-    shared = check_same_tokenizer(after, before)
+    instructions = read_examples("instruct", [options.prompts]) if options.prompts else []
+    labelled = read_examples("classify", [options.labelled]) if options.labelled else []
+    with judging_on(options.device, options.before, options.after) as opened:
+        before, after = (opened(model, threads=options.threads) for model in (options.before, options.after))
+        shared = check_same_tokenizer(after, before)
 
-    result = {"before": options.before.name, "after": options.after.name}
-    if texts:
-        result["domains"] = [domain(name, text, before, after, options.windows, shared) for name, text in texts]
-    if instructions:
-        _, chosen = tasks.split_shots(instructions, 0, options.limit, options.seed)
-        result["prompts"] = prompts(chosen, before, after)
-        result["habits"] = habits(chosen, before, after, options.new_tokens)
-    if labelled:
-        result["answers"] = answers(labelled, before, after, options)
+        result = {"before": options.before.name, "after": options.after.name}
+        if options.data:
+            read = [(file.name, texts.read(file, after.tokenizer, lambda: after.chat)) for file in options.data]
+            result["domains"] = [domain(name, text, before, after, options.windows, shared) for name, text in read]
+        if instructions:
+            _, chosen = split_shots(instructions, 0, options.limit, options.seed)
+            result["prompts"] = prompts(chosen, before, after)
+            result["habits"] = habits(chosen, before, after, options.new_tokens)
+        if labelled:
+            result["answers"] = answers(labelled, before, after, options)
     print(report(result, options.worst))
     if options.json:
         write_json(options.json, result)
@@ -85,9 +91,9 @@ def compare(options: Options) -> None:
         print(f"\n{options.html}: open it in a browser")
 
 
-def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, limit: int, shared: int | None) -> dict:
+def domain(name: str, text: texts.Text, before: LanguageModel, after: LanguageModel, limit: int, shared: int | None) -> dict:
     size = min(512, before.context, after.context)
-    windows = fidelity.cut_windows(after.tokenizer, text, size, size // 2, limit)
+    windows = fidelity.cut_windows(text, size, size // 2, limit)
     old = fidelity.measure(before.backend, windows, label=f"{name}, before").metrics()
     moved = fidelity.measure(after.backend, windows, before.backend, shared=shared, label=f"{name}, after")
     new = moved.metrics()
@@ -97,31 +103,35 @@ def domain(name: str, text: str, before: LanguageModel, after: LanguageModel, li
             "perplexity_after": new["perplexity"], "worst_kl": worst_kl, "worst_after": after.tokenizer.decode(ids)}
 
 
-def _asked(example: tasks.Example) -> str:
-    return "\n".join(part for part in (example.fields["instruction"], example.fields.get("input")) if part)
+def instructing(model: LanguageModel) -> Task:
+    """How the model is asked for a reply: through its template, where it has one."""
+    return Task(name="instruct", example="{prompt}" if model.chat else "{prompt}\n", chat=model.chat is not None)
 
 
-def prompts(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel) -> list[dict]:
+def _ids(model: LanguageModel, fields: dict) -> np.ndarray:
+    return instructing(model).prompt(fields, model.tokenizer, model.chat)
+
+
+def prompts(examples: list[Example], before: LanguageModel, after: LanguageModel) -> list[dict]:
     """Mean ln p of a token of each file's own reply, before and after; largest loss first."""
     rows = []
     for example in progress(examples, label="replies", unit="prompt"):
-        asked = before.chat_prompt(_asked(example))
-        tail = before.tokenizer.encode(example.answers[0], special_tokens=False)[:before.context // 2]
+        asked = _ids(before, example.fields)
+        tail = instructing(before).tail(example.fields, example.answers[0], before.tokenizer, before.chat)[:before.context // 2]
         if not len(tail) or len(asked) + len(tail) >= min(before.context, after.context):
             continue
         old, new = (m.score_tails(asked, [tail])[0][0] / len(tail) for m in (before, after))
-        rows.append({"prompt": _asked(example), "before": old, "after": new, "loss": old - new})
+        rows.append({"prompt": example.fields["prompt"], "before": old, "after": new, "loss": old - new})
     return sorted(rows, key=lambda r: -r["loss"])
 
 
-def habits(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel, new_tokens: int) -> list[dict]:
+def habits(examples: list[Example], before: LanguageModel, after: LanguageModel, new_tokens: int) -> list[dict]:
     """Rates of refusing, repeating and valid JSON, before and after, over the same prompts."""
-    asked = [_asked(e) for e in examples]
-    asked = [a for a in asked if len(before.chat_prompt(a)) + new_tokens < min(before.context, after.context)]
+    asked = [e.fields for e in examples if len(_ids(before, e.fields)) + new_tokens < min(before.context, after.context)]
     rows = []
-    for prompts_, kinds in ((asked, {"refuses": behaviour.refuses, "repeats itself": behaviour.repeats}),
-                            (list(behaviour.JSON_PROMPTS), {"valid JSON when asked": behaviour.valid_json})):
-        old, new = (model.generate([model.chat_prompt(a) for a in prompts_], new_tokens, label=label)
+    for records, kinds in ((asked, {"refuses": behaviour.refuses, "repeats itself": behaviour.repeats}),
+                            ([{"prompt": prompt} for prompt in behaviour.JSON_PROMPTS], {"valid JSON when asked": behaviour.valid_json})):
+        old, new = (model.generate([_ids(model, fields) for fields in records], new_tokens, label=label)
                     for model, label in ((before, "before"), (after, "after")))
         for name, judge in kinds.items():
             was, now = ([judge(reply.text) for reply in replies] for replies in (old, new))
@@ -130,17 +140,16 @@ def habits(examples: list[tasks.Example], before: LanguageModel, after: Language
     return rows
 
 
-def answers(examples: list[tasks.Example], before: LanguageModel, after: LanguageModel, options: Options) -> dict:
+def answers(examples: list[Example], before: LanguageModel, after: LanguageModel, options: Options) -> dict:
     """Accuracy before and after, and the examples that flipped."""
-    prompt = tasks.load_prompt("classify", None)
-    solved, rest = tasks.split_shots(examples, prompt.shots, options.limit, options.seed)
-    labels = sorted({e.answers[0] for e in examples})
+    task = open_task("classify", TaskOptions(), examples, options.before)
+    solved, rest = split_shots(examples, 0 if task.shots else SHOTS["classify"], options.limit, options.seed)
+    task = task if task.shots else with_shots(task, solved)
     flips, right = [], np.zeros(2)
     for example in progress(rest, label="answers", unit="example"):
-        text = tasks.render(prompt, solved, example)
-        old, new = (m.classify(text, labels, prompt.labels) for m in (before, after))
+        old, new = (model.answer(task, example.fields) for model in (before, after))
         right += [old == example.answers[0], new == example.answers[0]]
         if old != new:
-            flips.append({"example": example.fields["sentence"], "right": example.answers[0], "before": old, "after": new})
+            flips.append({"example": example.fields["text"], "right": example.answers[0], "before": old, "after": new})
     return {"examples": len(rest), "accuracy_before": right[0] / len(rest), "accuracy_after": right[1] / len(rest),
             "flipped": len(flips), "flips": flips}

@@ -152,6 +152,19 @@ class Cache(ABC):
                 self.states.fork(source, target)
         self.lengths[target] = self.lengths[source]
 
+    def adopt(self, other: Cache, source: int, row: int) -> None:
+        """Copy row `source` of another cache of this backend, slots, states and length, over `row` of this one, which has as many slots."""
+        length = int(other.lengths[source])
+        self.truncate(row, 0)
+        if length:
+            self._adopt_slots(other, source, row, -(-length // BLOCK) * BLOCK)
+            self.lengths[row] = length
+            self.restore(row, other.snapshot(source))
+
+    def _adopt_slots(self, other: Cache, source: int, row: int, stop: int) -> None:
+        """The first `stop` slots."""
+        self.write(row, 0, stop, other.read(source, 0, stop))
+
     @abstractmethod
     def read(self, row: int, first: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """The slots first..stop-1 of `row`, both multiples of BLOCK, as bytes: uint8 [n] (`out`, if given), as many for every cache
@@ -197,8 +210,10 @@ class Backend(Protocol):
         Threads may call at once, each with caches of its own. Raises DeviceError once the backend was closed.
         """
 
-    # A backend may also have `step_rows(cache, tokens, samplers)`, a step that finds the likely next tokens itself: see
-    # `NativeBackend.step_rows` in native/backend.py.
+    # A backend may also have `step_rows(cache, tokens, samplers)`, a step that finds the likely next tokens itself, with it
+    # `within(work)`, which gives work() of several such steps, run where they cost least, and `check_rows(cache, feeds, firsts,
+    # samplers)`, the same of a different number of tokens a row (see native/backend.py); and `free_memory()`, bytes that caches may
+    # take where that is not the host's memory.
 
     def close(self) -> None:
         """Free the device's memory, once the calls that run have ended; none begins after. Closing again does nothing."""

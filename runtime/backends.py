@@ -7,8 +7,6 @@ Each step down is logged once, in one line with its reason; `Engine.explain()` r
 engine does not climb again. A named provider is insisted on instead: its reason is raised.
 """
 
-import ctypes
-import functools
 import logging
 from collections.abc import Callable
 
@@ -51,7 +49,8 @@ def open_backend(bundle: Bundle, provider: str | None, threads: int | None, belo
         if given and name != "native":
             explanation.append(f"{given}: without effect here, since {name} has none")
             _log.info(explanation[-1])
-        return backend, [f"{backend.name} runs {backend.graph} ({getattr(backend, 'threads', threads)} CPU threads)", *explanation]
+        how = getattr(backend, "how", None) or f"{getattr(backend, 'threads', threads)} CPU threads"
+        return backend, [f"{backend.name} runs {backend.graph} ({how})", *explanation]
     raise Unavailable("; ".join(explanation[::-1]) or f"there is no backend below {below}")
 
 
@@ -72,17 +71,19 @@ def _open_tensorrt(bundle: Bundle, threads: int) -> Backend:
     return TrtBackend(bundle)
 
 
-def _open_onnxruntime(bundle: Bundle, threads: int, provider: str = "cpu", **options) -> Backend:
-    if provider == "cuda":
-        try:                          # before onnxruntime, whose import takes 20 MB
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            raise Unavailable("this machine has no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
+def _open_cuda(bundle: Bundle, threads: int) -> Backend:
+    from .cuda_opening import find_driver
+    find_driver()                     # most machines have none: before anything is read
+    from .cuda_backend import CudaBackend
+    return CudaBackend(bundle, threads=threads)
+
+
+def _open_onnxruntime(bundle: Bundle, threads: int, **options) -> Backend:
     from .ort_backend import OrtBackend
-    return OrtBackend(bundle, provider=provider, threads=threads, **options)
+    return OrtBackend(bundle, threads=threads, **options)
 
 
 _OPEN: dict[str, Callable[..., Backend]] = {
-    "tensorrt": _open_tensorrt, "cuda": functools.partial(_open_onnxruntime, provider="cuda"),
+    "tensorrt": _open_tensorrt, "cuda": _open_cuda,
     "native": lambda bundle, threads, **options: NativeBackend(bundle, threads=threads, **options),
     "cpu": _open_onnxruntime}

@@ -16,7 +16,12 @@ median over the rounds of each figure, with its extremes and the interval that h
     load_ms               Engine(), once, imports not included
     peak_rss_mb           most memory resident in the process (MiB), imports and tokenizer included
 
+--speculate measures guesses instead, on prompts of three classes (benching/guessing.py has its figures). Without it nothing is guessed,
+since what comes after random tokens repeats itself.
+
 Runs of other processes show in the spread and in the line of conditions.
+
+Encoders' bundles are measured by texts a second (benching/encoders.py).
 
 --load measures servers instead, with many clients (benching/load.py), and --soak checks one under mixed load (benching/soak.py).
 """
@@ -35,6 +40,7 @@ from .benching.ours import Apart, Bundle, figures      # noqa: F401 (figures: fo
 from .benching.peers import peer
 from .benching.report import Samples, as_json, markdown, terminal
 from .cli import arg, run
+from .encoder_bundle import is_encoder_bundle
 from .errors import UserError
 from .files import write
 from .generate import OpeningOptions
@@ -57,6 +63,7 @@ class Options(OpeningOptions):
     bundle: tuple[Path, ...] = arg((), positional=True, help="folders of bundles, the first of which is compared with the others")
     prompt_tokens: int = arg(128, help="tokens of the prompt", least=1)
     new_tokens: int = arg(128, help="tokens to generate", least=2)
+    speculate: str = arg("off", help="measure what guessing tokens ahead gains on prompts that repeat much or little: on, or a draft")
     repeat: int | None = arg(None, help="rounds that count (default: 5; with --load 1)", least=1)
     json: Path | None = arg(None, help="write the figures to this file")
     markdown: Path | None = arg(None, help="write the table to this file")
@@ -96,6 +103,10 @@ def bench(options: Options) -> int | None:
     if options.load:
         from .benching.load import load
         samples, header = load(options)
+    elif options.speculate != "off":
+        samples, header = guesses(options)
+    elif options.bundle and all(map(is_encoder_bundle, options.bundle)):
+        samples, header = of_encoders(options)
     else:
         samples, header = systems(options)
     header = {**header, "machine": f"{cpu_name()}, {available_cpus()} CPUs, {platform.system()} {platform.release()}",
@@ -107,6 +118,27 @@ def bench(options: Options) -> int | None:
         write(options.markdown, markdown(samples, header))
     if options.plot:
         plot(options.plot, samples)
+
+
+def guesses(options: Options) -> tuple[Samples, dict[str, str]]:
+    """--speculate."""
+    if len(options.bundle) != 1 or options.against:
+        raise UserError("--speculate measures one bundle at a time, against itself")
+    from .benching.guessing import guessing
+    rounds = options.repeat or 3
+    with options.open_bundle(options.bundle[0], options.max_memory_mb) as engine:
+        return guessing(engine, options.new_tokens, rounds), {
+            "bundle": options.bundle[0].name, "engine": engine.explain().splitlines()[0],
+            "run": f"replies of up to {options.new_tokens} tokens, {rounds} rounds after one to warm up"}
+
+
+def of_encoders(options: Options) -> tuple[Samples, dict[str, str]]:
+    """Bundles of encoders."""
+    from .benching.encoders import encoders
+    if options.against or options.context or options.streams:
+        raise UserError("--against, --context and --streams are for decoders: an encoder's texts have no tokens after them")
+    names = unique([folder.name for folder in options.bundle], options.bundle)
+    return encoders(options.bundle, names, options.prompt_tokens, options.repeat or 5, options.threads, options.provider)
 
 
 def systems(options: Options) -> tuple[Samples, dict[str, str]]:

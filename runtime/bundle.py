@@ -23,18 +23,18 @@ from .errors import CheckFailed, UserError, shown
 from .files import read_json, restored
 from .token_ids import pad_id, token_id, token_ids
 
-FORMAT = "edgewright-bundle"
+FORMAT, ENCODER_FORMAT = "edgewright-bundle", "edgewright-encoder"      # of a decoder, and of an encoder (encoder_bundle.py)
 VERSION, VERSIONS = 2, (1, 2)      # what is written, and what is read: version 1 has no layers but attention
 MANIFEST = "manifest.json"
-ROLES = ("portable", "fast")
+ROLES = ("portable", "fast", "cuda")
 DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4,
               "uint2": 2, "uint3": 3, "uint5": 5, "uint6": 6, "float8_e4m3fn": 8}
-_PACKED_BY_ROW = ("uint2", "uint3", "uint5", "uint6")       # each row ends on a byte; int4 and uint4 do as ONNX does
+_PACKED_BY_ROW = ("uint2", "uint3", "uint4", "uint5", "uint6")       # each row ends on a byte; int4 does as ONNX does
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}      # others are given as raw bytes
 # What a manifest must hold: (form, None) may be null or missing, [form] is a list, {str: form} an object of any names.
 _FORM = {
     "name": str, "files": {str: {"bytes": int, "sha256": str}},
-    "tokenizer": str, "chat_template": (str, None), "golden": (str, None),
+    "tokenizer": str, "chat_template": (str, None), "golden": (str, None), "draft": (str, None), "task": (str, None),
     "model": {"config": {"vocab_size": int, "hidden_size": int, "head_dim": int}, "max_context": int,
               "bos_token_id": (int, None), "eos_token_ids": [int], "pad_token_id": (int, None),
               "special_tokens": ({str: str}, None), "generation": (dict, None)},
@@ -98,6 +98,25 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     Raises UserError (no bundle, unknown version, a file missing, shortened or outside the folder, a broken manifest)
     and CheckFailed (`verify` found a changed file, named in the message).
     """
+    folder, path, manifest = read_manifest(folder)
+    if manifest.get("format") == ENCODER_FORMAT:
+        raise UserError(f"{folder} is an encoder's bundle, which generates no text: open it with runtime.Encoder")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
+    if (version := manifest.get("version")) not in VERSIONS or type(version) is not int:
+        raise UserError(f"{path}: bundle version {version!r}, but this runtime reads versions {' and '.join(map(str, VERSIONS))}; "
+                        "export the bundle again or update the runtime")
+    _check_manifest(path, manifest)
+    for name, entry in manifest["files"].items():
+        check_file(folder, name, entry)
+    bundle = Bundle(folder, manifest)
+    if verify and (changed := changed_files(bundle)):
+        raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
+    return bundle
+
+
+def read_manifest(folder: str | Path) -> tuple[Path, Path, dict]:
+    """The folder, its manifest's path, and what that holds, of which nothing is checked yet. Raises UserError."""
     try:
         folder = Path(folder).expanduser().absolute()
     except (TypeError, RuntimeError) as error:                # no path, or ~ of nobody
@@ -108,27 +127,16 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
     if not path.exists():
         raise UserError(f"{folder}: no {MANIFEST} in it, so it is no bundle; `python -m export.onnx` makes one")
     manifest = read_json(path, mend="export the bundle again")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f'{path}: "format" is not "{FORMAT}", so it is no bundle of this project')
-    if (version := manifest.get("version")) not in VERSIONS or type(version) is not int:
-        raise UserError(f"{path}: bundle version {version!r}, but this runtime reads versions {' and '.join(map(str, VERSIONS))}; "
-                        "export the bundle again or update the runtime")
-    _check_manifest(path, manifest)
-    for name, entry in manifest["files"].items():
-        _check_file(folder, name, entry)
-    bundle = Bundle(folder, manifest)
-    if verify and (changed := changed_files(bundle)):
-        raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
-    return bundle
+    return folder, path, manifest
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a stored tensor. int4 and uint4 are packed over the whole tensor as ONNX does, odd widths row by row."""
+    """Bytes of a stored tensor. int4 is packed over the whole tensor as ONNX does, unsigned codes row by row."""
     rows, row = (math.prod(shape[:-1]), shape[-1]) if dtype in _PACKED_BY_ROW and shape else (1, math.prod(shape))
     return rows * -(-row * DTYPE_BITS[dtype] // 8)
 
 
-def changed_files(bundle: Bundle) -> list[str]:
+def changed_files(bundle) -> list[str]:
     """Names of the files whose sha256 is not the manifest's. Reads every byte of the bundle."""
     import hashlib                                # brings OpenSSL, which opening does not need
     changed = []
@@ -141,7 +149,7 @@ def changed_files(bundle: Bundle) -> list[str]:
 
 def _check_manifest(path: Path, manifest: dict) -> None:
     """Every field the runtime uses is there and of the right type, so that no later code has to doubt it."""
-    _check(path, "", manifest, _FORM)
+    check_form(path, "", manifest, _FORM)
     model, weights, files = manifest["model"], manifest["weights"], manifest["files"]
     vocab = model["config"]["vocab_size"]
     if model["max_context"] < 1:
@@ -152,7 +160,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     named = {"weights.file": weights["file"], "tokenizer": manifest["tokenizer"]}
     for key in ("graphs", "engines"):
         named |= {f"{key}[{i}].file": entry["file"] for i, entry in enumerate(manifest[key])}
-    for key in ("chat_template", "golden"):
+    for key in ("chat_template", "golden", "draft", "task"):
         if manifest.setdefault(key, None) is not None:
             named[key] = manifest[key]
     for where, name in named.items():
@@ -173,7 +181,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
                             f"({weights['bytes']} bytes); export the bundle again")
 
 
-def _check(path: Path, where: str, value: object, form) -> None:
+def check_form(path: Path, where: str, value: object, form) -> None:
     """Raises UserError where `value` is not of this form: see _FORM."""
     form, null = form if isinstance(form, tuple) else (form, False)
     if null is None and value is None:
@@ -184,13 +192,13 @@ def _check(path: Path, where: str, value: object, form) -> None:
         raise UserError(f"{path}: {where} should be {expected}, not {shown(value)}; export the bundle again")
     if isinstance(form, list):
         for i, item in enumerate(value):
-            _check(path, f"{where}[{shown(item.get('name', i)) if isinstance(item, dict) else i}]", item, form[0])
+            check_form(path, f"{where}[{shown(item.get('name', i)) if isinstance(item, dict) else i}]", item, form[0])
     elif isinstance(form, dict):
         for key, inner in (dict.fromkeys(value, form[str]) if str in form else form).items():
-            _check(path, f"{where}.{key}" if where else key, value.get(key), inner)
+            check_form(path, f"{where}.{key}" if where else key, value.get(key), inner)
 
 
-def _check_file(folder: Path, name: str, entry: dict) -> None:
+def check_file(folder: Path, name: str, entry: dict) -> None:
     """The file is inside the folder, is a file, and has the size the manifest gives."""
     path = folder / name
     parts = PurePosixPath(name).parts

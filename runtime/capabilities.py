@@ -3,7 +3,8 @@
     lack = next(lacks("onnx", plan), None)         # Lack("model.layers.0.mlp.up_proj", "3 bits", "bits"), or None
 
 A plan is a checkpoint's `quantization_config` (models/network/quantized.py), or what `tensors.check_tensors` found in a bundle:
-"tensors", name -> {"bits", "group", "symmetric" and, where it is not "int", "kind"}; "activations"; "kv_cache".
+"tensors", name -> {"bits", "group", "symmetric" and, where they are not the usual, "kind" and
+"scale_bits"}; "activations"; "kv_cache".
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ class Capabilities:
     zeros: bool = True                                # zero points
     negative_scales: bool = True
     float8: bool = False                              # codes that are 8-bit floats
+    levels: bool = False                              # tables of values that are not evenly spaced
+    scale_bits: tuple[int, ...] = (16,)               # of scales
     group_multiple: int = 1                           # of the inputs that share a scale, where a row has several
     activations: tuple[str, ...] = ()                 # scales of linears' int8 inputs: "row", "tensor"
     kv_cache: bool = False                            # int8 keys and values with stored scales
@@ -26,9 +29,9 @@ class Capabilities:
 
 
 BACKENDS = {
-    "pytorch": Capabilities((2, 3, 4, 5, 6, 8), float8=True, activations=("row", "tensor"), kv_cache=True),
+    "pytorch": Capabilities((2, 3, 4, 5, 6, 8), float8=True, levels=True, scale_bits=(8, 16), activations=("row", "tensor"), kv_cache=True),
     # rounds activations and caches by finer scales of its own
-    "native": Capabilities((2, 3, 4, 5, 6, 8), group_multiple=32, activations=("row",), kv_cache=True),
+    "native": Capabilities((2, 3, 4, 5, 6, 8), levels=True, scale_bits=(8, 16), group_multiple=32, activations=("row",), kv_cache=True),
     # the CPU's operators; graphs of bf16 are for TensorRT
     "onnx": Capabilities((4, 8), float8=True, activations=("row", "tensor"), kv_cache=True, dtypes=("fp32", "fp16")),
     # export.trt builds 8-bit floats, stored scales and int8 caches too, but nobody has seen their numbers
@@ -52,8 +55,12 @@ def lacks(backend: str, plan: dict) -> Iterator[Lack]:
         if form.get("kind", "int") == "e4m3":
             if not able.float8:
                 yield Lack(name, "8-bit floats", "float8")
+        elif form.get("kind") == "levels" and not able.levels:
+            yield Lack(name, "tables of levels", "levels")
         elif form["bits"] not in able.bits:
             yield Lack(name, f"{form['bits']} bits", "bits")
+        if form.get("scale_bits", 16) not in able.scale_bits:
+            yield Lack(name, f"scales of {form['scale_bits']} bits", "scale_bits")
         if not form["symmetric"] and not able.zeros:
             yield Lack(name, "zero points", "zeros")
     per = plan["activations"].get("per")

@@ -41,7 +41,7 @@ from .errors import CheckFailed, UserError, pip_line
 
 SIZE_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 EXTRAS = {"models": "train", "compress": "quant", "export": "export", __package__: "cpu", "lm_eval": "eval", "sacrebleu": "eval",
-          "rouge_score": "eval", "nltk": "eval", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu",
+          "rouge_score": "eval", "nltk": "eval", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu", "ray": "ray",
           **dict.fromkeys(("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance"), "serve")}
 # What transformers and peft load wherever it is installed and none of a package's commands uses: seconds, and lines of its own.
 _KEPT_OUT = {"models": ("torchao", "neural_compressor"), "compress": ("torchao",), "export": ("torchao",)}
@@ -90,8 +90,8 @@ def parse_size(text: str, name: str = "the size") -> int:
     if match and not match[2]:
         raise UserError(f"{name} is {text}, without a unit: write {match[1]}MB, or {match[1]}B for bytes")
     unit = SIZE_UNITS.get(match[2].upper()) if match else None
-    if not unit or float(match[1]) * unit < 1:
-        raise UserError(f"{name} is {text!r}, which should be a size such as 92MB")
+    if not unit or not 1 <= float(match[1]) * unit < 2**63:
+        raise UserError(f"{name} is {text!r:.60}, which should be a size such as 92MB")
     return int(float(match[1]) * unit)
 
 

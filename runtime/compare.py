@@ -97,3 +97,10 @@ def _kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
 def _kl_of_top(ids: np.ndarray, log_p: np.ndarray, rest_p: float, logits: np.ndarray) -> float:
     log_q = log_softmax(logits)[ids]
     return _kl(log_p, log_q) + np.exp(rest_p) * (rest_p - log_rest(log_q))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two vectors; 1 where both are zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm else float(np.array_equal(a, b))

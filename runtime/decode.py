@@ -5,21 +5,28 @@ lets sequences come and go can be written from the same parts: `prefill` rows, `
 What is measured goes through `logits`: tokens of one sequence in, what the model says after each of them out.
 
 Prompts are right-padded and run together as long as the padded tokens of a call stay within `PREFILL_TOKENS`, which
-bounds the activations' memory; a longer one, or one longer than the backend's chunk, goes through in chunks, on its row's own view. Several samples of one
-prompt share its prefill: the row is forked. Rows of finished sequences are filled from the end, so that a step costs
+bounds the activations' memory; a longer one, or one longer than the backend's chunk, goes through in chunks, on its row's own
+view. Several samples of one prompt share its prefill: the row is forked. Rows of finished sequences are filled from the end, so that a step costs
 only what the live rows cost. Every row sees only itself, so what a prompt gives does not depend on its neighbours,
 except that kernels may round differently for another number of rows: where two logits are nearly equal, a greedy token
 may then differ.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .backend import Backend, Cache
+from .errors import DeviceError, UserError
 from .sampling import Sampler, TokenLogprobs, token_logprobs
+
+if TYPE_CHECKING:
+    from .speculation.drafter import Drafter
 
 PREFILL_TOKENS = 512              # padded tokens of one call
 CAPACITY_STEP = 64                # capacities are multiples of this
@@ -44,6 +51,7 @@ class Sequence:
     times: list[float] = field(default_factory=list)      # time.perf_counter() at each token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    drafter: Drafter | None = None                        # who guesses its next tokens (speculation/drafter.py); None: nobody
 
     @property
     def context(self) -> np.ndarray:
@@ -95,10 +103,11 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
     if samples > 1:
         found = found[np.arange(len(sequences)) % prompts]
     live, rows = list(sequences), cache
+    errors = [accept(sequence, found[row]) for row, sequence in enumerate(live)]
     while True:
-        for row, sequence in enumerate(live):
-            if found is not None:
-                sequence.accept(found[row])
+        for sequence, error in zip(live, errors):
+            if error:
+                raise error
             yield sequence
         if any(sequence.finish_reason for sequence in live):
             _close_gaps(cache, live)
@@ -109,7 +118,7 @@ def run(backend: Backend, cache: Cache, sequences: list[Sequence], samples: int 
             cache.grow(min(2 * cache.capacity, last_capacity(live)))
             rows = cache.view(0, len(live))
         alone = len(live) == 1 and hasattr(backend, "step_rows")         # as fast as that, showing each token would cost
-        found = burst(backend, rows, live[0]) if alone else choices(backend, rows, live)
+        errors = [burst(backend, rows, live[0])] if alone else advance(backend, rows, live)
 
 
 def prefill(backend: Backend, cache: Cache, prompts: list[np.ndarray]) -> np.ndarray:
@@ -142,14 +151,41 @@ def choices(backend: Backend, cache: Cache, sequences: list[Sequence]) -> list |
     return step(backend, cache, tokens)
 
 
-def burst(backend: Backend, cache: Cache, sequence: Sequence, most: int | None = None) -> None:
-    """Steps of a lone sequence for about BURST_S, `most` of them or until the cache is full: its tokens are in `sequence`."""
-    until, room = time.perf_counter() + BURST_S, cache.capacity - int(cache.lengths[0])
-    for _ in range(min(room, most or room)):
-        found, = choices(backend, cache, [sequence])
+def accept(sequence: Sequence, found: np.ndarray | tuple[np.ndarray, np.ndarray]) -> UserError | None:
+    """`sequence.accept`; gives what it raises, which ends this reply and no other."""
+    try:
         sequence.accept(found)
-        if sequence.finish_reason or sequence.times[-1] > until:
-            return
+    except DeviceError:
+        raise
+    except UserError as error:
+        return error
+
+
+def advance(backend: Backend, cache: Cache, sequences: list[Sequence], most: int | None = None) -> list[UserError | None]:
+    """One pass: sequences[r], which row r holds but for its last token, gains a token, or as many as were guessed right.
+
+    most: tokens that a row may take in. Gives for each what ends it, or None: then it goes on, or has a `finish_reason`.
+    """
+    if any(sequence.drafter for sequence in sequences):
+        from .speculation.turn import advance as speculate       # which who never guesses need not load
+        return speculate(backend, cache, sequences, most)
+    return [accept(sequence, found) for sequence, found in zip(sequences, choices(backend, cache, sequences))]
+
+
+def burst(backend: Backend, cache: Cache, sequence: Sequence, most: int | None = None) -> UserError | None:
+    """Steps of a lone sequence for about BURST_S, until `most` tokens are taken in or the cache is full: its tokens are in `sequence`.
+    Gives what ends it, or None."""
+    end = cache.capacity if most is None else min(cache.capacity, int(cache.lengths[0]) + most)
+
+    def steps() -> UserError | None:
+        until = time.perf_counter() + BURST_S
+        while (left := end - int(cache.lengths[0])) > 0:
+            error, = advance(backend, cache, [sequence], left)
+            if error or sequence.finish_reason or sequence.times[-1] > until:
+                return error
+
+    within = getattr(backend, "within", None)     # where steps have a thread of their own
+    return within(steps) if within else steps()
 
 
 def logits(backend: Backend, tokens: np.ndarray, first: int = 0, cache: Cache | None = None) -> np.ndarray:

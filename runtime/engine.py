@@ -40,18 +40,23 @@ from .backends import PROVIDERS, open_backend, provider_of, step_down
 from .bundle import MANIFEST, Bundle, open_bundle
 from .cli import did_you_mean
 from .errors import DeviceError, UserError, shown
+from .likelihood import score_tails
 from .machine import available_memory, cpu_threads, release_free_memory
 from .options import GenerationOptions, SubmitOptions, is_id
 from .pending import Pending
 from .reply import Draft, Reply, Timings                     # Timings and TokenLogprobs: for whoever looks for them here
 from .sampling import Sampler, TokenLogprobs, check_defaults
 from .scheduler import Limits, Scheduler
+from .speculation.opening import open_speculation
+from .stream import Stream
 from .structured import after_thought
 from .text import ReplyText, Tokenizer
 from .thoughts import Thoughts
 
 if TYPE_CHECKING:
     from .chat_tokens import ChatEncoder
+    from .solving import Answer
+    from .task import Task
 
 DEFAULT_NEW_TOKENS = 256
 _MOST_REPLIES = 1 << 16
@@ -71,12 +76,15 @@ class Engine:
     Of the native core alone: cache_dtype, of the KV cache ("float16", "float32", "int8"; None: see native/backend.py), and
     repack_cache, which keeps the repacked weights beside the bundle's, so that it opens sooner next time (not with verify,
     which runs nothing but files whose sha256 it has compared).
+    speculate: "auto" guesses tokens ahead where that pays and changes no bit (on the native core), from the text itself and the bundle's
+    n-grams, "on" on every backend, "off" never; or the path of a draft, a smaller bundle with the same tokenizer or a file of n-grams.
+    Replies are the same, near ties of logits aside (speculation/).
     Raises UserError for a bundle, device or option that cannot be used, CheckFailed for a changed file.
     """
 
     def __init__(self, bundle: str | Path, *, provider: str | None = None, threads: int | None = None,
                  max_memory_mb: float | None = None, verify: bool = False, cache_dtype: str | None = None,
-                 repack_cache: bool = False):
+                 repack_cache: bool = False, speculate: str | Path = "auto"):
         if max_memory_mb is not None and (not isinstance(max_memory_mb, numbers.Real) or isinstance(max_memory_mb, bool)
                                           or not 0 < max_memory_mb <= 1e12):
             raise UserError(f"max_memory_mb is {shown(max_memory_mb)}; it must be a positive number, at most 1e12")
@@ -99,6 +107,9 @@ class Engine:
         release_free_memory()                     # before the tokenizer, if it is still to be read: the peaks do not add up
         self.tokenizer = read_tokenizer()
         release_free_memory()
+        self.speculation = open_speculation(speculate, self.bundle, lambda draft: open_backend(draft, provider, self._threads)[0])
+        if self.speculation and max_memory_mb is not None and self._free_memory() < 0:
+            raise UserError(f"{self.bundle.folder}: the weights and those of the draft take more than max_memory_mb={max_memory_mb:g}")
         self._chat = None
         self._limits, self._scheduler, self._making = Limits(), None, threading.Lock()
 
@@ -130,6 +141,24 @@ class Engine:
         for _ in stream:
             pass
         return stream.reply
+
+    def solve(self, record: dict, task: Task | None = None, **options) -> Answer:
+        """The answer to a record (a dict of the task's fields), asked as the bundle's own task asks, or as `task` (task.py) does:
+        .text .scores .reply. options: those of GenerationOptions, where a text is to be written; by default it is greedy."""
+        from .solving import solve
+        return solve(self, record, task, options)
+
+    def score(self, prompt, tails: list[np.ndarray]) -> list[tuple[float, bool]]:
+        """ln p of each of these continuations (token ids) of one prompt, and whether greedy decoding would write it."""
+        sequence = self._drafts([prompt], 1, self._options({"max_new_tokens": max(map(len, tails))}))[0].sequence
+        while True:
+            self._check_open()
+            backend = self.backend
+            try:
+                return score_tails(backend, sequence.prompt, tails)
+            except DeviceError as error:
+                failure = error.with_traceback(None)        # whose frames hold the cache's memory
+            self._step_down(backend, failure)
 
     def submit(self, prompt, **options) -> Pending:
         """Hand a prompt to the scheduler and return at once: requests of all threads and event loops share its steps. options:
@@ -165,11 +194,12 @@ class Engine:
             if self._scheduler is None or self._scheduler.pid != os.getpid():
                 self._check_open()
                 free = self._free_memory()
+                room = getattr(self.backend, "free_memory", None)        # of a device: caches are there, kept prefixes are not
                 prefix, cache = (None if mb is None else int(mb * _MB) for mb in (self._limits.prefix_mb, self._limits.cache_mb))
                 if prefix is None:
                     prefix = _PREFIX_BYTES if free is None else min(_PREFIX_BYTES, free // 4)
                 if cache is None and free is not None:
-                    cache = max(0, free - prefix) if self._max_memory_mb is not None else free // 2
+                    cache = max(0, free - prefix) if self._max_memory_mb is not None else (room() if room else free) // 2
                 self._scheduler = Scheduler(lambda: self.backend, self._cache_bytes, limits=self._limits, cache_bytes=cache,
                                             prefix_bytes=prefix, step_down=self._step_down)
             return self._scheduler
@@ -221,6 +251,8 @@ class Engine:
         if self._scheduler:
             self._scheduler.close(UserError(_CLOSED.format(self.bundle.folder)))
         self.backend.close()
+        if self.speculation:
+            self.speculation.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -253,6 +285,8 @@ class Engine:
         stop_tokens = frozenset(options.stop_tokens) | frozenset(() if options.ignore_model_stop else self.bundle.model["eos_token_ids"])
         limit = min(options.max_new_tokens or DEFAULT_NEW_TOKENS, self.bundle.max_context - len(ids))
         sequence = decode.Sequence(ids, Sampler(options, ids, sample, constraint), limit, stop_tokens)
+        if self.speculation and self.speculation.suits(self.backend):
+            sequence.drafter = self.speculation.drafter(ids, sequence.sampler, limit)
         return Draft(sequence, ReplyText(self.tokenizer, stop, spelled), thoughts)
 
     def _encode(self, prompt, options: GenerationOptions) -> np.ndarray:
@@ -286,13 +320,15 @@ class Engine:
 
     def _free_memory(self) -> int | None:
         """Bytes beside the weights that caches may take; None: nobody knows."""
-        return available_memory() if self._max_memory_mb is None else int(self._max_memory_mb * _MB - self.bundle.weights_bytes)
+        if self._max_memory_mb is None:
+            return available_memory()
+        return int(self._max_memory_mb * _MB) - self.bundle.weights_bytes - (self.speculation.draft_bytes if self.speculation else 0)
 
     def _cache_bytes(self, rows: int, capacity: int) -> int:
         """Of the first backend that can have such a cache."""
         while True:
             try:
-                return self.backend.cache_bytes(rows, capacity)
+                return self.backend.cache_bytes(rows, capacity) + (self.speculation.cache_bytes(rows) if self.speculation else 0)
             except DeviceError as error:
                 self._step_down(self.backend, error)
 
@@ -327,44 +363,6 @@ class Engine:
                 failure = error.with_traceback(None)        # whose frames hold the cache's memory
             self._step_down(backend, failure)
             drafts, samples = [draft for draft in drafts if draft.sequence.finish_reason is None], 1
-
-
-class Stream:
-    """Pieces of a reply's text, as they are made; whole characters, never an empty piece. They join to `reply.text`.
-
-    `reply` is the reply so far, complete when the iteration has ended. Leaving the loop early costs nothing more; the cache's
-    memory is free once the stream is closed, by `close`, at the end of a `with`, or with the last reference to it.
-    """
-
-    def __init__(self, engine: Engine, drafts: list[Draft]):
-        (self._draft,), self._closed = drafts, False
-        self._pieces = (piece for _, piece in engine._run(drafts, 1) if piece)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        if self._closed:
-            self.close()
-            raise StopIteration
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Give up what is still to come: the iteration ends, the cache is freed, `reply` keeps what there is. Where another
-        thread is just making a piece, it ends after that one."""
-        self._closed = True
-        with contextlib.suppress(ValueError):               # "generator already executing"
-            self._pieces.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    @property
-    def reply(self) -> Reply:
-        return self._draft.reply
 
 
 def _as_list(prompts) -> list:

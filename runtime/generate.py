@@ -27,11 +27,14 @@ class OpeningOptions(Checked):
     cache_dtype: str | None = arg(None, choices=("float16", "float32", "int8"), help="KV cache of the native core; default: "
                                   "float16, or int8 where the bundle's was quantized")
     repack_cache: bool = arg(False, help="keep the native core's repacked weights beside the bundle's, to open sooner")
+    speculate: str = arg("auto", help="guess tokens ahead where that pays: auto (on the native core, whose replies stay the same to the "
+                         "bit), on (everywhere), off, or a draft: a smaller bundle, or a file of n-grams")
 
     def open_bundle(self, bundle: Path, max_memory_mb: float | None) -> Engine:
         """The engine these options ask for. Raises UserError, CheckFailed."""
         return Engine(bundle, provider=self.provider, threads=self.threads, max_memory_mb=max_memory_mb,
-                      verify=self.verify, cache_dtype=self.cache_dtype, repack_cache=self.repack_cache)
+                      verify=self.verify, cache_dtype=self.cache_dtype, repack_cache=self.repack_cache,
+                      speculate=self.speculate)
 
 
 @dataclass(frozen=True, kw_only=True)

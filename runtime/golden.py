@@ -17,7 +17,7 @@ from .errors import UserError, shown
 from .files import read_json
 
 VERSION = 1
-RUNNERS = ("portable", "portable_fused", "fast", "native_exact", "native")      # that can have a budget
+RUNNERS = ("portable", "portable_fused", "fast", "cuda_graph", "native_exact", "native")      # that can have a budget
 _LARGEST = 1e6                    # no logit of a working model is near it, and exp of a difference stays in float64
 _WORST_BUDGET = 1.0               # nats a token; a model that far from PyTorch's says something else
 _MEND = "run `python -m export.verify` again"

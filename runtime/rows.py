@@ -133,7 +133,7 @@ class Rows:
         old, self.cache, self._view = self.cache, cache, None
         for number, row in enumerate(self.all):
             at = number if number < len(self.live) else cache.rows - 1 - (number - len(self.live))
-            _put(cache, at, _take(old, row.index))
+            cache.adopt(old, row.index, at)
             row.index = at
 
 

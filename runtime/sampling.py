@@ -14,10 +14,13 @@ largest one, so everything smaller is dropped before any sorting. The logits are
 backend's own buffer. Log probabilities are those of the model's own logits, before any adjustment.
 """
 
+from __future__ import annotations
+
+import copy
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +35,7 @@ _GREEDY_BELOW = 1e-5              # a lower temperature cannot be told from gree
 _MOST, _LARGEST = 1e6, 1e30         # of penalties; of temperature and bias
 _LOWEST = np.finfo(np.float32).min
 _IDS = 1 << 31                    # no token id reaches it
-_MOST_CANDIDATES = 256            # of which a backend's own decoding loop keeps a sorted list
+MOST_CANDIDATES = 256             # of which a backend's own decoding loop keeps a sorted list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +128,13 @@ class Sampler:
         self._prompt = prompt
         self._counts: np.ndarray | None = None                    # times each token is in the reply so far
         self._seen: np.ndarray | None = None                      # whether it is in prompt or reply
-        self._penalized = (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
+        self.penalizes = (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != (1, 0, 0)
         self._never, self._not_first = (np.array(sorted({*tokens}), np.int64) for tokens in (
             options.suppress_tokens, {*options.suppress_tokens, *options.begin_suppress_tokens}))
         self._biased = np.array(sorted(options.logit_bias), np.int64)
         self._bias = np.array([options.logit_bias[token] for token in self._biased.tolist()], np.float32)
         self._begun = False
-        self._adjusts = self._penalized or bool(options.logit_bias) or len(self._never) > 0
+        self._adjusts = self.penalizes or bool(options.logit_bias) or len(self._never) > 0
         self._greedy = options.temperature < _GREEDY_BELOW
         self._truncates = options.top_k > 0 or options.top_p < 1 or options.min_p > 0
 
@@ -157,7 +160,7 @@ class Sampler:
                 or len(self._not_first) and not self._begun:
             return 0
         wanted = 1 if self._greedy else self.options.top_k
-        return wanted and wanted + len(self._never) if wanted + len(self._never) <= _MOST_CANDIDATES else 0
+        return wanted and wanted + len(self._never) if wanted + len(self._never) <= MOST_CANDIDATES else 0
 
     def choose_among(self, ids: np.ndarray, logits: np.ndarray) -> int:
         """The token `choose` would give, from the ids and adjusted logits of the `candidates` largest, largest first."""
@@ -172,16 +175,27 @@ class Sampler:
     def penalties(self, vocab: int) -> tuple[SamplingOptions, np.ndarray, np.ndarray] | None:
         """Options, times of each token in the reply (int32 [vocab]) and whether it is in prompt or reply (bool [vocab]),
         both kept up to date; None where nothing is penalized."""
-        if not self._penalized:
+        if not self.penalizes:
             return None
         if self._counts is None:
             self._counts, self._seen = np.zeros(vocab, np.int32), np.zeros(vocab, bool)
             self._seen[self._prompt] = True
         return self.options, self._counts, self._seen
 
+    def twin(self) -> Sampler:
+        """Another one that draws the same from here on, without the constraint and log probabilities: what it draws changes nothing
+        in this one."""
+        other = copy.copy(self)
+        if self.options.logprobs is not None:
+            other.options = replace(self.options, logprobs=None)
+        other.constraint, other._random = None, copy.copy(self._random)
+        if self._counts is not None:
+            other._counts, other._seen = self._counts.copy(), self._seen.copy()
+        return other
+
     def _chosen(self, token: int) -> int:
         self._begun = True
-        if self._penalized:
+        if self.penalizes:
             self._counts[token] += 1
             self._seen[token] = True
         if self.constraint is not None:
@@ -200,7 +214,7 @@ class Sampler:
         logits[forbidden] = -np.inf
         _within("logit_bias", self._biased[-1:], len(logits))
         logits[self._biased] += self._bias
-        if self._penalized:
+        if self.penalizes:
             self.penalties(len(logits))
             if options.repetition_penalty != 1:
                 seen = np.flatnonzero(self._seen)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import os
 import threading
@@ -80,6 +79,8 @@ class Stats:
     prompt_tokens: int = 0        # read or restored
     cached_tokens: int = 0        # of these restored
     new_tokens: int = 0
+    guessed_tokens: int = 0       # checked in passes, of rows that have ended or waited again
+    held_tokens: int = 0          # of these, right
     evictions: int = 0            # of blocks of prefixes
     finished: int = 0
     cancelled: int = 0
@@ -318,35 +319,34 @@ class Scheduler:
             self._keep(row)
         if row.read == len(row.context):
             rows.answer(row)
-            self._gain(row, functools.partial(row.sequence.accept, found[-1]), wake)
+            self._gain(row, decode.accept(row.sequence, found[-1]), wake)
             if not now and row in rows.live:                             # the first token need not wait for it
                 self._keep(row)
 
     def _step(self, wake: dict) -> None:
         """One more token for every row that is being answered; for a lone one, some."""
         live, view, backend = list(self._rows.live), self._rows.view, self._rows.backend
+        most = CHUNK - int((view.lengths % CHUNK).max()) if view.states else None      # states are kept at multiples alone
         self._stats.steps += 1
         self._stats.step_rows += len(live)
         if len(live) == 1 and not self._rows.reading and hasattr(backend, "step_rows"):
-            most = CHUNK - int(view.lengths[0]) % CHUNK if view.states else None
-            self._gain(live[0], lambda: decode.burst(backend, view, live[0].sequence, most), wake)
+            self._gain(live[0], decode.burst(backend, view, live[0].sequence, most), wake)
         else:
-            for row, found in zip(live, decode.choices(backend, view, [row.sequence for row in live])):
-                self._gain(row, functools.partial(row.sequence.accept, found), wake)
+            for row, error in zip(live, decode.advance(backend, view, [row.sequence for row in live], most)):
+                self._gain(row, error, wake)
         for row in self._rows.live if view.states else ():               # which only these places bring back
             if self._rows.cache.lengths[row.index] % CHUNK == 0:
                 self._keep(row)
 
-    def _gain(self, row: Row, choose: Callable[[], None], wake: dict) -> None:
-        """`choose` gives its sequence a token, or some; their text is told, and where it has ended, its row is free."""
-        error, before = None, row.pending.draft.shown
+    def _gain(self, row: Row, error: UserError | None, wake: dict) -> None:
+        """Its sequence has a token more, or some: their text is told, and where it has ended, or with `error`, its row is free."""
+        before = row.pending.draft.shown
         try:
-            choose()
             row.pending.gain(wake)
         except DeviceError:
             raise
         except UserError as failed:
-            error = failed
+            error = error or failed
         self._stats.new_tokens += row.pending.draft.shown - before
         if error or row.pending.finished:
             self._stats.failed += error is not None
@@ -364,6 +364,10 @@ class Scheduler:
         """It has ended: what its row holds is kept, and the row is free."""
         if row.read is not None:
             self._keep(row)
+        if drafter := row.sequence.drafter:
+            guessed, held = drafter.counted()
+            self._stats.guessed_tokens += guessed
+            self._stats.held_tokens += held
         self._rows.leave(row)
 
     def _end_all(self, error: Exception, wake: dict) -> None:

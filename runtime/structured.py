@@ -48,6 +48,9 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """This token was chosen."""
 
+    def fits(self, tokens: list[int]) -> int:
+        """How many of these may come, one after the other. It may be missing, and saves passes: what is chosen is chosen by the mask."""
+
 
 def constraint_for(engine, kind: str, source: str | dict | None = None) -> Constraint:
     """A fresh constraint for one reply of `engine` (any object with its `bundle` and `tokenizer`).
@@ -167,6 +170,9 @@ class _Matched:
         self._check()
         self.done = self._matcher.is_stopped()
 
+    def fits(self, tokens: list[int]) -> int:
+        return max(0, self._matcher.validate_tokens(tokens))
+
     def _check(self) -> None:
         if self._matcher.is_error():
             self._forget()                        # its lexer is shared by all replies, and may have grown to its limit
@@ -199,6 +205,11 @@ class _AfterThought:
             return
         self._said = self._said[-len(self._mark):] + self._tokenizer.alone(token)
         self._thinking = self._mark not in self._said
+
+    def fits(self, tokens: list[int]) -> int:
+        if not self._thinking:
+            return self._constraint.fits(tokens)
+        return next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
 
 
 def _line(error: object) -> str:

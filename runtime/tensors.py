@@ -76,6 +76,8 @@ def _expected(model: dict, formats: dict, cache: dict | None, table: dict) -> It
             yield from matrix(item.name, *item.shape, turned=False)
         elif item.kind == "linear":                        # one matrix, but for parts that are stored differently
             apart = {f"{item.name.rpartition('.')[0]}.{part}".lstrip("."): outputs for part, outputs in item.parts.items()}
+            if len(apart) > 1 and formats.get(item.name, {}).get("kind") == "levels":
+                raise ValueError(f"{item.name}: matrices of levels are stored one by one")
             whole = item.name in formats or not any(part in formats or f"{part}.weight" in table for part in apart)
             for name, outputs in ({item.name: sum(item.parts.values())} if whole else apart).items():
                 yield from matrix(name, outputs, *item.shape, item.bias)
@@ -96,19 +98,27 @@ def _shown_by(table: dict) -> tuple[dict, dict | None]:
     return formats, scale and {"per": "channel" if scale["shape"][0] > 1 else "layer"}
 
 
-def _quantized(name: str, outputs: int, inputs: int, turned: bool, bits: int, group: int, symmetric: bool, kind: str = "int"):
-    """Codes, scales and zero points of a matrix; `turned`: stored by inputs, as linears of 4 and 8 bits are."""
-    if [type(value) for value in (bits, group, symmetric)] != [int, int, bool] or f"uint{bits}" not in DTYPE_BITS \
-            or kind not in ("int", "e4m3") or group < 0 or group and inputs % group:
-        raise ValueError(f"{name}: {bits} bits of kind {kind} in groups of {group} of {inputs} inputs, symmetric {symmetric}")
+def _quantized(name: str, outputs: int, inputs: int, turned: bool, bits: int, group: int, symmetric: bool, kind: str = "int",
+               scale_bits: int = 16):
+    """Codes, scales, levels and zero points of a matrix; `turned`: stored by inputs, as linears of 4 and 8 bits are."""
+    levels, small = kind == "levels", scale_bits == 8
+    if [type(value) for value in (bits, group, symmetric, scale_bits)] != [int, int, bool, int] or f"uint{bits}" not in DTYPE_BITS \
+            or kind not in ("int", "e4m3", "levels") or group < 0 or group and inputs % group or levels and (bits > 4 or not symmetric) \
+            or scale_bits not in (8, 16) or small and (not group or kind == "e4m3"):
+        raise ValueError(f"{name}: {bits} bits of kind {kind} in groups of {group} of {inputs} inputs, symmetric {symmetric}, "
+                         f"scales of {scale_bits} bits")
     groups = inputs // group if group else 1
-    if bits not in (4, 8):                                 # as ONNX lacks them, in the checkpoint's form
+    if bits not in (4, 8) or levels or small:              # as ONNX lacks them, in the checkpoint's form
         codes, zeros, turned, scales = f"uint{bits}", "uint8", False, (outputs, groups)
     else:
         codes = zeros = "float8_e4m3fn" if kind == "e4m3" else f"int{bits}"
         scales = (outputs,) if not group else (groups, outputs) if turned else (outputs, groups)
     yield f"{name}.codes", (codes,), (inputs, outputs) if turned else (outputs, inputs)
-    yield f"{name}.scales", ("float16",), scales
+    yield f"{name}.scales", ("int8" if small else "float16",), scales
+    if small:
+        yield f"{name}.row_scales", ("float16",), (outputs, 1)
+    if levels:
+        yield f"{name}.levels", ("int8",), (1, 2**bits)
     if not symmetric:
         yield f"{name}.zeros", (zeros,), scales
 

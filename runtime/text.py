@@ -18,6 +18,7 @@ import json
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,37 +38,42 @@ _MOST_ADDED = 256                 # special tokens put around a text
 
 
 class _Entrance:
-    """Passed by who goes into the library: any number of threads at once, so that a long text of one does not hold up the
-    tokens of others. A fork waits until they have left, because the child would wait for ever for what another thread held."""
+    """What to hold while in the library, a thread its own lock: `with _library.held():`. Any number of threads go in at once, so that a
+    long text of one does not hold up the tokens of others. A fork waits until they have left, because the child would wait for ever for
+    what another thread held.
+
+    The locks are the interpreter's own, not classes of Python's: there the exception of a signal (Ctrl-C) can come between the taking of
+    a lock and the `with` that gives it back."""
 
     def __init__(self):
-        self._news, self._inside, self._forking = threading.Condition(), [], False
+        self._open_in_child()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self._shut, after_in_parent=self._open, after_in_child=self._open_in_child)
 
-    def __enter__(self) -> None:
-        with self._news:
-            while self._forking:
-                self._news.wait()
-            self._inside.append(threading.get_ident())
-
-    def __exit__(self, *_) -> None:
-        with self._news:
-            self._inside.remove(threading.get_ident())
-            self._news.notify_all()
+    def held(self) -> threading.RLock:
+        """This thread's lock."""
+        if (own := getattr(self._own, "lock", None)) is None:
+            with self._news:
+                own = threading.RLock()
+                self._locks.add(own)
+            self._own.lock = own
+        return own
 
     def _shut(self) -> None:
         self._news.acquire()                      # until _open
-        self._forking, own = True, threading.get_ident()
-        self._news.wait_for(lambda: all(thread == own for thread in self._inside))
+        self._shut_out = list(self._locks)
+        for lock in self._shut_out:
+            lock.acquire()
 
     def _open(self) -> None:
-        self._forking = False
-        self._news.notify_all()
+        for lock in self._shut_out:
+            lock.release()
+        self._shut_out = []
         self._news.release()
 
     def _open_in_child(self) -> None:
-        self._news, self._forking = threading.Condition(), False             # whose waiters are not there
+        self._own, self._news, self._shut_out = threading.local(), threading.Lock(), []
+        self._locks: weakref.WeakSet[threading.RLock] = weakref.WeakSet()      # of the threads that there are
 
 
 _library = _Entrance()
@@ -118,16 +124,37 @@ class Tokenizer:
             ids, offsets = self._as_text(text, after)
         return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
 
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ids that the tokenizer puts before and behind a text."""
+        return self._between("a")[:2]
+
+    def around_pair(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """int64 ids that it puts before, between and behind a pair of texts, and the type of the second's tokens."""
+        return self._between("a", "a")
+
+    def _between(self, *texts: str):
+        with self._words("fails on a text ({error})"), _library.held(), self._encoding:
+            found = self._tokenizer.encode(*texts)
+        ids, around = np.array(found.ids, np.int64), np.array(found.special_tokens_mask, bool)
+        own = np.flatnonzero(~around)
+        if not len(own):
+            raise UserError(f"{self._path}: has no token for a letter, so it is no tokenizer of use; get the file again")
+        before, behind = ids[:own[0]], ids[own[-1] + 1:]
+        if len(texts) == 1:
+            return before, behind
+        middle = ids[own[0]:own[-1] + 1][around[own[0]:own[-1] + 1]]
+        return before, middle, behind, found.type_ids[int(own[-1])]
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of many texts, with nothing around them, on all CPUs."""
-        with self._words("fails on a text ({error})"), _library, self._encoding:
+        with self._words("fails on a text ({error})"), _library.held(), self._encoding:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         found = [np.array(encoding.ids, np.int64) for encoding in encodings]
         return [np.array(self._as_text(text)[0], np.int64) if self._cuts(text, ids) else ids for text, ids in zip(texts, found)]
 
     def decode(self, ids, *, control_tokens: bool = False) -> str:
         """Text of token ids; special tokens are left out, unless control_tokens."""
-        with self._words("fails on tokens ({error})"), _library:
+        with self._words("fails on tokens ({error})"), _library.held():
             return self._tokenizer.decode(ids, skip_special_tokens=not control_tokens)
 
     def token_text(self, token: int) -> str | None:
@@ -176,7 +203,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                             f"{error.start}, which is half a character; remove it") from None
-        with self._words("fails on this text ({error})"), _library, self._encoding:      # in this order, so that nobody holds it over a fork
+        with self._words("fails on this text ({error})"), _library.held(), self._encoding:      # in this order: nobody holds it over a fork
             self._tokenizer.encode_special_tokens = not control_tokens
             try:
                 if len(text) < _LONG:

@@ -9,8 +9,8 @@ import zlib
 from pathlib import Path
 
 from .bundle import Bundle
+from .cuda_device import Gpu
 from .errors import DeviceError, Unavailable, UserError, pip_line
-from .trt_device import Gpu
 
 MOST_PACKED = 64                  # times that a compressed engine grows at most; weights do not shrink, text does
 MODULES, EXTRAS = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}, {"rtx": "rtx", "trt": "gpu"}

@@ -6,6 +6,8 @@ those of them that this machine can have (the first is what an `Engine` runs), a
 largest of PyTorch's (compare.py). The mean KL of a runner must keep the budget that was stored with the golden outputs; past it
 the exit code is 1, as it is where no runner ran at all. Kernels differ from machine to machine, which is why this is a
 command for the device and not a certificate.
+
+An encoder's bundle (encoder_bundle.py) is checked by the outputs that export.onnx stored with it.
 """
 
 import contextlib
@@ -17,8 +19,11 @@ from .backend import Backend
 from .backends import open_backend
 from .bundle import Bundle, open_bundle
 from .cli import arg, run, table
-from .compare import Comparison, compare
+from .compare import Comparison, compare, cosine
 from .decode import logits
+from .encoder import Encoder
+from .encoder_bundle import is_encoder_bundle, open_encoder
+from .encoder_bundle import read_golden as read_encoder_golden
 from .errors import CheckFailed, Unavailable, UserError
 from .golden import Golden, read_golden
 from .text import Tokenizer
@@ -69,6 +74,8 @@ def replay(backend: Backend, golden: Golden) -> Comparison:
 
 def verify(options: Options) -> None:
     """Hashes, then golden outputs. Raises CheckFailed."""
+    if is_encoder_bundle(options.bundle):
+        return verify_encoder(options)
     bundle = open_bundle(options.bundle, verify=True)
     print(f"{bundle.name}: {len(bundle.manifest['files'])} files have the sha256 of the manifest")
     if bundle.manifest["golden"] is None:
@@ -100,6 +107,27 @@ def verify(options: Options) -> None:
     if failed:
         raise CheckFailed(f"{bundle.folder}: {'; '.join(failed)}")
     print(f"\n{bundle.name}: {', '.join(ran)} kept the budget; an engine here runs {ran[0]}")
+
+
+def verify_encoder(options: Options) -> None:
+    """The same of an encoder's bundle: each graph's outputs beside PyTorch's, by their cosine. Raises CheckFailed."""
+    bundle = open_encoder(options.bundle, verify=True)
+    print(f"{bundle.name}: {len(bundle.manifest['files'])} files have the sha256 of the manifest")
+    if not (golden := read_encoder_golden(bundle)):
+        print(f"{bundle.name}: no golden outputs in it, so its answers were not checked; export the model again")
+        return
+    failed = []
+    for role in (graph["role"] for graph in bundle.manifest["graphs"]):
+        with Encoder(bundle.folder, provider="cpu", threads=options.threads, role=role) as encoder:
+            outputs = [output.ravel() for output in encoder.outputs([one.text for one in golden])]
+        shapes = all(len(output) == len(one.output) for output, one in zip(outputs, golden))
+        worst = max(1 - cosine(output, one.output) for output, one in zip(outputs, golden)) if shapes else float("inf")
+        budget = golden[0].budgets.get(role, 0.0)
+        print(f"{role}: 1 - cosine to PyTorch's outputs {worst:.1e}, at most {budget:g}: {'kept' if worst <= budget else 'EXCEEDED'}")
+        if not worst <= budget:
+            failed.append(f"{role} differs by a cosine of 1 - {worst:.1e} against a budget of {budget:g}")
+    if failed:
+        raise CheckFailed(f"{bundle.folder}: {'; '.join(failed)}")
 
 
 def _budget(bundle: Bundle, budgets: dict[str, float], runner: str) -> float:

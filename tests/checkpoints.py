@@ -47,7 +47,8 @@ def quantize(weight: torch.Tensor, form: TensorFormat, generator: torch.Generato
         return found
     mirrored = torch.rand(found.scales.shape, generator=generator) < 0.5          # no code is 0, so every one has a mirror image
     codes = found.codes.unflatten(1, (found.scales.shape[1], -1))
-    codes = torch.where(mirrored[:, :, None], 2 ** form.bits - codes.int(), codes.int()).to(torch.uint8).flatten(1)
+    mirror = 2 ** form.bits - (form.kind == "levels")                             # whose code 0 has one
+    codes = torch.where(mirrored[:, :, None], mirror - codes.int(), codes.int()).to(torch.uint8).flatten(1)
     return replace(found, codes=codes, scales=torch.where(mirrored, -found.scales, found.scales))
 
 

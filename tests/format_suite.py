@@ -117,11 +117,12 @@ def cases(full: bool = False) -> Iterator[Case]:
              "other widths, odd sizes": ([form for form in NATIVE if not form.group], {"odd": True})}
     for title, (pool, how) in pools.items():
         for tied in (True, False):
-            for first in range(len(pool)):              # slot after slot, so that q, k and v differ
+            few = "activations" in how and not full     # every other start: untied has a slot more before the linears, which then get the rest
+            for first in range(0, len(pool), 1 + few):              # slot after slot, so that q, k and v differ
                 yield case(title, tied, {slot: pool[(first + i) % len(pool)] for i, slot in enumerate(slots(tied))}, **how)
     usual = TensorFormat(4, 32)
     for tied in (True, False):                          # one module among others that everything runs
-        for slot in slots(tied):
+        for slot in slots(tied) if tied or full else ("table, untied", "head"):                 # what else there is, the tied one has
             for form in [*GRAPH, *NATIVE, *FLOAT8, *SMALL] if full else (TensorFormat(3, 32), TensorFormat(8, 0, True, "e4m3")):
                 yield case("one apart", tied, dict.fromkeys(slots(tied), usual) | {slot: form}, [slot])
 

@@ -122,7 +122,7 @@ COMMANDS = {
                        opens_run, resume=True),
     "rtn": Command("compress.quantize {in}/dense -o {out}/model", opens_checkpoint, "models.get {in}/gpt2 -o {out}/model"),
     "gptq": Command(GPTQ, opens_checkpoint, "models.get {in}/gpt2 -o {out}/model"),
-    "recover": Command(f"compress.recover {{in}}/int4 --teacher {{in}}/dense -o {{out}}/run {TEXT} {STEPS} --codes --windows 8 --length 32 "
+    "recover": Command(f"compress.recover {{in}}/int4 --teacher {{in}}/dense -o {{out}}/run {TEXT} {STEPS} --train weights --block-steps 2 --windows 8 --length 32 "
                        "--teacher-cache {out}/teacher", opens_run, resume=True),
     "prune": Command(f"compress.prune {{in}}/dense --what depth -o {{out}}/model {TEXT} --layers 1 --windows 4 --length 32", opens_checkpoint),
     "prune-vocabulary": Command(f"compress.prune {{in}}/dense --what vocabulary --tokens 300 -o {{out}}/model {TEXT}", opens_checkpoint,

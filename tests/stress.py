@@ -4,13 +4,15 @@ Replies: threads that share an engine, on every backend, against the same replie
 probability. Closes: an engine is closed, by another thread or by one in the middle of a reply, while two threads
 generate; the process must live, and every reply end whole or with a sentence. Forks: a child of a process whose other
 threads are in the core gives the reply it gives alone, or (ONNX Runtime) refuses in words. Interrupts: an exception of
-a signal handler, at a random moment of a reply, arrives as itself. A small tiny model is made; give a bundle to take
-another (the TensorRT double and PyTorch are then left out).
+a signal handler, at a random moment of a reply, of a text's decoding or of a cache's life, arrives as itself and leaves
+nothing locked. Closes, forks and interrupts have processes of their own, since what they break may be the process. A
+small tiny model is made; give a bundle to take another (the TensorRT double and PyTorch are then left out).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -96,79 +98,95 @@ def close_while_generating(bundle: Path, provider: str, rounds: int, seed: int =
     return ends
 
 
-def fork_under_load(engine: Engine, rounds: int, threads: int = 2) -> dict[str, int]:
-    """Children forked while `threads` threads generate: those that gave the reply it is alone, refused, were wrong or hung."""
-    expected, counts, ends = reply(engine, 3), {"right": 0, "refused": 0, "wrong": 0, "hung": 0}, threading.Event()
+def fork_under_load(bundle: Path, provider: str, rounds: int, seed: int = 0) -> dict[str, int]:
+    """Children forked while two threads generate: those that gave the reply it is alone, refused, were wrong or hung."""
+    with Engine(bundle, provider=provider) as engine:
+        expected, counts, ends = reply(engine, 3), {"right": 0, "refused": 0, "wrong": 0, "hung": 0}, threading.Event()
 
-    def work(thread: int) -> None:
-        while not ends.is_set():
-            reply(engine, thread)
+        def work(thread: int) -> None:
+            while not ends.is_set():
+                reply(engine, thread)
 
-    working = [threading.Thread(target=work, args=[thread]) for thread in range(threads)]
-    for thread in working:
-        thread.start()
-    try:
-        for n in range(rounds):
-            time.sleep(0.003 * (n % 7))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")       # Python warns of forking with threads: that is the point
-                child = os.fork()
-            if child == 0:
-                signal.alarm(HANG_S)
-                try:
-                    code = 0 if reply(engine, 3) == expected else 2
-                    engine.close()
-                except UserError as error:
-                    code = 1 if "fork" in str(error) else 2
-                except BaseException:
-                    code = 2
-                os._exit(code)
-            status = os.waitpid(child, 0)[1]
-            counts["hung" if os.WIFSIGNALED(status) else ("right", "refused", "wrong")[os.WEXITSTATUS(status)]] += 1
-    finally:
-        ends.set()
+        def in_the_child() -> int:
+            try:
+                same = reply(engine, 3) == expected
+                engine.close()
+                return 0 if same else 2
+            except UserError as error:
+                return 1 if "fork" in str(error) else 2
+
+        working = [threading.Thread(target=work, args=[thread]) for thread in range(2)]
         for thread in working:
-            thread.join()
+            thread.start()
+        try:
+            for n in range(rounds):
+                time.sleep(0.003 * (n % 7))
+                counts[forked(in_the_child)] += 1
+        finally:
+            ends.set()
+            for thread in working:
+                thread.join()
     return counts
+
+
+def forked(work) -> str:
+    """How a child does that does this and ends with what it gives; one that hangs is killed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")               # Python warns of forking with threads: that is the point
+        child = os.fork()
+    if child == 0:
+        code = 2
+        with contextlib.suppress(BaseException):
+            code = work()
+        os._exit(code)
+    until = time.monotonic() + HANG_S
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "hung"
+        time.sleep(0.001)
+    return ("right", "refused", "wrong")[os.waitstatus_to_exitcode(ended[1])] if os.WIFEXITED(ended[1]) else "wrong"
 
 
 class Interrupted(BaseException):
     """What the signal handler raises."""
 
 
-def interrupt(engine: Engine, rounds: int, seed: int = 0) -> dict[str, int]:
-    """Replies with a signal at a random moment: its exception came, or was lost (whatever came in its place)."""
-    counts, chance = {"arrived": 0, "lost": 0, "too late": 0}, random.Random(seed)
-    armed: list[int] = []
-    heard: list[int] = []
+def interrupt(bundle: Path, provider: str, rounds: int, seed: int = 0) -> dict[str, int]:
+    """Replies, texts and caches made over and over until a signal comes, at a random moment: its exception arrived, or was lost
+    (whatever came in its place). Then another thread forks, which waits for what an interrupted one has left locked."""
+    counts, chance, armed, forks = {"arrived": 0, "lost": 0, "hung": 0}, random.Random(seed), [], []
 
     def handler(*_):
         if armed:
             armed.clear()
-            heard.append(1)
             raise Interrupted
 
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        for n in range(rounds):
-            heard.clear()
-            armed.append(1)
-            try:
+    with Engine(bundle, provider=provider) as engine:
+        acts = [(0.02, rounds, lambda n: engine.generate("text " * (20 if n % 2 else 1), max_new_tokens=150, ignore_model_stop=True,
+                                                         temperature=float(n % 3 > 1), top_k=20)),
+                (0.0003, 20 * rounds, lambda n: engine.tokenizer.decode([5, 6, 7])),
+                (0.0003, 20 * rounds, lambda n: engine.backend.new_cache(1, 64))]
+        signal.signal(signal.SIGALRM, handler)
+        for longest, times, act in acts:
+            for n in range(times):
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + chance.random() * 0.02)
-                    engine.generate("text " * (20 if n % 2 else 1), max_new_tokens=150, ignore_model_stop=True,
-                                    temperature=float(n % 3 > 1), top_k=20)
-                    ended = "lost" if heard else "too late"
+                    armed.append(1)
+                    signal.setitimer(signal.ITIMER_REAL, 0.00005 + chance.random() * longest)
+                    while armed:
+                        act(n)
+                    counts["lost"] += 1
+                except Interrupted:
+                    counts["arrived"] += 1
                 except Exception as error:
-                    ended = "lost"
+                    armed.clear()
+                    counts["lost"] += 1
                     print(f"in place of the signal's exception: {error!r}", file=sys.stderr)
-                armed.clear()
-            except Interrupted:
-                ended = "arrived"
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            counts[ended] += 1
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        other = threading.Thread(target=lambda: forks.append(forked(lambda: 0)), daemon=True)
+        other.start()
+        other.join(HANG_S)
+        counts["hung"] = int(forks != ["right"])
     return counts
 
 
@@ -218,13 +236,15 @@ def engines(bundle: Path, checkpoint: Path | None):
     yield "TensorRT (a double)", over(trt.opened(open_bundle(other))[0])
 
 
-def in_a_process(part: str, bundle: Path, provider: str, rounds: int, seed: int) -> dict[str, int]:
-    """A part in a process of its own, whose end by a signal is counted."""
-    script = f"import json, stress, pathlib; print(json.dumps(stress.{part}(pathlib.Path({str(bundle)!r}), {provider!r}, {rounds}, {seed})))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60 + 10 * rounds,
+def in_a_process(part: str, bundle: Path, provider: str, rounds: int, seed: int = 0) -> dict[str, int]:
+    """A part in a process of its own, whose end by a signal is counted. Where it hangs, it ends and its threads' stacks are printed."""
+    limit = 60 + 2 * rounds
+    script = (f"import faulthandler; faulthandler.dump_traceback_later({limit}, exit=True)\nimport json, stress, pathlib\n"
+              f"print(json.dumps(stress.{part}(pathlib.Path({str(bundle)!r}), {provider!r}, {rounds}, {seed})))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=limit + 60,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])})
-    if done.returncode:
-        print(done.stderr[-2000:], file=sys.stderr)
+    if done.stderr:
+        print(done.stderr[-4000:], file=sys.stderr)
     return json.loads(done.stdout) if done.returncode == 0 else {"signals": int(done.returncode < 0), "other": int(done.returncode > 0)}
 
 
@@ -250,15 +270,11 @@ def main(argv=None) -> int:
                          "found": f"{total.get('signals', 0)} signals, {total.get('other', 0)} raw errors; replies {total.get('whole', 0)} whole, "
                                   f"{total.get('refused', 0)} refused"})
             bad += total.get("signals", 0) + total.get("other", 0)
-            engine = Engine(bundle, provider=provider)
-            counts = fork_under_load(engine, options.forks)
-            rows.append({"what": "forks under load", "backend": provider, "tried": options.forks,
-                         "found": ", ".join(f"{n} {key}" for key, n in counts.items())})
-            bad += counts["wrong"] + counts["hung"] + (provider == "native") * counts["refused"]
-            counts = interrupt(engine, options.interrupts)
-            rows.append({"what": "interrupts of a reply", "backend": provider, "tried": options.interrupts,
-                         "found": ", ".join(f"{n} {key}" for key, n in counts.items())})
-            bad += counts["lost"]
+            for what, part, tried in (("forks under load", "fork_under_load", options.forks), ("interrupts", "interrupt", options.interrupts)):
+                counts = in_a_process(part, bundle, provider, tried)
+                rows.append({"what": what, "backend": provider, "tried": tried, "found": ", ".join(f"{n} {key}" for key, n in counts.items())})
+                good = "arrived" if part == "interrupt" else "right" if provider == "native" else "refused"
+                bad += sum(n for key, n in counts.items() if key != good)
     print(table(rows))
     return 1 if bad else 0
 

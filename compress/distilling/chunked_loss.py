@@ -5,7 +5,8 @@
 `chunked_loss` makes the logits of CHUNK tokens at a time, in autocast's type, and puts their gradient in their place
 right there, ROWS tokens at a time: what stays for the backward pass is one gradient the size of `hidden` and one the
 size of the head, and float32 copies of logits are never longer than ROWS (small enough for memory that the allocator
-reuses instead of asking the system anew).
+reuses instead of asking the system anew). That is a CPU's way. A GPU would do nothing but begin such small kernels: there both
+are as many tokens as have FAR_LOGITS logits.
 
 `top_events` turns logits into log-probabilities of given tokens and of "any other token" as one more event. Its
 gradient is written out, because autograd's way keeps several float32 copies of the logits:
@@ -22,7 +23,13 @@ from models.network.decoder import for_products
 CHUNK = 1024                      # tokens whose logits are in memory at once
 FROZEN_CHUNK = 256                # the same where the head is not trained
 ROWS = 64                         # tokens whose logits go through the loss at once
+FAR_LOGITS = 1 << 26              # on a GPU, numbers: 0.3 GB in float32, of which a loss keeps some six copies for a moment
 ChunkLoss = Callable[[Tensor, slice], Tensor]
+
+
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits, in float32, go through a loss at once."""
+    return ROWS if device.type == "cpu" else max(ROWS, FAR_LOGITS // vocabulary)
 
 
 def chunks(tokens: int, size: int, first: int = 0) -> list[slice]:
@@ -43,11 +50,13 @@ class _ChunkedLoss(torch.autograd.Function):
         weight, inputs = for_products(head), for_products(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             # each chunk adds up a gradient the size of the head; where it is frozen, short chunks cost nothing
-            size = CHUNK if head.requires_grad else min(CHUNK, FROZEN_CHUNK)
+            rows_each, size = tokens_at_once(hidden.device, len(head)), CHUNK if head.requires_grad else min(CHUNK, FROZEN_CHUNK)
+            if hidden.device.type != "cpu":
+                size = rows_each
             buffer = inputs.new_empty(min(size, len(inputs)), len(weight))
             for part in chunks(len(inputs), size):
                 logits = torch.mm(inputs[part], weight.T, out=buffer[:part.stop - part.start])
-                for rows in chunks(part.stop, ROWS, part.start):
+                for rows in chunks(part.stop, rows_each, part.start):
                     here = logits[rows.start - part.start:rows.stop - part.start]
                     with torch.enable_grad():
                         leaf = here.detach().requires_grad_()

@@ -11,6 +11,7 @@ Four orders in which layers go:
 What is left is an ordinary model with fewer layers; nothing is retrained here. A layer whose keys and values later ones read stays.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -18,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.activations import Parts, home_for, room
 from compress.distilling.divergence import kl
 from compress.layerwise import fast_matmul
+from models.checkpoint import SPARE
 from models.network.config import ModelConfig
 from models.network.decoder import Decoder
 from models.progress import progress
@@ -31,11 +34,11 @@ BEAM = 3
 @torch.no_grad()
 def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, stay: frozenset[int] = frozenset()) -> list[int]:
     """Numbers of the layers to drop, first to go first, none of those that `stay`. ids int64 [windows, tokens]; drop: at least 1, at
-    most as many as may go, and not all layers."""
+    most as many as may go, and not all layers. Computed where the decoder and ids are."""
     if order == "influence":
         return [n for n in torch.tensor(block_influence(decoder, ids)).argsort().tolist() if n not in stay][:drop]
     with fast_matmul():
-        whole = [torch.log_softmax(decoder(row[None])[0], -1) for row in ids]
+        whole = _predictions(decoder, ids)
         every = list(range(len(decoder.model.layers)))
         free = [n for n in every if n not in stay]
 
@@ -55,11 +58,11 @@ def choose_layers(decoder: Decoder, ids: Tensor, drop: int, order: str, stay: fr
 
 def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:
     """1 - mean cosine of what enters and leaves each layer."""
-    totals = [0.0] * len(decoder.model.layers)
+    alike: list[list[Tensor]] = [[] for _ in decoder.model.layers]
 
     def watch(number: int):
         def hook(layer, inputs, output):
-            totals[number] += 1 - F.cosine_similarity(inputs[0], output, -1).mean().item()
+            alike[number].append(F.cosine_similarity(inputs[0], output, -1).mean())
         return hook
     hooks = [layer.register_forward_hook(watch(number)) for number, layer in enumerate(decoder.model.layers)]
     try:
@@ -69,7 +72,7 @@ def block_influence(decoder: Decoder, ids: Tensor) -> list[float]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [total / len(ids) for total in totals]
+    return [sum(1 - cosine for cosine in torch.stack(found).tolist()) / len(ids) for found in alike]
 
 
 def kept_config(config: ModelConfig, left: list[int]) -> ModelConfig:
@@ -104,12 +107,24 @@ def kept_tensors(config: ModelConfig, left: list[int], tensors: Iterable[tuple[s
         yield name, tensor
 
 
-def _divergence(decoder: Decoder, ids: Tensor, whole: list[Tensor], layers: list[int]) -> float:
+def _predictions(decoder: Decoder, ids: Tensor) -> Parts:
+    """The decoder's log-probabilities of every window, a window a part, where they fit."""
+    whole = None
+    for number, row in enumerate(ids):
+        found = torch.log_softmax(decoder(row[None]), -1)
+        if whole is None:
+            shape = (len(ids), *found.shape[1:])
+            whole = Parts(room(shape, home_for(4 * math.prod(shape), ids.device, SPARE), ids.device), 1, ids.device)
+        whole.put(number, found)
+    return whole
+
+
+def _divergence(decoder: Decoder, ids: Tensor, whole: Parts, layers: list[int]) -> float:
     """Mean KL(whole || the model of these layers), nats a token."""
     every = decoder.model.layers
     decoder.model.layers = nn.ModuleList(every[n] for n in layers)
     try:
-        return sum(kl(log_p, torch.log_softmax(decoder(row[None])[0], -1)).mean().item()
-                   for row, log_p in zip(ids, whole)) / len(ids)
+        found = [kl(log_p[0], torch.log_softmax(decoder(row[None])[0], -1)).mean() for row, log_p in zip(ids, whole)]
+        return sum(torch.stack(found).tolist()) / len(ids)
     finally:
         decoder.model.layers = every

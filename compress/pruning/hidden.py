@@ -44,10 +44,10 @@ def principal_directions(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     if config.tied_embeddings and (gain / gain.mean() - 1).abs().max() > EVEN:
         raise UserError(f"{checkpoint.path}: the head is the token table, and the final norm's gains differ ({gain.min():.3g} to "
                         f"{gain.max():.3g}), which no rotation keeps: prune depth or mlp instead")
-    walk, total = Walk(checkpoint, ids), torch.zeros(config.hidden_size, config.hidden_size)
+    walk, total = Walk(checkpoint, ids), torch.zeros(config.hidden_size, config.hidden_size, device=checkpoint.device)
 
     def add() -> None:
-        total.add_(second_moment([part / part.square().mean(-1, keepdim=True).add(1e-12).sqrt() for part in walk.x.split(4)]))
+        total.add_(second_moment([part / part.square().mean(-1, keepdim=True).add(1e-12).sqrt() for part in walk.x]))
 
     firsts = {group[0].readers[0].split(".", 3)[3] for blocks in named_groups(config) for group in blocks}
     for _, layer in walk.layers("directions"):
@@ -75,5 +75,5 @@ def sliced(checkpoint: Checkpoint, turn: Tensor) -> Iterator[tuple[str, Tensor]]
         elif name == "model.norm.weight" and config.tied_embeddings:
             tensor = gain * (turn.square().T @ tensor)        # the diagonal of turn^T diag(g) turn
         elif module in {"model.norm", *norms.values()}:
-            tensor = torch.full((turn.shape[1],), gain)
-        yield name, tensor.contiguous()
+            tensor = torch.full((turn.shape[1],), gain, device=turn.device)
+        yield name, tensor.cpu().contiguous()

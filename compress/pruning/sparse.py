@@ -20,7 +20,8 @@ from torch import Tensor
 
 from compress.layerwise import Walk, rewritten, second_moment
 from compress.quantizing.gptq import factorize
-from compress.quantizing.sensitivity import output_gradients, pivots
+from compress.quantizing.fisher import output_gradients
+from compress.quantizing.sensitivity import pivots
 from models.checkpoint import Checkpoint
 from models.network.decoder import Layer
 from runtime.errors import UserError
@@ -46,16 +47,16 @@ def parse_pattern(text: str) -> float | str:
 def zeros(score: Tensor, pattern: float | str) -> Tensor:
     """Which of score [N, K] are among the smallest: bool [N, K]. 2:4 counts within every four columns."""
     if pattern == "2:4":
-        small = score.unflatten(1, (-1, 4)).argsort(-1).argsort(-1) < 2
+        small = score.unflatten(1, (-1, 4)).argsort(dim=-1, stable=True).argsort(-1) < 2
         return small.flatten(1)
     drop = int(round(pattern * score.shape[1]))
-    return score.argsort(1).argsort(1) < drop
+    return score.argsort(dim=1, stable=True).argsort(1) < drop
 
 
 def sparsegpt(weight: Tensor, moment: Tensor, pattern: float | str) -> Tensor:
     """The weight [N, K] with zeros, what is left corrected for them; moment = E[x x^T] [K, K]."""
     columns = weight.shape[1]
-    upper, _ = factorize(moment, torch.arange(columns))
+    upper, _ = factorize(moment, torch.arange(columns, device=moment.device))
     left, block = weight.clone(), 4 if pattern == "2:4" else BLOCK
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
@@ -91,7 +92,7 @@ def sparsified(checkpoint: Checkpoint, ids: Tensor, score: str, pattern: float |
                 if score == "sparsegpt":
                     weight = sparsegpt(linear.weight, moment, share)
                 else:
-                    norms = moment.diagonal().sqrt() if score == "wanda" else torch.ones(linear.in_features)
+                    norms = moment.diagonal().sqrt() if score == "wanda" else moment.new_ones(linear.in_features)
                     weight = linear.weight.masked_fill(zeros(linear.weight.abs() * norms, share), 0)
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         walk.step(layer, visit)
@@ -118,8 +119,8 @@ def sparsity_ratios(checkpoint: Checkpoint, ids: Tensor, score: str, fraction: f
                 if module not in modules:
                     continue
                 cost = weight.square() * price
-                order = (weight.abs() if score == "magnitude" else cost).argsort(1)
-                curves[module] = 0.5 * (gradients[module] @ cost.gather(1, order)).cumsum(0)        # by zeros in a row
+                order = (weight.abs() if score == "magnitude" else cost).argsort(dim=1, stable=True)
+                curves[module] = 0.5 * (gradients[module].to(walk.device) @ cost.gather(1, order)).cumsum(0).cpu()     # by zeros in a row
                 sizes[module] = weight.numel()
         walk.step(layer, visit)
     return cheapest_ratios(curves, sizes, fraction)

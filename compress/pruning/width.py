@@ -42,7 +42,7 @@ def take_over(weight: Tensor, moment: Tensor, keep: Tensor, damping: float = DAM
 
     Damping holds the kept columns to what they were, where the text says too little to move them.
     """
-    gone = torch.ones(len(moment), dtype=torch.bool)
+    gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
     gone[keep] = False
     kept = moment[keep][:, keep].double()
     kept.diagonal().add_(damping * moment.diagonal().mean().double().clamp_min(1e-12))
@@ -61,7 +61,7 @@ def measure_importance(checkpoint: Checkpoint, ids: Tensor) -> Importance:
                 return
             weight = layer.get_submodule(names[0]).weight
             energy = sum(part.square().sum((0, 1)) for part in inputs) / sum(part.shape[0] * part.shape[1] for part in inputs)
-            share = energy * weight.square().sum(0) / walk.x.square().sum(-1).mean()
+            share = energy * weight.square().sum(0) / (sum(part.square().sum() for part in walk.x) / ids.numel())
             if isinstance(writers[names[0]], MLP):
                 found.neurons[number] = share
             else:
@@ -84,7 +84,7 @@ def choose_neurons(importance: Importance, total: int, step: int) -> list[int]:
     blocks = []                                              # (mean share of a step of neurons, layer), best first in a layer
     widths = [step] * len(importance.neurons)
     for number, shares in enumerate(importance.neurons):
-        ranked = shares.sort(descending=True).values
+        ranked = shares.cpu().sort(descending=True).values
         blocks += [(ranked[i:i + step].mean().item(), number) for i in range(step, len(ranked) - step + 1, step)]
     for _, number in sorted(blocks, reverse=True)[:max(0, total // step - len(widths))]:
         widths[number] += step
@@ -121,7 +121,7 @@ def narrowed(checkpoint: Checkpoint, ids: Tensor, importance: Importance, widths
 def _head_inputs(attention: Attention, groups: Tensor) -> Tensor:
     """Columns of o that belong to the kept key/value groups."""
     per_group = attention.head_dim * attention.per_value
-    return (groups.sort().values[:, None] * per_group + torch.arange(per_group)).flatten()
+    return (groups.sort().values[:, None] * per_group + torch.arange(per_group, device=groups.device)).flatten()
 
 
 def _sliced(layer: Layer, keep: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def _sliced(layer: Layer, keep: dict[str, Tensor]) -> dict[str, Tensor]:
         first = keep[name]
         if isinstance(mixer, Attention):                                                # k and v: one head a group
             size = mixer.head_dim
-            first = (first.view(-1, size * mixer.per_value)[:, :1] // mixer.per_value + torch.arange(size)).flatten()
+            first = (first.view(-1, size * mixer.per_value)[:, :1] // mixer.per_value + torch.arange(size, device=first.device)).flatten()
         for reader in mixer.groups(None)[0].readers:
             alike = reader.out_features == layer.get_submodule(name).in_features        # q, and what gates it
             rows[names[reader]] = keep[name] if alike else first

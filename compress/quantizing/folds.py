@@ -55,7 +55,7 @@ def fold_scales(layer: Layer, choose: Callable[[dict[str, nn.Linear], Tie], Tens
             continue
         linears = {names[reader]: reader for reader in group.readers}
         made, inputs = len(maker.weight), group.readers[0].in_features
-        sources, head = group.sources(made, inputs), group.head or made
+        sources, head = group.sources(made, inputs).to(maker.weight.device), group.head or made
 
         def mean(scales: Tensor) -> Tensor:                     # of those that share a factor
             return scales.view(made // head, -1, head).log().mean(1).exp().flatten() if inputs > made or group.head else scales
@@ -83,7 +83,7 @@ def awq(layer: Layer, walk: Walk, formats: dict[str, TensorFormat]) -> None:
 def _search(linears: dict[str, nn.Linear], hessian: Tensor, formats: dict[str, TensorFormat], tie: Tie) -> Tensor:
     """The factors [K] with the least output error of the linears that will be rounded."""
     loudness = hessian.diagonal()
-    best, found, rows = None, None, ROWS if len(formats) <= 4 else max(4, 4 * ROWS // len(formats))
+    tried, errors, rows = [], [], ROWS if len(formats) <= 4 else max(4, 4 * ROWS // len(formats))
     for exponent in EXPONENTS:
         scales = _even(tie(loudness ** (exponent / 2)))
         error = 0.0
@@ -92,10 +92,10 @@ def _search(linears: dict[str, nn.Linear], hessian: Tensor, formats: dict[str, T
             sample = weight[::max(1, len(weight) // rows)]
             grid = clipped_grid(sample * scales, form, loudness / scales**2)
             lost = grid.values(grid.codes(sample * scales)) / scales - sample
-            error += float(((lost @ hessian) * lost).sum()) * len(weight) / len(sample)
-        if best is None or error < best:
-            best, found = error, scales
-    return found
+            error = error + ((lost @ hessian) * lost).sum().double() * len(weight) / len(sample)
+        tried.append(scales)
+        errors.append(error)
+    return tried[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
 
 
 def smooth(layer: Layer, walk: Walk, formats: dict[str, TensorFormat]) -> None:
@@ -127,7 +127,7 @@ def rotate_values(layer: Layer, walk: Walk | None = None, formats: dict[str, Ten
         size, generator = attention.head_dim, torch.Generator().manual_seed(seed)     # layers that share values turn them alike
         heads = attention.o_proj.in_features // size
         values = heads // attention.per_value
-        turns = torch.stack([rotation(size, generator) for _ in range(values)])                   # [values, D, D]
+        turns = torch.stack([rotation(size, generator) for _ in range(values)]).to(attention.o_proj.weight.device)    # [values, D, D]
         if attention.v_proj is not None:
             rows = attention.v_proj.weight.view(values, size, -1)
             attention.v_proj.weight.copy_((turns @ rows).flatten(0, 1))

@@ -2,8 +2,8 @@
 
 Row n of a weight [N, K] may hold, in group j of its inputs, the values (code - zeros[n, j]) * scales[n, j] for codes
 0 .. 2^bits - 1. Symmetric grids have zero 2^(bits-1); their scale may be negative, which puts the one value that has no
-mirror image, code 0, on the side of the group's largest weight. Scales hold fp16 values from the start (in float32), so
-codes are fitted to the scale that is stored.
+mirror image, code 0, on the side of the group's largest weight. Where the format has levels, the values are levels[code] *
+scales[n, j]. Scales hold from the start (in float32) what the format can store, so codes are fitted to the scale that is stored.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.network.quantized import QuantizedTensor, TensorFormat
+from compress.quantizing.levels import nearest, snapped
+from models.network.quantized import LARGEST, SMALLEST, QuantizedTensor, TensorFormat, byte_scales
 
-SMALLEST = 2.0**-24           # the smallest positive fp16: a scale is never zero
-LARGEST = 65504.0
 TABLE = 1 << 26               # numbers of a token table that are looked at together
 
 
@@ -27,9 +26,21 @@ def fp16(scales: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.full_like(rounded, SMALLEST), rounded)
 
 
-def by_rows(weight: Tensor, choose: Callable[[Tensor], QuantizedTensor], part: int) -> QuantizedTensor:
-    """Codes of weight [N, K] of any float type, about `part` of its numbers in float32 at once: rows do not depend on each other."""
-    found = [choose(rows.float().contiguous()) for rows in weight.split(max(1, part // weight.shape[1]))]
+def stored_scales(scales: Tensor, form: TensorFormat) -> Tensor:
+    """Scales [N, groups] as the format stores them, float32: rounded to fp16, or to a row's 127 steps."""
+    if form.scale_bits == 16:
+        return fp16(scales)
+    codes, rows = byte_scales(scales)
+    return codes.float() * rows.float()
+
+
+def by_rows(weight: Tensor, choose: Callable[[Tensor], QuantizedTensor], part: int, device: torch.device | None = None) -> QuantizedTensor:
+    """Codes of weight [N, K] of any float type, about `part` of its numbers in float32 at once: rows do not depend on each other.
+
+    device: where `choose` works, if elsewhere than the weight is (a token table stays on the host); codes come to the weight.
+    """
+    found = [choose(rows.to(device or rows.device).float().contiguous()).to(weight.device)
+             for rows in weight.split(max(1, part // weight.shape[1]))]
     if len(found) == 1:
         return found[0]
     zeros = None if found[0].zeros is None else torch.cat([part.zeros for part in found])
@@ -39,11 +50,12 @@ def by_rows(weight: Tensor, choose: Callable[[Tensor], QuantizedTensor], part: i
 
 @dataclass(frozen=True)
 class Grid:
-    """Grid of one weight [N, K]; scales and zeros are float32 [N, groups], codes float32 [N, K]."""
+    """Grid of one weight [N, K]; scales and zeros are float32 [N, groups], levels float32 [2^bits], codes float32 [N, K]."""
 
     scales: Tensor
-    zeros: Tensor
+    zeros: Tensor                 # of levels not looked at
     format: TensorFormat
+    levels: Tensor | None = None
 
     @property
     def top(self) -> int:
@@ -58,19 +70,44 @@ class Grid:
     def codes(self, weight: Tensor) -> Tensor:
         """The nearest codes of weight [N, K]."""
         grouped = weight.unflatten(1, (self.scales.shape[1], -1))
+        if self.levels is not None:
+            return self.codes_of(snapped(grouped / self.scales[:, :, None], nearest(self.levels, self.levels)).flatten(1))
         return (grouped / self.scales[:, :, None]).round_().add_(self.zeros[:, :, None]).clamp_(0, self.top).flatten(1)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes stand for, float32 [N, K]."""
-        grouped = codes.unflatten(1, (self.scales.shape[1], -1))
-        return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).flatten(1)
+        return (self.steps(codes).unflatten(1, (self.scales.shape[1], -1)) * self.scales[:, :, None]).flatten(1)
+
+    def steps(self, codes: Tensor) -> Tensor:
+        """What codes stand for in units of their scales, float32 [N, K]."""
+        if self.levels is not None:
+            return self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        return (codes.unflatten(1, (self.scales.shape[1], -1)) - self.zeros[:, :, None]).flatten(1)
+
+    def codes_of(self, steps: Tensor) -> Tensor:
+        """The codes that stand for these: `steps` undone."""
+        if self.levels is not None:
+            return snapped(steps.clone(), nearest(self.levels, torch.arange(len(self.levels), device=steps.device)))
+        return (steps.unflatten(1, (self.scales.shape[1], -1)) + self.zeros[:, :, None]).flatten(1)
+
+    def rounding(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """round(x, low, high): x, in units of a scale, to the nearest step, in place; low and high are the first and last of even steps."""
+        if self.levels is None:
+            return lambda x, low, high: x.round_().clamp_(low, high)
+        table = nearest(self.levels, self.levels)
+        return lambda x, low, high: x.copy_(snapped(x, table))
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of some of the rows."""
+        return replace(self, scales=self.scales[start:stop], zeros=self.zeros[start:stop])
 
     def with_scales(self, scales: Tensor) -> Grid:
-        """The same zero points with other scales, rounded to fp16."""
-        return replace(self, scales=fp16(scales))
+        """The same with other scales, rounded to what is stored."""
+        return replace(self, scales=stored_scales(scales, self.format))
 
     def tensor(self, codes: Tensor) -> QuantizedTensor:
         """As a checkpoint stores them."""
         form = self.format
-        return QuantizedTensor(codes.to(torch.uint8), self.scales.half(),
-                               None if form.symmetric else self.zeros.to(torch.uint8), form.bits, form.group, form.symmetric)
+        return QuantizedTensor(codes.to(torch.uint8), self.scales.half() if form.scale_bits == 16 else self.scales,
+                               None if form.symmetric else self.zeros.to(torch.uint8), form.bits, form.group, form.symmetric, form.kind,
+                               form.scale_bits, None if self.levels is None else self.levels.to(torch.int8))

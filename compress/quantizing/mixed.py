@@ -2,7 +2,8 @@
 
     formats = mixed_formats(checkpoint, sensitivity, budget_bytes, "onnx")
 
-The candidates are the widths a backend can run, in groups of 32, 64 and 128 (8 bits also one scale a row); what each
+The candidates are the widths a backend can run, in groups of 32, 64 and 128 (5 bits and more also one scale a row), where it runs them
+with 8-bit scales and, of 2 to 4 bits, with levels: at the same bytes these lose less than even steps and fp16 scales. What each
 costs in KL comes from sensitivity.py, and allocate.py finds the best combination. A size counts every byte of a bundle's
 weights file: codes, scales, what is not quantized, RoPE's tables and the gaps that align tensors.
 """
@@ -23,8 +24,15 @@ GROUPS = (32, 64, 128)
 
 def candidates(backend: str) -> list[TensorFormat]:
     """The symmetric formats that mixed precision chooses from for a backend."""
-    forms = [TensorFormat(bits, group) for bits in BACKENDS[backend].bits for group in GROUPS]
-    return [*forms, *(TensorFormat(bits, 0) for bits in BACKENDS[backend].bits if bits >= 5)]
+    able = BACKENDS[backend]
+    forms = [TensorFormat(bits, group, kind="levels" if able.levels and bits <= 4 else "int", scale_bits=min(able.scale_bits))
+             for bits in able.bits for group in GROUPS]
+    return [*forms, *(TensorFormat(bits, 0) for bits in able.bits if bits >= 5)]
+
+
+def measured() -> list[TensorFormat]:
+    """The formats that sensitivity is measured of: those of every backend, so that one file serves all."""
+    return list(dict.fromkeys(form for backend in BACKENDS for form in candidates(backend)))
 
 
 def check_backend(plan: Quantization, backend: str) -> None:

@@ -7,7 +7,8 @@ left, HQQ's own wherever the zero point was whole. Rounding gives back part of w
 
 AutoRound learns, layer by layer, how much to add to each weight before it is rounded, and how far to clip each group, by
 the sign of the gradient of the layer's output error. It works on the model as transformers loads it and writes a GPTQ
-checkpoint, whose codes and scales (fp16, some negative) are taken as they are. It does not resume.
+checkpoint, whose codes and scales (fp16, some negative) are taken as they are. It does not resume. Which device HQQ computes
+on is neural-compressor's own choice; AutoRound is given ours.
 
 Needs the extra [quant]. Sources: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models";
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs" (2309.05516).
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from compress.foreign import FolderTensors, read_gptq
 from compress.quantizing.grid import Grid, fp16
+from models.checkpoint import CPU
 from models.network.quantized import QuantizedTensor, TensorFormat
 from runtime.errors import UserError, pip_line
 
@@ -33,6 +35,7 @@ def hqq(weight: Tensor, form: TensorFormat) -> QuantizedTensor:
     if form.symmetric or form.bits not in (2, 3, 4, 8):
         raise UserError(f"HQQ has 2, 3, 4 and 8 bits with zero points, not {form.bits} bits"
                         f"{' without' if form.symmetric else ''}: give --bits 4 --no-symmetric")
+    weight = weight.cpu()                     # the library moves it to where it computes
     rows, columns = weight.shape
     groups = form.groups(columns)
     size = columns // groups
@@ -41,13 +44,14 @@ def hqq(weight: Tensor, form: TensorFormat) -> QuantizedTensor:
     linear.weight.data = weight.reshape(-1, size).T.reshape(rows, columns).contiguous()
     config = quantization.HQQConfig(bits=form.bits, group_size=size, quant_zero=False, quant_scale=False)
     found = quantization.convert(quantization.prepare(nn.Sequential(linear), config))[0].q_weight
-    scales = fp16(found.scale.float().reshape(rows, groups))
-    zeros = found.zero.float().reshape(rows, groups).round().clamp(0, 2**form.bits - 1)
+    scales = fp16(found.scale.cpu().float().reshape(rows, groups))
+    zeros = found.zero.cpu().float().reshape(rows, groups).round().clamp(0, 2**form.bits - 1)
     grid = Grid(scales, zeros, form)
     return grid.tensor(grid.codes(weight))
 
 
-def autoround(folder: Path, ids: Tensor, formats: dict[str, TensorFormat], iterations: int) -> dict[str, QuantizedTensor]:
+def autoround(folder: Path, ids: Tensor, formats: dict[str, TensorFormat], iterations: int,
+              device: torch.device = CPU) -> dict[str, QuantizedTensor]:
     """Quantize the linears of a checkpoint's layers, all in one format.
 
     ids: int64 [windows, tokens]. iterations: steps of learning for each layer. Raises UserError without auto-round, for a
@@ -67,7 +71,7 @@ def autoround(folder: Path, ids: Tensor, formats: dict[str, TensorFormat], itera
         # nsamples and batch_size decide how windows are drawn; amp would compute in bfloat16
         config = quantization.AutoRoundConfig(
             bits=form.bits, group_size=form.group or -1, use_sym=True, iters=iterations, seqlen=ids.shape[1], nsamples=len(ids),
-            batch_size=min(8, len(ids)), amp=False, device_map="cpu", scheme=f"W{form.bits}A16", export_format="auto_gptq",
+            batch_size=min(8, len(ids)), amp=False, device_map=str(device), scheme=f"W{form.bits}A16", export_format="auto_gptq",
             output_dir=written)
         prepared = quantization.prepare(model, config)
         for window in ids:

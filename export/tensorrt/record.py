@@ -89,7 +89,7 @@ def inspect(engine: Path) -> str:
     if not isinstance(backend := facts.get("backend"), str):
         raise UserError(f"{path}: the engine's record names no backend; {mend}")
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
-    from runtime.trt_device import present_gpu
+    from runtime.cuda_device import present_gpu
     from runtime.trt_engine import load_plan, read_plan
     try:
         tensorrt = load_backend(backend)

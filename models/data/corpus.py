@@ -5,7 +5,7 @@
     input_ids, labels = blocks.rows(batch_indices(len(blocks), batch=8, seed=0, step=17))   # int64 [8, 512] each
 
 `build_corpus` reads documents (records.py), cleans them (cleaning.py), tokenizes them on all cores, ends each with the EOS
-token and writes one flat file of ids (uint16 or uint32) and one of document starts: memory-mapped, so that a corpus larger
+token (of a task's examples prompt and answer) and writes one flat file of ids (uint16 or uint32) and one of document starts: memory-mapped, so that a corpus larger
 than memory trains. The folder's name is a hash of the files' contents, the tokenizer and every option that matters, so equal
 input is read from the cache and changed input never is. No BOS token is added.
 
@@ -27,12 +27,14 @@ from pathlib import Path
 import numpy as np
 
 from models.data.cleaning import LANGUAGES, STEPS, clean
-from models.data.records import as_text, find_sources, read_records, source_digest
+from models.data.records import as_text, find_sources, lot, read_records, source_digest
 from models.data.tables import HEADERS
 from models.progress import progress
+from models.tasks.defaults import DECODER_TASKS
 from runtime.cli import Checked, arg
 from runtime.errors import UserError
 from runtime.files import lock, new_folder, read_json, restored
+from runtime.task import FILE
 from runtime.text import Tokenizer
 
 IGNORE = -100                    # a label without loss, as in torch.nn.functional.cross_entropy
@@ -49,6 +51,8 @@ class DataOptions(Checked):
     documents: str = arg("file", help="what a document of plain text is", choices=("file", "line", "paragraph"),
                          group="reading text")
     field: str | None = arg(None, help="JSON key or column that holds the text", group="reading text")
+    task: str | None = arg(None, help="read records as this task asks and answers them (the model's own, where it was trained on that one)",
+                           choices=DECODER_TASKS, group="reading text")
     header: str = arg("auto", help="whether the first row of CSV and TSV files names the columns", choices=HEADERS,
                       group="reading text")
     normalize: bool = arg(False, help="Unicode NFC, one kind of line end, no control characters", group="reading text")
@@ -73,12 +77,14 @@ class Split:
     seed: int
 
     def has(self, text: str) -> bool:
-        digest = hashlib.blake2b(f"{self.seed}\n{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") < self.fraction * 2**64) == (self.part == "valid")
+        return (lot(text, self.seed) < self.fraction) == (self.part == "valid")
 
 
 def read_documents(options: DataOptions, sources: list[str], counts: Counter, description: str) -> Iterator[str]:
     """The cleaned documents of `sources`, with a progress bar in bytes; `counts` says how many were kept or dropped."""
+    if options.task:
+        raise UserError(f"--task {options.task}: here texts are read, not the examples of a task: leave it out (or, where a text is to be "
+                        "split, name what is held out with --valid)")
     sizes = [None if s.startswith("hf:") else os.path.getsize(s) for s in sources]
     total = None if None in sizes else sum(sizes)
     with progress(label=description, unit="B", total=total, unit_scale=True) as bar:
@@ -112,36 +118,40 @@ def build_corpus(options: DataOptions, names: tuple[str, ...], tokenizer_file: s
     Raises UserError for data that cannot be used (see records.py), and where cleaning or the split leaves nothing.
     """
     sources = find_sources(names)
-    tokenizer = Tokenizer(tokenizer_file)
+    tokenizer, own = Tokenizer(tokenizer_file), Path(tokenizer_file).parent / FILE
     key = {"version": CACHE_VERSION, "sources": [source_digest(s) for s in sources],
            "tokenizer": source_digest(str(tokenizer_file)), "eos": eos, "split": split and asdict(split),
            "format": options.format, "documents": options.documents, "field": options.field, "header": options.header,
+           **({"task": [options.task, source_digest(str(own)) if own.is_file() else None, *_template(tokenizer_file)]} if options.task else {}),
            "cleaning": {step: getattr(options, step) for step in STEPS}}
     folder = options.cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if not restored(folder).is_dir():
         with lock(folder, wait=True):
             if not folder.is_dir():          # another process may have finished it meanwhile
                 with new_folder(folder) as temporary:
-                    _write_corpus(temporary, options, sources, tokenizer, eos, split, key)
+                    _write_corpus(temporary, options, sources, tokenizer, eos, split, key, Path(tokenizer_file).parent)
     meta = read_json(folder / "corpus.json")
     return Corpus(folder, np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
                   np.memmap(folder / "starts.bin", dtype=np.int64, mode="r"), meta["text_bytes"], meta["eos"])
 
 
-def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
+def _template(tokenizer_file) -> tuple[str, ...]:
+    """Digest of the chat template beside a tokenizer."""
+    from models.formats.chat import template_source
+    return (hashlib.sha256((template_source(Path(tokenizer_file).parent) or "").encode()).hexdigest(),)
+
+
+def _write_corpus(folder, options, sources, tokenizer, eos, split, key, model):
     dtype = np.uint16 if max(len(tokenizer) - 1, eos) < 1 << 16 else np.uint32
     counts, starts, length, text_bytes = Counter(), [], 0, 0
-    documents = read_documents(options, sources, counts, f"tokenize {split.part if split else 'data'}")
-    if split:
-        documents = filter(split.has, documents)
+    read = _asked(options, sources, split, tokenizer, model, counts) if options.task else _read(options, sources, split, tokenizer, counts)
     with open(folder / "tokens.bin", "wb") as file:
-        for batch in _batches(documents):
-            for text, found in zip(batch, tokenizer.encode_batch(batch)):
-                ids = np.append(found, eos).astype(dtype)
-                starts.append(length)
-                length += len(ids)
-                text_bytes += len(text.encode("utf-8", "surrogatepass"))
-                ids.tofile(file)
+        for found, size in read:
+            ids = np.append(found, eos).astype(dtype)
+            starts.append(length)
+            length += len(ids)
+            text_bytes += size
+            ids.tofile(file)
     if not starts:
         side = f"the {split.part} side of the split is empty (give --valid, or --documents line); " if split else ""
         judged = ", ".join(f"{n} {reason}" for reason, n in counts.items())
@@ -149,6 +159,34 @@ def _write_corpus(folder, options, sources, tokenizer, eos, split, key):
     np.array(starts, dtype=np.int64).tofile(folder / "starts.bin")
     meta = {"dtype": np.dtype(dtype).name, "text_bytes": text_bytes, "eos": eos, "counts": counts, "key": key}
     (folder / "corpus.json").write_text(json.dumps(meta, indent=1))
+
+
+def _read(options, sources, split, tokenizer, counts) -> Iterator[tuple[np.ndarray, int]]:
+    """Token ids and UTF-8 bytes of every document."""
+    documents = read_documents(options, sources, counts, f"tokenize {split.part if split else 'data'}")
+    for batch in _batches(filter(split.has, documents) if split else documents):
+        for text, found in zip(batch, tokenizer.encode_batch(batch)):
+            yield found, len(text.encode("utf-8", "surrogatepass"))
+
+
+def _asked(options, sources, split, tokenizer, model, counts) -> Iterator[tuple[np.ndarray, int]]:
+    """The same of every example of the task: its prompt and its answer, as the model is asked."""
+    for ids, _ in task_rows(options, sources, tokenizer, model, split):
+        counts["kept"] += 1
+        yield ids, len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
+
+
+def task_rows(options: DataOptions, sources: list[str], tokenizer: Tokenizer, model: Path, split: Split | None = None,
+              end: int | None = None) -> list:
+    """(ids, learned) of the examples of options.task (models/tasks/learning.py), as the checkpoint in `model` is asked. end: token that is
+    learned behind a text. Raises UserError."""
+    from models.formats.chat import chat_encoder
+    from models.tasks import TaskOptions, open_task, read_examples
+    from models.tasks.learning import encode
+    examples = read_examples(options.task, sources, format=options.format, header=options.header, field=options.field)
+    task = open_task(options.task, TaskOptions(), examples, model)
+    chat = chat_encoder(model, tokenizer) if task.chat else None
+    return [row for example in examples if not split or split.has(str(example.fields)) for row in encode(task, example, tokenizer, chat, end)]
 
 
 def _batches(documents):

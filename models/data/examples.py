@@ -1,6 +1,6 @@
-"""Examples with the loss on the answer alone: chats through the model's own template, texts with their label in words.
+"""Examples with the loss on the answer alone: chats through the model's own template, or a question and its answer.
 
-    examples = Examples([*encode_chat(...), ...], pad=2)     # or encode_labelled(...)
+    examples = Examples([*encode_chat(...), ...], pad=2)     # or join(question, answer)
     input_ids, labels = examples.rows(np.array([3, 7]))      # int64 [2, longest of these], right-padded
 
 An encoded example is (ids, learned): int64 ids [n], and bool [n], whether a token belongs to an answer. In a chat the
@@ -16,7 +16,6 @@ import numpy as np
 from models.data.corpus import IGNORE
 from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
-from runtime.text import Tokenizer
 
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -60,12 +59,6 @@ def _header(asked: str, before: str, through: str, message: dict) -> str | None:
     texts = [text for name, text in message.items() if name != "role"] + [part.get("text") for part in parts]
     said = [through.find(text.strip(), len(before)) for text in texts if isinstance(text, str) and text.strip()]
     return shared[:min([len(shared), *(place for place in said if place >= 0)])]
-
-
-def encode_labelled(text: str, label: str, prompt: str, tokenizer: Tokenizer) -> Encoded:
-    """`prompt` with {text} filled in, as models.evaluate asks it (BOS included), and the label's words after a space.
-    The two are tokenized apart."""
-    return join(tokenizer.encode(prompt.replace("{text}", text)), tokenizer.encode(" " + label, special_tokens=False))
 
 
 def join(question: np.ndarray, answer: np.ndarray) -> Encoded:

@@ -20,6 +20,7 @@ cut before a line that starts with a visible character, where byte-level tokeniz
 import glob
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -36,11 +37,13 @@ TEXT_NAMES = ("text", "sentence", "content")
 CHAT_NAMES = {"messages", "conversations", "instruction", "prompt", "question"}
 LABEL_NAMES = ("label", "labels", "class")
 DOCUMENT_BYTES = 1 << 20
+ODD_ROWS = 0.01                  # share of a table's rows that may be left out for their number of columns
 
 
 class Record(NamedTuple):
     place: str                   # "FILE:LINE" or "FILE:record N", for messages
     fields: dict
+    table: bool = False          # a row, whose columns have an order
 
 
 def find_sources(names: Iterable[str | Path]) -> list[str]:
@@ -65,13 +68,14 @@ def find_sources(names: Iterable[str | Path]) -> list[str]:
 
 
 def read_records(sources: Iterable[str], format: str | None = None, unit: str = "file", header: str = "auto",
-                 wanted: Iterable[str | None] = ()) -> Iterator[Record]:
+                 wanted: Iterable[str | None] = (), odd_rows: bool = False) -> Iterator[Record]:
     """Stream the records of `sources` (from `find_sources`) in order.
 
     unit: of plain text, "file", "line" or "paragraph" (blank lines between). header, wanted (columns that will be asked
-    for): of tables (tables.py). Raises UserError for a file that is empty, binary, not UTF-8, malformed, or uneven.
+    for): of tables (tables.py). odd_rows: leave out and tell rows of other than a table's columns, where they are rare.
+    Raises UserError for a file that is empty, binary, not UTF-8, malformed, or uneven.
     """
-    how = {"unit": unit, "header": header, "wanted": tuple(wanted)}
+    how = {"unit": unit, "header": header, "wanted": tuple(wanted), "odd_rows": odd_rows}
     for source in sources:
         kind = "hf" if source.startswith("hf:") else format or FORMATS.get(Path(source).suffix.lower())
         if kind not in _READERS:
@@ -93,6 +97,12 @@ def source_digest(source: str) -> str:
     for record in _read_hf(source):
         digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def lot(text: str, seed: int) -> float:
+    """What a text draws, from 0 to 1: the same whatever else there is."""
+    digest = hashlib.blake2b(f"{seed}\n{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
@@ -189,13 +199,23 @@ def _read_conll(source, **how):
         tags.append(cells[-1])
 
 
-def _read_table(source, delimiter, header, wanted, **how):
+def _read_table(source, delimiter, header, wanted, odd_rows, **how):
     names, rows = open_table(source, (line for _, line in _lines(source)), delimiter, header, wanted)
-    for line, row in rows:
+    count, odd = 0, []
+    for count, (line, row) in enumerate(rows, 1):
         names = names or [str(i) for i in range(len(row))]
-        if len(row) != len(names):
-            raise UserError(f"{source}:{line}: {len(row)} columns where the file began with {len(names)}")
-        yield Record(f"{source}:{line}", dict(zip(names, row)))
+        if len(row) == len(names):
+            yield Record(f"{source}:{line}", dict(zip(names, row)), True)
+            continue
+        odd.append((line, len(row)))
+        if not odd_rows:
+            break
+    if odd and (not odd_rows or len(odd) > count * ODD_ROWS):
+        line, found = odd[0]
+        raise UserError(f"{source}:{line}: {found} columns where the file began with {len(names)}")
+    if odd:
+        print(f"{source}: left out {len(odd)} of {count} rows that do not have {len(names)} columns, the first is line {odd[0][0]}",
+              file=sys.stderr)
 
 
 def _read_hf(source, **how):
@@ -223,33 +243,40 @@ _READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "conll
 
 def as_text(record: Record, field: str | None = None) -> str:
     """The record as one document: `field`, else its text, else its parts joined by newlines. Names count in any case."""
-    fields = _folded(record)
+    fields = folded(record)
     if field is not None:
         return _named(record, field, "--field")
+    if is_chat(record):
+        return "\n".join(_content(message) or "" for message in as_messages(record))
     for name in TEXT_NAMES:
         if isinstance(fields.get(name), str):
             return fields[name]
     if "tokens" in fields:
         return " ".join(fields["tokens"])
-    if _numbered(record.fields):
+    if numbered(record.fields):
         return "\t".join(record.fields.values())
-    if not fields.keys() & CHAT_NAMES:
-        raise UserError(f"{record.place}: no text; it has {', '.join(map(str, record.fields))}: name one with --field, or call it text")
-    return "\n".join(_content(message) or "" for message in as_messages(record))
+    raise UserError(f"{record.place}: no text; it has {', '.join(map(str, record.fields))}: name one with --field, or call it text")
 
 
-def _folded(record: Record) -> dict:
+def is_chat(record: Record) -> bool:
+    """Whether the record is messages, an instruction or a question with its answer, and has no text besides."""
+    fields = folded(record)
+    texts = any(isinstance(fields.get(name), str) for name in TEXT_NAMES) or "tokens" in fields or numbered(record.fields)
+    return not texts and not fields.keys().isdisjoint(CHAT_NAMES)
+
+
+def folded(record: Record) -> dict:
     """Its fields by lower-case name, and by their own where that differs."""
     return {str(name).casefold(): value for name, value in record.fields.items()} | record.fields
 
 
-def _numbered(fields: dict) -> bool:
+def numbered(fields: dict) -> bool:
     """Whether these are the columns of a table without names."""
     return set(fields) == {str(i) for i in range(len(fields))}
 
 
 def _named(record: Record, name: str, option: str) -> str:
-    fields = _folded(record)
+    fields = folded(record)
     value = fields.get(name, fields.get(name.casefold()))
     if not isinstance(value, str):
         raise UserError(f"{record.place}: no text under {name!r}, which {option} asks for; it has {', '.join(map(str, record.fields))}")
@@ -263,7 +290,7 @@ def as_messages(record: Record) -> list[dict]:
 
     Takes chat (`messages`), ShareGPT (`conversations`), Alpaca, prompt and completion, and SQuAD records.
     """
-    fields = _folded(record)
+    fields = folded(record)
     try:
         if "messages" in fields:
             messages = [{**m, "role": m["role"]} if m.get("tool_calls") else {**m, "role": m["role"], "content": m["content"]}
@@ -313,22 +340,23 @@ def _exchange(prompt, reply):
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
 
 
-def as_labelled(record: Record, field: str | None = None, label_field: str | None = None) -> tuple[str, str]:
+def as_labelled(record: Record, field: str | None = None, label_field: str | None = None, number: bool = False) -> tuple[str, str]:
     """(text, label): the fields named, else those called so; of a table without names the first and the last column.
+    number: the label may be any number.
 
     Raises UserError where that does not say which they are, or one is empty.
     """
-    fields, names = _folded(record), list(map(str, record.fields))
+    fields, names = folded(record), list(map(str, record.fields))
     text_name = field or next((name for name in TEXT_NAMES if name in fields), None)
     label_name = label_field or next((name for name in LABEL_NAMES if name in fields), None)
-    if _numbered(record.fields) and len(names) > 1:
+    if numbered(record.fields) and len(names) > 1:
         text_name, label_name = text_name or names[0], label_name or names[-1]
     if text_name is None or label_name is None:
         raise UserError(f"{record.place}: no text and label; it has {', '.join(names)}: name them with --field and --label-field")
     text, label = _named(record, text_name, "--field"), fields.get(label_name, fields.get(label_name.casefold()))
     if type(label) is float and label.is_integer():
         label = int(label)
-    if not isinstance(label, str | int) or not str(label).strip() or not text.strip():
+    if not isinstance(label, str | int | float if number else str | int) or not str(label).strip() or not text.strip():
         what = f"label is {label!r}, which should be a word or a number" if text.strip() else "text is empty"
         raise UserError(f"{record.place}: its {what}")
     return text, str(label).strip()

@@ -21,8 +21,9 @@ from itertools import chain, islice
 from runtime.errors import UserError
 
 HEADERS = ("auto", "yes", "no")
-HEADER_NAMES = {"text", "sentence", "content", "label", "labels", "class", "source", "target", "question", "answer", "context",
-                "summary", "prompt", "completion", "instruction", "input", "output", "response"}
+HEADER_NAMES = {"text", "sentence", "content", "label", "labels", "class", "source", "target", "question", "answer", "answers", "context",
+                "summary", "prompt", "completion", "instruction", "input", "output", "response", "text1", "text2", "sentence1", "sentence2",
+                "premise", "hypothesis", "question1", "question2", "score", "similarity"}
 SAMPLE = 1000
 _HEAD = 50                               # lines that show quotes and the separator
 _NAME = re.compile(r"[^\W\d][\w :/()#-]{0,39}")

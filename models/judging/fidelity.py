@@ -10,16 +10,20 @@ Intervals are a 95% bootstrap over windows, because the tokens of one window are
 Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
 made to sum to one over them. A reference may also be a teacher's cached predictions over the same windows
 (models/formats/teacher_cache.py): its kl is then a lower bound, top1_agreement is exact.
+
+Models that compute on a device are measured there (models/judging/on_device.py).
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from models.formats.teacher_cache import TeacherCache
+from models.judging import on_device
 from models.judging.metrics import bootstrap
+from models.judging.texts import Text
 from models.progress import progress as shown
 from runtime.backend import Backend
 from runtime.compare import compare
@@ -35,21 +39,18 @@ class Window:
     n_bytes: int             # UTF-8 bytes of the scored tokens' text
 
 
-def cut_windows(tokenizer, text: str, window: int, stride: int, limit: int | None = None) -> list[Window]:
-    """Windows over a whole text; `tokenizer` is a runtime.text.Tokenizer. Raises UserError for a text too short."""
+def cut_windows(text: Text, window: int, stride: int, limit: int | None = None) -> list[Window]:
+    """Windows over a whole text. Raises UserError for a text too short."""
     if not 1 <= stride < window:
         raise UserError(f"stride is {stride}, which should be from 1 to one less than the window of {window}")
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    ends = offsets[:, 1]
+    ids, ends = text.ids, text.ends
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens; at least 2 are needed to score one")
-    # Bytes before each character, to turn the offsets (in characters) of scored tokens into bytes.
-    before = np.concatenate(([0], np.cumsum([len(c.encode("utf-8", "surrogatepass")) for c in text])))
     windows, context = [], window - stride
     for start in range(0, max(len(ids) - context, 1), stride):
         part = ids[start:start + window]
         first = context if len(part) > context else max(1, len(part) // 2)      # a text shorter than one window
-        windows.append(Window(part, first, int(before[ends[start + len(part) - 1]] - before[ends[start + first - 1]])))
+        windows.append(Window(part, first, int(ends[start + len(part) - 1] - ends[start + first - 1])))
         if len(windows) == limit:
             break
     return windows
@@ -108,21 +109,32 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
     A cache as reference goes with its own `cached_windows`. shared: compare over this many first tokens.
     Raises UserError for non-finite logits.
     """
-    result = []
-    for number, window in enumerate(shown(list(windows), label=label, unit="window", quiet=not progress)):
-        ids, first = window.ids, window.first
-        ours, targets = logits(backend, ids[:-1], first - 1), ids[first:]
-        nll = -np.array([token_logprobs(row, target, 0).logprob for row, target in zip(ours, targets)])
+    windows, result = list(windows), []
+    found = (on_device.figures if on_device.computes_there(backend, reference) else _figures)(backend, windows, reference, shared)
+    for number, (nll, kl, differs) in enumerate(shown(found, total=len(windows), label=label, unit="window", quiet=not progress)):
         if not np.isfinite(nll).all():
             raise UserError(f"window {number} gives logits that are not finite: the model is broken there")
-        scored = Scored(len(targets), window.n_bytes, float(nll.sum()))
-        if reference is not None:
-            if isinstance(reference, TeacherCache):
-                found = compare(reference.top(number, slice(first - 1, len(ids) - 1)), reference.within(ours))
-            else:
-                found = compare(logits(reference, ids[:-1], first - 1)[:, :shared], ours[:, :shared])
-            at = int(found.kl.argmax())
-            worst = float(found.kl[at]), ids[max(0, first + at - 24):first + at]
-            scored = replace(scored, kl=float(found.kl.sum()), agree=int((~found.differs).sum()), worst=worst)
-        result.append(scored)
+        window, more = windows[number], {}
+        if kl is not None:
+            at = int(kl.argmax())
+            more = {"kl": float(kl.sum()), "agree": int((~differs).sum()),
+                    "worst": (float(kl[at]), window.ids[max(0, window.first + at - 24):window.first + at])}
+        result.append(Scored(len(nll), window.n_bytes, float(nll.sum()), **more))
     return Fidelity(result)
+
+
+def _figures(backend: Backend, windows: list[Window], reference: Backend | TeacherCache | None,
+             shared: int | None) -> Iterator[on_device.Figures]:
+    """What `on_device.figures` gives, of any backends."""
+    for number, window in enumerate(windows):
+        ids, first = window.ids, window.first
+        ours = logits(backend, ids[:-1], first - 1)
+        nll = -np.array([token_logprobs(row, target, 0).logprob for row, target in zip(ours, ids[first:])])
+        if reference is None or not np.isfinite(nll).all():
+            yield nll, None, None
+            continue
+        if isinstance(reference, TeacherCache):
+            found = compare(reference.top(number, slice(first - 1, len(ids) - 1)), reference.within(ours))
+        else:
+            found = compare(logits(reference, ids[:-1], first - 1)[:, :shared], ours[:, :shared])
+        yield nll, found.kl, found.differs

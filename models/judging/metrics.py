@@ -75,16 +75,33 @@ def rouge(answer: str, references: Sequence[str], kinds: Sequence[str] = ("rouge
     return {kind: scores[kind].fmeasure for kind in kinds}
 
 
-def bleu(answers: Sequence[str], references: Sequence[str], *, chinese: bool = False) -> float:
-    """Corpus BLEU, 0 to 100, one reference an answer; `chinese` splits Han text into characters."""
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]], *, chinese: bool = False) -> float:
+    """Corpus BLEU, 0 to 100, against all references of an answer; `chinese` splits Han text into characters."""
     from sacrebleu.metrics import BLEU
-    return BLEU(tokenize="zh" if chinese else "13a", effective_order=False).corpus_score(list(answers), [list(references)]).score
+    streams = [[right[n] if n < len(right) else None for right in references] for n in range(max(map(len, references)))]
+    return BLEU(tokenize="zh" if chinese else "13a", effective_order=False).corpus_score(list(answers), streams).score
 
 
-def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus chrF (character F-score, beta 2), 0 to 100."""
+def self_bleu(answers: Sequence[str]) -> float:
+    """Mean BLEU of each answer against all others, 0 to 100: the higher, the more they are alike (Zhu et al. 2018). Of more
+    than 50 answers the first 50."""
+    from sacrebleu.metrics import BLEU
+    one, kept = BLEU(effective_order=True), list(answers[:50])
+    if len(kept) < 2:
+        return float("nan")
+    return float(np.mean([one.sentence_score(answer, kept[:n] + kept[n + 1:]).score for n, answer in enumerate(kept)]))
+
+
+def distinct(answers: Sequence[str], n: int) -> float:
+    """Share of different runs of n words among all of them, 0 to 1 (Li et al. 2016); nan where there is none."""
+    runs = [tuple(words[i:i + n]) for words in map(answer_tokens, answers) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else float("nan")
+
+
+def chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus chrF (character F-score, beta 2), 0 to 100, against the first reference of each."""
     from sacrebleu.metrics import CHRF
-    return CHRF().corpus_score(list(answers), [list(references)]).score
+    return CHRF().corpus_score(list(answers), [[right[0] for right in references]]).score
 
 
 @cache
@@ -114,4 +131,41 @@ def classification(predicted: Sequence[str], actual: Sequence[str]) -> dict:
     recall = hits / np.maximum(matrix.sum(1), 1)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     return {"accuracy": float(hits.sum() / max(matrix.sum(), 1)), "precision": float(precision.mean()),
-            "recall": float(recall.mean()), "f1": float(f1.mean()), "labels": labels, "confusion": matrix.tolist()}
+            "recall": float(recall.mean()), "macro_f1": float(f1.mean()), "matthews": _matthews(matrix.astype(np.float64)),
+            "labels": labels, "confusion": matrix.tolist()}
+
+
+def _matthews(matrix: np.ndarray) -> float:
+    """Matthews' correlation of many classes (Gorodkin 2004); 0 where one side knows one label only."""
+    count, actual, predicted = matrix.sum(), matrix.sum(1), matrix.sum(0)
+    spread = (count**2 - predicted @ predicted) * (count**2 - actual @ actual)
+    return float((np.trace(matrix) * count - actual @ predicted) / np.sqrt(spread)) if spread else 0.0
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def pearson(predicted: Sequence[float], actual: Sequence[float]) -> float:
+    """Pearson's correlation; 0 where one side is constant, as in a bootstrap of few."""
+    a, b = (np.asarray(x, np.float64) - np.mean(x) for x in (predicted, actual))
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread else 0.0
+
+
+def spearman(predicted: Sequence[float], actual: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks; equal values share their mean rank."""
+    def ranks(values):
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return pearson(ranks(predicted), ranks(actual))
+
+
+# ---- entities -------------------------------------------------------------------------------------------------------
+
+def entities(predicted: Sequence[Sequence], actual: Sequence[Sequence]) -> dict[str, float]:
+    """Micro-averaged precision, recall and F1 of the entities of each text, any hashable (kind, first, end), or (kind, name).
+    Of spans that is what seqeval calls f1_score; an entity listed twice must be there twice."""
+    found, wanted = [Counter(some) for some in predicted], [Counter(some) for some in actual]
+    hits = sum((a & b).total() for a, b in zip(found, wanted, strict=True))
+    told, there = (sum(some.total() for some in side) for side in (found, wanted))
+    return {"precision": hits / told if told else 0.0, "recall": hits / there if there else 0.0,
+            "f1": 2 * hits / (told + there) if told + there else 0.0}

@@ -92,10 +92,14 @@ def report(result: dict, worst: int) -> str:
 
 def page(result: dict, worst: int) -> str:
     """The HTML page, with nothing outside it."""
-    title = html.escape(f"{result['before']} → {result['after']}")
+    return document(f"What got worse: {result['before']} → {result['after']}", sections(result, worst))
+
+
+def document(title: str, parts: list[Section]) -> str:
+    """A page of sections, of this comparison or of another."""
+    title = html.escape(title)
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE}</style><h1>What got worse: {title}</h1>"
-            + "".join(_section(section) for section in sections(result, worst)) + "</html>\n")
+            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>" + "".join(map(_section, parts)) + "</html>\n")
 
 
 def _section(section: Section) -> str:

@@ -17,6 +17,13 @@ from models.network.config import ModelConfig
 from runtime.errors import UserError
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on its way to a device, which the host does not wait for: a plain copy would wait for all work before it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()                 # a copy, which nobody changes while it travels
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+
+
 class KVCache:
     """Per layer with keys of its own: keys and values [rows, kv_heads, capacity, head_dim] of `rows` sequences; per recurrent layer its
     state, float32 [rows, ...], by the names of `ModelConfig.state_shapes`.
@@ -47,20 +54,28 @@ class KVCache:
         states = [t for states in (self.states, self.older) for state in states for t in state.values()]
         return sum(t.nbytes for t in self.keys + self.values + states)
 
-    def begin(self, first: Tensor, width: int, counts: Tensor | None) -> None:
-        """Before a call that writes from slot `first` [rows] on: rows that begin anew have no state, others that of their tokens."""
+    def begin(self, first: np.ndarray, width: int, counts: np.ndarray | None) -> int:
+        """Before a call that writes from slot `first` [rows] on: rows that begin anew have no state, others that of their tokens.
+
+        Gives how many slots there are to look at: one more than the last that is written.
+        """
+        filled = int(first.max()) + width
+        if filled > self.capacity:
+            raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {self.capacity}")
         if not self.recurrent:
-            return
-        index = first.cpu().numpy()
-        if (wrong := (index != self.held) & (index > 0)).any():
+            return filled
+        if (wrong := (first != self.held) & (first > 0)).any():
             row = int(wrong.nonzero()[0][0])
-            raise UserError(f"row {row} goes on at slot {index[row]}, and its state is that of {self.held[row]} tokens: restore a snapshot")
+            raise UserError(f"row {row} goes on at slot {first[row]}, and its state is that of {self.held[row]} tokens: restore a snapshot")
+        new = np.flatnonzero(first == 0).tolist()
         for number, state in enumerate(self.states):
             for name, tensor in state.items():
                 self.older[number][name].copy_(tensor)
-                tensor[first == 0] = 0
-        self.before[:] = self.held * (index > 0)
-        self.held[:] = index + (width if counts is None else counts.cpu().numpy())
+                for row in new:
+                    tensor[row].zero_()
+        self.before[:] = self.held * (first > 0)
+        self.held[:] = first + (width if counts is None else counts)
+        return filled
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the slots of `row` from `length` on; raises UserError where a recurrent state of that length is not held."""

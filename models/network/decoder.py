@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.network.cache import KVCache
+from models.network.cache import KVCache, sent
 from models.network.config import ModelConfig
 from models.network.mixers.attention import Attention
 from models.network.mixers.delta import DeltaRule
@@ -38,16 +38,14 @@ MIXERS = {"attention": ("self_attn", Attention), "conv": ("conv", ShortConv), "d
           "mamba": ("mamba", Mamba)}
 
 
-def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, cache: KVCache | None = None,
+def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, filled: int | None = None, cache: KVCache | None = None,
           counts: Tensor | None = None, dtype: torch.dtype = torch.float32, context: int | None = None) -> Iterator[Step]:
     """What each layer is told of one call, in order; what layers have in common is made once.
 
-    positions, slots: int64 [b or 1, s]; slots None: the rows stand alone. counts: int64 [b], tokens of each row that are real. context:
-    the longest that a row may become, which LongRoPE looks at; None: the cache's capacity, or the rows' length.
+    positions, slots: int64 [b or 1, s]; slots None: the rows stand alone. filled: how many slots to look at. counts: int64 [b],
+    tokens of each row that are real. context: the longest that a row may become, which LongRoPE looks at; None: the cache's capacity, or
+    the rows' length.
     """
-    filled = None if cache is None else int(slots.max()) + 1
-    if cache is not None and filled > cache.capacity:
-        raise ValueError(f"slot {filled - 1} is beyond the cache's capacity of {cache.capacity}")
     length = context or (cache.capacity if cache is not None else positions.shape[1])
     seen = torch.arange(filled if cache is not None else positions.shape[1], device=positions.device)
     turns, masks, kept, sources = {}, {}, {}, {layer.cache_source for layer in config.layers}
@@ -181,19 +179,20 @@ class Backbone(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None,
                 write_index: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """Hidden states [b, s, hidden] after the final norm. Arguments as in `Decoder.forward`."""
-        ahead = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ahead, filled = torch.arange(input_ids.shape[1], device=input_ids.device), None
         slots = ahead[None]
-        if cache is not None:
-            first = torch.as_tensor(cache.lengths if write_index is None else write_index, device=ahead.device)
-            slots = first[:, None] + ahead
-            cache.begin(first, input_ids.shape[1], counts)
+        if cache is not None:                           # where the rows are is known to the host: nothing here waits for a device
+            first = torch.from_numpy(cache.lengths) if write_index is None else write_index
+            filled = cache.begin(first.cpu().numpy(), input_ids.shape[1], None if counts is None else counts.cpu().numpy())
+            slots = sent(first, ahead.device)[:, None] + ahead
+            counts = None if counts is None else sent(counts, ahead.device)
         if position_ids is None:
             position_ids = slots
         x = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         own = self.own_inputs(input_ids, x)
-        told = list(steps(self.config, position_ids, slots, cache, counts, x.dtype, self.context))
+        told = list(steps(self.config, position_ids, slots, filled, cache, counts, x.dtype, self.context))
         for layer in self.layers:                       # some may have been taken out (compress/pruning/depth.py)
             step = told[layer.number]
             step.own = None if own is None else own[:, :, layer.number]
@@ -240,9 +239,9 @@ class Decoder(nn.Module):
         input_ids: int64 [b, s], right-padded.
         position_ids: int64 [b, s]; by default the slots the tokens go to (0..s-1 without a cache).
         cache: with b rows, updated in place (its lengths are the caller's). None: the rows stand alone.
-        write_index: int64 [b], slot of each row's first token; by default the cache's lengths.
+        write_index: int64 [b], on the host, slot of each row's first token; by default the cache's lengths.
         logits_positions: int64 [b, k], indices into s whose logits are wanted; by default all.
-        counts: int64 [b], tokens of each row that are real, which recurrent layers must know; by default all.
+        counts: int64 [b], on the host, tokens of each row that are real, which recurrent layers must know; by default all.
         Returns float32 logits [b, k or s, vocab].
         """
         hidden = self.model(input_ids, position_ids, cache, write_index, counts)

@@ -52,7 +52,7 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
 
 def rotations(rope: Rope, head_dim: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles, float32 [..., head_dim / 2], for int positions of any shape [...] in a context of `length`."""
-    angles = positions[..., None].float() * frequencies(rope, head_dim, length).to(positions.device)
+    angles = positions[..., None].float() * frequencies(rope, head_dim, length).to(positions.device, non_blocking=True)
     factor = torch.ones(head_dim // 2, device=positions.device)
     factor[:rope.dims(head_dim) // 2] = (rope.scaling or {}).get("attention_factor", 1.0)
     return angles.cos() * factor, angles.sin() * factor

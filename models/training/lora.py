@@ -4,15 +4,20 @@ A family whose modules have the decoder's names shares its adapters with `peft` 
 are saved for its own modules: renamed, their rows in its order, its constant factors taken out, and the adapters of linears that it
 keeps fused as one of several times the rank. No dropout, so that training draws nothing random. Where products are made in bf16
 anyway, the frozen weights are kept in it; the merge then goes by the checkpoint's own.
+
+The product is our own, in fewer steps than `peft`'s: on a GPU a step of a small model takes as long as its kernels take to begin.
 """
 
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from models.checkpoint import Checkpoint
@@ -44,12 +49,22 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, source: Path, frozen: to
     """
     targets = list(dict.fromkeys(name.rpartition(".")[2] for name in adapted(decoder.config)))
     model = get_peft_model(decoder, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = partial(_beside, module)
     config = model.peft_config["default"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", str(source)    # for whoever opens the adapter
     if frozen != torch.float32:
         for name, parameter in model.named_parameters():      # what stays is copied: then the file need not stay mapped
             parameter.data = parameter.data.to(frozen) if name.endswith(".base_layer.weight") else parameter.data.clone()
     return model
+
+
+def _beside(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """W x + (alpha / rank) B A x: the second product is added to the first, scaled, as it is made. `peft` makes it, scales it and adds
+    it, and in mixed precision makes a float32 copy of x before, which is then cast back."""
+    y, low = layer.base_layer(x), F.linear(x, layer.lora_A["default"].weight)
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), layer.lora_B["default"].weight.T, alpha=layer.scaling["default"]).view_as(y)
 
 
 @torch.no_grad()

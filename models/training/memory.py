@@ -9,11 +9,12 @@ are merged into it; what the process takes by itself. A prediction in fp32: mixe
 
 import torch
 
+from models.device import free_bytes
 from models.network.config import LayerConfig, ModelConfig
 from models.network.mixers.delta import CHUNK
-from runtime.machine import available_memory
 
 PROCESS_BYTES = 500_000_000
+SHARE = 0.8                      # of a device's free memory that a prediction may fill
 
 
 def training_bytes(module: torch.nn.Module, config: ModelConfig, rows: int, context: int, labels: int,
@@ -24,7 +25,7 @@ def training_bytes(module: torch.nn.Module, config: ModelConfig, rows: int, cont
     """
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    per_layer = [_kept(config, layer) for layer in config.layers]
+    per_layer = [kept_numbers(config, layer) for layer in config.layers]
     kept = max(per_layer) + config.hidden_size * len(per_layer) if checkpointing else sum(per_layer)
     activations = 4 * rows * context * kept
     return {"weights": weights, "gradients and optimizer": 12 * trained,
@@ -32,7 +33,25 @@ def training_bytes(module: torch.nn.Module, config: ModelConfig, rows: int, cont
             "logits": 12 * rows * labels * config.vocab_size, "merging": merged, "process": PROCESS_BYTES}
 
 
-def _kept(config: ModelConfig, layer: LayerConfig) -> int:
+def rows_at_once(module: torch.nn.Module, config: ModelConfig, batch: int, context: int, labels: int, checkpointing: bool,
+                 device: torch.device, default: int, beside: int = 0) -> int:
+    """A micro-batch, where none is asked for: on a CPU `default` rows, which stay in its caches; elsewhere as many of the batch as
+    SHARE of the free memory holds, because what a step costs there is mostly its number of kernels.
+
+    beside: bytes that something else will take of it.
+    """
+    free = None if device.type == "cpu" else free_bytes(device)
+    if free is None:
+        return min(batch, default)
+
+    def needed(rows: int) -> int:
+        parts = training_bytes(module, config, rows, context, labels, checkpointing, ragged=True)
+        return sum(parts.values()) - parts["process"]
+    each = needed(1) - needed(0)
+    return int(min(batch, max(1, (SHARE * free - beside - needed(0)) // each)))
+
+
+def kept_numbers(config: ModelConfig, layer: LayerConfig) -> int:
     """Numbers kept of a token in one layer."""
     size, hidden = config.head_size(layer), config.hidden_size
     channels = config.state_shapes(layer).get("conv", (0, 0))[0]
@@ -47,9 +66,9 @@ def _kept(config: ModelConfig, layer: LayerConfig) -> int:
     return 6 * hidden + mixer + feed + 6 * config.per_layer_size
 
 
-def memory_line(parts: dict[str, int]) -> str:
+def memory_line(parts: dict[str, int], device: torch.device = torch.device("cpu")) -> str:
     """One sentence for the terminal."""
-    free = available_memory()
+    free = free_bytes(device)
     detail = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     beside = f" of {free / 1e9:.1f} GB free" if free is not None else ""
     return f"memory: about {sum(parts.values()) / 1e9:.2f} GB{beside} ({detail})"

@@ -4,17 +4,18 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.cli import Checked, arg
+from models.device import DeviceOptions
+from runtime.cli import arg
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerOptions(Checked):
+class TrainerOptions(DeviceOptions):
     """How to learn: the options shared by training and fine-tuning."""
     out: Path = arg(short="-o", help="folder for last/, best/, metrics.jsonl and TensorBoard logs/")
     steps: int | None = arg(None, help="updates of the weights", least=1, group="training")
     batch: int | None = arg(None, help="rows (blocks or examples) that one update learns from", least=1, group="training")
-    micro_batch: int | None = arg(None, help="rows run at once on one device; the rest of the batch is accumulated",
-                                  least=1, group="training")
+    micro_batch: int | None = arg(None, help="rows run at once on one device, the rest of the batch being accumulated (by default what "
+                                             "a CPU's cache or a GPU's memory holds)", least=1, group="training")
     learning_rate: float | None = arg(None, help="peak learning rate", above=0, group="training")
     schedule: str = arg("cosine", help="what follows the warm-up", choices=("cosine", "wsd"), group="training")
     warmup: int | None = arg(None, help="steps of linear warm-up (by default a twentieth)", least=0, group="training")

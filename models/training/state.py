@@ -30,7 +30,7 @@ from runtime.errors import UserError
 from runtime.files import parse_json, read_json, restored, write
 
 FOLDER, STATE, TENSORS = "training_state", "state.json", "state.safetensors"
-MAY_CHANGE = {"out", "resume", "cache"}      # options that do not change what is learned
+MAY_CHANGE = {"out", "resume", "cache", "device", "micro_batch"}      # options that do not change what is learned, but for rounding
 MAY_GROW = ("steps", "epochs")               # a longer run goes on where a shorter one stands
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -134,7 +134,8 @@ def load_state(out: Path, options, inputs: dict) -> dict | None:
     kinds = {"step": int, "updates": int, "best": float, "bad_evaluations": int, "options": dict, "inputs": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
         raise UserError(f"{file}: {wrong[0]} is missing or of another type: it is not the state of a run")
-    now, before = comparable(options), state["options"]
+    now = comparable(options)
+    before = {key: value for key, value in state["options"].items() if key not in MAY_CHANGE}
     grown = [key for key in MAY_GROW if (now.get(key) or 0) > (before.get(key) or 0)]
     if "steps" in grown and all(o.get("warmup") == o["steps"] // 20 for o in (now, before)):
         grown.append("warmup")
@@ -157,7 +158,7 @@ def load_tensors(out: Path, module: torch.nn.Module, optimizer: torch.optim.Opti
                 parameter.copy_(_as_held(file.get_tensor(f"parameter.{name}"), parameter))
                 if f"exp_avg.{name}" in held:
                     moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
-                    step = torch.tensor(float(updates), device=parameter.device)
+                    step = torch.full((), float(updates), device=parameter.device)
                     optimizer.state[parameter] = {"step": step, **moments}
     except (SafetensorError, OSError, RuntimeError) as error:            # RuntimeError: a tensor of another shape
         raise UserError(f"{place} cannot be read ({str(error).splitlines()[0]}): the run cannot be resumed from it") from None

@@ -9,7 +9,12 @@ models.data.corpus.Blocks does. `save(module, folder, metrics)` writes the modul
 own are sharded) as a checkpoint. `loss(module, *rows)` is a sum over labels, by default of negative log-likelihoods;
 learned from is its mean over the labels of the whole global batch, however it is cut into micro-batches and processes,
 in nats per token. `judge(module, *rows)` gives sums by name, "loss" among them; their means over the validation labels
-are the metrics valid_NAME, and the lowest valid_loss is best. `rates(name)` is a parameter's share of the learning rate.
+are the metrics valid_NAME, and the lowest valid_loss is best. `pack(rows)` makes, on the host, of a micro-batch's rows what
+both are given (losses.py). `rates(name)` is a parameter's share of the learning rate.
+
+A step waits for nothing on a GPU: labels are counted on the host, the next batch is prepared meanwhile (feed.py), and what came of
+a step is read when the next one is queued. One that is not finite changes no weight, because AdamW is told so on the device; the
+run ends when the host reads it. Until the first update is made, memory that does not suffice halves the micro-batch.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
 processes with DDP or FSDP (version 2), each on its share of every batch; losses equal one process's up to the order of
@@ -23,95 +28,86 @@ import math
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.data.corpus import IGNORE, batch_indices
-from models.training.optimizer import adamw, learning_rate
+from models.device import smaller, told_of_the_device
 from models.progress import progress
+from models.training.feed import Batch, Feed, Rows, cut, labels_of, later, send
+from models.training.losses import label_columns, label_loss, summed_loss
+from models.training.optimizer import adamw, learning_rate
 from models.training.options import TrainerOptions
+from models.training.placement import mixed_precision, process_state
 from models.training.state import (Stop, comparable, keep_metrics_until, load_state, load_tensors, noticed,
                                    save_state, told_of_the_disk, training_tensors, whole)
 from runtime.errors import CheckFailed, UserError
 from runtime.files import lock, new_folder, restored, tidy
 
 
-class Rows(Protocol):
-    lengths: np.ndarray | None           # tokens of each row; None where all are alike
-
-    def __len__(self) -> int: ...
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]: ...
+# Tokens x parameters that a device computes while the host tells it of one micro-batch, by calculation: some 6,000 kernels of 5
+# microseconds; 6 operations a token and parameter, of 200 teraflops. For 135M parameters 7,000 tokens, for 7B 140.
+BEGUN = 10**12
 
 
-def _by_length(rows: Rows, indices: np.ndarray) -> np.ndarray:
-    """The same rows, short ones first: micro-batches of rows alike hold little padding."""
-    return indices if rows.lengths is None else indices[np.argsort(rows.lengths[indices], kind="stable")]
+@dataclass(frozen=True)
+class Update:
+    """An update that the device was told to make: of which rows, and how to read what came of it."""
 
-
-def summed_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of the labels, in nats; logits are made only where some row has a label.
-
-    `model(input_ids, logits_positions=)` gives float32 logits.
-    """
-    columns = int((labels != IGNORE).sum(1).max())
-    if columns < labels.shape[1]:
-        order = (labels == IGNORE).to(torch.uint8).argsort(dim=1, stable=True)[:, :columns]
-        logits, labels = model(input_ids, logits_positions=order), labels.gather(1, order)
-    else:
-        logits = model(input_ids)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def label_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"loss": summed_loss(model, input_ids, labels)}
-
-
-def process_state() -> PartialState:
-    """This process among those launched with it. Without a GPU (or with ACCELERATE_USE_CPU=true) they speak gloo."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    step: int                            # its number, from 1 on
+    indices: np.ndarray                  # rows of the whole batch
+    tokens: int                          # of the whole batch, padding among them
+    read: Callable[[], list[float]]      # mean loss, gradient norm before clipping, and of several processes how many were asked to stop
 
 
 class Trainer:
     def __init__(self, module: torch.nn.Module, options: TrainerOptions, train: Rows, valid: Rows,
                  save: Callable[[torch.nn.Module, Path, dict], None], inputs: dict[str, str], loss=summed_loss,
-                 judge=label_loss, rates: Callable[[str], float] = lambda name: 1.0):
+                 judge=label_loss, pack=label_columns, rates: Callable[[str], float] = lambda name: 1.0):
         self.options, self.train, self.valid, self.save_module, self.inputs = options, train, valid, save, inputs
-        self.loss, self.judge = loss, judge
+        self.loss, self.judge, self.pack = loss, judge, pack
+        self.of_text = judge is label_loss           # the validation loss is the text's cross-entropy
         check_options(options)
-        process_state()                              # before Accelerator, which would not look for gloo
+        device = process_state(options.device).device    # before Accelerator, which would not look for gloo
         AcceleratorState._reset_state()              # a trainer before this one may have had another precision
-        self.accelerator = Accelerator(mixed_precision=mixed_precision(options.precision))
+        self.accelerator = Accelerator(mixed_precision=mixed_precision(options.precision, device))
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded:
             self._check_sharded()
         self.processes = self.accelerator.num_processes
         if options.batch % self.processes:
             raise UserError(f"--batch {options.batch} does not divide among {self.processes} processes")
-        self.module, self.optimizer = module, adamw(module, options.weight_decay, rates)
+        with told_of_the_device(device):
+            self.module = module if self.sharded else module.to(device)
+        self.optimizer = adamw(module, options.weight_decay, rates)
         self.whole = copy.deepcopy(module) if self.sharded and self.accelerator.is_main_process else module
         if options.checkpointing:
             _checkpoint_layers(module)
         model = torch.compile(module) if options.compile else module
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        self.late = int(device.type != "cpu")        # steps that are told of late, for the device not to wait
+        begun = 0 if self.sharded or not self.late else BEGUN // sum(parameter.numel() for parameter in module.parameters())
+        self.feed = Feed(train, pack, options, self.processes, self.accelerator.process_index, self.late > 0, begun)
+        self.micro, self.fits = self._alike(options.micro_batch), False      # fits: an update was made with so many rows at once
+        self.untold: deque[Update] = deque()
         self.step, self.best, self.bad_evaluations = 0, math.inf, 0
         self.evaluated = 0                           # the step of the last evaluation
-        self.stop = Stop()
+        self.stop, self.agreed = Stop(), False       # agreed: of several processes, that one was asked to stop
+        self.told = 0.0                              # when the last update was told of
         self.saved: int | None = None                # the step that last/ holds
-        self.first_loss: float | None = None         # validation loss before the first step; None where resumed
+        self.first_loss: float | None = None         # validation loss before the first step
         self.board: SummaryWriter | None = None
         with self.accelerator.main_process_first():
             begun, kept = (options.out / "logs").exists(), restored(options.out / "last").exists()
@@ -131,7 +127,7 @@ class Trainer:
         UserError where another run writes the same folder.
         """
         with lock(self.options.out) if self.accelerator.is_main_process else nullcontext(), noticed() as self.stop, \
-                told_of_the_disk(self.options.out):
+                told_of_the_disk(self.options.out), told_of_the_device(self.accelerator.device):
             try:
                 return self._fit()
             except (KeyboardInterrupt, SystemExit):
@@ -155,32 +151,41 @@ class Trainer:
         bar = progress(total=options.steps, initial=self.step, label="train", unit="step",
                        quiet=not self.accelerator.is_main_process)
         with bar:
+            self.told = time.perf_counter()
             while True:
                 due = self.step and (self.step % options.eval_every == 0 or self.step == options.steps)
                 if due and self.evaluated != self.step:
+                    self._tell(bar)
                     metrics = self._evaluate()
                     self._save(metrics)
+                    self.told = time.perf_counter()
                 if self.step >= options.steps or options.patience is not None and self.bad_evaluations >= options.patience:
                     break
-                if self._asked_to_stop():
+                if self.agreed if self.processes > 1 else self.stop.signal is not None:
+                    self._tell(bar)
                     self.stop.leave()
-                start = time.perf_counter()
-                loss, norm, tokens = self.train_step()
-                speed = tokens / (time.perf_counter() - start)
-                self._log("train", loss=loss, learning_rate=self._rate(self.step - 1), gradient_norm=norm, tokens_per_s=speed)
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{self.best:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
+                self.untold.append(self.train_step())
+                self._tell(bar, self.late)
         if self.board:
             self.board.close()
         return metrics
 
-    def _asked_to_stop(self) -> bool:
-        """The same answer in all processes, which are at the same step."""
-        if self.processes > 1:
-            asked = torch.tensor(float(self.stop.signal or 0), device=self.accelerator.device)
-            if self.stop.signal is None and float(self._sum(asked)):
-                self.stop.signal = signal.SIGTERM
-        return self.stop.signal is not None
+    def _tell(self, bar, late: int = 0) -> None:
+        """Log the updates made so far but for the last `late`. Raises CheckFailed for one that was not finite, and so not made."""
+        while len(self.untold) > late:
+            update = self.untold.popleft()
+            loss, norm, *asked = update.read()
+            scaled = self.accelerator.scaler is not None                     # fp16: an overflow only skips a step
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
+                raise self._diverged(f"loss {loss} and gradient norm {norm} at step {update.step}, in the batch of rows "
+                                     f"{', '.join(map(str, update.indices))}")
+            if any(asked):
+                self.agreed, self.stop.signal = True, self.stop.signal or signal.SIGTERM
+            now = time.perf_counter()
+            speed, self.told = update.tokens / (now - self.told), now
+            self._log("train", update.step, loss=loss, learning_rate=self._rate(update.step - 1), gradient_norm=norm, tokens_per_s=speed)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", best=f"{self.best:.3f}", tokens_per_s=f"{speed:.0f}", refresh=False)
 
     def _save_stopped(self) -> None:
         if self.step > (self.saved or 0):
@@ -190,34 +195,42 @@ class Trainer:
                 "nothing was learned yet: the same command starts again"
             tqdm.write(f"stopped; {kept}", file=sys.stderr)
 
-    def train_step(self) -> tuple[float, float, int]:
-        """One update. Returns (mean loss, gradient norm before clipping, tokens of the global batch)."""
-        options, accelerator = self.options, self.accelerator
-        indices = batch_indices(len(self.train), options.batch, options.seed, self.step)
-        share = len(indices) // self.processes
-        mine = _by_length(self.train, indices[accelerator.process_index * share:][:share])
-        pieces = [mine[i:i + options.micro_batch] for i in range(0, share, options.micro_batch)]
-        batches = [self.tensors(self.train.rows(piece)) for piece in pieces]
-        count = self._sum(sum((labels != IGNORE).sum() for _, labels, *_ in batches))
-        total = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
-                loss = self.loss(self.model, *batch)
-                accelerator.backward(loss * (self.processes / count))        # DDP averages over the processes
-            total += loss.detach()
-        loss = float(self._sum(total) / count)
-        norm = float(accelerator.clip_grad_norm_(self.module.parameters(), options.clip))
-        scaled = accelerator.scaler is not None                              # fp16: an overflow only skips a step
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
-            raise self._diverged(f"loss {loss} and gradient norm {norm} at step {self.step + 1}, in the batch of rows "
-                                 f"{', '.join(map(str, indices))}")
+    def train_step(self) -> Update:
+        """Have the device make one update. Nothing of it is waited for; one whose loss or gradient is not finite changes nothing."""
+        if self.fits or self.processes > 1:
+            batch, loss = self._gradients(self.micro)
+        else:                                        # as long as nothing was learned, smaller pieces may be tried
+            (batch, loss), self.micro = smaller(self.micro, self._gradients)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.options.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.accelerator.scaler is None:          # which looks for itself; AdamW leaves everything as it is where this is not 0
+            self.optimizer.found_inf = 1 - (loss[0].isfinite() & norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step) * group["rate"]
         self.prepared.step()
         self.prepared.zero_grad()
-        self.step += 1
-        return loss, norm, sum(batch[0].numel() for batch in batches) * self.processes
+        self.step, self.fits = self.step + 1, True
+        return Update(self.step, batch.indices, batch.tokens * self.processes, later(torch.cat((loss[:1], norm[None], loss[1:]))))
+
+    def _gradients(self, micro: int) -> tuple[Batch, torch.Tensor]:
+        """The step's batch, run `micro` rows at once, and its mean loss [1]; of several processes also the number of the signals
+        they were sent."""
+        if not self.fits:                            # what a larger piece, for which memory did not suffice, left behind
+            self.prepared.zero_grad()
+        accelerator, device = self.accelerator, self.accelerator.device
+        batch = self.feed.batch(self.step, micro)
+        count = self._sum(torch.full((), batch.labels, device=device))
+        share, total = self.processes / count, torch.zeros((), device=device)         # DDP averages over the processes
+        for number, piece in enumerate(batch.pieces):
+            last = number == len(batch.pieces) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                loss = self.loss(self.model, *self.tensors(piece))
+                accelerator.backward(loss * share)
+            total += loss.detach()
+        if self.processes == 1:
+            return batch, (total / count)[None]
+        sums = self._sum(torch.stack((total, torch.full((), float(self.stop.signal or 0), device=device))))
+        return batch, torch.stack((sums[0] / count, sums[1]))
 
     def _rate(self, step: int) -> float:
         options = self.options
@@ -230,25 +243,40 @@ class Trainer:
         count = len(self.valid) if self.options.eval_rows == 0 else min(len(self.valid), self.options.eval_rows)
         if self.sharded:                             # layers are gathered together: all run as many batches
             count -= count % self.processes
-        mine = _by_length(self.valid, np.arange(self.accelerator.process_index, count, self.processes))
+        mine = np.arange(self.accelerator.process_index, count, self.processes)
         if count < self.processes:
             raise UserError(f"{count} validation rows are too few for {self.processes} processes: give more, or raise --eval-rows")
-        zero = partial(torch.zeros, (), device=self.accelerator.device, dtype=torch.float64)
-        totals: dict[str, torch.Tensor] = defaultdict(zero)
         self.module.eval()
-        for start in range(0, len(mine), self.options.micro_batch):
-            batch = self.tensors(self.valid.rows(mine[start:start + self.options.micro_batch]))
-            with self.accelerator.autocast():
-                for name, total in self.judge(self.module, *batch).items():
-                    totals[name] += total
-            totals["labels"] += (batch[1] != IGNORE).sum()
+        if self.fits or self.processes > 1:
+            totals = self._judged(mine, self.micro)
+        else:
+            totals, self.micro = smaller(self.micro, partial(self._judged, mine))
         self.module.train()
         labels = self._sum(totals.pop("labels"))
         return {name: float(self._sum(total) / labels) for name, total in totals.items()}
 
+    def _judged(self, indices: np.ndarray, micro: int) -> dict[str, torch.Tensor]:
+        zero = partial(torch.zeros, (), device=self.accelerator.device, dtype=torch.float64)
+        totals: dict[str, torch.Tensor] = defaultdict(zero)
+        for part in cut(self.valid, indices, micro):
+            rows = self.valid.rows(part)
+            with self.accelerator.autocast():
+                for name, total in self.judge(self.module, *self.tensors(self.pack(rows))).items():
+                    totals[name] += total
+            totals["labels"] += labels_of(rows)
+        return totals
+
     def tensors(self, rows: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
         """(input_ids, labels, ...) on this process's device."""
-        return [torch.from_numpy(part).to(self.accelerator.device) for part in rows]
+        return [send(part, self.accelerator.device) for part in rows]
+
+    def _alike(self, micro: int) -> int:
+        """The least of all processes': layers that are gathered together are run as often by each."""
+        if self.processes > 1:
+            least = torch.tensor(micro, device=self.accelerator.device)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            micro = int(least)
+        return micro
 
     def _sum(self, value):
         return self.accelerator.reduce(value, "sum") if self.processes > 1 else value
@@ -264,8 +292,9 @@ class Trainer:
             raise self._diverged(f"validation loss {loss} after step {self.step}")
         self.bad_evaluations = 0 if loss < self.best else self.bad_evaluations + 1
         metrics = {f"valid_{name}": mean for name, mean in means.items()}
-        metrics["valid_perplexity"] = math.exp(means.get("nll", loss))
-        self._log("valid", **metrics)
+        if "nll" in means or self.of_text:
+            metrics["valid_perplexity"] = math.exp(means.get("nll", loss))
+        self._log("valid", self.step, **metrics)
         if self.accelerator.is_main_process:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
@@ -275,13 +304,13 @@ class Trainer:
         kept = "nothing was saved yet" if self.saved is None else f"{self.options.out / 'last'} keeps step {self.saved}"
         return CheckFailed(f"{what}; {kept}. Lower --learning-rate, or look at those rows")
 
-    def _log(self, kind: str, **values: float) -> None:
+    def _log(self, kind: str, step: int, **values: float) -> None:
         if not self.accelerator.is_main_process:
             return
         with open(self.options.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, "kind": kind, **values}) + "\n")
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, self.step)
+            self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def _save(self, metrics: dict) -> None:
         """Write last/ with the state to continue from, and best/ where the loss is the lowest yet."""
@@ -295,7 +324,7 @@ class Trainer:
         tensors, updates = training_tensors(self.module, self.optimizer)
         scaler = self.accelerator.scaler
         state = {"step": self.step, "updates": updates, "best": self.best, "bad_evaluations": self.bad_evaluations,
-                 "evaluated": self.evaluated, "loss_scale": scaler.state_dict() if scaler else None,
+                 "evaluated": self.evaluated, "first_loss": self.first_loss, "loss_scale": scaler.state_dict() if scaler else None,
                  "options": comparable(self.options), "inputs": self.inputs}
         if self.accelerator.is_main_process:
             try:
@@ -326,35 +355,13 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["loss_scale"])
         self.step = self.saved = state["step"]
         self.best, self.bad_evaluations = state["best"], state["bad_evaluations"]
-        self.evaluated = state.get("evaluated", self.step)
+        self.evaluated, self.first_loss = state.get("evaluated", self.step), state.get("first_loss")
 
 
 def check_options(options: TrainerOptions) -> None:
     """Raises UserError for a warm-up longer than the run, whose length may have been derived."""
     if not 0 <= options.warmup <= options.steps:
         raise UserError(f"--warmup {options.warmup}: give a number from 0 to --steps {options.steps}")
-
-
-def has_bf16() -> bool:
-    """Whether the GPU, or where there is none the CPU, multiplies in bfloat16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    cpu = torch.cpu.get_capabilities()
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-
-
-def mixed_precision(asked: str) -> str:
-    """accelerate's name for the precision, refused where the device does not compute in it.
-
-    A CPU's AMX tiles make bf16 worth choosing unasked; AVX-512's bf16 instructions alone may be slower than fp32.
-    """
-    cuda, bf16 = torch.cuda.is_available(), has_bf16()
-    if asked == "fp16" and not cuda:
-        raise UserError("--precision fp16 needs a GPU; this machine has none: use fp32")
-    if asked == "bf16" and not bf16:
-        raise UserError("--precision bf16: this device does not compute in bf16: use fp32")
-    fast = bf16 and (cuda or torch.cpu.get_capabilities().get("amx_bf16"))
-    return {"auto": "bf16" if fast else "no", "fp32": "no"}.get(asked, asked)
 
 
 def _checkpoint_layers(module: torch.nn.Module) -> None:

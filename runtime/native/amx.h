@@ -37,20 +37,24 @@ INLINE void put_pair(uint8_t *out, vf even, vf odd) {
 
 /* A tile as bfloat16: block b is 1 kB at 2b kB of `out`, 16 pairs of inputs x 16 outputs. A code c becomes the float
  * 256 + c by its bits alone; less (256 + zero), times the scale, is one fused operation and exact. */
-INLINE void dequantize(const matrix *m, const uint8_t *tile, const int bits, uint8_t *out) {
-    const uint8_t *block = tile + m->codes_at;
+INLINE void dequantize(const matrix *m, const uint8_t *tile, const int bits, const int levels, uint8_t *out) {
+    const uint8_t *block = tile + m->codes_at, *scales = tile + m->scales_at;
+    const int byte_bits = levels ? 8 : bits, halves = bits == 4 && !levels;   /* halves: of stored bytes */
+    const vi table = levels ? load_table(m->level) : splat_int(0);
+    const vf of_rows = m->narrow ? load_half((const uint16_t *)tile) : splat(1);
     for (int g = 0, b = 0; g < m->groups; g++) {
-        vf scale = load_half((const uint16_t *)tile + g * TILE);
-        vf zero = m->asymmetric ? to_float(load_bytes(tile + m->zeros_at + g * TILE)) : splat(1 << (bits - 1));
+        const vf scale = m->narrow ? to_float(load_signed(scales + g * TILE)) * of_rows
+                                   : load_half((const uint16_t *)scales + g * TILE);
+        vf zero = m->asymmetric ? to_float(load_bytes(tile + m->zeros_at + g * TILE)) : splat(1 << (byte_bits - 1));
         const vf less = (zero + 256.f) * -scale;
         const int end = b + m->group_blocks < m->blocks ? b + m->group_blocks : m->blocks;
         for (; b < end; b++, block += 64 * bits, out += 2048)
             EACH(j, 8) {
-                const vu w = (vu)(bits == 4 ? load_int(block + 64 * (j >> 1)) : codes_of(block, bits, j));
+                const vu w = (vu)(halves ? load_int(block + 64 * (j >> 1)) : bytes_of(block, bits, levels, j, table));
                 vf x[4];
-                EACH(i, 4) {                         /* byte i of w (of 4 bits: its half) goes to bit 15 */
-                    const int up = 15 - 8 * i - (bits == 4 ? 4 * (j & 1) : 0);
-                    const vu code = (up > 0 ? w << (up & 15) : w >> (-up & 15)) & ((1 << bits) - 1) << 15;
+                EACH(i, 4) {                         /* byte i of w, or its half, goes to bit 15 */
+                    const int up = 15 - 8 * i - (halves ? 4 * (j & 1) : 0);
+                    const vu code = (up > 0 ? w << (up & 15) : w >> (-up & 15)) & ((1 << byte_bits) - 1) << 15;
                     x[i] = (vf)(code | 0x43800000) * scale + less;
                 }
                 put_pair(out + 128 * j, x[0], x[1]);
@@ -58,11 +62,13 @@ INLINE void dequantize(const matrix *m, const uint8_t *tile, const int bits, uin
             }
     }
 }
-#define DEQUANTIZE(bits) FUNCTION void dequantize_##bits(const matrix *m, const uint8_t *tile, uint8_t *out) { \
-    dequantize(m, tile, bits, out); }
+#define DEQUANTIZE(kind) FUNCTION void dequantize_##kind(const matrix *m, const uint8_t *tile, uint8_t *out) { \
+    dequantize(m, tile, kind % LEVELS, kind > LEVELS, out); }
 DEQUANTIZE(2) DEQUANTIZE(3) DEQUANTIZE(4) DEQUANTIZE(5) DEQUANTIZE(6) DEQUANTIZE(8)
-static void (*const dequantize_by[9])(const matrix *, const uint8_t *tile, uint8_t *out) = {[2] = dequantize_2,
-    [3] = dequantize_3, [4] = dequantize_4, [5] = dequantize_5, [6] = dequantize_6, [8] = dequantize_8};
+DEQUANTIZE(12) DEQUANTIZE(13) DEQUANTIZE(14)
+static void (*const dequantize_by[LEVELS + 5])(const matrix *, const uint8_t *tile, uint8_t *out) = {
+    [2] = dequantize_2, [3] = dequantize_3, [4] = dequantize_4, [5] = dequantize_5, [6] = dequantize_6,
+    [8] = dequantize_8, [12] = dequantize_12, [13] = dequantize_13, [14] = dequantize_14};
 
 /* y [32 rows (or 16)][32 outputs (or 16)] = activations (16 rows at a [blocks][16][64], 16 more `next` bytes on) times
  * weights (w [blocks][2][16][64]). Registers 0..3: sums, 4: activations, 5: weights. Two stay unused on purpose:
@@ -109,7 +115,7 @@ FUNCTION void multiply_many(const matrix *m, const activations *x, int rows, flo
         const int two = t + 1 < tile1, last = (t + 1 + two) * TILE;
         const int columns = (last < m->rows ? last : m->rows) - t * TILE;
         for (int i = 0; i <= two; i++)
-            dequantize_by[m->kind](m, m->data + (t + i) * m->tile_bytes, weights + 1024 * i);
+            dequantize_by[m->kind + (m->levels ? LEVELS : 0)](m, m->data + (t + i) * m->tile_bytes, weights + 1024 * i);
         WRITTEN();
         for (int r = 0; r < rows; r += 2 * TILE) {
             const uint8_t *a = (const uint8_t *)x->q + r / TILE * next;

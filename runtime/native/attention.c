@@ -111,7 +111,7 @@ static void expect_keys(const pass *p, const layer *l) {
     const int pairs = p->runs * l->is.kv_heads;
     if (p->id < pairs || split_by_chunks(p, l)) look_ahead(p, l, &job, p->id % pairs, p->id / pairs);
     const size_t bytes = job.ahead_slots * job.cache->dim * element_bytes(job.cache->kind);
-    for (size_t n = 0; n < bytes && n < AT_ONCE; n += 64) __builtin_prefetch(job.ahead + n, 0, 2);
+    for (size_t n = 0; n < bytes && n < AHEAD; n += 64) __builtin_prefetch(job.ahead + n, 0, 2);
 }
 
 static void merge_states(const kernels *k, float *into, const float *from, int n, size_t stride) {

@@ -1,8 +1,9 @@
 """The native CPU backend: `runtime.backend.Backend` over the C core, and a decoding loop inside it.
 
 It opens the bundle's weights file (no ONNX graph is read), repacks it for the CPU's instruction set, and runs whole
-steps in C on `threads` threads. Weights of 2 to 8 bits meet activations in int8, one scale for every 32 of a row, as
-ONNX Runtime's int4 kernels do; `exact=True` keeps activations and cache in float32 (logits within 1e-4 of PyTorch's).
+steps in C on `threads` threads. Weights of 2 to 8 bits, evenly spaced or of tables of levels, meet activations in int8, one
+scale for every 32 of a row, as ONNX Runtime's int4 kernels do; `exact=True` keeps activations and cache in float32 (logits
+within 1e-4 of PyTorch's).
 Where a checkpoint rounds its activations row by row, or its caches with stored scales, the core's finer scales take their
 place (32 inputs; a head of a token). Stored scales of activations and 8-bit floats it does not have.
 
@@ -19,12 +20,11 @@ Layers that only read other layers' keys and values run for the tokens alone who
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import functools
+import itertools
 import json
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,6 +38,7 @@ from ..machine import cpu_threads
 from ..sampling import Sampler
 from ..tensors import check_tensors
 from . import library
+from .steps import Ragged, Step
 
 CACHE_DTYPES = ("float16", "float32", "int8")
 
@@ -188,6 +189,31 @@ class NativeBackend:
         slots[:] = [n + 1 for n in filled]
         return list(step.found)
 
+    def check_rows(self, cache: NativeCache, feeds: list[list[int]], firsts: list[int],
+                   samplers: list[Sampler]) -> list[list[tuple[np.ndarray, np.ndarray] | np.ndarray]]:
+        """Append feeds[r], at least one token, to row r of `cache`, whose lengths it advances; at most steps.MOST tokens of all rows.
+
+        For each row, after each of its tokens from index firsts[r] on, what `step_rows` gives; all logits too where a sampler has
+        penalties. Valid until the next call with this cache. Raises UserError as step_rows does.
+        """
+        slots, states, counts = cache.lengths.tolist(), cache.states, [len(feed) for feed in feeds]
+        if (end := max(map(sum, zip(slots, counts)))) > self._max_context:
+            raise UserError(f"position {end - 1} is beyond the context of {self._max_context} tokens")
+        plan = cache.ragged()
+        sought = plan.tell(feeds, slots, firsts, samplers, self.vocab)
+        if states:
+            before = cache.lengths.copy()
+            plan.numbers[4, :sum(counts)] = np.repeat(states.begin(before), counts)
+            plan.numbers[5, :sum(counts)] = np.repeat(1 - states.copy, counts)
+        logits, (token, row, slot, wanted, *_) = cache.logits(len(sought)), plan.at
+        self._try(self._core.ew_forward, cache.handle_for(self), plan.states, sum(counts), token, row, slot, len(sought), wanted,
+                  plan.choices, logits.ctypes.data)
+        if states:
+            states.end(before, np.array(counts))
+        cache.lengths[:] = [slot + count for slot, count in zip(slots, counts)]
+        found = iter([plan.found(place, count) if count else logits[place] for place, count in enumerate(sought)])
+        return [list(itertools.islice(found, count - first)) for count, first in zip(counts, firsts)]
+
     def profile(self, on: bool) -> dict[str, float]:
         """Microseconds spent in each part of the steps since the last call; `on` starts or ends the counting."""
         spent = (ctypes.c_double * len(library.PARTS))()
@@ -204,38 +230,29 @@ class _Model:
     close it under a call, be it another thread, a callback, the garbage collector or the interpreter's end."""
 
     def __init__(self, core: ctypes.CDLL, where: str, *arguments):
-        self._close = core.ew_close
         self.handle = library.call(core.ew_open, *arguments, where=where)
-
-    def __del__(self):
-        if hasattr(self, "handle"):
-            self._close(self.handle)
+        self._life = library.life(core.ew_close, self.handle)
 
 
 class _Storage:
     """A C cache, freed with the last Python cache that shows it; its model may be closed before."""
 
     def __init__(self, backend: NativeBackend, rows: int, capacity: int):
-        self.backend, self._free, self.states = backend, backend._core.ew_cache_free, None
+        self.backend, self.states = backend, None
         self.handle = backend._try(backend._core.ew_cache_new, rows, capacity, backend._kind)
+        self._life = library.life(backend._core.ew_cache_free, self.handle)
 
     def copy(self, row: int, target: _Storage, to: int, length: int) -> None:
         """Row `row`, its first `length` slots, over row `to` of `target`."""
         self.backend._call(self.backend._core.ew_cache_copy, self.handle, row, target.handle, to, length)
-
-    def __del__(self):
-        if hasattr(self, "handle"):
-            try:
-                self._free(self.handle)
-            except KeyboardInterrupt:         # heard during the call: Python swallows it here, so it comes again outside
-                threading.Timer(0.01, _thread.interrupt_main).start()
 
 
 class NativeCache(Cache):
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
         self._logits = np.empty((0, self.backend.vocab), np.float32)
-        self._step: _Step | None = None
+        self._step: Step | None = None
+        self._ragged: Ragged | None = None
 
     def handle_for(self, backend: NativeBackend) -> int:
         """The C cache. Raises UserError where it is another backend's."""
@@ -253,10 +270,15 @@ class NativeCache(Cache):
             self._logits = np.empty((count, self.backend.vocab), np.float32)
         return self._logits[:count]
 
-    def step(self) -> _Step:
+    def step(self) -> Step:
         if self._step is None:
-            self._step = _Step(self)
+            self._step = Step(self)
         return self._step
+
+    def ragged(self) -> Ragged:
+        if self._ragged is None:
+            self._ragged = Ragged(self.start, self.storage.states.ctypes.data if self.states else None)
+        return self._ragged
 
     def _copy_slots(self, source: int, target: int) -> None:
         self.storage.copy(self.start + source, self.storage, self.start + target, int(self.lengths[source]))
@@ -276,39 +298,6 @@ class NativeCache(Cache):
         for row, length in enumerate(self.lengths):
             self.storage.copy(row, larger, row, int(length))
         self.storage, self.capacity = larger, capacity
-
-
-class _Step:
-    """What the core is told in a step of a cache's rows, and where it answers. Kept from step to step, with its addresses: weights
-    have just driven Python out of the CPU's caches, where each call of numpy costs ten times as much."""
-
-    def __init__(self, cache: NativeCache):
-        rows, self._vocab = cache.rows, cache.backend.vocab
-        self.numbers = np.empty((6, rows), np.int32)          # tokens, rows, slots, whose logits are wanted, copies of states
-        self.numbers[1], self.numbers[3] = np.arange(cache.start, cache.start + rows), np.arange(rows)
-        self.at = [row.ctypes.data for row in self.numbers]
-        self.states = library.States(cache.storage.states.ctypes.data, *self.at[4:]) if cache.states else None
-        self.logits, self.choices = np.empty((rows, self._vocab), np.float32), (library.Choice * rows)()
-        self.logits_at = self.logits.ctypes.data
-        self.found: list = list(self.logits)                  # of each row: its logits, or the ids and logits that are sought
-        self._sought: list = [(None, 0)] * rows
-
-    def seek(self, samplers: list[Sampler]) -> None:
-        """The core is to find what these samplers choose among."""
-        for row, (sampler, before) in enumerate(zip(samplers, self._sought, strict=True)):
-            sought = sampler, min(sampler.candidates, self._vocab)
-            if sought[0] is before[0] and sought[1] == before[1]:
-                continue
-            self._sought[row], count = sought, sought[1]      # keeps the sampler, whose penalties the core reads
-            ids, values = np.empty(count, np.int32), np.empty(count, np.float32)
-            choice = library.Choice(k=count, index=ids.ctypes.data, value=values.ctypes.data)
-            self.found[row] = (ids, values) if count else self.logits[row]
-            if count and (penalties := sampler.penalties(self._vocab)):
-                options, counts, seen = penalties
-                choice.repetition, choice.presence, choice.frequency = (
-                    options.repetition_penalty, options.presence_penalty, options.frequency_penalty)
-                choice.counts, choice.seen = counts.ctypes.data, seen.ctypes.data
-            self.choices[row] = choice
 
 
 def check_cache_dtype(name: str | None) -> None:

@@ -22,6 +22,7 @@
 
 #define TILE 16           /* output rows of a tile: one AVX-512 register of floats */
 #define BLOCK 32          /* inputs that share one activation scale */
+#define AHEAD (16 << 10)  /* bytes fetched ahead of what is read: memory answers late, tiles of few bits are short */
 #define CHUNK 128         /* cache slots whose softmax is computed together (see attention.h) */
 #define MAX_THREADS 64
 
@@ -30,11 +31,13 @@ enum { KIND_F16 = 16, KIND_BF16 = 17, KIND_F32 = 32 };
 
 /* Output rows x inputs, as tiles of 16 rows. Tile t is `tile_bytes` at data + t * tile_bytes:
  *   codes:  scales fp16 [groups][16], (zeros uint8 [groups][16],) then per block of 32 inputs `bits` lines of 64 bytes,
- *           each part aligned to 64 bytes. See layout.c for the bits inside a line.
+ *           each part aligned to 64 bytes. See layout.c for the bits inside a line. Narrow scales: fp16 [16] of rows,
+ *           then int8 [groups][16] to be multiplied by it. With levels (2 to 4 bits), a code stands for one of them.
  *   floats: [inputs][16]. */
 typedef struct {
-    int rows, inputs, tiles, blocks, kind, group_blocks, groups, asymmetric;
-    size_t tile_bytes, zeros_at, codes_at;
+    int rows, inputs, tiles, blocks, kind, group_blocks, groups, asymmetric, narrow, levels;
+    uint8_t level[16];                               /* [2^kind]: level + 128, with levels */
+    size_t tile_bytes, scales_at, zeros_at, codes_at;
     uint8_t *data;                                   /* [tiles][tile_bytes] */
     float *bias;                                     /* [rows], or NULL */
 } matrix;
@@ -162,13 +165,16 @@ void pool_barrier(pool *, int threads);              /* all threads of the prese
  * [rows][inputs], scales and zeros alike. The matrix begins at its row `row0`. */
 typedef struct {
     const uint8_t *codes, *zeros;
-    const uint16_t *scales;
+    const void *scales;                              /* uint16_t, or int8_t times row_scales, one an output */
+    const uint16_t *row_scales;
     int dtype, by_input, stride, row0;
     const ew_tensor *tensor;
 } source;
-size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric);    /* returns bytes */
+/* Returns bytes. */
+size_t matrix_shape(matrix *, int rows, int inputs, int kind, int group, int asymmetric, int narrow);
+void matrix_levels(matrix *, const int8_t *levels);                        /* [2^kind]: what its codes stand for */
 void matrix_pack(matrix *, const source *, int tile);
-int matrix_finite(const matrix *, int tile);                               /* whether its scales or weights all are */
+int matrix_sound(const matrix *, int tile);          /* whether weights or scales are finite, none 0 if narrow */
 void matrix_read_row(const matrix *, int row, float *out);                 /* dequantized, out [inputs] */
 /* Elements first..first+n-1 of row `row` of what a matrix of this shape would be packed from, which is not by_input. */
 void source_read(const matrix *, const source *, int row, int first, int n, float *out);
@@ -216,7 +222,8 @@ void scratch_free(ew_model *);
 void *keep(ew_model *, size_t bytes);
 
 static inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-static inline int is_stream(int dtype) { return dtype >= EW_UINT2; }         /* packed row by row; 4 bits as one run */
+/* Unsigned codes are packed row by row, each row in whole bytes, with their scales; signed ones as one run. */
+static inline int is_stream(int dtype) { return dtype == EW_UINT8 || dtype >= EW_UINT4; }
 static inline int tile_rows(const matrix *m, int t) { return m->rows - t * TILE < TILE ? m->rows - t * TILE : TILE; }
 static inline size_t element_bytes(int kind) { return kind == EW_FLOAT32 ? 4 : kind == EW_FLOAT16 ? 2 : 1; }
 static inline size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }

@@ -16,6 +16,11 @@ INLINE void store_half(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, _m
 INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vi load_bytes(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+INLINE vi load_signed(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+INLINE vi load_table(const uint8_t table[16]) {
+    return (vi)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+}
+INLINE vi look_up(vi table, vi w) { return (vi)_mm512_shuffle_epi8((__m512i)table, (__m512i)w); }
 
 #include "attention.h"
 #include "recurrence.h"

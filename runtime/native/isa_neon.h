@@ -12,6 +12,13 @@ INLINE vi load_bytes(const void *p) {
     memcpy(&four, p, 4);
     return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
 }
+INLINE vi load_signed(const void *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+}
+INLINE vi load_table(const uint8_t table[16]) { return (vi)vld1q_u8(table); }
+INLINE vi look_up(vi table, vi w) { return (vi)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)w); }
 INLINE int8x16_t four_times(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, 4);

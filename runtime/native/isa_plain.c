@@ -16,6 +16,18 @@ INLINE vi load_bytes(const void *p) {
     for (int i = 0; i < W; i++) v[i] = ((const uint8_t *)p)[i];
     return v;
 }
+INLINE vi load_signed(const void *p) {
+    vi v;
+    for (int i = 0; i < W; i++) v[i] = ((const int8_t *)p)[i];
+    return v;
+}
+INLINE vi load_table(const uint8_t table[16]) { return load_int(table); }
+INLINE vi look_up(vi table, vi w) {
+    uint8_t from[16], byte[16];
+    memcpy(from, &table, 16), memcpy(byte, &w, 16);
+    for (int i = 0; i < 16; i++) byte[i] = from[byte[i]];
+    return load_int(byte);
+}
 INLINE vf load_half(const uint16_t *p) {             /* a product moves the exponent; infinities and NaN are mended */
     vi h = {0};
     for (int i = 0; i < W; i++) h[i] = p[i];

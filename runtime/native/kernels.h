@@ -26,6 +26,9 @@ INLINE void store_half(uint16_t *p, vf x);           /* isa: to nearest, ties to
 INLINE vf maximum(vf a, vf b);                       /* isa: a > b ? a : b, so b where one is no number */
 INLINE vf minimum(vf a, vf b);                       /* isa: a < b ? a : b */
 INLINE vi load_bytes(const void *p);                 /* isa: W unsigned bytes (GCC 12 widens vectors one by one) */
+INLINE vi load_signed(const void *p);                /* isa: W signed bytes */
+INLINE vi load_table(const uint8_t table[16]);       /* isa: for look_up, in every 16 bytes of the vector */
+INLINE vi look_up(vi table, vi w);                   /* isa: each byte of w, 0 to 15, becomes that of the table */
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
@@ -105,55 +108,68 @@ INLINE vi codes_of(const uint8_t *block, const int bits, const int j) {
         const int plane = 8 >> i, steps = 8 / plane, down = plane * (j % steps);
         if (!(bits & plane)) continue;
         vi v = load_int(block + 64 * (line + j / steps));
-        c |= ((down ? v >> down : v) & (int)(((1u << plane) - 1) * 0x01010101)) << shift;
+        const int right = down - shift;              /* straight to its place in the code */
+        v = right > 0 ? v >> right : right < 0 ? (vi)((vu)v << -right) : v;
+        c |= v & (int)((((1u << plane) - 1) * 0x01010101) << shift);
         line += plane, shift += plane;
     }
     return c;
 }
 
+/* The same as bytes that dot4 takes: of `levels`, what the codes stand for, which are then 8 bits wide. */
+INLINE vi bytes_of(const uint8_t *block, const int bits, const int levels, const int j, vi table) {
+    const vi w = codes_of(block, bits, j);
+    return levels ? look_up(table, w) : w;
+}
+
 /* R rows of activations (the first is row0) times W rows of a tile of codes, the part-th W: to y [R][y_stride].
- * int8: the activations are quantized; else they are floats. one: groups have one block each. */
+ * int8: the activations are quantized; else they are floats. one: groups have one block each. narrow: 8-bit scales. */
 INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activations *x, int row0, const int R,
-                           const int bits, const int int8, const int one, int part, float *y, size_t y_stride) {
-    const uint16_t *scales = (const uint16_t *)tile + part * W;
+                           const int bits, const int levels, const int int8, const int one, const int narrow, int part,
+                           float *y, size_t y_stride) {
+    const int dot_bits = levels ? 8 : bits, scale_bytes = narrow ? 1 : 2;
+    const uint8_t *scales = tile + m->scales_at + part * W * scale_bytes;
     const uint8_t *zeros = tile + m->zeros_at + part * W, *block = tile + m->codes_at + part * 4 * W;
-    const int zero_bits = CODE_BIAS(bits) ? -1 : bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
+    const int zero_bits = CODE_BIAS(dot_bits) ? -1 : dot_bits - 1, blocks = m->blocks, asymmetric = m->asymmetric;
     const size_t first = (size_t)row0 * x->blocks, stride = (size_t)x->blocks * BLOCK;
     const int8_t *q = int8 ? x->q + first * BLOCK : NULL;
     const float *f = x->f + first * BLOCK, *scale = x->scale + first;
     const int32_t *sum = x->sum + first;
+    const vi table = levels ? load_table(m->level) : splat_int(0);
     vf acc[8];
     EACH(r, R) acc[r] = splat(0);
     for (int g = 0, b = 0; g < m->groups; g++) {
         vf group[8];
         EACH(r, R) group[r] = splat(0);
         const vi zero = asymmetric ? load_bytes(zeros + g * TILE) - (int8 ? CODE_BIAS(bits) : 0)
-                                   : splat_int(int8 ? 0 : 1 << (bits - 1));
+                                   : splat_int(int8 ? 0 : 1 << (dot_bits - 1));
         const int end = one ? b + 1 : b + m->group_blocks < blocks ? b + m->group_blocks : blocks;
         for (; b < end; b++, block += 64 * bits, q += R * BLOCK, scale += R, sum += R)
             if (int8) {
                 vi s[8];
-                EACH(i, bits) __builtin_prefetch(block + m->tile_bytes + 64 * i, 0, 2);  /* next tile, to L2 */
+                EACH(i, bits) __builtin_prefetch(block + AHEAD + 64 * i, 0, 2);      /* to L2; beyond this tile */
                 EACH(r, R) {                         /* sum holds minus the sum of q */
                     vi minus = splat_int(sum[r]);
                     s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
                 }
                 EACH(j, 8) {
-                    vi w = codes_of(block, bits, j);
-                    EACH(r, R) s[r] = dot4(s[r], w, q + r * BLOCK + 4 * j, bits);
+                    vi w = bytes_of(block, bits, levels, j, table);
+                    EACH(r, R) s[r] = dot4(s[r], w, q + r * BLOCK + 4 * j, dot_bits);
                 }
                 EACH(r, R) group[r] = to_float(s[r]) * splat(scale[r]) + group[r];
             } else EACH(j, 8) {
-                vi w = codes_of(block, bits, j);
+                vi w = bytes_of(block, bits, levels, j, table);
                 EACH(i, 4) {
                     vf value = to_float((w >> 8 * i) & 255) - to_float(zero);
                     EACH(r, R) group[r] = value * splat(f[r * stride + b * BLOCK + 4 * j + i]) + group[r];
                 }
             }
-        if (int8) __builtin_prefetch((const uint8_t *)(scales + g * TILE) + m->tile_bytes, 0, 2);
-        vf weight = load_half(scales + g * TILE);
+        const uint8_t *at = scales + g * TILE * scale_bytes;
+        if (int8) __builtin_prefetch(at + AHEAD, 0, 2);
+        const vf weight = narrow ? to_float(load_signed(at)) : load_half((const uint16_t *)at);
         EACH(r, R) acc[r] = group[r] * weight + acc[r];
     }
+    if (narrow) EACH(r, R) acc[r] *= load_half((const uint16_t *)tile + part * W);
     EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
@@ -179,15 +195,21 @@ INLINE void multiply_floats(const matrix *m, const uint8_t *tile, const activati
     EACH(r, R) store(y + r * y_stride + part * W, acc[r]);
 }
 
-/* A function for each width of weights, for quantized activations (by_int8) or floats, and for every number of rows. */
+/* A function for each width of weights (LEVELS more where they are levels), for quantized activations (by_int8) or
+ * floats, and for every number of rows. */
+#define LEVELS 10
 typedef void tile_kernel(const matrix *, const uint8_t *tile, const activations *, int row, float *y, size_t y_stride);
 #define TILE_KERNEL(int8, kind, R) \
     FUNCTION void multiply_##int8##_##kind##_##R(const matrix *m, const uint8_t *tile, const activations *x, int row, \
                                                  float *y, size_t y_stride) { \
         _Pragma("GCC unroll 1") for (int part = 0; part < PARTS; part++) \
             if (kind >= KIND_F16) multiply_floats(m, tile, x, row, R, kind, part, y, y_stride); \
-            else if (m->group_blocks == 1) multiply_codes(m, tile, x, row, R, kind, int8, 1, part, y, y_stride); \
-            else multiply_codes(m, tile, x, row, R, kind, int8, 0, part, y, y_stride); }
+            else if (m->group_blocks == 1 && !m->narrow) \
+                multiply_codes(m, tile, x, row, R, kind % LEVELS, kind > LEVELS, int8, 1, 0, part, y, y_stride); \
+            else if (int8 && m->group_blocks == 1) \
+                multiply_codes(m, tile, x, row, R, kind % LEVELS, kind > LEVELS, int8, 1, 1, part, y, y_stride); \
+            else multiply_codes(m, tile, x, row, R, kind % LEVELS, kind > LEVELS, int8, 0, m->narrow, part, y, \
+                                y_stride); }
 #define ENTRY(int8, kind, R) [kind][R] = multiply_##int8##_##kind##_##R,
 #ifdef FEW_REGISTERS                                 /* plain C */
 enum { MOST_INT8 = 2, MOST_FLOAT = 2 };
@@ -198,10 +220,11 @@ enum { MOST_INT8 = 8, MOST_FLOAT = 4 };
 #define ROWS_INT8(X, kind) X(1, kind, 1) X(1, kind, 2) X(1, kind, 4) X(1, kind, 8)
 #define ROWS_FLOAT(X, kind) X(0, kind, 1) X(0, kind, 2) X(0, kind, 4)
 #endif
-#define EVERY_WIDTH(ROWS, X) ROWS(X, 2) ROWS(X, 3) ROWS(X, 4) ROWS(X, 5) ROWS(X, 6) ROWS(X, 8)
+#define EVERY_WIDTH(ROWS, X) ROWS(X, 2) ROWS(X, 3) ROWS(X, 4) ROWS(X, 5) ROWS(X, 6) ROWS(X, 8) \
+                             ROWS(X, 12) ROWS(X, 13) ROWS(X, 14)
 #define EVERY_FLOAT(ROWS, X) ROWS(X, KIND_F16) ROWS(X, KIND_BF16) ROWS(X, KIND_F32)
 EVERY_WIDTH(ROWS_INT8, TILE_KERNEL) EVERY_WIDTH(ROWS_FLOAT, TILE_KERNEL) EVERY_FLOAT(ROWS_FLOAT, TILE_KERNEL)
-static tile_kernel *const by_int8[9][9] = {EVERY_WIDTH(ROWS_INT8, ENTRY)};
+static tile_kernel *const by_int8[LEVELS + 5][9] = {EVERY_WIDTH(ROWS_INT8, ENTRY)};
 static tile_kernel *const by_float[KIND_F32 + 1][9] = {EVERY_WIDTH(ROWS_FLOAT, ENTRY) EVERY_FLOAT(ROWS_FLOAT, ENTRY)};
 
 /* y [rows][y_stride] += the bias of the outputs of tile t, `columns` of them. */
@@ -216,7 +239,8 @@ INLINE void add_bias(const matrix *m, int t, int rows, int columns, float *y, si
 FUNCTION void multiply(const matrix *m, const activations *x, int rows, float *y, size_t y_stride, int tile0,
                        int tile1) {
     const int int8 = x->q && m->kind < KIND_F16;
-    tile_kernel *const *kernel = int8 ? by_int8[m->kind] : by_float[m->kind];
+    const int kind = m->kind + (m->levels ? LEVELS : 0);
+    tile_kernel *const *kernel = int8 ? by_int8[kind] : by_float[kind];
     for (int t = tile0; t < tile1; t++) {
         const uint8_t *tile = m->data + t * m->tile_bytes;
         const int columns = tile_rows(m, t);

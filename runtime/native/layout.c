@@ -28,15 +28,16 @@ float float_at(const void *floats, int kind, size_t index) {
     return half & 0x8000 ? -value : value;
 }
 
-size_t matrix_shape(matrix *m, int rows, int inputs, int kind, int group, int asymmetric) {
+size_t matrix_shape(matrix *m, int rows, int inputs, int kind, int group, int asymmetric, int narrow) {
     memset(m, 0, sizeof *m);
-    m->rows = rows, m->inputs = inputs, m->kind = kind, m->asymmetric = asymmetric;
+    m->rows = rows, m->inputs = inputs, m->kind = kind, m->asymmetric = asymmetric, m->narrow = narrow;
     m->tiles = ceil_div(rows, TILE), m->blocks = ceil_div(inputs, BLOCK);
     if (kind >= KIND_F16) m->tile_bytes = (size_t)inputs * TILE * (kind == KIND_F32 ? 4 : 2);
     else {
         m->groups = group ? inputs / group : 1;
         m->group_blocks = group ? group / BLOCK : m->blocks;
-        m->zeros_at = align64((size_t)m->groups * TILE * 2);
+        m->scales_at = narrow ? TILE * 2 : 0;
+        m->zeros_at = align64(m->scales_at + (size_t)m->groups * TILE * (narrow ? 1 : 2));
         m->codes_at = m->zeros_at + (asymmetric ? align64((size_t)m->groups * TILE) : 0);
         m->tile_bytes = m->codes_at + (size_t)m->blocks * 64 * kind;
     }
@@ -44,11 +45,15 @@ size_t matrix_shape(matrix *m, int rows, int inputs, int kind, int group, int as
     return m->tile_bytes * m->tiles;
 }
 
-/* Unsigned element `index` of a flat nibble or byte tensor; signed types are shifted up by half their range. */
+void matrix_levels(matrix *m, const int8_t *levels) {
+    m->levels = 1;
+    for (int c = 0; c < 1 << m->kind; c++) m->level[c] = (uint8_t)(levels[c] + 128);
+}
+
+/* Element `index` of a flat nibble or byte tensor; signed types are shifted up by half their range. */
 static inline int element(const uint8_t *p, int dtype, size_t index) {
     if (dtype == EW_INT8 || dtype == EW_UINT8) return dtype == EW_INT8 ? p[index] ^ 128 : p[index];
-    int nibble = index & 1 ? p[index / 2] >> 4 : p[index / 2] & 15;
-    return dtype == EW_INT4 ? nibble ^ 8 : nibble;
+    return (index & 1 ? p[index / 2] >> 4 : p[index / 2] & 15) ^ 8;
 }
 
 /* Inputs k0..k0+31 of the rows of tile t, as unsigned codes. */
@@ -62,7 +67,7 @@ static void gather(const matrix *m, const source *s, int t, int k0, uint8_t code
                 codes[r][k] = element(s->codes, s->dtype, (size_t)(k0 + k) * s->stride + n0 + r);
         return;
     }
-    /* Little-endian bit streams: of a row, or (4 and 8 bits) of the whole tensor. */
+    /* Little-endian bit streams: of a row, or (signed codes) of the whole tensor. */
     const size_t row_bits = is_stream(s->dtype) ? ((size_t)m->inputs * bits + 7) / 8 * 8 : (size_t)m->inputs * bits;
     for (int r = 0; r < rows; r++) {
         const size_t from = (n0 + r) * row_bits + (size_t)k0 * bits;
@@ -111,8 +116,8 @@ static void transpose(uint64_t w[8]) {
 }
 
 /* The usual int4, by inputs with two rows a byte, goes straight into its lines: 8 inputs of 16 rows are 8 words. */
-static void pack_nibbles(const uint8_t *from, size_t stride, uint64_t flip, uint8_t *out) {
-    const uint64_t low = 0x0f0f0f0f0f0f0f0f;
+static void pack_nibbles(const uint8_t *from, size_t stride, uint8_t *out) {
+    const uint64_t low = 0x0f0f0f0f0f0f0f0f, flip = 0x8888888888888888;
     for (int u = 0; u < 4; u++) {
         uint64_t w[8];
         uint32_t *line = (uint32_t *)(out + 64 * u);
@@ -148,18 +153,24 @@ static void pack_codes(matrix *m, const source *s, int t) {
     for (int g = 0; g < m->groups; g++)
         for (int r = 0; r < rows; r++) {
             const size_t from = s->by_input ? (size_t)g * s->stride + n0 + r : (size_t)(n0 + r) * m->groups + g;
-            ((uint16_t *)tile)[g * TILE + r] = s->scales[from];
+            if (m->narrow) tile[m->scales_at + g * TILE + r] = ((const uint8_t *)s->scales)[from];
+            else ((uint16_t *)tile)[g * TILE + r] = ((const uint16_t *)s->scales)[from];
             if (m->asymmetric) tile[m->zeros_at + g * TILE + r] = element(s->zeros, zeros_type, from);
         }
+    for (int r = 0; m->narrow && r < rows; r++) ((uint16_t *)tile)[r] = s->row_scales[n0 + r];
     const int nibbles = s->by_input && m->kind == 4 && rows == TILE && s->stride % 2 == 0 && n0 % 2 == 0;
     for (int b = 0; b < m->blocks; b++, lines += 64 * m->kind)
         if (nibbles && (b + 1) * BLOCK <= m->inputs)
-            pack_nibbles(s->codes + ((size_t)b * BLOCK * s->stride + n0) / 2, s->stride / 2,
-                         s->dtype == EW_INT4 ? 0x8888888888888888 : 0, lines);
+            pack_nibbles(s->codes + ((size_t)b * BLOCK * s->stride + n0) / 2, s->stride / 2, lines);
         else {
             gather(m, s, t, b * BLOCK, codes);
             pack_block((const uint8_t (*)[BLOCK])codes, m->kind, lines);
         }
+}
+
+/* What a code stands for, before its scale. */
+static inline int value_of(const matrix *m, int code, int zero) {
+    return m->levels ? m->level[code] - 128 : code - zero;
 }
 
 void source_read(const matrix *m, const source *s, int row, int first, int n, float *out) {
@@ -175,7 +186,9 @@ void source_read(const matrix *m, const source *s, int row, int first, int n, fl
             const size_t at = (size_t)k * bits + b;
             code |= (s->codes[begin + at / 8] >> at % 8 & 1) << b;
         }
-        *out++ = (code - zero) * float_at(s->scales, KIND_F16, g);
+        const float scale = m->narrow ? ((const int8_t *)s->scales)[g] * float_at(s->row_scales, KIND_F16, row)
+                                      : float_at(s->scales, KIND_F16, g);
+        *out++ = value_of(m, code, zero) * scale;
     }
 }
 
@@ -184,14 +197,19 @@ void matrix_pack(matrix *m, const source *s, int t) {
     else pack_codes(m, s, t);
 }
 
-int matrix_finite(const matrix *m, int t) {
-    const int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->groups);
+int matrix_sound(const matrix *m, int t) {
+    const int n = TILE * (m->kind >= KIND_F16 ? m->inputs : m->narrow ? 1 : m->groups), rows = tile_rows(m, t);
     const uint16_t *half = (const uint16_t *)(m->data + t * m->tile_bytes);
     const uint16_t top = m->kind == KIND_BF16 ? 0x7f80 : 0x7c00;
     const uint32_t *single = (const uint32_t *)half;
     int bad = 0;
     if (m->kind == KIND_F32) for (int i = 0; i < n; i++) bad |= (single[i] & 0x7f800000) == 0x7f800000;
     else for (int i = 0; i < n; i++) bad |= (half[i] & top) == top;
+    if (!m->narrow) return !bad;
+    const int8_t *scale = (const int8_t *)half + m->scales_at;
+    for (int r = 0; r < rows; r++) bad |= half[r] == 0 || half[r] >= 0x8000;
+    for (int g = 0; g < m->groups; g++, scale += TILE)
+        for (int r = 0; r < rows; r++) bad |= scale[r] == 0 || scale[r] == -128;
     return !bad;
 }
 
@@ -217,8 +235,9 @@ void matrix_read_row(const matrix *m, int row, float *out) {
     for (int b = 0; b < m->blocks; b++) {
         const uint8_t *block = tile + m->codes_at + (size_t)b * 64 * m->kind;
         int g = b / m->group_blocks, zero = m->asymmetric ? tile[m->zeros_at + g * TILE + r] : 1 << (m->kind - 1);
-        float scale = float_at(tile, KIND_F16, g * TILE + r);
+        float scale = float_at(tile, KIND_F16, m->narrow ? r : g * TILE + r);
+        if (m->narrow) scale *= ((const int8_t *)tile)[m->scales_at + g * TILE + r];
         for (int k = b * BLOCK; k < m->inputs && k < (b + 1) * BLOCK; k++)
-            out[k] = (code_at(block, m->kind, r, k % BLOCK) - zero) * scale;
+            out[k] = value_of(m, code_at(block, m->kind, r, k % BLOCK), zero) * scale;
     }
 }

@@ -5,10 +5,14 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import warnings
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+import weakref
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p, py_object
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import Unavailable, UserError
 
@@ -54,11 +58,11 @@ class Choice(ctypes.Structure):
 _FUNCTIONS = {
     "ew_open": (c_void_p, c_char_p, POINTER(Config), POINTER(Tensor), c_int, c_int, c_int, c_char_p, c_char_p, c_char_p,
                 c_char_p),
-    "ew_close": (None, c_void_p),
+    "ew_close": (None, c_void_p, py_object),                   # without the object, which only `life` gives
     "ew_isa": (c_char_p, c_void_p),
     "ew_cache_bytes": (c_int64, c_void_p, c_int, c_int, c_int),
     "ew_cache_new": (c_void_p, c_void_p, c_int, c_int, c_int, c_char_p),
-    "ew_cache_free": (None, c_void_p),
+    "ew_cache_free": (None, c_void_p, py_object),
     "ew_cache_copy": (None, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int),
     "ew_cache_slots": (c_int64, c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
     "ew_state_floats": (c_int64, c_void_p),
@@ -77,6 +81,23 @@ def call(function, *arguments, where: str = ""):
         text = buffer.value.decode(errors="replace")
         raise Unavailable(where + text[1:]) if text.startswith("\1") else UserError(where + text)
     return result
+
+
+_lives: dict[int, weakref.ref] = {}
+_numbers = itertools.count()
+
+
+def life(free, handle: int) -> np.ndarray:
+    """What to keep beside `handle`: the core frees it (ew_close, ew_cache_free) when the last reference to this is gone.
+
+    By a weak reference, whose callback has no line of Python in it: the exception of a signal (Ctrl-C) that came in a `__del__` would be
+    swallowed. And of an array, which the garbage collector does not know, so that it ends after what may use it when both are garbage."""
+    alive = np.empty(0)
+    for number, one in list(_lives.items()):
+        if one() is None:
+            _lives.pop(number, None)
+    _lives[next(_numbers)] = weakref.ref(alive, functools.partial(free, handle))
+    return alive
 
 
 @functools.cache

@@ -22,7 +22,7 @@ static void pack_work(void *context, int thread, int threads) {
         const int64_t tiles = job->to->tiles, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
         for (int64_t t = from; t < to; t++) {
             if (!o->packed) matrix_pack(job->to, &job->from, t);
-            if (!matrix_finite(job->to, t)) __atomic_store_n(&o->bad, i + 1, __ATOMIC_RELAXED);
+            if (!matrix_sound(job->to, t)) __atomic_store_n(&o->bad, i + 1, __ATOMIC_RELAXED);
             if (o->packed || (packed += job->to->tile_bytes) < RELEASE) continue;
             madvise(o->model->file, o->model->file_bytes, MADV_DONTNEED);
             packed = 0;
@@ -70,8 +70,10 @@ static int load(opening *o, const char *path, const char *repacked, const char *
     if (repacked && !o->packed) memset(m->arena + at, 0, m->arena_bytes - at);   /* what a refused file left there */
     pool_run(m->pool, pack_work, o);
     if (o->bad) {
-        const ew_tensor *tensor = o->job[o->bad - 1].from.tensor;
-        return fail(o, "tensor %.80s holds a value or scale that is not a finite number", tensor->name);
+        const packing *job = &o->job[o->bad - 1];
+        return fail(o, "tensor %.80s holds a %s", job->from.tensor->name,
+                    job->to->narrow ? "scale of 0 or -128, or one of a row that is not a positive finite number"
+                                    : "value or scale that is not a finite number");
     }
     if (repacked && !o->packed) tiles_write(repacked, key, m->arena, m->arena_bytes);
     if (m->per_layer_embed.rows) madvise(m->file, m->file_bytes, MADV_RANDOM);

@@ -101,8 +101,8 @@ int own_tiles(const pass *p, const matrix *w, int total, int *at, int *t0, int *
 }
 
 void expect_tile(const matrix *w, int tile) {
-    for (size_t n = 0; n < w->tile_bytes && n < AT_ONCE; n += 64)
-        __builtin_prefetch(w->data + tile * w->tile_bytes + n, 0, 2);
+    const size_t from = tile * w->tile_bytes, left = w->tiles * w->tile_bytes - from;
+    for (size_t n = 0; n < left && n < AHEAD; n += 64) __builtin_prefetch(w->data + from + n, 0, 2);
 }
 
 void add_rows(pass *p, const norm *after, float times) {

@@ -11,7 +11,6 @@
 
 enum { FEW = 4 };                                    /* rows that every thread prepares for itself */
 enum { LONG_RUN = 32 };                              /* tokens of one attention unit, at most */
-enum { AT_ONCE = 16 << 10 };                         /* bytes fetched ahead of a product, or of attention */
 enum { WIDE = 4 };                                   /* tiles of gate and up that EW_PASS tokens pass before the next */
 
 /* The buffers of a pass; widest is the model's. A state is of attention_job: [2 + padded]. */
@@ -70,8 +69,8 @@ activations prepare_middle(pass *, int rows, int n, const norm *by);
  * how many came before. 0 where it has none. */
 int own_tiles(const pass *, const matrix *, int total, int *at, int *t0, int *t1);
 
-/* Has the beginning of a tile fetched, while something else is done: each later tile is, while the one before it is
- * multiplied. */
+/* Has what a product reads first fetched, from a tile on, while something else is done: what comes later is fetched
+ * during the product. */
 void expect_tile(const matrix *, int tile);
 
 /* x [tokens][hidden] += w * middle (normalized by `before`, or NULL), the product normalized by `after` (if its weight

@@ -91,10 +91,15 @@ int floats(opening *o, float **to, const char *prefix, const char *suffix, int64
     return 0;
 }
 
+static int of_shape(const ew_tensor *t, int dtype, int64_t rows, int64_t columns) {
+    return t && t->dtype == dtype && t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns;
+}
+
 int describe(opening *o, matrix *m, source *s, const char *name, int rows, int inputs, int row0, int total,
                     int by_input) {
     const uint8_t *file = o->model->file;
     const ew_tensor *codes = find(o, name, ".codes"), *zeros = find(o, name, ".zeros");
+    const ew_tensor *row_scales = find(o, name, ".row_scales"), *levels = find(o, name, ".levels");
     const ew_tensor *t = codes ? codes : find(o, name, ".weight");
     if (!t) return fail(o, "tensor %.80s.weight or .codes is missing", name);
     *s = (source){.codes = file + t->offset, .dtype = t->dtype, .by_input = by_input, .stride = total, .row0 = row0};
@@ -102,15 +107,16 @@ int describe(opening *o, matrix *m, source *s, const char *name, int rows, int i
     if (t->dims != 2 || t->shape[!s->by_input] != inputs || t->shape[s->by_input] != total)
         return fail(o, "tensor %.80s has shape [%lld, %lld] where the model needs %d inputs and %d outputs", t->name,
                     (long long)t->shape[0], (long long)t->shape[1], inputs, total);
-    int kind = dtype_bits(t->dtype), group = 0;
+    int kind = dtype_bits(t->dtype), group = 0, narrow = 0;
     if (!codes) {
         if (t->dtype > EW_BFLOAT16) return fail(o, "tensor %.80s should be float32, float16 or bfloat16", t->name);
         kind = float_kind(t->dtype);
     } else {
         const ew_tensor *scales = find(o, name, ".scales");
         if (kind > 8) return fail(o, "tensor %.80s should hold integer codes", t->name);
-        if (!scales || scales->dtype != EW_FLOAT16)
-            return fail(o, "tensor %.80s.scales is missing or not float16", name);
+        if (!scales || (scales->dtype != EW_FLOAT16 && scales->dtype != EW_INT8))
+            return fail(o, "tensor %.80s.scales is missing or neither float16 nor int8", name);
+        narrow = scales->dtype == EW_INT8;
         const int64_t across = scales->shape[scales->dims == 1 ? 0 : s->by_input];
         const int64_t groups = scales->dims == 1 ? 1 : scales->shape[!s->by_input];
         if (across != total || inputs % groups)
@@ -119,17 +125,28 @@ int describe(opening *o, matrix *m, source *s, const char *name, int rows, int i
         if (group % BLOCK)
             return fail(o, EW_LACK "tensor %.80s has groups of %d; the native core has multiples of 32, and one per "
                         "output", name, group);
-        s->scales = (const uint16_t *)(file + scales->offset);
+        s->scales = file + scales->offset;
+        if (narrow && !of_shape(row_scales, EW_FLOAT16, total, 1))
+            return fail(o, "tensor %.80s.row_scales is missing or not float16 [%d, 1]", name, total);
+        if (narrow) s->row_scales = (const uint16_t *)(file + row_scales->offset);
         if (zeros) {
             if (zeros->dtype != (is_stream(t->dtype) ? EW_UINT8 : t->dtype) || zeros->dims != scales->dims ||
                 zeros->shape[0] != scales->shape[0] || zeros->shape[1] != scales->shape[1])
                 return fail(o, "tensor %.80s does not match its scales and codes", zeros->name);
             s->zeros = file + zeros->offset;
-        } else if (t->dtype == EW_UINT4 || t->dtype == EW_UINT8)
-            return fail(o, "unsigned tensor %.80s has no zero points", t->name);
+        }
     }
     s->tensor = t;
-    matrix_shape(m, rows, inputs, kind, group, zeros != NULL);
+    matrix_shape(m, rows, inputs, kind, group, zeros != NULL, narrow);
+    if (codes && levels) {
+        const int8_t *level = (const int8_t *)(file + levels->offset);
+        int rising = kind <= 4 && !zeros && of_shape(levels, EW_INT8, 1, 1 << kind) && level[0] >= -127;
+        for (int c = 1; rising && c < 1 << kind; c++) rising = level[c] > level[c - 1];
+        if (!rising)
+            return fail(o, "tensor %.80s should hold the int8 levels of %d bits, strictly rising from -127 on, without "
+                        "zero points", levels->name, kind);
+        matrix_levels(m, level);
+    }
     if (floats(o, &m->bias, name, ".bias", total, 1, 1)) return -1;
     if (m->bias) m->bias += row0;
     return 0;

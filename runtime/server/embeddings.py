@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from ..errors import shown
-from .encoder import Encoder
+from .encoder import ServedEncoder
 from .errors import ApiError
 from .fields import Fields, Whole, read
 from .sse import while_connected
@@ -37,7 +37,7 @@ async def embeddings(request: Request) -> Response:
     return await while_connected(request, _answer(encoder, body))
 
 
-async def _answer(encoder: Encoder, body: Embeddings) -> dict:
+async def _answer(encoder: ServedEncoder, body: Embeddings) -> dict:
     if body.dimensions not in (None, encoder.size):
         raise ApiError(400, f"dimensions is {body.dimensions}; this model's embeddings have {encoder.size} and cannot be cut",
                        param="dimensions")
@@ -52,7 +52,7 @@ async def _answer(encoder: Encoder, body: Embeddings) -> dict:
             "data": [{"object": "embedding", "index": number, "embedding": written(vector)} for number, vector in enumerate(vectors)]}
 
 
-def _inputs(encoder: Encoder, given: Any) -> list[np.ndarray]:
+def _inputs(encoder: ServedEncoder, given: Any) -> list[np.ndarray]:
     """Token ids of each input. Raises ApiError."""
     single = isinstance(given, str) or isinstance(given, list) and given and all(map(_is_whole, given))
     several = [given] if single else given

@@ -26,6 +26,7 @@ _GAUGES = {"queued": "requests that wait", "rows": "requests that are being read
            "cache_bytes": "bytes of the running requests' cache"}
 _COUNTERS = {"steps": "steps of all rows", "step_rows": "rows, summed over the steps: by the steps, the mean batch",
              "prompt_tokens": "tokens of prompts", "cached_tokens": "of these, taken from a kept prefix", "new_tokens": "tokens of replies",
+             "guessed_tokens": "guesses that passes have checked", "held_tokens": "of these, the tokens of replies",
              "evictions": "kept blocks of prefixes that were dropped", "finished": "replies that were made whole",
              "cancelled": "replies that were given up", "expired": "requests whose deadline passed", "failed": "requests that failed",
              "refused": "requests that found the queue full"}

@@ -19,7 +19,7 @@ from ..bundle import MANIFEST, open_bundle
 from ..engine import Engine
 from ..errors import CheckFailed, UserError
 from ..feedback import Store
-from .encoder import Encoder, is_encoder
+from .encoder import ServedEncoder, is_encoder
 from .errors import ApiError
 from .logs import say
 from .metrics import Metrics
@@ -62,7 +62,7 @@ class Service:
             if name in self.models or name in self.encoders:
                 raise UserError(f"two bundles are called {name!r}, and clients choose by the folder's name: rename a folder")
             if is_encoder(folder):
-                self.encoders[name] = Encoder(folder, options.threads)
+                self.encoders[name] = ServedEncoder(folder, options.threads)
             else:
                 bundle = open_bundle(folder)
                 self.models[name] = Model(name, folder, bundle.weights_bytes / _MB, int((folder / MANIFEST).stat().st_mtime))
@@ -112,7 +112,7 @@ class Service:
             raise ApiError(503, "the model is being loaded; try again in a moment", code="loading", retry_s=1)
         return model
 
-    def encoder(self, name: str | None = None) -> Encoder:
+    def encoder(self, name: str | None = None) -> ServedEncoder:
         """The encoder of this name (None: the first). Raises ApiError."""
         encoder = self.encoders.get(name) if name else next(iter(self.encoders.values()), None)
         if encoder is None and name and name not in self.models:

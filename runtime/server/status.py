@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from .encoder import Encoder
+from .encoder import ServedEncoder
 from .errors import ApiError
 from .service import Model
 
@@ -32,7 +32,7 @@ async def model(name: str, request: Request) -> dict:
     return _entry(service.encoders.get(name) or service.find(name))
 
 
-def _entry(model: Model | Encoder) -> dict:
+def _entry(model: Model | ServedEncoder) -> dict:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "edgewright"}
 
 

@@ -60,7 +60,8 @@ def test_a_budget_too_small_names_the_smallest():
         allocate(choices, 3_000_000)
 
 
-@pytest.mark.parametrize("form", [TensorFormat(3, 32), TensorFormat(5, 0), TensorFormat(4, 64, False), TensorFormat(8, 32)])
+@pytest.mark.parametrize("form", [TensorFormat(3, 32), TensorFormat(5, 0), TensorFormat(4, 64, False), TensorFormat(8, 32),
+                                  TensorFormat(3, 32, kind="levels", scale_bits=8)])
 def test_sizes_are_those_of_the_stored_tensors(form):
     stored = round_to_nearest(torch.randn(6, 192), form).tensors("m")
     assert size_bytes((6, 192), form) == sum(t.numel() * t.element_size() for t in stored.values())

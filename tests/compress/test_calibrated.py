@@ -13,8 +13,9 @@ from compress.quantizing import calibrated as module
 from compress.quantizing.mixed import bundle_extras
 from compress.quantize import main
 from export.onnx import main as export
-from models.checkpoint import load_decoder, open_checkpoint
-from models.network.quantized import TensorFormat
+from models.checkpoint import load_decoder, open_checkpoint, write_checkpoint
+from models.formats import lineage
+from models.network.quantized import Quantization, TensorFormat
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
 
@@ -55,6 +56,49 @@ def test_calibration_keeps_more_of_the_model(family, tiny_checkpoint, text, tmp_
     assert found["gptq", 5] < 0.8 * found["rtn", 5]
     assert found["gptq", 3] < 0.8 * found["rtn", 3]
     assert not list(tmp_path.glob(".*"))                       # the finished layers are gone
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3_moe"])
+def test_gptq_is_told_how_far_the_quantized_model_has_come_off(family, tiny_checkpoint, tmp_path):
+    """The last down_proj of an attention's layer, against hooks on both models whole; experts, whose tokens differ, are told nothing."""
+    checkpoint = open_checkpoint(tiny_checkpoint(family))
+    ids, told = text_ids(checkpoint.path), []
+
+    def spy(weight, hessian, form, negative, cross):
+        told.append((hessian, cross))
+        return module.clip(weight, hessian, form, negative)
+    plan = Quantization({name: TensorFormat(3, 32) for name in checkpoint.modules() if name.startswith("model.layers.")})
+    tensors = dict(module.calibrated(checkpoint, ids, plan, spy, tmp_path / "work", corrected=True))
+    if family == "qwen3_moe":
+        assert any(cross is None for _, cross in told) and any(cross is not None for _, cross in told)
+        return
+    write_checkpoint(tmp_path / "q", checkpoint.hf_config | {"quantization_config": plan.to_dict()}, iter(tensors.items()), checkpoint.path,
+                     lineage.stage("test", {}, {}))
+    inputs = []
+    for folder in (tmp_path / "q", checkpoint.path):
+        decoder = load_decoder(folder)
+        decoder.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda linear, x: inputs.append(x[0].flatten(0, 1)))
+        with torch.no_grad():
+            decoder(ids)
+    x, y = inputs
+    expected = (y - x).T @ x / (len(x) + 4 * x.shape[1])                 # of which so many are taken for undisturbed
+    assert (told[-1][1] - expected).norm() < 0.03 * expected.norm() and expected.norm() > 0.01 * told[-1][0].norm()
+    told.clear()
+    dict(module.calibrated(checkpoint, ids, plan, spy, tmp_path / "once more"))
+    assert all(cross is None for _, cross in told)
+
+
+def test_what_is_rounded_makes_up_for_half_of_the_error_before():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    y, weight = x + 0.1 * torch.randn(500, 64, generator=generator) + 0.1 * x.roll(1, 1), torch.randn(8, 64, generator=generator)
+    hessian = (x.T @ x / 500).double()
+    steady = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    wanted = weight.double() @ (torch.eye(64) + 0.5 * ((y - x).T @ x / 500).double() @ torch.linalg.inv(steady))
+    found = module.gptq_descended(weight, hessian.float(), TensorFormat(8, 32), cross=(y - x).T @ x / 500).dequantize()
+    plain = module.gptq_descended(weight, hessian.float(), TensorFormat(8, 32)).dequantize()
+    off = [float(((w - wanted) @ hessian * (w - wanted)).sum()) for w in (found.double(), plain.double())]
+    assert off[0] < 0.05 * off[1]
 
 
 def first_error(path, reference, ids):
@@ -125,6 +169,8 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--method", "gptq", "--length", 100000, "--data", "short.txt"], "less than one window"),
     (["--target-size", "1kB"], "the smallest possible"),
     (["--target-size", "many"], "should be a size such as 92MB"),
+    (["--target-size", "9" * 400 + "GB"], "should be a size such as 92MB"),
+    (["--target-size", "92"], "write 92MB"),
     (["--target-size", "1MB", "--target-bpw", 4], "say the same thing twice"),
     (["--target-bpw", -1], "should be above 0"),
     (["--bits", 3, "--backend", "onnx"], "3 bits do not run in onnx: choose 4 or 8 bits, or choose --backend pytorch or native"),
@@ -137,6 +183,11 @@ def test_modules_left_out_stay_as_they_are(tiny_checkpoint, text, tmp_path):
     (["--kv-cache", "channel", "--backend", "onnx"], "--kv-cache looks at calibration text"),
     (["--bits", 8, "--group", 0, "--kind", "e4m3"], "8-bit floats do not run in native: choose --backend pytorch or onnx"),
     (["--kind", "e4m3", "--backend", "onnx"], "give --method rtn --bits 8"),
+    (["--kind", "levels", "--bits", 5], "--kind levels has 2 to 4 bits"),
+    (["--kind", "levels", "--backend", "onnx"], "tables of levels do not run in onnx: choose --backend pytorch or native"),
+    (["--scale-bits", 8, "--group", 0], "--scale-bits 8 is about the scales of groups"),
+    (["--scale-bits", 8, "--backend", "onnx"], "scales of 8 bits do not run in onnx: choose --backend pytorch or native"),
+    (["--scale-bits", 8, "--method", "hqq"], "--method hqq has even steps and fp16 scales"),
     (["--activation-scales", "static", "--method", "clip"], "give --activations 8"),
 ])
 def test_bad_input(options, words, tiny_checkpoint, text, tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from compress.distilling.taught import OnPolicy
 from compress.teacher import write
 from compress.quantize import main as quantize
 from models.checkpoint import load_decoder, open_checkpoint
-from models.data.corpus import IGNORE
-from tiny import SENTENCES
+from models.data.corpus import IGNORE, build_corpus
+from tiny import SENTENCES, labelled_rows
 
 DRAW = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, 384, (3, 20), generator=DRAW)
@@ -51,9 +52,9 @@ def test_the_loss_is_the_mixture_of_divergence_and_labels(pair):
     kl = F.kl_div(torch.log_softmax(logits / heat, -1), log_p, reduction="sum", log_target=True)
     expected = (1 - share) * heat**2 * kl + share * F.cross_entropy(logits, LABELS[kept], reduction="sum")
     distiller = Distiller(student, teacher, Losses(divergence("forward"), heat, share))
-    torch.testing.assert_close(distiller(IDS, LABELS), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(distiller(*labelled_rows(IDS, LABELS)), expected, rtol=1e-5, atol=0)
     weight = student.model.layers[0].mlp.up_proj.weight
-    for ours, theirs in zip(torch.autograd.grad(distiller(IDS, LABELS), (weight, student.model.embed_tokens.weight)),
+    for ours, theirs in zip(torch.autograd.grad(distiller(*labelled_rows(IDS, LABELS)), (weight, student.model.embed_tokens.weight)),
                             torch.autograd.grad(expected, (weight, student.model.embed_tokens.weight))):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -61,14 +62,14 @@ def test_the_loss_is_the_mixture_of_divergence_and_labels(pair):
 def test_cached_and_live_teachers_teach_the_same(pair):
     teacher, student = pair
     losses = Losses(divergence("js", 0.7))
-    live = Distiller(student, teacher, losses)(IDS, LABELS)
-    cached = Distiller(student, None, losses)(IDS, LABELS, *predictions(teacher))
+    live = Distiller(student, teacher, losses)(*labelled_rows(IDS, LABELS))
+    cached = Distiller(student, None, losses)(*labelled_rows(IDS, LABELS, *predictions(teacher)))
     torch.testing.assert_close(live, cached, rtol=1e-4, atol=0)
 
 
 def test_hidden_states_and_attention_add_their_part(pair):
     teacher, student = pair
-    plain = Distiller(student, teacher, Losses(divergence("forward")))(IDS, LABELS)
+    plain = Distiller(student, teacher, Losses(divergence("forward")))(*labelled_rows(IDS, LABELS))
     matched = Distiller(student, teacher, Losses(divergence("forward"), hidden_weight=2.0))
     with torch.no_grad():
         states = []
@@ -79,14 +80,14 @@ def test_hidden_states_and_attention_add_their_part(pair):
             decoder.model(IDS)
             states.append(hooks)
     expected = plain + 2.0 * hidden_loss(*states, matched.maps)[LABELS != IGNORE].sum()
-    torch.testing.assert_close(matched(IDS, LABELS), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(matched(*labelled_rows(IDS, LABELS)), expected, rtol=1e-5, atol=0)
     itself = Distiller(teacher, teacher, Losses(divergence("forward"), hidden_weight=1.0, attention_weight=1.0))
-    assert itself(IDS, LABELS).abs() < 1e-3
+    assert itself(*labelled_rows(IDS, LABELS)).abs() < 1e-3
 
 
 def test_judging_counts_divergence_labels_and_agreement(pair):
     teacher, student = pair
-    found = Distiller(student, None, Losses(divergence("reverse"))).judge(IDS, LABELS, *predictions(teacher))
+    found = Distiller(student, None, Losses(divergence("reverse"))).judge(*labelled_rows(IDS, LABELS, *predictions(teacher)))
     kept = LABELS != IGNORE
     p, q = teacher(IDS)[kept], student(IDS)[kept]
     torch.testing.assert_close(found["loss"], F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True),
@@ -148,6 +149,35 @@ def test_on_policy_rows_keep_the_prompt_and_learn_what_follows(tiny_checkpoint):
     assert (again == input_ids).all() and (other != input_ids).any()
     never = OnPolicy(Blocks(), decoder, 0.0, 8, 0, lambda: running).rows(range(2))
     assert (never[0] == IDS.numpy()[:2]).all()
+
+
+def test_on_policy_the_student_answers_a_tasks_own_prompts(tiny_checkpoint, tmp_path):
+    """The rows keep the ids of `Task.prompt`; what follows is the student's, and nothing else is learned."""
+    from types import SimpleNamespace
+
+    from compress.distilling.taught import Padded
+    from models.data.corpus import DataOptions, task_rows
+    from models.tasks.defaults import DEFAULTS
+    from runtime.text import Tokenizer
+    folder = tiny_checkpoint("smollm2")
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": f"a {'long ' * n}text", "summary": "so it is " * (n + 1)}) + "\n" for n in range(3)))
+    tokenizer, options = Tokenizer(folder / "tokenizer.json"), DataOptions(data=(str(tmp_path / "s.jsonl"),), task="summarize")
+    padded = Padded(task_rows(options, list(options.data), tokenizer, folder), 120, 2)
+    running = SimpleNamespace(step=1, accelerator=SimpleNamespace(autocast=torch.no_grad))
+    input_ids, labels = OnPolicy(padded, load_decoder(folder), 1.0, None, 0, lambda: running).rows(range(3))
+    given, answers = padded.rows(range(3))
+    assert input_ids.shape == (3, 120) and ((labels == IGNORE) == (answers == IGNORE)).all() and (labels != answers).any()
+    for n in range(3):
+        prompt = DEFAULTS["summarize"].prompt({"text": f"a {'long ' * n}text"}, tokenizer)
+        count = (labels[n] != IGNORE).sum()
+        assert (input_ids[n, :len(prompt)] == prompt).all() and (labels[n, :len(prompt) - 1] == IGNORE).all() and labels[n, len(prompt) - 1] != IGNORE
+        assert (input_ids[n, len(prompt):len(prompt) + count - 1] == labels[n, len(prompt) - 1:len(prompt) + count - 2]).all()
+    # The same ids, prompt and answer, are the text that stages calibrate on.
+    corpus = build_corpus(replace(options, cache=tmp_path / "cache"), options.data, folder / "tokenizer.json", eos=0)
+    assert corpus.tokens.tolist() == [token for ids, _ in padded.encoded for token in [*ids.tolist(), 0]]
+    command = arguments(tiny_checkpoint, tmp_path / "s.jsonl", tmp_path / "run", "--task", "summarize", "--on-policy", "0.5", "--steps", "2",
+                        "--context", "120", "--batch", "1", "--eval-rows", "1")
+    assert main(command) == 0 and (tmp_path / "run/last/config.json").is_file()
 
 
 @pytest.fixture(scope="module")

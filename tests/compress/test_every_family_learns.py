@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EVERY_FAMILY
+from tiny import EVERY_FAMILY, labelled_rows
 
 from compress.distilling.distiller import Distiller, Losses
 from compress.distilling.divergence import kl
@@ -32,8 +32,8 @@ def test_a_step_with_adapters_and_a_step_from_a_teacher(family, tiny_checkpoint)
 
     teacher, student = load_decoder(tiny_checkpoint(family)).requires_grad_(False), load_decoder(tiny_checkpoint(family))
     alone = Distiller(student, teacher, Losses(kl, hidden_weight=1.0, attention_weight=1.0))
-    assert 0 <= alone(IDS, LABELS) < 1e-3                                       # the teacher itself has nothing to learn
-    labelled = Distiller(student, teacher, Losses(kl, label_share=1.0))(IDS, LABELS)
+    assert 0 <= alone(*labelled_rows(IDS, LABELS)) < 1e-3                        # the teacher itself has nothing to learn
+    labelled = Distiller(student, teacher, Losses(kl, label_share=1.0))(*labelled_rows(IDS, LABELS))
     torch.testing.assert_close(labelled, F.cross_entropy(teacher(IDS).transpose(1, 2), LABELS, ignore_index=IGNORE, reduction="sum"),
                                rtol=1e-4, atol=1e-3)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_a_step_with_adapters_and_a_step_from_a_teacher(family, tiny_checkpoint)
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     optimizer, losses = torch.optim.AdamW(student.parameters(), lr=1e-4), []
     for _ in range(2):
-        losses.append(alone(IDS, LABELS))
+        losses.append(alone(*labelled_rows(IDS, LABELS)))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

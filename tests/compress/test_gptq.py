@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+import far
+from compress.quantizing.calibrated import gptq_descended
 from compress.quantizing.clipping import clipped_grid
 from compress.quantizing.gptq import DAMPING, activation_order, damped, descend, factorize, gptq, refit
 from compress.quantizing.grid import Grid
@@ -37,14 +39,16 @@ def reference_gptq(weight, hessian, grid):
     while len(left):
         k = left[0]
         inverse = torch.linalg.inv(h[left][:, left])
-        codes[:, k] = ((w[:, k] / scales[:, k]).round() + zeros[:, k]).clamp(0, grid.top)
-        error = (w[:, k] - (codes[:, k] - zeros[:, k]) * scales[:, k]) / inverse[0, 0]
+        steps = torch.arange(grid.top + 1.0) - zeros[:, k, None] if grid.levels is None else grid.levels.expand(len(w), -1)
+        codes[:, k] = (w[:, k, None] - steps * scales[:, k, None]).abs().argmin(1).double()
+        error = (w[:, k] - steps.gather(1, codes[:, k, None].long())[:, 0] * scales[:, k]) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0]
         left = left[1:]
     return codes
 
 
-@pytest.mark.parametrize("form", [TensorFormat(4, 32), TensorFormat(3, 32, False), TensorFormat(2, 0), TensorFormat(8, 64)])
+@pytest.mark.parametrize("form", [TensorFormat(4, 32), TensorFormat(3, 32, False), TensorFormat(2, 0), TensorFormat(8, 64),
+                                  TensorFormat(2, 0, kind="levels"), TensorFormat(4, 32, kind="levels", scale_bits=8)])
 def test_equals_the_equations_in_float64(form):
     weight, hessian, _ = layer()
     grid = clipped_grid(weight, form, hessian.diagonal())
@@ -65,10 +69,10 @@ def test_blocks_and_shared_factor_do_not_change_the_result():
     assert (both == reference_gptq(weight, hessian, grid)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_step_lowers_the_loss(bits):
+@pytest.mark.parametrize("bits, kind", [(2, "int"), (3, "int"), (4, "int"), (2, "levels"), (4, "levels")])
+def test_every_step_lowers_the_loss(bits, kind):
     weight, hessian, _ = layer()
-    form, h = TensorFormat(bits, 32), damped(hessian)
+    form, h = TensorFormat(bits, 32, kind=kind), damped(hessian)
     grid = clipped_grid(weight, form, hessian.diagonal())
     nearest = loss(weight, h, grid.values(grid.codes(weight)))
     codes = gptq(weight, hessian, grid)
@@ -81,9 +85,10 @@ def test_every_step_lowers_the_loss(bits):
     assert loss(weight, h, fitted.values(better)).sum() < descended.sum()
 
 
-def test_descent_ends_where_no_single_code_improves():
+@pytest.mark.parametrize("kind", ["int", "levels"])
+def test_descent_ends_where_no_single_code_improves(kind):
     weight, hessian, _ = layer(rows=4, columns=32)
-    grid, h = clipped_grid(weight, TensorFormat(2, 0)), damped(hessian)
+    grid, h = clipped_grid(weight, TensorFormat(2, 0, kind=kind)), damped(hessian)
     codes = descend(weight, h, grid, grid.codes(weight), passes=50)
     best = loss(weight, h, grid.values(codes))
     for column, code in itertools.product(range(32), range(4)):
@@ -161,3 +166,29 @@ def test_dead_or_broken_activations_are_refused(value, words):
     weight = torch.randn(4, 32)
     with pytest.raises(UserError, match=words):
         gptq(weight, torch.full((32, 32), value), clipped_grid(weight, TensorFormat(4, 32)))
+
+
+def test_no_column_waits_for_the_host(device):
+    """What the host reads of a device is as much for many inputs as for few."""
+    if device.type != far.KIND:
+        pytest.skip("a GPU does not count what is read of it")
+    counts = []
+    for columns in (64, 192):
+        weight, hessian, _ = layer(rows=8, columns=columns)
+        weight, hessian = weight.to(device), hessian.to(device)
+        far.reads.clear()
+        gptq_descended(weight, hessian, TensorFormat(4, 32))
+        counts.append(len(far.reads))
+    assert counts[0] == counts[1] < 10
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_and_scales_of_a_byte_lose_less_at_fewer_bytes(bits, monkeypatch):
+    """Against even steps with fp16 scales, and in parts of rows as a token table comes: one table for all."""
+    weight, hessian, _ = layer(rows=96, columns=256, tokens=2048)
+    plain, small = (gptq_descended(weight, hessian, form).dequantize() for form in
+                    (TensorFormat(bits, 32), TensorFormat(bits, 32, kind="levels", scale_bits=8)))
+    assert loss(weight, hessian, small).sum() < 0.95 * loss(weight, hessian, plain).sum()
+    monkeypatch.setattr("compress.quantizing.calibrated.PART", 40 * 256)
+    parts = gptq_descended(weight, hessian, TensorFormat(bits, 32, kind="levels", scale_bits=8))
+    assert torch.equal(parts.dequantize(), small) and len(parts.levels) == 2**bits

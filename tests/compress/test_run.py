@@ -92,9 +92,7 @@ def test_a_recipe_runs_is_skipped_and_goes_on_after_an_interruption(tiny_checkpo
     assert figures["bytes"] == sum(final.nbytes(name) for name in final.names()) + bundle_extras(final)
     # The same figures from the command that judges, on the text that was held out.
     held_out = folders["0-text"] / "held-out.jsonl"
-    plain = tmp_path / "held-out.txt"
-    plain.write_text("\n".join(json.loads(line)["text"] for line in held_out.read_text().splitlines()))
-    assert evaluate([str(out / "model"), "--data", str(plain), "--reference", str(model), "--window", "256", "--max-windows", "2",
+    assert evaluate([str(out / "model"), "--data", str(held_out), "--reference", str(model), "--window", "256", "--max-windows", "2",
                      "--json", str(tmp_path / "e.json")]) == 0
     judged = json.loads((tmp_path / "e.json").read_text())
     assert {name: figures[name] for name in ("perplexity", "kl", "top1_agreement")} == pytest.approx(
@@ -125,6 +123,10 @@ def test_the_ladder_says_what_was_not_measured():
                                   "decode_tokens_per_s": None}), ("1 prune", {"bytes": 9e6, "perplexity": 20.0})]).splitlines()
     assert lines[2].split() == ["original", "538.0", "19.18", "0.0000", "100.0%", "-"]
     assert lines[3].split() == ["1", "prune", "9.0", "20.00", "-", "-", "-"]
+    each = {"texts": {"a/zh.txt": {"perplexity": 30.0}, "chat.jsonl": {"perplexity": 4.0, "kl": 0.1, "top1_agreement": 0.5}}}
+    rows = [line.split() for line in ladder([("original", each), ("1 prune", {}), ("2 quantize", each)]).splitlines()]
+    assert rows[-4:] == [["zh.txt", "original", "30.00", "-", "-"], ["zh.txt", "2", "quantize", "30.00", "-", "-"],
+                         ["chat.jsonl", "original", "4.00", "0.1000", "50.0%"], ["chat.jsonl", "2", "quantize", "4.00", "0.1000", "50.0%"]]
 
 
 def test_what_replaces_a_recipes_options_is_checked_with_the_others(tmp_path):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from compress.quantizing.clipping import clipped_grid
+from compress.quantizing.fisher import output_gradients
 from compress.quantizing.gptq import DAMPING, activation_order, gptq
 from compress.quantizing.grid import Grid
-from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, output_gradients, pivots
+from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity, pivots
 from models.checkpoint import load_decoder, open_checkpoint
 from models.network.quantized import TensorFormat
 from runtime.errors import UserError

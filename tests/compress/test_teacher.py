@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from compress.drawing import drawn
 from compress.teacher import build_cache, main, write_own_text
 from models.checkpoint import load_decoder
 from runtime.errors import UserError
@@ -59,15 +60,15 @@ def test_bf16_is_near_fp32_and_another_cache(tiny_checkpoint, tmp_path):
 
 def test_interrupted_work_goes_on_and_finished_work_is_read(tiny_checkpoint, tmp_path, monkeypatch):
     from compress import teacher
-    path, fill, filled = tiny_checkpoint("smollm2"), teacher._fill, []
+    path, ask, filled = tiny_checkpoint("smollm2"), teacher.ask, []
 
-    def counting(decoder, ids, *rest):
+    def counting(decoder, ids, question):
         if len(filled) == 2:
             filled.append("stop")
             raise KeyboardInterrupt
-        filled.append(ids.tolist())
-        fill(decoder, ids, *rest)
-    monkeypatch.setattr(teacher, "_fill", counting)
+        filled.extend(ids.tolist())
+        return ask(decoder, ids, question)
+    monkeypatch.setattr(teacher, "ask", counting)
     with pytest.raises(KeyboardInterrupt):
         build_cache(path, IDS, tmp_path)
     again = build_cache(path, IDS, tmp_path)
@@ -100,13 +101,22 @@ def test_a_smaller_student_vocabulary_is_refused(tiny_checkpoint, tmp_path):
 
 def test_own_text_is_drawn_from_the_model(tiny_checkpoint):
     decoder = load_decoder(tiny_checkpoint("smollm2"))
-    first, again = (write_own_text(decoder, 40, 12, 384, seed=4) for _ in range(2))
+    first, again = (write_own_text(decoder, 40, 12, 384, seed=4, batch=batch) for batch in (16, 40))
     assert torch.equal(first, again) and first.shape == (40, 12)
     with torch.no_grad():
         log_probabilities = torch.log_softmax(decoder(first)[:, :-1], -1).gather(2, first[:, 1:, None])
         entropy = -(torch.log_softmax(decoder(first)[:, :-1], -1).exp() * torch.log_softmax(decoder(first)[:, :-1], -1)).sum(-1)
     # What is drawn at temperature 1 has, on average, the model's entropy as its surprise.
     assert float(-log_probabilities.mean()) == pytest.approx(float(entropy.mean()), rel=0.1)
+
+
+def test_tokens_are_drawn_in_proportion():
+    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 2.0, 0.0]])
+    chance = torch.linspace(0, 1, 4001)[:-1].expand(2, -1)
+    found = drawn(weights, chance)
+    shares = torch.stack([torch.bincount(row, minlength=5) for row in found]) / 4000
+    assert torch.allclose(shares, weights / 4, atol=1e-3) and torch.equal(shares > 0, weights > 0)
+    assert (drawn(weights, torch.ones(2, 1)) < 5).all()             # a number rounded up to 1
 
 
 @pytest.mark.parametrize("options", [[], ["--self", "2", "--data", "x"]])

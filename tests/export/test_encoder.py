@@ -11,25 +11,9 @@ import pytest
 import torch
 import transformers
 
+from encoder_fixtures import HEADS, tiny
 from export import encoder
 from export import onnx as export_onnx
-
-HEADS = {"text-classification": "AutoModelForSequenceClassification", "token-classification": "AutoModelForTokenClassification",
-         "question-answering": "AutoModelForQuestionAnswering", "feature-extraction": "AutoModel"}
-SIZES = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-             max_position_embeddings=64)
-
-
-def tiny(folder: Path, task: str, model_type: str = "bert") -> Path:
-    torch.manual_seed(0)
-    names = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 99} if model_type == "distilbert" else SIZES
-    config = transformers.AutoConfig.for_model(model_type, **names, num_labels=3 if "classification" in task else 2)
-    model = getattr(transformers, HEADS[task]).from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
-
 
 @pytest.mark.parametrize("task, model_type", [
     ("text-classification", "bert"), ("token-classification", "distilbert"), ("question-answering", "roberta")])
@@ -113,6 +97,7 @@ def test_bad_input(tmp_path, capsys):
     pooled, resized = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("pooled", "resized"))
     (pooled / "1_Pooling").mkdir()
     (pooled / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    mute = Path(shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer.json")))
     further = Path(shutil.copytree(folder, tmp_path / "further"))
     (further / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
     (resized / "config.json").write_text((folder / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 48'))
@@ -123,7 +108,8 @@ def test_bad_input(tmp_path, capsys):
                            ([resized, "-o", tmp_path / "o"], "is [32], where config.json asks for [48]"),
                            ([folder, "-o", tmp_path / "o", "--dtype", "fp16"], "--dtype is for decoders"),
                            ([tmp_path / "none", "-o", tmp_path / "o", "--task", "text-classification"], "no config.json in it"),
-                           ([bare, "-o", tmp_path / "o"], "no safetensors in it")):
+                           ([bare, "-o", tmp_path / "o"], "no safetensors in it"),
+                           ([mute, "-o", tmp_path / "o"], "has no tokenizer.json, which a bundle needs")):
         assert export_onnx.main([str(a) for a in argv]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

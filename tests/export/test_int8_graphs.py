@@ -10,12 +10,17 @@ from scipy.special import log_softmax, rel_entr
 from compress.quantize import main as quantize
 from export import onnx as export_onnx
 from export import ort
+from export.cuda_on_cpu import CudaOnCpu
 from models.checkpoint import load_decoder, open_checkpoint
 from models.network.torch_backend import TorchBackend
 from runtime.bundle import open_bundle
 from runtime.ort_backend import OrtBackend
 
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome. 今天天气很好。 def add(a, b): return a + b\n" * 60
+
+
+CACHED = {per: ("--method", "clip", "--bits", "8", "--kv-cache", per, "--embedding-bits", "0",
+                "--skip", "*.self_attn.*", "*.gate_proj", "*.down_proj", "*.1.mlp.*") for per in ("tensor", "channel")}
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +39,37 @@ def quantized(tiny_checkpoint, tmp_path_factory):
     return make
 
 
-def mean_kl(decoder, backend) -> float:
-    """KL(PyTorch || graph), nats a token, over a ragged course through the cache."""
+def kl(decoder, backend) -> np.ndarray:
+    """KL(PyTorch || graph) of each token in nats [n], over a ragged course through the cache."""
     p, q = (log_softmax(course(one, decoder.config.vocab_size).astype(np.float64), axis=1)
             for one in (TorchBackend(decoder), backend))
-    return float(rel_entr(np.exp(p), np.exp(q)).sum(axis=1).mean())
+    return rel_entr(np.exp(p), np.exp(q)).sum(axis=1)
+
+
+def mean_kl(decoder, backend) -> float:
+    return float(kl(decoder, backend).mean())
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+def test_int8_caches_of_the_cuda_graph(quantized, per, tmp_path):
+    """In float16 a key falls to the next step now and then, in both graphs alike: the fast one's numbers, and PyTorch's within that."""
+    checkpoint, _ = quantized(f"cache-{per}", *CACHED[per])
+    assert export_onnx.main([str(checkpoint), "-o", str(tmp_path / "b"), "--dtype", "fp16"]) == 0 and ort.main([str(tmp_path / "b")]) == 0
+    bundle, decoder, plain = open_bundle(tmp_path / "b"), load_decoder(checkpoint), load_decoder(checkpoint)
+    plain.cache_scales = None
+    backend = CudaOnCpu(bundle)
+    assert backend.cache_bytes(1, 8) == 8 * 2 * 2 * 2 * 16
+    rounding, vocabulary = mean_kl(decoder, TorchBackend(plain)), decoder.config.vocab_size
+    fast, found = (log_softmax(course(one, vocabulary).astype(np.float64), axis=1)
+                   for one in (OrtBackend(bundle, role="fast", exact=True), backend))
+    assert rel_entr(np.exp(fast), np.exp(found)).sum(axis=1).mean() < 0.05 * rounding
+    assert mean_kl(decoder, backend) < 0.5 * rounding
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 def test_int8_caches(quantized, per):
     """Keys and values in int8: the fast graph's own int8 cache and the portable graph's rounding are PyTorch's."""
-    checkpoint, bundle = quantized(f"cache-{per}", "--method", "clip", "--bits", "8", "--kv-cache", per, "--embedding-bits", "0",
-                                   "--skip", "*.self_attn.*", "*.gate_proj", "*.down_proj", "*.1.mlp.*")
+    checkpoint, bundle = quantized(f"cache-{per}", *CACHED[per])
     decoder, plain = load_decoder(checkpoint), load_decoder(checkpoint)
     plain.cache_scales = None
     fast = OrtBackend(bundle, role="fast", exact=True)
@@ -111,7 +135,11 @@ def rows(quantized):
 
 
 def test_a_scale_for_each_row(rows):
-    """Both graphs round each token's row as PyTorch does, the fast one in products of integers."""
+    """Both graphs round each token's row as PyTorch does, the fast one in products of integers.
+
+    A value halfway between two codes may fall to either, by the order of a sum: it moves the tokens after it in one of the
+    three sequences, so half of all tokens agree to the last bits whatever falls.
+    """
     checkpoint, bundle = rows
     decoder, weights_only = load_decoder(checkpoint), load_decoder(checkpoint)
     for module in weights_only.modules():
@@ -119,7 +147,8 @@ def test_a_scale_for_each_row(rows):
     rounding = mean_kl(decoder, TorchBackend(weights_only))
     nodes = [node.op_type for node in onnx.load(bundle.path("fast.onnx"), load_external_data=False).graph.node]
     assert nodes.count("MatMulIntegerToFloat") == 2 * 4 and nodes.count("QuantizeLinear") == 2 * 4
-    assert mean_kl(decoder, OrtBackend(bundle, exact=True)) < 1e-6 < 0.01 * rounding
+    portable = kl(decoder, OrtBackend(bundle, exact=True))
+    assert np.median(portable) < 1e-9 and portable.mean() < 0.1 * rounding
     assert mean_kl(decoder, OrtBackend(bundle, role="fast")) < 0.005
 
 

@@ -22,7 +22,7 @@ from export.tensorrt import build as trt_build                                  
 from compress import quantize  # noqa: E402
 from runtime.bundle import open_bundle                              # noqa: E402
 from runtime.errors import CheckFailed                              # noqa: E402
-from runtime.trt_device import Gpu                                  # noqa: E402
+from runtime.cuda_device import Gpu                                  # noqa: E402
 from trt_networks import convolution, model, node, product, value   # noqa: E402
 
 
@@ -189,7 +189,7 @@ class PlainTensorRT:
 def test_plain_tensorrt_takes_the_same_way_to_an_engine(bundle, conv, tmp_path, capsys, monkeypatch):
     plain, load = PlainTensorRT(), trt_build.importlib.import_module
     monkeypatch.setattr(trt_build.importlib, "import_module", lambda name: plain if name == "tensorrt" else load(name))
-    monkeypatch.setattr("runtime.trt_device.present_gpu", lambda: Gpu("Double", 89))
+    monkeypatch.setattr("runtime.cuda_device.present_gpu", lambda: Gpu("Double", 89))
     folder, timings = bundle(), tmp_path / "timings"
     argv = [str(folder), "--capacity", "64", "--workspace-mb", "64", "--timing-cache", str(timings),
             "--hardware-compatibility", "same_compute_capability"]
@@ -370,10 +370,9 @@ def test_the_network_is_held_against_the_model():
 
 
 @pytest.mark.real
-def test_smollm2_int4_for_three_targets(smollm2, tmp_path):
+def test_smollm2_int4_for_three_targets(smollm2_int4, tmp_path):
     """One engine for SM86, 89 and 120 from the real model: with one profile at most 1.3 times the bundle's weights."""
-    assert quantize.main([str(smollm2), "-o", str(tmp_path / "q"), "--bits", "4", "--group", "32"]) == 0
-    assert export_onnx.main([str(tmp_path / "q"), "-o", str(tmp_path / "b"), "--dtype", "fp16"]) == 0
+    assert export_onnx.main([str(smollm2_int4), "-o", str(tmp_path / "b"), "--dtype", "fp16"]) == 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     # In a process of its own, whose peak memory is the build's.
     subprocess.run([sys.executable, "-m", "export.trt", str(tmp_path / "b"), "--one-profile"], check=True, cwd=Path(trt.__file__).parent.parent)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from checkpoints import everywhere, small_config, write_random
@@ -14,6 +16,7 @@ from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import bundle as bundles
+from export import golden as golden_module
 from export import onnx as export_onnx
 from export import ort, verify
 from export.golden import PROMPTS, shorten
@@ -74,8 +77,26 @@ def test_quantized_and_half_precision_bundles_keep_their_budgets(tiny_checkpoint
     assert table.count("portable exact") == 4 and table.count("portable fused") == 4
     half = export(tiny_checkpoint("qwen3"), tmp_path / "h", "--dtype", "fp16")
     assert run(tiny_checkpoint("qwen3"), half) == 0
+    table, ladder = capsys.readouterr().out.split("Runners")
+    assert table.count("cuda graph ") == 4 and re.search(r"cuda graph +cuda.onnx +ONNX Runtime, CPU +run: mean KL at most", ladder)
+    assert re.search(r"cuda +cuda.onnx +ONNX Runtime, CUDA +built, never run", ladder)
     budgets = json.loads((half / "golden.json").read_text())["budgets"]
-    assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}, "native": {"mean_kl": 0.01}}
+    assert budgets == {"portable": {"mean_kl": 1e-3}, "fast": {"mean_kl": 0.01}, "cuda_graph": {"mean_kl": 1e-3}, "native": {"mean_kl": 0.01}}
+    assert runtime_verify.main([str(half), "--threads", "1"]) == 0
+
+
+def test_a_cuda_graph_that_computes_something_else_fails_the_proof(tiny_checkpoint, tmp_path, capsys):
+    checkpoint = tiny_checkpoint("smollm2")
+    bundle = export(checkpoint, tmp_path / "b", "--dtype", "fp16")
+    graph = onnx.load(bundle / "cuda.onnx", load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "scale":
+                attribute.f *= 1.5
+    manifest = open_bundle(bundle).manifest
+    bundles.add_file(bundle, manifest, "cuda.onnx", graph.SerializeToString())
+    assert run(checkpoint, bundle) == 1
+    assert "cuda graph, one prefill: a mean KL of" in capsys.readouterr().err and not (bundle / "golden.json").exists()
 
 
 def test_the_report_tells_which_runners_ran_and_which_never_did(tiny_checkpoint, tmp_path, capsys):
@@ -220,11 +241,12 @@ def test_prompts_are_shortened_to_the_context(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.real
-def test_the_real_model(smollm2, tmp_path, capsys):
-    """SmolLM2 in int4: the portable graph exact to KL 1e-6, the fast one below 0.01, on every way through the cache."""
-    from compress import quantize
-    assert quantize.main([str(smollm2), "-o", str(tmp_path / "q")]) == 0
-    assert verify.main([str(tmp_path / "q"), str(export(tmp_path / "q", tmp_path / "b"))]) == 0
+def test_the_real_model(smollm2_int4, tmp_path, monkeypatch):
+    """SmolLM2 in int4: the portable graph exact to KL 1e-6, the fast one below 0.01, on every way through the cache. Three of the
+    eight prompts and a dozen tokens of each, because all of them take minutes; `make demo` takes all."""
+    monkeypatch.setattr(golden_module, "PROMPTS", {name: PROMPTS[name] for name in ("question", "chinese", "long")})
+    monkeypatch.setattr(golden_module, "NEW_TOKENS", 12)
+    assert verify.main([str(smollm2_int4), str(export(smollm2_int4, tmp_path / "b"))]) == 0
     golden = json.loads((tmp_path / "b" / "golden.json").read_text())
     assert next(len(p["prompt_ids"]) for p in golden["prompts"] if p["name"] == "long") == 500
     assert "Paris" in Tokenizer(tmp_path / "b" / "tokenizer.json").decode(golden["prompts"][0]["tokens"])

@@ -168,10 +168,13 @@ def judge_tokenizer(original, folder, touched, before, after) -> str:
 def judge_template(original, folder, touched, before, after) -> str:
     if after == before:
         return "ran"
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
     source = (folder / "chat_template.jinja").read_text()
     try:
-        theirs = _compile_jinja_template(source).render(messages=CHAT, add_generation_prompt=True, bos_token="<s>", eos_token="</s>", tools=None, documents=None)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), bos_token="<s>", eos_token="</s>", chat_template=source)
+        theirs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
     except Exception as error:
         return f"wrong: transformers refuses it ({type(error).__name__}: {error})"
     return "changed" if after["text"] == theirs or "strftime_now" in source else f"wrong: transformers renders {theirs[:80]!r}, we {after['text'][:80]!r}"

@@ -134,7 +134,7 @@ DATA = {"a.jsonl": '{"text": "One."}\n{"prompt": "Q", "completion": "A"}\n{"mess
         "b.json": '{"data": [{"title": "t", "paragraphs": [{"context": "c d e", "qas": [{"id": "1", "question": "q?", "answers": [{"text": "d", '
         '"answer_start": 2}]}]}]}]}', "c.csv": 'text,label\n"a, b",pos\nc,neg\n', "d.txt": "Some text.\n\nMore of it.\n", "e.tsv": "sentence\tlabel\ngood\t1\nbad\t0\n",
         "f.conll": "EU B-ORG\nrejects O\n\nPeter B-PER\n", "g.toml": 'about = "x"\n[[stages]]\nstage = "quantize"\nbits = 4\nmethod = "gptq"\n[[stages]]\nstage = '
-        '"recover"\nsteps = 4\n', "h.toml": 'instruction = "Say"\nexample = "Q: {question}\\nA:"\nshots = 2\nstop = ["\\n"]\n', "i.json": '[{"text": "a"}, {"text": "b"}]'}
+        '"recover"\nsteps = 4\n', "h.toml": 'instruction = "Say"\nexample = "Q: {question}\\nA:"\nmax_new_tokens = 2\nstop = ["\\n"]\n', "i.json": '[{"text": "a"}, {"text": "b"}]'}
 
 
 def data_files(place: Path) -> list[Path]:
@@ -295,11 +295,11 @@ def run_template(folder: Path) -> dict:
 def run_data(folder: Path) -> dict:
     from compress.recipe import open_recipe
     from models.data import records as data_formats
-    from models.judging import tasks
+    from models.tasks.options import TaskOptions, open_task
     from models.data.corpus import DataOptions, read_documents
     file, = folder.iterdir()
     if file.suffix == ".toml":
-        return {"recipe": repr(open_recipe(file))} if file.name == "g.toml" else {"prompt": repr(tasks.load_prompt("qa", file))}
+        return {"recipe": repr(open_recipe(file))} if file.name == "g.toml" else {"task": repr(open_task("qa", TaskOptions(task_file=file), []))}
     sources = data_formats.find_sources([file])
     records = list(data_formats.read_records(sources))
     counts, options = __import__("collections").Counter(), DataOptions(data=(str(file),))

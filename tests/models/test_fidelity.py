@@ -8,6 +8,7 @@ import torch
 from runtime.text import Tokenizer
 
 from models.judging import fidelity
+from models.judging.texts import plain
 from models.checkpoint import load_decoder
 from models.network.torch_backend import TorchBackend
 from runtime.errors import UserError
@@ -29,7 +30,7 @@ def models(tiny_checkpoint):
 def test_every_metric_equals_the_brute_force(models):
     (model, reference), tokenizer = models
     ids = tokenizer.encode(TEXT, special_tokens=False).tolist()
-    windows = fidelity.cut_windows(tokenizer, TEXT, window=24, stride=10)
+    windows = fidelity.cut_windows(plain(tokenizer, TEXT), window=24, stride=10)
     got = fidelity.measure(TorchBackend(model), windows, TorchBackend(reference), progress=False).metrics()
 
     nll, kl, agree, tokens, scored = 0.0, 0.0, 0, 0, []
@@ -55,7 +56,7 @@ def test_every_metric_equals_the_brute_force(models):
 
 def test_a_model_against_itself(models):
     (model, _), tokenizer = models
-    windows = fidelity.cut_windows(tokenizer, TEXT, window=32, stride=16, limit=3)
+    windows = fidelity.cut_windows(plain(tokenizer, TEXT), window=32, stride=16, limit=3)
     got = fidelity.measure(TorchBackend(model), windows, TorchBackend(model), progress=False).metrics()
     assert len(windows) == 3 and abs(got["kl"]) < 1e-6 and got["top1_agreement"] == 1
 
@@ -63,9 +64,9 @@ def test_a_model_against_itself(models):
 def test_bad_input(models):
     (model, _), tokenizer = models
     with pytest.raises(UserError, match="stride"):
-        fidelity.cut_windows(tokenizer, TEXT, window=16, stride=16)
+        fidelity.cut_windows(plain(tokenizer, TEXT), window=16, stride=16)
     with pytest.raises(UserError, match="at least 2"):
-        fidelity.cut_windows(tokenizer, "a", window=16, stride=8)
+        fidelity.cut_windows(plain(tokenizer, "a"), window=16, stride=8)
     with torch.no_grad():
         broken = load_decoder_copy(model)
         broken.model.norm.weight.fill_(math.nan)

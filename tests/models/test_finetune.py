@@ -2,13 +2,13 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 from tiny import EVERY_FAMILY
@@ -17,14 +17,17 @@ from tokenizers import Tokenizer
 from models.checkpoint import load_decoder, open_checkpoint
 from models.data.corpus import IGNORE
 from models.formats.chat import chat_encoder
-from models.data.records import Record
-from models.data.examples import Examples, encode_chat, encode_labelled
-from models.finetune import Chat, main
-from models.judging.language_model import open_model
+from models.data.examples import Examples, encode_chat
+from models.finetune import main
+from models.tasks import Example
+from models.tasks.defaults import DEFAULTS
+from models.tasks.examples import read_examples
+from models.tasks.learning import accuracy, encode
 from models.training.lora import add_lora, check_adapter, merged_tensors, save_adapter
 from models.training.memory import training_bytes
 from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
+from runtime.task import Task
 from runtime.template import ChatTemplate
 from runtime.text import Tokenizer
 
@@ -107,21 +110,25 @@ def test_a_prompt_that_opens_a_thought_takes_nothing_from_a_reply_without_one(pa
     assert (ids == end).sum() == 2 and ids[~learned][-1] != end
 
 
-def test_calls_of_tools_are_learned_as_transformers_tells_them(parts):
+def encoded_chat(record, source, tokenizer, folder):
+    (folder / "c.json").write_text(json.dumps([record]))
+    example, = read_examples("chat", [folder / "c.json"])
+    return encode(DEFAULTS["chat"], example, tokenizer, ChatEncoder(ChatTemplate(source, "t"), tokenizer), None)
+
+
+def test_calls_of_tools_are_learned_as_transformers_tells_them(parts, tmp_path):
     source = ("{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
               "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>"
               "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "x"}}}
-    record = Record("here", {"tools": [{"type": "function", "function": {"name": "now"}}], "messages": [
+    record = {"tools": [{"type": "function", "function": {"name": "now"}}], "messages": [
         {"role": "user", "content": "hi", "tool_calls": None}, {"role": "assistant", "tool_calls": [call]},
-        {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon"}]})
-    task = object.__new__(Chat)
-    task.chat = ChatEncoder(ChatTemplate(source, "t"), parts[1])
-    (ids, learned), = task.encode(record)
+        {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon"}]}
+    (ids, learned), = encoded_chat(record, source, parts[1], tmp_path)
     oracle = transformers.AutoTokenizer.from_pretrained(parts[0])
     oracle.chat_template = source
-    expected = oracle.apply_chat_template(record.fields["messages"], tools=record.fields["tools"], return_dict=True, return_assistant_tokens_mask=True)
+    expected = oracle.apply_chat_template(record["messages"], tools=record["tools"], return_dict=True, return_assistant_tokens_mask=True)
     assert ids.tolist() == expected["input_ids"] and learned.astype(int).tolist() == list(expected["assistant_masks"])
 
 
@@ -155,36 +162,23 @@ def test_thoughts_that_are_left_out_later_are_learned_where_they_stood(parts, op
         assert oracle.decode(ids[learned]) == ("" if opens else "<think>\n") + thought + f"\n</think>\n\n{('one', 'two', 'three')[number]}<|im_end|>"
 
 
-def test_a_record_brings_tools_as_json_and_what_the_template_reads(parts):
+def test_a_record_brings_tools_as_json_and_what_the_template_reads(parts, tmp_path):
     source = "{{ tools[0].name }}{{ mood }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    task = object.__new__(Chat)
-    task.chat = ChatEncoder(ChatTemplate(source, "t"), parts[1])
     fields = {"messages": [CHAT[0], CHAT[1]], "tools": '[{"name": "now"}]', "chat_template_kwargs": {"mood": "gay"}}
-    (ids, learned), = task.encode(Record("here", fields))
+    (ids, learned), = encoded_chat(fields, source, parts[1], tmp_path)
     assert parts[1].decode(ids[~learned]).startswith("nowgay") and parts[1].decode(ids[learned]) == "It is 3."
-    for wrong, message in (({"tools": "now"}, "here: tools: not JSON"), ({"chat_template_kwargs": ["mood"]}, "here: chat_template_kwargs is"), ({"tools": "[1]"}, "here: tools must be"),
-                           ({"chat_template_kwargs": None}, "here: t: the chat template needs 'mood'"), ({"chat_template_kwargs": {"mod": 1}}, "here: t: .*reads no 'mod'")):
-        with pytest.raises(UserError, match=f"^{message}"):
-            task.encode(Record("here", fields | wrong))
+    for wrong, message in (({"tools": "now"}, "tools: not JSON"), ({"chat_template_kwargs": ["mood"]}, "chat_template_kwargs is"), ({"tools": "[1]"}, "tools must be"),
+                           ({"chat_template_kwargs": None}, "t: the chat template needs 'mood'"), ({"chat_template_kwargs": {"mod": 1}}, "t: .*reads no 'mod'")):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/c.json:record 0: {message}"):
+            encoded_chat(fields | wrong, source, parts[1], tmp_path)
 
 
-def test_labels_are_learned_from_the_prompt_that_evaluation_scores(tmp_path, tiny_checkpoint):
-    """A tokenizer that begins a text with BOS, as Llama's does."""
-    folder = shutil.copytree(tiny_checkpoint("smollm2"), tmp_path / "bos")
-    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    raw.save(str(folder / "tokenizer.json"))
-    model, asked = open_model(folder), []
-    model.score_tails = lambda ids, tails: [asked.append((ids.tolist(), tail.tolist())) or (0.0, False) for tail in tails]
-    model.continuation_logprobs("Text: fine\nLabel:", [" good", " bad"])
-    for label, (question, answer) in zip(("good", "bad"), asked):
-        ids, learned = encode_labelled("fine", label, "Text: {text}\nLabel:", Tokenizer(folder / "tokenizer.json"))
-        assert ids[~learned].tolist() == question and question[0] == 0 and ids[learned].tolist() == answer
+LABELS = Task(name="classify", example="Text: {text}\nLabel:", answer="label", labels={"0": "bad news", "1": "yes"})
 
 
 def test_rows_are_padded_to_the_right_with_no_loss_there(parts):
     _, tokenizer, _ = parts
-    encoded = [encode_labelled(text, "yes", "Q: {text}", tokenizer) for text in ("a", "a much longer text")]
+    encoded = [row for text in ("a", "a much longer text") for row in encode(LABELS, Example({"text": text}, ("1",)), tokenizer, None, None)]
     input_ids, labels = Examples(encoded, pad=2).rows(np.array([0, 1]))
     length = len(encoded[0][0]) - 1
     assert (input_ids[0, length:] == 2).all() and (labels[0, length:] == IGNORE).all()
@@ -291,27 +285,24 @@ def test_classification_learns_and_reports_accuracy(parts, labelled, tmp_path, c
     assert after == 100.0 > before
 
 
-def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts, labelled, tmp_path):
+def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts):
     """Against whole-row log-softmax, for labels of several tokens."""
-    from models.finetune import Classify, FinetuneOptions
-    options = FinetuneOptions(out=tmp_path, checkpoint=parts[0], task="classify", data=labelled[:1], labels=("0=bad news", "1=yes"))
-    task, decoder = Classify(options, parts[1]), load_decoder(parts[0])
-    right = []
-    encoded = []
+    decoder, right, encoded = load_decoder(parts[0]), [], []
+    answers = [LABELS.tail({}, words, parts[1]) for words in LABELS.labels.values()]
     for i in range(21):
-        text, label = f"text number {i}", ["bad news", "yes"][i % 2]
-        encoded.append(encode_labelled(text, label, "Text: {text}\nLabel:", parts[1]))
-        scores = []
-        for words in ("bad news", "yes"):
-            ids, learned = encode_labelled(text, words, "Text: {text}\nLabel:", parts[1])
+        row, = encode(LABELS, Example({"text": f"text number {i}"}, (str(i % 2),)), parts[1], None, None)
+        encoded.append(row)
+        question, scores = row[0][~row[1]], []
+        for tail in answers:
+            ids = np.concatenate((question, tail))
             logp = decoder(torch.from_numpy(ids[None])).double().log_softmax(-1)[0]
-            scores.append(sum(logp[k - 1, ids[k]].item() for k in np.flatnonzero(learned)))
+            scores.append(sum(logp[k - 1, ids[k]].item() for k in range(len(question), len(ids))))
         right.append(int(np.argmax(scores)) == i % 2)
     from types import SimpleNamespace
-    stub = SimpleNamespace(tensors=lambda rows: map(torch.from_numpy, rows), options=SimpleNamespace(eval_rows=0),
-                           accelerator=SimpleNamespace(autocast=contextlib.nullcontext), module=decoder, valid=Examples(encoded, pad=2))
+    stub = SimpleNamespace(tensors=lambda rows: map(torch.from_numpy, rows), accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+                           module=decoder)
     assert 0 < sum(right) < 21
-    assert task.accuracy(stub) == pytest.approx(np.mean(right))
+    assert accuracy(stub, encoded, answers, 2) == pytest.approx(np.mean(right))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -319,12 +310,13 @@ def test_accuracy_is_that_of_the_likeliest_label_one_example_at_a_time(parts, la
     (["--context", "5"], "none of .* examples has an answer within --context 5"),
     (["--prompt", "no place"], r"has no \{text\}"),
     (["--labels", "0"], "--labels 0: give each label as NAME=WORDS"),
-    (["--labels", "0=bad"], r"train.tsv:2: label '1' was never seen; known are 0"),
+    (["--labels", "0=bad"], "an answer that is a label needs labels to choose from, two or more"),
+    (["--labels", "0=bad", "2=odd"], r"train.tsv:2: label '1' was never seen; known are 0, 2"),
+    (["--task", "similarity"], "--task similarity: compares the embeddings of an encoder"),
     (["--method", "full", "--keep-adapter"], "--keep-adapter is for --method lora"),
     (["--task", "chat"], "train.tsv:1: not a chat or instruction record"),
 ])
 def test_input_of_no_use_is_refused(parts, labelled, tmp_path, capsys, change, message):
-    import re
     command = arguments(parts[0], tmp_path / "out", "--task", "classify", "--data", labelled[0], "--valid", labelled[1], *change)
     assert main(command) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -371,14 +363,14 @@ def test_weights_frozen_in_bf16_let_go_of_the_file(parts, tmp_path):
 
 
 def test_columns_are_named_in_any_case_and_no_header_becomes_a_label(parts, tmp_path, capsys):
-    rows = [f'"good, fine {i}",up' if i % 2 else f"bad poor {i},down" for i in range(12)]
-    (tmp_path / "t.csv").write_text("\ufeff" + "\r\n".join(["Review,Mood", *rows]), "utf-8")
+    rows = [f'{i},"good, fine {i}",up' if i % 2 else f"{i},bad poor {i},down" for i in range(12)]
+    (tmp_path / "t.csv").write_text("\ufeff" + "\r\n".join(["Number,Review,Mood", *rows]), "utf-8")
     command = [str(parts[0]), "-o", str(tmp_path / "out"), "--batch", "4", "--steps", "1", "--task", "classify", "--data",
                str(tmp_path / "t.csv"), "--valid", str(tmp_path / "t.csv")]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "columns Review, Mood, named by the first row" in said
-    assert "t.csv:2: no text and label; it has Review, Mood: name them with --field and --label-field" in said
+    assert "columns Number, Review, Mood, named by the first row" in said
+    assert "t.csv:2: no text and label; it has Number, Review, Mood: name them with --field and --label-field" in said
     assert main([*command, "--field", "review", "--label-field", "MOOD"]) == 0
     assert "12 training and 12 validation examples" in capsys.readouterr().out
     (tmp_path / "t.csv").write_text("text,label\ngood it is,up\nfine it is,up\n")

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import SENTENCES, VOCAB_SIZE, write_padded, write_stranger
+from tiny import SENTENCES, VOCAB_SIZE, labelled_rows, write_padded, write_stranger
 
 from compress import distill, quantize, recover, teacher
 from compress.distilling.distiller import Distiller, Losses
@@ -17,6 +17,7 @@ from models import acceptance, evaluate, what_got_worse
 from models.checkpoint import load_decoder
 from models.data.corpus import IGNORE
 from models.judging.fidelity import cut_windows
+from models.judging.texts import plain
 from runtime.text import Tokenizer
 
 TEXT = "\n".join(SENTENCES) * 3
@@ -56,7 +57,7 @@ def test_divergence_is_over_the_tokens_both_have(model, folders, tmp_path):
                     out=tmp_path / "e.json")
     decoders, kl, agree, nll = [load_decoder(folders[name]) for name in (model, "other")], [], [], []
     with torch.no_grad():
-        for window in cut_windows(Tokenizer(folders[384] / "tokenizer.json"), TEXT, 64, 32):
+        for window in cut_windows(plain(Tokenizer(folders[384] / "tokenizer.json"), TEXT), 64, 32):
             both = [decoder(torch.from_numpy(window.ids)[None])[0, window.first - 1:-1].double() for decoder in decoders]
             nll += (-both[0].log_softmax(-1).gather(1, torch.from_numpy(window.ids[window.first:])[:, None])[:, 0]).tolist()
             log_q, log_p = (logits[:, :VOCAB_SIZE].log_softmax(-1) for logits in both)
@@ -96,7 +97,7 @@ def test_the_loss_is_over_the_shared_tokens_and_empties_the_others(kind, student
     cached = Distiller(learns, None, Losses(loss), VOCAB_SIZE)
     weights = learns.model.layers[0].mlp.up_proj.weight, learns.model.embed_tokens.weight
     wanted = torch.autograd.grad(expected, weights)
-    for total in (live(ids, labels), cached(ids, labels, *told)):
+    for total in (live(*labelled_rows(ids, labels)), cached(*labelled_rows(ids, labels, *told))):
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
         for ours, theirs in zip(torch.autograd.grad(total, weights), wanted):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

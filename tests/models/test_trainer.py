@@ -14,13 +14,17 @@ import torch
 
 from models.network.config import LayerConfig, ModelConfig
 from models.data.corpus import IGNORE
+from models.device import has_bf16
 from models.network.decoder import Decoder
 from models.training.optimizer import adamw, learning_rate
 from models.training.presets import parameter_count, preset
-from models.training.trainer import Trainer, TrainerOptions, has_bf16, label_loss, mixed_precision, summed_loss
+from models.training.losses import label_columns, label_loss, summed_loss
+from models.training.placement import mixed_precision
+from models.training.trainer import Trainer, TrainerOptions
 from runtime.errors import CheckFailed, UserError
 
 VOCAB, CONTEXT = 50, 12
+CPU = torch.device("cpu")
 
 
 def tiny_decoder(seed=0):
@@ -99,7 +103,7 @@ def test_updates_equal_pytorchs_own_loop(tmp_path):
             group["lr"] = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 5)))
         optimizer.step()
         optimizer.zero_grad()
-        assert run.train_step()[0] == pytest.approx(loss.item(), rel=1e-5)
+        assert run.train_step().read()[0] == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(run.module.parameters(), oracle.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -212,7 +216,7 @@ def test_fp16_without_a_gpu_is_refused(tmp_path):
         trainer(tmp_path, precision="fp16")
 
 
-@pytest.mark.skipif(not has_bf16(), reason="this machine does not compute in bf16")
+@pytest.mark.skipif(not has_bf16(CPU), reason="this machine does not compute in bf16")
 def test_bf16_learns_as_fp32_does(tmp_path):
     """Mixed precision: other roundings, the same curve; the weights themselves stay in float32."""
     runs = {precision: trainer(tmp_path, name=precision, precision=precision, steps=30, eval_every=30)
@@ -228,10 +232,10 @@ def test_auto_is_bf16_only_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for capabilities, chosen in (({}, "no"), ({"avx512_bf16": True}, "no"), ({"avx512_bf16": True, "amx_bf16": True}, "bf16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert mixed_precision("auto") == chosen
+        assert mixed_precision("auto", CPU) == chosen
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(UserError, match="does not compute in bf16"):
-        mixed_precision("bf16")
+        mixed_precision("bf16", CPU)
 
 
 def test_compiled_it_learns_the_same(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.judging import behaviour
+from models.judging import behaviour, texts
 
 from models import what_got_worse
 from models.judging.language_model import open_model
@@ -52,10 +52,10 @@ def test_everything_is_measured_and_shown(files, tiny_checkpoint, capsys):
 
 def test_a_model_against_itself_lost_nothing(files, tiny_checkpoint):
     model = open_model(tiny_checkpoint("smollm2"), threads=1)
-    row = what_got_worse.domain("one", TEXT, model, model, 2, None)
+    row = what_got_worse.domain("one", texts.plain(model.tokenizer, TEXT), model, model, 2, None)
     assert abs(row["kl"]) < 1e-6 and row["perplexity_before"] == row["perplexity_after"]
     options = what_got_worse.Options(model.folder, model.folder, data=(Path("text"),))
-    examples = what_got_worse.tasks.read_examples("classify", files / "c.tsv")
+    examples = what_got_worse.read_examples("classify", [files / "c.tsv"])
     assert what_got_worse.answers(examples, model, model, options)["flipped"] == 0
 
 

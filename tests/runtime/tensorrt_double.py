@@ -28,6 +28,7 @@ class Cuda:
 
     cudaError_t, cudaDeviceAttr = real_cuda.cudaError_t, real_cuda.cudaDeviceAttr
     cudaMemcpyKind, cudaStreamCaptureMode = real_cuda.cudaMemcpyKind, real_cuda.cudaStreamCaptureMode
+    cudaStreamNonBlocking = real_cuda.cudaStreamNonBlocking
 
     def __init__(self, compute_capability=89, fail=(), error="cudaErrorMemoryAllocation"):
         self.calls, self.blocks, self.pinned, self.recording = [], {}, {}, None
@@ -61,8 +62,12 @@ class Cuda:
     def cudaGetDeviceProperties(self, device):
         return (type("Properties", (), {"name": b"Double"})(),)
 
-    def cudaStreamCreate(self):
+    def cudaStreamCreateWithFlags(self, flags):
+        assert flags == self.cudaStreamNonBlocking
         return (7,)
+
+    def cudaMemGetInfo(self):
+        return 8 << 30, 16 << 30
 
     def cudaStreamDestroy(self, stream):
         return ()

@@ -39,15 +39,17 @@ def llama(tmp_path):
     return file.with_name("llama-bench"), tmp_path / "m.gguf", lambda: [json.loads(line) for line in (tmp_path / "calls").open()]
 
 
-def test_bundle_and_llama_cpp_in_turns(golden_bundle, llama, tmp_path, capsys):
+def test_bundle_and_llama_cpp_in_turns(golden_bundle, llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("runtime.decode.BURST_S", 0)       # in which a first stream of so small a model would be finished
     program, model, calls = llama
     files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "png")}
-    assert runtime.bench.main([str(golden_bundle), "--against", f"llama.cpp@{program}={model}", "--context", "64", "--streams", "1,3",
-                               "--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"]), *ON_ONE_THREAD]) == 0
+    assert runtime.bench.main([str(golden_bundle), "--against", f"llama.cpp@{program}={model}", "--context", "240", "--streams", "1,3",
+                               "--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"]), *ON_ONE_THREAD,
+                               "--new-tokens", "200"]) == 0
     out, found = capsys.readouterr().out, json.loads(files["json"].read_text())
     theirs, ours = found["systems"]["llama.cpp m.gguf"], found["systems"][golden_bundle.name]
     assert theirs["figures"] | {"peak_rss_mb": 0} == {
-        "prefill_tokens_per_s": 1000, "decode_tokens_per_s": 100, "ttft_ms": 20, "at_64_tokens_per_s": 100, "streams_1_tokens_per_s": 50,
+        "prefill_tokens_per_s": 1000, "decode_tokens_per_s": 100, "ttft_ms": 20, "at_240_tokens_per_s": 100, "streams_1_tokens_per_s": 50,
         "streams_1_whole_tokens_per_s": 400, "streams_3_tokens_per_s": 150, "streams_3_whole_tokens_per_s": 400, "peak_rss_mb": 0}
     assert set(theirs["figures"]) - {"peak_rss_mb"} < set(ours["figures"]) and all(len(values) == 2 for name, values in ours["samples"].items()
                                                                                  if name not in ("load_ms", "peak_rss_mb"))
@@ -55,7 +57,7 @@ def test_bundle_and_llama_cpp_in_turns(golden_bundle, llama, tmp_path, capsys):
     assert found["ratios"][f"{golden_bundle.name} / llama.cpp m.gguf"]["streams_3_tokens_per_s"]["median"] == pytest.approx(sum(pairs) / 2)
     assert "build abc, threads 1" in out and "| streams_3_tokens_per_s |" in files["md"].read_text() and files["png"].read_bytes()[:4] == b"\x89PNG"
     depths = [call[call.index("-d") + 1] for call in calls() if "-d" in call]
-    assert len(calls()) == 3 * 5 and depths == ["0", "20", "56"] * 3          # after the prompt, and up to 64 tokens
+    assert len(calls()) == 3 * 5 and depths == ["0", "20", "180"] * 3         # after the prompt, and up to 240 tokens
 
 
 def test_several_bundles_each_in_its_process(golden_bundle, tiny_bundle, tmp_path, capsys):

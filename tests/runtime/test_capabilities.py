@@ -15,6 +15,8 @@ CASES = [
     (PLAN | {"tensors": {"m": FORM | {"bits": 3}}}, dict.fromkeys(("onnx", "tensorrt"), "3 bits")),
     (PLAN | {"tensors": {"m": FORM | {"symmetric": False}}}, {"tensorrt": "zero points"}),
     (PLAN | {"tensors": {"m": FORM | {"bits": 8, "kind": "e4m3"}}}, dict.fromkeys(("native", "tensorrt"), "8-bit floats")),
+    (PLAN | {"tensors": {"m": FORM | {"kind": "levels"}}}, dict.fromkeys(("onnx", "tensorrt"), "tables of levels")),
+    (PLAN | {"tensors": {"m": FORM | {"scale_bits": 8}}}, dict.fromkeys(("onnx", "tensorrt"), "scales of 8 bits")),
     (PLAN | {"activations": {"bits": 8, "per": "row"}}, {}),
     (PLAN | {"activations": {"bits": 8, "per": "tensor"}},
      dict.fromkeys(("native", "tensorrt"), "int8 activations with stored scales")),
@@ -22,6 +24,7 @@ CASES = [
 ]
 ROWS = {"2, 3, 5, 6 bits": lambda able: {2, 3, 5, 6} <= set(able.bits), "zero points": lambda able: able.zeros,
         "negative scales": lambda able: able.negative_scales, "8-bit floats": lambda able: able.float8,
+        "tables of levels": lambda able: able.levels, "scales of 8 bits": lambda able: 8 in able.scale_bits,
         "int8 activations, a scale for each row": lambda able: "row" in able.activations,
         "int8 activations, `--activation-scales static`": lambda able: "tensor" in able.activations,
         "int8 KV cache": lambda able: able.kv_cache}

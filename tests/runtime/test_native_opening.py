@@ -33,9 +33,9 @@ class Core:
         self.opened += 1
         return self.core.ew_open(*arguments)
 
-    def ew_close(self, model):
+    def ew_close(self, model, life):
         self.opened -= 1
-        self.core.ew_close(model)
+        self.core.ew_close(model, life)
 
 
 @pytest.fixture

@@ -151,15 +151,13 @@ def test_open_webui_s_requests(thinking):
 # The real model
 
 @pytest.mark.real
-def test_smollm2_answers_a_conversation(smollm2, tmp_path):
+def test_smollm2_answers_a_conversation(smollm2_int4, tmp_path):
     """In int4: sense in a stream, a conversation whose beginning is read once, a schema kept, and replies side by side as alone."""
     openai = pytest.importorskip("openai")
     from server_fixtures import running
 
-    from compress import quantize
     from export import onnx
-    assert quantize.main([str(smollm2), "-o", str(tmp_path / "int4")]) == 0
-    assert onnx.main([str(tmp_path / "int4"), "-o", str(tmp_path / "smollm2")]) == 0
+    assert onnx.main([str(smollm2_int4), "-o", str(tmp_path / "smollm2")]) == 0
     with running(tmp_path / "smollm2", threads=2) as one, openai.OpenAI(base_url=f"{one.url}/v1", api_key="none") as client:
         def ask(messages, **how):
             return client.chat.completions.create(model="smollm2", messages=messages, max_tokens=60, **how)

@@ -40,7 +40,7 @@ def test_a_wrong_form_is_a_400(server, body, why):
         error = reply.json()["error"]
         assert reply.status_code == 400 and error["type"] == "invalid_request_error" and why in error["message"], reply.text[:500]
         assert "\n" not in error["message"] and len(error["message"]) < 400
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize("body", [{"guided_regex": "a{0,100000}"}, {"guided_regex": "(((((a{1,99}){1,99}){1,99}){1,99}){1,99})+"}, {"guided_regex": ".*a.{300}"},

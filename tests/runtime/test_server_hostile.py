@@ -66,7 +66,8 @@ def unlogged(monkeypatch):
 
 def connect(server: Running, data: bytes = b"") -> socket.socket:
     one = socket.create_connection(("127.0.0.1", server.port), 30)
-    one.sendall(data)
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):      # by a server that has answered before it had all
+        one.sendall(data)
     return one
 
 
@@ -143,11 +144,17 @@ def test_models_and_fields_that_nobody_knows(strict):
     assert httpx.post(f"{strict.url}/tokenize", json={"prompt": "a", "nobody": [1], "model": "tiny"}).status_code == 200
 
 
-def test_bodies_that_are_too_large(strict):
+@pytest.fixture
+def patient(serve):
+    """One that waits for what takes a slow machine long to send."""
+    return serve(client_timeout=20, max_body_mb=1)
+
+
+def test_bodies_that_are_too_large(strict, patient):
     large = json.dumps({"prompt": "a" * 10_000_000})
     parts = (b"x" * 100_000 for _ in range(100))
     for content in (large, parts):                        # with Content-Length, and chunked
-        answer = httpx.post(f"{strict.url}/v1/completions", content=content, headers={"content-type": "application/json"})
+        answer = httpx.post(f"{patient.url}/v1/completions", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
     status, _ = said(strict, b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n")
     assert status == 413                                  # without having asked for the body
@@ -174,6 +181,8 @@ def test_clients_that_send_slowly(strict, beginning, status):
         except TimeoutError:
             with contextlib.suppress(OSError):
                 connection.sendall(b"a" if status else beginning)
+        except ConnectionResetError:                      # our byte met a closed connection; what was answered before has been read
+            break
     assert PATIENCE_S * 0.8 < time.monotonic() - start < PATIENCE_S + 3
     assert read(answer)[0] == status if status else answer == b""
 
@@ -271,19 +280,19 @@ NO_HTTP = [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0\r\n
            b"get /health HTTP/1.1\r\nHost: localhost\r\n\r\n"]
 
 
-def test_header_tricks(strict):
+def test_header_tricks(patient):
     for data in NO_HTTP:
-        status, error = said(strict, data)
+        status, error = said(patient, data)
         assert status == 400 and error["type"] == "invalid_request_error", data
     for head in (b"X-Large: " + b"a" * 300_000, b"\r\n".join(b"X-%d: a" % i for i in range(30_000))):
-        assert said(strict, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")[0] == 431
+        assert said(patient, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")[0] == 431
     chunked = b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
-    assert said(strict, HEAD + chunked + b"Trailer: " + b"a" * 9_000_000 + b"\r\n\r\n")[0] in (400, 431)
+    assert said(patient, HEAD + chunked + b"Trailer: " + b"a" * 9_000_000 + b"\r\n\r\n")[0] in (400, 431)
     ahead = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3          # of the answers
-    assert rest(connect(strict, ahead + b"GET /health HTTP/1.0\r\n\r\n")).count(b'{"status":"ok"}') == 4
-    assert rest(connect(strict, ahead + b"GARBAGE\r\n\r\n")) == b""            # no error where an answer is awaited
+    assert rest(connect(patient, ahead + b"GET /health HTTP/1.0\r\n\r\n")).count(b'{"status":"ok"}') == 4
+    assert rest(connect(patient, ahead + b"GARBAGE\r\n\r\n")) == b""            # no error where an answer is awaited
     for upgrade in (b"Upgrade: websocket\r\nConnection: upgrade", b"Upgrade: h2c\r\nConnection: upgrade, close"):
-        answer = connect(strict, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n\r\n").recv(4096)
+        answer = connect(patient, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n\r\n").recv(4096)
         assert answer.startswith(b"HTTP/1.1 200")
 
 

@@ -113,7 +113,7 @@ def test_nothing_takes_long(script, visit):
     for text in HEAVY:
         begun = time.monotonic()
         page.evaluate(RENDER, [text])
-        assert time.monotonic() - begun < 3, text[:20]
+        assert time.monotonic() - begun < 10, text[:20]
 
 
 def test_any_text_grows_to_what_it_is_at_once(script, visit):

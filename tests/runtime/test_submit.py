@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from cuda_double import cuda_is_there
 
 import export.onnx
 import export.ort
@@ -17,12 +18,15 @@ FAMILIES = ("smollm2", "gemma3", "gemma4", "lfm2", "qwen3_5", "granite4_h")     
 TEXT = "Once upon a time there was a small machine that could read and write, and it wrote of the sea. " * 4
 
 
-@pytest.fixture(scope="module", params=[(family, provider) for family in FAMILIES for provider in ("native", "cpu")], ids="-".join)
+CASES = [(family, provider) for family in FAMILIES for provider in ("native", "cpu")] + [("smollm2", "cuda"), ("gemma3", "cuda"), ("lfm2", "cuda")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def engine(request, tiny_checkpoint, tmp_path_factory):
     family, provider = request.param
-    bundle = tmp_path_factory.mktemp(family) / "bundle"
-    assert export.onnx.main([str(tiny_checkpoint(family)), "-o", str(bundle)]) == 0 == export.ort.main([str(bundle)])
-    with Engine(bundle, provider=provider, threads=1) as engine:
+    bundle, dtype = tmp_path_factory.mktemp(family) / "bundle", "fp16" if provider == "cuda" else "fp32"
+    assert export.onnx.main([str(tiny_checkpoint(family)), "-o", str(bundle), "--dtype", dtype]) == 0 == export.ort.main([str(bundle)])
+    with cuda_is_there(), Engine(bundle, provider=provider, threads=1) as engine:
         yield engine
 
 

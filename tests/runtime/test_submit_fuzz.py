@@ -8,21 +8,23 @@ have prompts beyond the 128 tokens between two of their snapshots.
 import random
 
 import pytest
+from cuda_double import cuda_is_there
 
 import export.onnx
 import export.ort
 from runtime import Engine
 
 RECURRENT = ("lfm2", "qwen3_5", "granite4_h", "granite4_tiny", "lfm2_moe")
-CASES = [(family, "native") for family in (*RECURRENT, "smollm2", "gemma4")] + [("granite4_h", "cpu"), ("gemma3", "cpu")]
+CASES = [(family, "native") for family in (*RECURRENT, "smollm2", "gemma4")] + [("granite4_h", "cpu"), ("gemma3", "cpu"), ("gemma3", "cuda"), ("smollm2", "cuda")]
 
 
 @pytest.mark.parametrize("family, provider", CASES, ids=map("-".join, CASES))
 def test_a_mix_of_requests_gives_what_each_gives_alone(family, provider, tiny_checkpoint, tmp_path):
     bundle, rng = tmp_path / "bundle", random.Random(family + provider)
     checkpoint = tiny_checkpoint(family, max_position_embeddings=1024)
-    assert export.onnx.main([str(checkpoint), "-o", str(bundle)]) == 0 == export.ort.main([str(bundle)])
-    with Engine(bundle, provider=provider, threads=1) as engine:
+    dtype = "fp16" if provider == "cuda" else "fp32"
+    assert export.onnx.main([str(checkpoint), "-o", str(bundle), "--dtype", dtype]) == 0 == export.ort.main([str(bundle)])
+    with cuda_is_there(), Engine(bundle, provider=provider, threads=1) as engine:
         room = engine.backend.cache_bytes(1, 1024) * rng.choice([1.1, 2.5]) / 2**20
         engine.serve_with(rows=4, queue=1000, prefix_mb=rng.choice([0.1, 0.5]), cache_mb=room)
         known, requests = [[rng.randrange(3, 384) for _ in range(700)]], []

@@ -23,6 +23,9 @@ MODELS = {                                               # configuration, format
                                             lambda module: TensorFormat(4, 32, False)),
     "q and v apart, norms of q and k": (small_config("qwen3", qk_norm=True), lambda module: TensorFormat(
         8 if "v_proj" in module else 4, 0, "up_proj" not in module)),
+    "levels and scales of a byte": (small_config(), lambda module: TensorFormat(
+        2, 32, kind="levels", scale_bits=8) if "up_proj" in module else TensorFormat(4, 64, kind="levels") if "q_proj" in module else
+        TensorFormat(8, 32, "k_proj" in module, scale_bits=8)),
     "bit streams": (small_config(), lambda module: TensorFormat(3, 32, False)),
     "gpt2": (small_config("gpt2", layers=((4, 4, 96),) * 2, **GPT2), lambda module: None)}
 
@@ -54,6 +57,9 @@ def test_a_manifest_from_before_formats_were_told(bundle):
     def older(manifest):
         del manifest["weights"]["formats"], manifest["model"]["kv_cache"]
 
+    if any({"kind", "scale_bits"} & set(form) for form in bundle.manifest["weights"]["formats"].values()):       # which those had not
+        refused(bundle, older, "export the bundle again")
+        return
     check_tensors(changed(bundle, older))
     for number, tensor in enumerate(bundle.manifest["weights"]["tensors"]):
         if not tensor["name"].endswith(".zeros"):
@@ -65,7 +71,7 @@ def test_each_tensor_is_held_to_its_type_shape_and_place(bundle):
     for number, tensor in enumerate(tensors):
         name, shape = tensor["name"], tensor["shape"]
         refused(bundle, lambda m: m["weights"]["tensors"][number].update(offset=tensor["offset"] + 64), name)
-        refused(bundle, lambda m: m["weights"]["tensors"][number].update(dtype="uint4"), name)
+        refused(bundle, lambda m: m["weights"]["tensors"][number].update(dtype="int4" if tensor["dtype"] == "uint4" else "uint4"), name)
         refused(bundle, lambda m: m["weights"]["tensors"][number].update(shape=[*shape, 1]), name)
         if len(set(shape)) > 1:
             refused(bundle, lambda m: m["weights"]["tensors"][number].update(shape=shape[::-1]), name)
@@ -87,7 +93,7 @@ def test_what_the_model_has_no_place_for_is_named(bundle):
 def test_the_configuration_and_the_formats_decide(bundle):
     for number, (name, form) in enumerate(bundle.manifest["weights"]["formats"].items()):
         other = form | {"symmetric": not form["symmetric"]}
-        refused(bundle, lambda m: m["weights"]["formats"].update({name: other}), f"{name}.zeros")
+        refused(bundle, lambda m: m["weights"]["formats"].update({name: other}), "weights.formats cannot be read" if "kind" in form else f"{name}.zeros")
         refused(bundle, lambda m: m["weights"]["formats"].pop(name), name)
         for key, value in (("bits", 7), ("group", 5), ("kind", "odd"), ("symmetric", 1), ("odd", 1), ("bits", "4"), ("group", None)):
             refused(bundle, lambda m: m["weights"]["formats"][name].update({key: value}), "export the bundle again")
@@ -100,6 +106,14 @@ def test_the_configuration_and_the_formats_decide(bundle):
         if key != "norm" or config["norm"] == "layer":
             if value != "rope2" or config["positions"] != "rope":
                 refused(bundle, lambda m: m["model"]["config"].update({key: value}), "export the bundle again")
+
+
+def test_levels_are_never_joined(bundle):
+    def join(m):
+        formats = m["weights"]["formats"]
+        formats["layers.0.gate_up"] = {"bits": 2, "group": 32, "symmetric": True, "kind": "levels"}
+    refused(bundle, join, "layers.0.gate_up: matrices of levels are stored one by one"
+            if bundle.model["config"]["gated_mlp"] else "layers.0.gate_up")
 
 
 def test_every_backend_refuses(tmp_path):

@@ -17,7 +17,7 @@ from runtime.errors import DeviceError, UserError
 from runtime.golden import read_golden
 from runtime.ort_backend import OrtBackend
 from runtime.trt_backend import TrtBackend
-from runtime.trt_device import present_gpu
+from runtime.cuda_device import present_gpu
 
 pytestmark = pytest.mark.gpu
 CAPACITY = 128
@@ -118,12 +118,12 @@ def test_a_cuda_graph_changes_nothing(bundle, backend, monkeypatch):
     steps = tokens(1, 12)[0]
     unrecorded = plain.new_cache(1, CAPACITY)
     expected = [feed(plain, unrecorded, [[t]]) for t in steps]
-    assert not unrecorded.storage.graphs
+    assert not unrecorded.storage.kept
     plain.close()
     monkeypatch.undo()
     cache = backend.new_cache(1, CAPACITY)
     got = [feed(backend, cache, [[t]]) for t in steps]
-    assert cache.storage.graphs, "no decode step was recorded"
+    assert cache.storage.kept, "no decode step was recorded"
     np.testing.assert_array_equal(got, expected)
 
 

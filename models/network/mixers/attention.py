@@ -79,8 +79,11 @@ class Attention(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 return self._attend(q.float(), k.float(), v.float(), mask)
         if self.softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.per_value > 1,
-                                                  scale=self.scale)
+            shared = self.per_value > 1
+            # A GPU's kernels that store no scores share keys among heads in 16 bits without a mask only.
+            if shared and q.device.type != "cpu" and (q.dtype == torch.float32 or mask is not None):
+                k, v, shared = k.repeat_interleave(self.per_value, 1), v.repeat_interleave(self.per_value, 1), False
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared, scale=self.scale)
         scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * self.scale     # [b, kv_heads, group, s, n]
         scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is None:

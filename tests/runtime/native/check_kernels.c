@@ -23,30 +23,35 @@ static void expect(int ok, const char *isa, const char *what, int a, int b, int 
 }
 
 typedef struct {
-    int rows, inputs, bits, group, asymmetric, by_input, groups;
+    int rows, inputs, bits, group, asymmetric, by_input, groups, narrow, levels;
     int *code;                                       /* [rows][inputs] */
-    int *zero; uint16_t *scale;                      /* [rows][groups] */
-    uint8_t *bytes, *zero_bytes;                     /* as in a file */
+    int *zero; double *scale;                        /* [rows][groups] */
+    int8_t level[16];                                /* [2^bits] */
+    uint8_t *bytes, *zero_bytes; void *scale_bytes; uint16_t *row_scale;         /* as in a file */
 } tensor;
 
-/* A random quantized tensor and its bytes: int4/int8/uint4/uint8 as one run, [K, N] or [N, K], or bit streams of rows
- * [N, K]. */
+static uint16_t half_of_either_sign(void) { return (uint16_t)(0x1c00 + up_to(0x800) + (up_to(8) == 0) * 0x8000); }
+
+/* A random quantized tensor and its bytes: int4/int8 as one run, [K, N] or [N, K], or bit streams of rows [N, K]. */
 static source make(tensor *t) {
-    static const int types[][2] = {[2] = {EW_UINT2}, [3] = {EW_UINT3}, [4] = {EW_INT4, EW_UINT4}, [5] = {EW_UINT5},
-                                   [6] = {EW_UINT6}, [8] = {EW_INT8, EW_UINT8}};
-    const int run = t->bits % 4 == 0, flip = run && up_to(2) ? 1 << (t->bits - 1) : 0, zero_bits = run ? t->bits : 8;
+    static const int types[][2] = {[2] = {EW_UINT2}, [3] = {EW_UINT3}, [4] = {EW_UINT4, EW_INT4}, [5] = {EW_UINT5},
+                                   [6] = {EW_UINT6}, [8] = {EW_UINT8, EW_INT8}};
+    const int run = t->by_input || (t->bits % 4 == 0 && !t->narrow && !t->levels && up_to(2));
+    const int flip = run ? 1 << (t->bits - 1) : 0, zero_bits = run ? t->bits : 8;
     size_t n = (size_t)t->rows * t->inputs;
     t->groups = t->group ? t->inputs / t->group : 1;
     size_t s = (size_t)t->rows * t->groups;
-    t->code = malloc(n * sizeof(int)), t->zero = malloc(s * sizeof(int)), t->scale = malloc(s * 2);
+    t->code = malloc(n * sizeof(int)), t->zero = malloc(s * sizeof(int)), t->scale = malloc(s * sizeof(double));
+    t->scale_bytes = malloc(s * 2), t->row_scale = malloc(t->rows * 2);
+    for (int c = 0, low = -127; c < 1 << t->bits && t->levels; c++)
+        t->level[c] = (int8_t)(low + up_to(129 - low - (1 << t->bits) + c)), low = t->level[c] + 1;
+    for (int r = 0; r < t->rows; r++) t->row_scale[r] = half_of_either_sign() & 0x7fff;
     for (size_t i = 0; i < n; i++) t->code[i] = up_to(1 << t->bits);
     for (size_t i = 0; i < s; i++) {
         t->zero[i] = t->asymmetric ? up_to(1 << t->bits) : 1 << (t->bits - 1);
-        t->scale[i] = (uint16_t)(0x1c00 + up_to(0x800) + (up_to(8) == 0) * 0x8000);
     }
     size_t row_bits = run ? (size_t)t->inputs * t->bits : ((size_t)t->inputs * t->bits + 7) / 8 * 8;
     t->bytes = calloc((t->rows * row_bits + 7) / 8, 1), t->zero_bytes = calloc((s * zero_bits + 7) / 8, 1);
-    uint16_t *scale = malloc(s * 2);
     for (int r = 0; r < t->rows; r++) {
         for (int k = 0; k < t->inputs; k++) {
             int code = t->code[(size_t)r * t->inputs + k] ^ flip;
@@ -55,17 +60,23 @@ static source make(tensor *t) {
         }
         for (int g = 0; g < t->groups; g++) {
             size_t i = t->by_input ? (size_t)g * t->rows + r : (size_t)r * t->groups + g;
-            scale[i] = t->scale[(size_t)r * t->groups + g];
+            const uint16_t half = half_of_either_sign();
+            const int byte = (1 + up_to(127)) * (up_to(2) ? 1 : -1);
+            if (t->narrow) ((int8_t *)t->scale_bytes)[i] = (int8_t)byte;
+            else ((uint16_t *)t->scale_bytes)[i] = half;
+            t->scale[(size_t)r * t->groups + g] = t->narrow ? byte * (double)float_at(t->row_scale, KIND_F16, r)
+                                                            : float_at(&half, KIND_F16, 0);
             t->zero_bytes[i * zero_bits / 8] |= (t->zero[(size_t)r * t->groups + g] ^ flip) << i * zero_bits % 8;
         }
     }
-    return (source){t->bytes, t->zero_bytes, scale, types[t->bits][run && !flip], t->by_input, t->rows, 0, NULL};
+    const int dtype = types[t->bits][run];
+    return (source){t->bytes, t->zero_bytes, t->scale_bytes, t->row_scale, dtype, t->by_input, t->rows, 0, NULL};
 }
 
-/* Packs all of m; returns whether all of it is finite. */
+/* Packs all of m; returns whether all of it is sound. */
 static int pack(matrix *m, const source *s) {
     int finite = 1;
-    for (int t = 0; t < m->tiles; t++) matrix_pack(m, s, t), finite &= matrix_finite(m, t);
+    for (int t = 0; t < m->tiles; t++) matrix_pack(m, s, t), finite &= matrix_sound(m, t);
     return finite;
 }
 
@@ -82,12 +93,15 @@ static void check_product(const kernels *k) {
     static const int widths[] = {2, 3, 4, 5, 6, 8}, groups[] = {32, 64, 128, 0};
     tensor t = {.bits = widths[up_to(6)], .group = groups[up_to(4)], .asymmetric = up_to(2), .rows = 1 + up_to(70)};
     t.inputs = t.group ? t.group * (1 + up_to(3)) : 1 + up_to(300);
-    t.by_input = t.bits % 4 == 0 && up_to(2);
+    t.narrow = up_to(3) == 0, t.levels = t.bits <= 4 && up_to(2);
+    if (t.levels) t.asymmetric = 0;
+    t.by_input = t.bits % 4 == 0 && !t.narrow && !t.levels && up_to(2);
     int rows = 1 + up_to(up_to(3) ? 19 : 90), fp32 = up_to(2);
     const int bf16 = !fp32 && rows >= EW_MANY && !strcmp(k->name, "avx512-amx");
     source s = make(&t);
     matrix m;
-    size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric);
+    size_t bytes = matrix_shape(&m, t.rows, t.inputs, t.bits, t.group, t.asymmetric, t.narrow);
+    if (t.levels) matrix_levels(&m, t.level);
     m.data = aligned_alloc(64, bytes);
     expect(pack(&m, &s), k->name, "finite weights are taken", t.bits, t.group, t.rows, 0);
     float *bias = up_to(2) ? calloc((size_t)m.tiles * TILE, sizeof(float)) : NULL;
@@ -121,8 +135,8 @@ static void check_product(const kernels *k) {
             for (int i = 0; i < t.inputs; i++) {
                 int g = t.group ? i / t.group : 0;
                 size_t at = (size_t)o * t.groups + g;
-                const double scale = float_at(t.scale, KIND_F16, at);
-                double w = (t.code[(size_t)o * t.inputs + i] - t.zero[at]) * scale, x = a.f[r * width + i];
+                const int code = t.code[(size_t)o * t.inputs + i];
+                double w = (t.levels ? t.level[code] : code - t.zero[at]) * t.scale[at], x = a.f[r * width + i];
                 if (r == 0)
                     expect(fabs(row[i] - w) <= 1e-6 * fabs(w), k->name, "a row reads back", t.bits, o, i, row[i] - w);
                 if (bf16) w = bfloat((float)w, 0), x = bfloat((float)x, 1);
@@ -159,7 +173,8 @@ static void check_product(const kernels *k) {
     for (int o = 0; o < t.rows && which < 3; o++)
         expect(!isfinite(y[o]) || (bf16 || fp32), k->name, "inputs that are no numbers give no numbers", t.bits, at,
                rows, y[o]);
-    free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes), free((void *)s.scales);
+    free(t.code), free(t.zero), free(t.scale), free(t.bytes), free(t.zero_bytes);
+    free(t.scale_bytes), free(t.row_scale);
     free(m.data), free(bias);
     free(a.f), free(q), free(a.scale), free(a.sum), free(y), free(again), free(row);
 }
@@ -170,9 +185,9 @@ static void check_floats(const kernels *k) {
     uint16_t *w = malloc((size_t)rows * inputs * 2);
     for (int i = 0; i < rows * inputs; i++)
         w[i] = (uint16_t)((kind == KIND_F16 ? 0x3000 : 0x3d00) + up_to(0x600) + up_to(2) * 0x8000);
-    source s = {(uint8_t *)w, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0, NULL};
+    source s = {(uint8_t *)w, NULL, NULL, NULL, kind == KIND_F16 ? EW_FLOAT16 : EW_BFLOAT16, by_input, rows, 0, NULL};
     matrix m;
-    size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0), width = (size_t)m.blocks * BLOCK;
+    size_t bytes = matrix_shape(&m, rows, inputs, kind, 0, 0, 0), width = (size_t)m.blocks * BLOCK;
     m.data = aligned_alloc(64, bytes);
     expect(pack(&m, &s), k->name, "finite floats are taken", rows, inputs, kind, 0);
     activations a = {.blocks = m.blocks, .f = calloc(count * width, 4)};

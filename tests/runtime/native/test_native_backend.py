@@ -18,6 +18,7 @@ import torch
 from checkpoints import everywhere, small_config, write_bundle
 
 from models.network import decoder as decoder_module
+from models.network.quantized import TensorFormat
 from runtime import backends, decode, machine
 from runtime.bundle import Bundle
 from runtime.errors import UserError
@@ -340,9 +341,13 @@ def test_the_same_bits_while_the_pool_gives_way(tmp_path):
         assert np.array_equal(everything(backend, ids), expected)
 
 
+def some_new(module):
+    return TensorFormat(3, 32, kind="levels", scale_bits=8) if "up_proj" in module else everywhere(4, 32)(module)
+
+
 def test_fuzzed_tables_and_configurations_are_refused_and_never_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "check_tensors", lambda bundle: {"tensors": {}, "activations": {}, "kv_cache": None})
-    (bundle, decoder), random = write_bundle(tmp_path, config()), np.random.default_rng(0)
+    (bundle, decoder), random = write_bundle(tmp_path, config(), some_new), np.random.default_rng(0)
     values = [0, -1, 1, 2, 15, 17, 63, 2**20, 2**31 - 1, -2**31]
     opened = 0
     for _ in range(300):

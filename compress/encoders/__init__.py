@@ -1,0 +1,1 @@
+"""Encoders (BERT and its kin) made smaller: fewer bits, fewer layers, a student."""

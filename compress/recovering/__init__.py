@@ -1,0 +1,1 @@
+"""Training a quantized model: weights made of codes, and the layers' own phase."""

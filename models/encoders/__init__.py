@@ -1,0 +1,1 @@
+"""Encoders (BERT and its kin): transformers' networks, our training, data and files."""
