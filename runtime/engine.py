@@ -144,7 +144,7 @@ class Engine:
 
     def solve(self, record: dict, task: Task | None = None, **options) -> Answer:
         """The answer to a record (a dict of the task's fields), asked as the bundle's own task asks, or as `task` (task.py) does:
-        .text .scores .reply. options: those of GenerationOptions, where a text is to be written; by default it is greedy."""
+        .text .scores .reply. options: those of GenerationOptions, where a text is to be written; by default greedy, with no penalty."""
         from .solving import solve
         return solve(self, record, task, options)
 

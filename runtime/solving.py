@@ -44,7 +44,8 @@ def solve(engine: Engine, record: Mapping, task: Task | None, options: dict) -> 
     chat = engine.chat_encoder if task.chat else None
     ids = task.prompt(record, engine.tokenizer, chat)
     if task.answer == "text":
-        defaults = {"max_new_tokens": task.max_new_tokens, "stop": task.stops, "temperature": 0.0}
+        # As judged: a penalty that a model's own configuration has for chats would keep an answer from quoting its text.
+        defaults = {"max_new_tokens": task.max_new_tokens, "stop": task.stops, "temperature": 0.0, "repetition_penalty": 1.0}
         reply, = engine.generate([ids], **defaults | options)
         thoughts = chat and chat.thoughts
         text = thoughts.split(engine.tokenizer, ids, reply.tokens, reply.text)[1] if thoughts else reply.text
