@@ -46,8 +46,8 @@ _FORM = {
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A checked manifest and its folder."""
+class AnyBundle:
+    """A checked manifest and its folder: what decoders' and encoders' (encoder_bundle.py) bundles share."""
 
     folder: Path
     manifest: dict
@@ -55,6 +55,18 @@ class Bundle:
     @property
     def name(self) -> str:
         return self.manifest["name"]
+
+    def graph(self, role: str) -> dict | None:
+        """The manifest's entry for the graph of this role, or None."""
+        return next((graph for graph in self.manifest["graphs"] if graph["role"] == role), None)
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file that the manifest lists."""
+        return self.folder / name
+
+
+class Bundle(AnyBundle):
+    """A decoder's."""
 
     @property
     def model(self) -> dict:
@@ -66,14 +78,6 @@ class Bundle:
     def max_context(self) -> int:
         """Tokens a sequence may have, prompt and reply together."""
         return self.model["max_context"]
-
-    def graph(self, role: str) -> dict | None:
-        """The manifest's entry for the graph of this role, or None."""
-        return next((graph for graph in self.manifest["graphs"] if graph["role"] == role), None)
-
-    def path(self, name: str) -> Path:
-        """Absolute path of a file that the manifest lists."""
-        return self.folder / name
 
     @property
     def weights_bytes(self) -> int:

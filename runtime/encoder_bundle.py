@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import ENCODER_FORMAT, FORMAT, MANIFEST, changed_files, check_file, check_form, read_manifest
+from .bundle import AnyBundle, ENCODER_FORMAT, FORMAT, MANIFEST, changed_files, check_file, check_form, read_manifest
 from .errors import CheckFailed, UserError, shown
 from .files import read_json
 
@@ -32,16 +32,8 @@ _MEND = "export the model again"
 _LABELLED = ("text-classification", "token-classification")
 
 
-@dataclass(frozen=True)
-class EncoderBundle:
-    """A checked manifest and its folder."""
-
-    folder: Path
-    manifest: dict
-
-    @property
-    def name(self) -> str:
-        return self.manifest["name"]
+class EncoderBundle(AnyBundle):
+    """An encoder's."""
 
     @property
     def task(self) -> str:
@@ -61,14 +53,6 @@ class EncoderBundle:
     @property
     def size_bytes(self) -> int:
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
-
-    def graph(self, role: str) -> dict | None:
-        """The manifest's entry for the graph of this role, or None."""
-        return next((graph for graph in self.manifest["graphs"] if graph["role"] == role), None)
-
-    def path(self, name: str) -> Path:
-        """Absolute path of a file that the manifest lists."""
-        return self.folder / name
 
 
 @dataclass(frozen=True)
