@@ -31,11 +31,11 @@ class Options(Checked):
     model: Path = arg(Path("build/smollm2-135m"), help="checkpoint with a chat template")
     data: Path = arg(Path("../shared/data/qa/xquad-en.json"), help="questions, as SQuAD has them")
     out: Path = arg(Path("build/example-qa"), short="-o", help="folder for everything that is made; what is there is not made again")
-    steps: int = arg(60, help="updates of the weights in fine-tuning; a third of it in learning from corrections", least=3)
+    steps: int = arg(40, help="updates of the weights in fine-tuning; a third of it in learning from corrections", least=3)
     batch: int = arg(8, help="questions that one update learns from", least=1)
-    judged: int = arg(80, help="questions to judge on", least=2)
-    aside: int = arg(40, help="questions to be corrected", least=1)
-    context: int = arg(512, help="tokens of a text with its question, at most", least=16)
+    judged: int = arg(60, help="questions to judge on", least=2)
+    aside: int = arg(30, help="questions to be corrected", least=1)
+    context: int = arg(384, help="tokens of a text with its question, at most", least=16)
 
 
 def main(argv=None) -> int:
@@ -78,7 +78,8 @@ def tell(options: Options) -> None:
     rows, bars = [], []
     for name, model in (("before the corrections", tuned), ("corrections and old examples", replay / "last"), ("corrections alone", alone / "last")):
         short = name.replace(" ", "-")
-        right, old = (story.figures(f"{short}-{kind}", model, *asked, file) for kind, file in (("corrected", corrections), ("old", files["judge"])))
+        right = story.figures(f"{short}-corrected", model, *asked, corrections)
+        old = found["after LoRA"] if model == tuned else story.figures(f"{short}-old", model, *asked, files["judge"])
         rows.append({"learned": name, "corrected answers right": f"{right['exact_match']:.0%}", "old questions, F1": f"{old['f1']:.3f}"})
         bars.append((old["f1"], *old["f1_interval"]))
     story.tell(f"What {len(corrected)} corrections taught", "The share of the corrected questions that are answered right, and F1 on the questions "
