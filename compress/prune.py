@@ -5,7 +5,7 @@
 Reads a full-precision checkpoint and writes an ordinary one. Depth, mlp, heads, hidden and vocabulary make a smaller
 model that exports and runs faster (depth.py, width.py, hidden.py, vocabulary.py); sparse keeps every shape (sparse.py).
 Prune one way, then another: stages compose. What was lost comes back in part by training afterwards (models.finetune,
-compress.distill). Of an encoder (BERT and its kin) whole layers can go (compress/encoders/layers.py).
+compress.distill). Of an encoder (BERT and its kin) whole layers can go, and neurons of its MLPs (compress/encoders/prune.py).
 """
 
 import math
@@ -78,7 +78,7 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 from torch import Tensor
 
-from compress.encoders.layers import prune_encoder
+from compress.encoders.prune import prune_encoder
 from compress.pruning import depth, sparse, vocabulary, width
 from compress.pruning.hidden import principal_directions, sliced
 from compress.text import corpus_windows, read_corpus

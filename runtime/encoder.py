@@ -130,6 +130,11 @@ class Encoder:
         self._session = None
 
     @property
+    def runs_as(self) -> str:
+        """What computes, in words."""
+        return f"{self.role} graph on {self.provider}"
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._encode.tokenizer
 

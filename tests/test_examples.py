@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from examples import nlg, qa
+from encoder_fixtures import tiny
+from examples import encoder, nlg, qa
 from examples.story import Story
 
 
@@ -34,3 +35,27 @@ def test_questions_are_learned_asked_and_corrected(here, tiny_checkpoint, tmp_pa
     rows = re.findall(r'data-name="Engine.solve"[^>]*>(.*?)</td><td data-name="server"[^>]*>(.*?)</td>', page)
     assert len(rows) == 3 and all(python == served for python, served in rows)
     assert nlg.main(["--data", str(tmp_path / "nothing")]) == 2
+
+
+def test_an_encoder_learns_shrinks_and_is_timed(here, tmp_path, capsys):
+    """The scores on the page are those of models.evaluate; what was made is not made again."""
+    base, data, out = tiny(tmp_path / "bert", "feature-extraction"), tmp_path / "labels.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} {'de'[n % 2]}", "label": "xy"[n % 2]}) + "\n" for n in range(40)))
+    argv = ["--model", str(base), "--classify", str(data), str(data), "--tasks", "classify", "-o", str(out), "--steps", "3", "--tokens", "8",
+            "--rounds", "1", "--layers", "1"]
+    assert encoder.main(argv) == 0
+    page, said = (out / "report.html").read_text("utf-8"), capsys.readouterr().out
+    for title in ("Score, size, time", "Sentiment: accuracy", "Sentiment: texts a second", "Asked from Python"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Score, size, time" in said and page.count('class="bar"') == 10
+    figures = [json.loads((out / f"classify-{number}.json").read_text()) for number in range(5)]
+    assert re.findall(r'data-name="score"[^>]*>([0-9.]+)', page)[:5] == [f"{one['accuracy']:.4f}" for one in figures]
+    assert [one["backend"] for one in figures] == ["pytorch", "onnxruntime portable", "onnxruntime fast", "pytorch", "onnxruntime fast"]
+    rates = [one["figures"]["sentences_per_s"] for one in json.loads((out / "classify-speed.json").read_text())["systems"].values()]
+    assert len(rates) == 5 and all(rate > 0 for rate in rates)
+    weights = out / "classify-run/last/model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert encoder.main(argv) == 0 and weights.stat().st_mtime_ns == written
+    for words, sentence in ((["--tasks", "poetry"], "--tasks poetry: unknown"), (["--classify", str(data)], "give two files")):
+        assert encoder.main([*argv, *words]) == 2
+        assert sentence in capsys.readouterr().err

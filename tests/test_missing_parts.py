@@ -22,6 +22,7 @@ NEEDS = {
     "models.ngram --tokenizer CKPT --data TEXT --valid TEXT -o OUT": "torch safetensors tqdm",
     "models.random_checkpoint lfm2-1.2b -o OUT --layers 1": "torch safetensors",
     "models.train_bench": "torch accelerate tensorboard",
+    "models.encoder_bench CKPT": "torch safetensors",
     "models.evaluate CKPT --data TEXT": "torch safetensors",
     "models.evaluate CKPT --task translate --data PAIRS --shots 0": "sacrebleu",
     "models.evaluate CKPT --task summarize --data SUMMARIES --shots 0": "rouge_score nltk",

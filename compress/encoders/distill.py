@@ -1,9 +1,10 @@
 """Distill an encoder: `python -m compress.distill --teacher ENCODER --layers 3 --data FILES -o OUT`.
 
 The student is the teacher with some of its layers, spread evenly (or any encoder with the same tokenizer and head, --student), and learns
-to answer as the teacher does on the texts of --data, whatever their labels: KL(teacher || student) of labels, squared error of numbers,
-1 - cosine of embeddings. --hidden-weight adds the squared error of hidden states, --attention-weight of attention probabilities: student
-layer i of S against teacher layer (i + 1) L / S (Jiao et al. 2020, "TinyBERT"). Dropout is off. OUT is a run's folder as in models.train.
+to answer as the teacher does on the texts of --data, whatever their labels (two texts as a pair, where it judges pairs):
+KL(teacher || student) of labels, squared error of numbers, 1 - cosine of embeddings. --hidden-weight adds the squared error of hidden
+states, --attention-weight of attention probabilities: student layer i of S against teacher layer (i + 1) L / S (Jiao et al. 2020,
+"TinyBERT"). Dropout is off. OUT is a run's folder as in models.train.
 """
 
 from functools import partial
@@ -17,8 +18,10 @@ from compress.encoders.layers import layers_of, with_layers
 from compress.encoders.text import encoded_texts
 from models.checkpoint import check_output
 from models.data.corpus import IGNORE
-from models.encoders.network import embedding, load, pooled_by, read_quantized, save, task_of
+from models.encoders.finetune import rows_at_once
+from models.encoders.network import embedding, load, pooled_by, read_quantized, save, takes_types, task_of
 from models.formats import lineage
+from models.training.placement import process_state
 from models.training.trainer import Trainer
 from runtime.encoder import Encoded, padded
 from runtime.errors import UserError
@@ -27,7 +30,7 @@ SHARE = 0.1                              # of the texts, judged on
 
 
 class Texts:
-    """Texts as the trainer's rows: (input_ids, labels, mask); one label a text, which nobody reads."""
+    """Texts as the trainer's rows: (input_ids, labels, mask, types); one label a text, which nobody reads."""
 
     def __init__(self, encoded: list[Encoded], pad: int):
         self.encoded, self.pad, self.lengths = encoded, pad, np.array(list(map(len, encoded)))
@@ -36,10 +39,10 @@ class Texts:
         return len(self.encoded)
 
     def rows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-        ids, mask, _ = padded([self.encoded[i] for i in indices], self.pad)
+        ids, mask, types = padded([self.encoded[i] for i in indices], self.pad)
         labels = np.full_like(ids, IGNORE)
         labels[:, 0] = 0
-        return ids, labels, mask
+        return ids, labels, mask, types
 
 
 class EncoderDistiller(nn.Module):
@@ -52,11 +55,11 @@ class EncoderDistiller(nn.Module):
         count, total = len(layers_of(student)), len(layers_of(teacher))
         self.map = [(number + 1, round((number + 1) * total / count)) for number in range(count)]
 
-    def forward(self, ids, labels, mask) -> torch.Tensor:
+    def forward(self, ids, labels, mask, types) -> torch.Tensor:
         more = {"output_hidden_states": self.hidden > 0 or self.pooling is not None, "output_attentions": self.attention > 0}
         with torch.no_grad():
-            theirs = self.asked[0](input_ids=ids, attention_mask=mask, **more)
-        ours = self.student(input_ids=ids, attention_mask=mask, **more)
+            theirs = self._ask(self.asked[0], ids, mask, types, more)
+        ours = self._ask(self.student, ids, mask, types, more)
         real = mask.float()
         loss = self.answers(ours, theirs, mask)
         if self.hidden:
@@ -68,6 +71,10 @@ class EncoderDistiller(nn.Module):
                         for a, b in self.map)
             loss = loss + self.attention * error.sum() / len(self.map)
         return loss
+
+    @staticmethod
+    def _ask(model, ids, mask, types, more):
+        return model(input_ids=ids, attention_mask=mask, **({"token_type_ids": types} if takes_types(model) else {}), **more)
 
     def answers(self, ours, theirs, mask) -> torch.Tensor:
         if self.pooling is not None:
@@ -109,13 +116,16 @@ def distill_encoder(options) -> None:
             module.p = 0.0
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("pooler" not in name or task == "text-classification")
-    texts = encoded_texts(source, student.config, options.data, None, options.context)
-    held = encoded_texts(source, student.config, options.valid, options.eval_rows, options.context) if options.valid else texts[::round(1 / SHARE)]
+    def read(names, count):
+        return encoded_texts(source, student.config, options, names, count, options.context)
+    texts = read(options.data, None)
+    held = read(options.valid, options.eval_rows) if options.valid else texts[::round(1 / SHARE)]
     learned = texts if options.valid else [one for number, one in enumerate(texts) if number % round(1 / SHARE)]
     if not learned or not held:
         raise UserError(f"{options.data[0]}: {len(texts)} texts are too few to learn from and to judge on: give more")
     rows = [Texts(part, student.config.pad_token_id or 0) for part in (learned, held)]
-    options = options.filled(learning_rate=1e-4, warmup=options.steps // 20, micro_batch=options.batch)
+    options = options.filled(learning_rate=1e-4, warmup=options.steps // 20,
+                             micro_batch=rows_at_once(options.batch, process_state(options.device).device))
     pooling = pooled_by(folder) if task == "sentence-similarity" else None
     distiller = EncoderDistiller(student, teacher, task, pooling, options.hidden_weight, options.attention_weight)
     trainer = Trainer(distiller, options, *rows, partial(_save, options, source, pooling), {}, loss=lambda model, *given: model(*given),

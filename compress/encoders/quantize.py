@@ -7,10 +7,12 @@ value for value; 8 bits with one scale a row run as integer products on ONNX Run
 """
 
 import hashlib
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from compress.encoders.moments import second_moments
 from compress.encoders.text import encoded_texts
 from compress.quantizing.calibrated import clip, gptq_descended
 from compress.quantizing.rtn import round_to_nearest
@@ -44,12 +46,12 @@ def quantize_encoder(options) -> None:
             raise UserError(f"{folder} is an encoder; {words}")
     check_output(options.out, folder)
     model = load(folder, task_of(folder))
-    linears, form = _linears(model), TensorFormat(options.bits, options.group, options.symmetric)
+    linears, form = _linears(model, options.skip), TensorFormat(options.bits, options.group, options.symmetric)
     for name, linear in linears.items():
         form.groups(linear.in_features)
     hessians, inputs = {}, {}
     if options.method in CHOOSE:
-        texts = encoded_texts(folder, model.config, options.data, options.windows, options.length)
+        texts = encoded_texts(folder, model.config, options, options.data, options.windows, options.length)
         inputs["calibration"] = hashlib.sha256(b"".join(one.ids.tobytes() for one in texts)).hexdigest()
         hessians = second_moments(model, linears, texts)
     codes = {}
@@ -71,26 +73,10 @@ def quantize_encoder(options) -> None:
     print(table([{"": "weights, MB", "before": f"{before / 1e6:.1f}", "after": f"{sum(t.nbytes for t in state.values()) / 1e6:.1f}"}]))
 
 
-def _linears(model) -> dict[str, nn.Linear]:
-    """The linears of the layers: those in lists of modules that are numbered."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-            and any(part.isdigit() for part in name.split("."))}
-
-
-@torch.no_grad()
-def second_moments(model, linears: dict[str, nn.Linear], texts) -> dict[str, torch.Tensor]:
-    """E[x x^T] of the inputs of each linear over the tokens of the texts, float32 [K, K]."""
-    sums = {name: torch.zeros(linear.in_features, linear.in_features) for name, linear in linears.items()}
-    hooks = [linear.register_forward_pre_hook(lambda _, given, name=name: _add(sums[name],
-        given[0])) for name, linear in linears.items()]
-    for one in progress(texts, label="calibrate", unit="text"):
-        model(input_ids=torch.from_numpy(one.ids)[None], attention_mask=torch.ones(1, len(one), dtype=torch.long))
-    for hook in hooks:
-        hook.remove()
-    tokens = sum(map(len, texts))
-    return {name: moment / tokens for name, moment in sums.items()}
-
-
-def _add(moment: torch.Tensor, inputs: torch.Tensor) -> None:
-    rows = inputs.flatten(0, -2)
-    moment.addmm_(rows.T, rows)
+def _linears(model, skip: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linears of the layers, those in lists of modules that are numbered, but for those that match --skip."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+             and any(part.isdigit() for part in name.split("."))}
+    if wrong := next((pattern for pattern in skip if not any(fnmatchcase(name, pattern) for name in found)), None):
+        raise UserError(f"--skip {wrong!r} matches no linear of the layers: they are named like {next(iter(found))}")
+    return {name: module for name, module in found.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}

@@ -1,10 +1,9 @@
 """Judge an encoder, a checkpoint or a bundle: `python -m models.evaluate ENCODER --task classify|pair|regress|ner|similarity --data FILES`."""
 
-import inspect
 from pathlib import Path
 
 from models.encoders.judging import TASKS, TorchEncoder, judge
-from models.encoders.network import is_encoder, labels_of, load, pooled_by, task_of
+from models.encoders.network import is_encoder, labels_of, load, pooled_by, takes_types, task_of
 from models.tasks.options import examples_of
 from runtime.bundle import MANIFEST
 from runtime.encoder import Encoder
@@ -36,7 +35,6 @@ def opened(folder: Path, threads: int | None = None) -> Encoder:
         return Encoder(folder, threads=threads)
     task = task_of(folder)
     model = load(folder, task, attention="sdpa")
-    types = "token_type_ids" in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 2) > 1
     kind = "regression" if getattr(model.config, "problem_type", None) == "regression" else task
     return TorchEncoder(model, Tokenizer(folder / "tokenizer.json"), kind, labels_of(model.config) if kind.endswith("-classification") else [],
-                        pooled_by(folder) if task == "sentence-similarity" else None, types)
+                        pooled_by(folder) if task == "sentence-similarity" else None, takes_types(model))

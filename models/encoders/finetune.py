@@ -8,7 +8,6 @@ Texts longer than --context are cut and counted.
 """
 
 import copy
-import inspect
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 
 from models.data.records import find_sources, source_digest
 from models.encoders.judging import HEADLINE, TASKS, TorchEncoder, judge
-from models.encoders.network import load, max_tokens, pooled_by, read_quantized, save
+from models.encoders.network import load, max_tokens, pooled_by, read_quantized, save, takes_types
 from models.encoders.rows import EncoderRows, losses
 from models.checkpoint import check_output
 from models.formats import lineage
@@ -62,7 +61,7 @@ def finetune_encoder(options) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    types = "token_type_ids" in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 2) > 1
+    types = takes_types(model)
     tokenizer = Tokenizer(folder / "tokenizer.json")
     longest = max_tokens(model.config)
     if options.context is not None and not 4 <= options.context <= longest:
@@ -72,7 +71,7 @@ def finetune_encoder(options) -> None:
     batch = options.batch or 32
     steps = options.steps if options.steps is not None else options.epochs * -(-len(train) // batch)
     options = options.filled(batch=batch, steps=steps, warmup=steps // 20, learning_rate=1e-3 if options.method == "lora" else 1e-4,
-                             micro_batch=batch if task == "similarity" else min(batch, 32))
+                             micro_batch=batch if task == "similarity" else rows_at_once(batch, state.device))
     encoder = TorchEncoder(model, tokenizer, TASKS[task], labels, pooling, types)
     before = judge(encoder, task, valid) if task == "similarity" else None
     network = model
@@ -97,6 +96,11 @@ def finetune_encoder(options) -> None:
     print(f"{shown} on {len(valid)} examples{was}")
     lineage.add_metrics(options.out / "last", found)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes, peak memory {peak_rss_mb():.0f} MB")
+
+
+def rows_at_once(batch: int, device: torch.device) -> int:
+    """Texts of a micro-batch: few on a CPU, where rows of like length go together and padding is computed like text."""
+    return min(batch, 8 if device.type == "cpu" else 32)
 
 
 def _examples(options) -> tuple[list[Example], list[Example]]:

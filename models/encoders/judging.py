@@ -34,6 +34,10 @@ class TorchEncoder(Encoder):
         self.truncated, self._encode = 0, TextEncoder(tokenizer, max_tokens(config))
         self._model, self._pooling, self._takes_types = model, pooling, takes_types
 
+    @property
+    def runs_as(self) -> str:
+        return "PyTorch"
+
     @torch.no_grad()
     def call(self, encoded: list[Encoded]) -> np.ndarray:
         device = next(self._model.parameters()).device

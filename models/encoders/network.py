@@ -10,6 +10,7 @@ A quantized encoder has `M.codes` and `M.scales` in place of `M.weight`, and a q
 (models/network/quantized.py), under transformers' names.
 """
 
+import inspect
 import json
 import logging
 import shutil
@@ -21,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from models.formats import lineage
 from models.network.quantized import Quantization, QuantizedTensor
+from runtime.encoder import Encoded
 from runtime.errors import UserError
-from runtime.files import read_json
+from runtime.files import new_folder, read_json
 
 TASKS = {                            # the class of transformers, the graph's outputs
     "feature-extraction": ("AutoModel", ("last_hidden_state",)),
@@ -60,6 +62,8 @@ def pooled_by(folder: Path) -> str:
     """"mean" or "cls": how a folder of sentence-transformers makes a sentence's embedding. Raises UserError for other ways."""
     for part in read_json(folder / "modules.json", list, strict=False) if (folder / "modules.json").is_file() else ():
         kind = str(part.get("type")).rpartition(".")[2]
+        if kind == "Pooling" and not (folder / "1_Pooling" / "config.json").is_file():
+            raise UserError(f"{folder}: modules.json names a pooling, and {folder / '1_Pooling' / 'config.json'} is not there: get the model again")
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise UserError(f"{folder}: its embeddings also go through a {kind} module, which is not exported; "
                             "give --task feature-extraction and do the rest in the program around the graph")
@@ -130,6 +134,17 @@ def max_tokens(config) -> int:
     return most - (config.pad_token_id or 0) - 1 if config.model_type in _SHIFTED else most
 
 
+def takes_types(model) -> bool:
+    """Whether the network is told which of two texts a token is of."""
+    return "token_type_ids" in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 2) > 1
+
+
+def alone(model, one: Encoded) -> dict[str, torch.Tensor]:
+    """What the network takes for one text, or one pair."""
+    given = {"input_ids": torch.from_numpy(one.ids)[None], "attention_mask": torch.ones(1, len(one), dtype=torch.long)}
+    return given | ({"token_type_ids": torch.from_numpy(one.types)[None]} if takes_types(model) else {})
+
+
 def labels_of(config) -> list[str]:
     """The labels of a classification, in the order of its logits."""
     return [str(config.id2label[number]) for number in sorted(config.id2label)]
@@ -181,6 +196,21 @@ def save_quantized(folder: Path, source: Path, tensors: Iterable[tuple[str, torc
     config = read_json(source / "config.json", strict=False) | {"quantization_config": quantization.to_dict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _luggage(folder, source, stage, (source / "1_Pooling").is_dir())
+
+
+def copy_encoder(source: Path, out: Path, stage: dict):
+    """Write an encoder's folder again, its weights as they are. Returns its network. Raises UserError for one that cannot be used."""
+    task = task_of(source)
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(f"{source} has no tokenizer.json: save its tokenizer with transformers (AutoTokenizer, save_pretrained) and try again")
+    if (source / "modules.json").is_file() and not (source / "1_Pooling").is_dir():
+        pooled_by(source)                                    # which is not "mean" for want of a file
+    model = load(source, task)
+    with new_folder(out) as folder:
+        for file in (source / "config.json", *source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")):
+            shutil.copyfile(file, folder / file.name)
+        _luggage(folder, source, stage, task == "sentence-similarity")
+    return model
 
 
 def _luggage(folder: Path, source: Path, stage: dict, sentences: bool) -> None:

@@ -5,13 +5,13 @@
     load_ms               Encoder(), once, imports not included
     peak_rss_mb           most memory resident in the process (MiB)
 
-Bundles take turns within every round, as decoders do.
+Encoders take turns within every round, as decoders do.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,14 +23,13 @@ from .report import Samples
 TEXTS, ALONE = 64, 24
 
 
-def encoders(folders: tuple[Path, ...], names: list[str], tokens: int, rounds: int, threads: int | None,
-             provider: str | None) -> tuple[Samples, dict[str, str]]:
-    """The figures of each bundle, and what to say of the run. Raises UserError."""
+def encoders(openers: dict[str, Callable[[], Encoder]], tokens: int, rounds: int) -> tuple[Samples, dict[str, str]]:
+    """The figures of each encoder by its name, and what to say of the run. openers: what opens each. Raises UserError."""
     samples: Samples = {}
     opened = []
-    for name, folder in zip(names, folders):
+    for name, opener in openers.items():
         start = time.perf_counter()
-        encoder = Encoder(folder, threads=threads, provider=provider)
+        encoder = opener()
         opened.append((name, encoder, _texts(encoder, tokens)))
         samples[name] = {"load_ms": [(time.perf_counter() - start) * 1e3]}
     for turn in range(rounds + 1):
@@ -41,9 +40,9 @@ def encoders(folders: tuple[Path, ...], names: list[str], tokens: int, rounds: i
     for name, encoder, _ in opened:
         samples[name]["peak_rss_mb"] = [resident_mb(field="VmHWM") or float("nan")]
         encoder.close()
-    runs = {f"runs {name}" if len(opened) > 1 else "runs": f"{encoder.bundle.task}, {encoder.role} graph on {encoder.provider}"
+    runs = {f"runs {name}" if len(opened) > 1 else "runs": f"{encoder.bundle.task}, {encoder.runs_as}"
             for name, encoder, _ in opened}
-    return samples, {"encoder": ", ".join(names), **runs,
+    return samples, {"encoder": ", ".join(openers), **runs,
                      "run": f"{TEXTS} texts of {max(1, tokens // 8)} to {tokens} tokens, {rounds} runs after one to warm up"}
 
 

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from compress import quantize
-from compress.encoders.quantize import second_moments
+from compress.encoders.moments import second_moments
 from export import onnx as export_onnx
 from models.encoders.network import load, quantized_tensors, read_quantized
 from runtime import Encoder, verify
@@ -60,7 +60,8 @@ def test_gptq_loses_less_on_what_it_saw(model, text, tmp_path):
     from compress.encoders.text import encoded_texts
     network = load(model, "text-classification")
     linears = {name: part for name, part in network.named_modules() if isinstance(part, torch.nn.Linear) and ".layer." in name}
-    moments = second_moments(network, linears, encoded_texts(model, network.config, (str(text),), 40, 64))
+    options = quantize.Options(checkpoint=model, out=tmp_path)
+    moments = second_moments(network, linears, encoded_texts(model, network.config, options, (str(text),), 40, 64))
     lost = {}
     for method in ("rtn", "gptq"):
         assert quantize.main([str(model), "-o", str(tmp_path / method), "--bits", "4", "--group", "32", "--method", method,
@@ -72,10 +73,21 @@ def test_gptq_loses_less_on_what_it_saw(model, text, tmp_path):
     assert "classifier.weight" in load_file(tmp_path / "gptq" / "model.safetensors")         # the head stays
 
 
+def test_what_is_skipped_keeps_its_weights(model, tmp_path):
+    assert quantize.main([str(model), "-o", str(tmp_path / "q"), "--bits", "8", "--group", "0", "--skip", "*.layer.0.*"]) == 0
+    stored, dense = load_file(tmp_path / "q" / "model.safetensors"), load(model, "text-classification").state_dict()
+    for name in ("attention.self.query", "output.dense"):
+        assert torch.equal(stored[f"bert.encoder.layer.0.{name}.weight"], dense[f"bert.encoder.layer.0.{name}.weight"])
+        assert f"bert.encoder.layer.1.{name}.codes" in stored and f"bert.encoder.layer.1.{name}.weight" not in stored
+
+
 def test_refused_in_words(model, text, tmp_path, capsys):
     for argv, sentence in ((["--bits", "3"], "give 4 or 8"), (["--method", "hqq", "--no-symmetric"], "give rtn, clip or gptq"),
                            (["--kind", "levels"], "are int with fp16 scales"), (["--activations", "8"], "--activations is for decoders"),
                            (["--embedding-bits", "4"], "an encoder's table has 8"),
+                           (["--skip", "nothing.*"], "matches no linear of the layers"),
+                           (["--method", "gptq", "--data", text, "--task", "qa"], "--task qa is for decoders"),
+                           (["--method", "gptq", "--data", text, "--deduplicate"], "--deduplicate cleans texts for decoders"),
                            (["--target-size", "1MB", "--data", text], "an encoder's linears have one format")):
         assert quantize.main([str(model), "-o", str(tmp_path / "o"), *map(str, argv)]) == 2
         assert sentence in capsys.readouterr().err, argv

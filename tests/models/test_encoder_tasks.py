@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 from encoder_fixtures import tiny
 
-from models import evaluate, finetune
-from models.encoders.network import load
+from models import evaluate, finetune, get
+from models.encoders.network import load, pooled_by, task_of
 from models.encoders.rows import asked, cosent, in_batch, tags_of_words
 from models.tasks.examples import Example
 from runtime.encoder import TextEncoder
@@ -141,3 +142,27 @@ def test_bad_input(base, tmp_path, capsys):
     assert not (tmp_path / "o" / "last").exists()
     assert evaluate.main([str(base), "--task", "qa", "--data", str(file)]) == 2
     assert "is an encoder, which writes no text" in capsys.readouterr().err
+
+
+def test_models_get_brings_an_encoder_with_its_pooling(base, tmp_path, monkeypatch, capsys):
+    """From a folder and, of the hub's files, with what says how a sentence's embedding is made."""
+    source = tmp_path / "cls"
+    shutil.copytree(base, source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]')
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: fetched.append(how["allow_patterns"]) or str(source))
+    for number, name in enumerate((str(source), "owner/cls")):
+        out = tmp_path / f"out{number}"
+        assert get.main([name, "-o", str(out)]) == 0
+        assert task_of(out) == "sentence-similarity" and pooled_by(out) == "cls"
+        was, now = (load(folder, "sentence-similarity").state_dict() for folder in (base, out))
+        assert all(torch.equal(was[key], now[key]) for key in was)
+        assert [stage["stage"] for stage in json.loads((out / "lineage.json").read_text())["stages"]] == ["models.get"]
+    assert fetched == [get.HUB_FILES, ["1_Pooling/config.json"]]
+    shutil.rmtree(source / "1_Pooling")
+    for argv, sentence in (([source], "names a pooling"), ([base, "--off-grid"], "--off-grid is for decoders")):
+        assert get.main([*map(str, argv), "-o", str(tmp_path / "bad")]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
