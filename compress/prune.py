@@ -81,6 +81,7 @@ from torch import Tensor
 from compress.encoders.prune import prune_encoder
 from compress.pruning import depth, sparse, vocabulary, width
 from compress.pruning.hidden import principal_directions, sliced
+from compress.options import check_compresses
 from compress.text import corpus_windows, read_corpus
 from models.checkpoint import CPU, Checkpoint, check_output, load_decoder, open_checkpoint, write_checkpoint
 from models.device import computing_on
@@ -96,6 +97,7 @@ def prune(options: Options) -> None:
 
 
 def _prune(checkpoint: Checkpoint, options: Options) -> None:
+    check_compresses(checkpoint)
     check_output(options.out, options.checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized: prune the checkpoint it was made from, then quantize")

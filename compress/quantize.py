@@ -169,6 +169,7 @@ from compress.quantizing.fisher import gradient_bytes, stored_bytes
 from compress.quantizing.mixed import check_backend, check_target, measured, mixed_formats
 from compress.quantizing.rtn import round_to_nearest
 from compress.quantizing.sensitivity import Sensitivity, measure_sensitivity
+from compress.options import check_compresses
 from compress.text import corpus_windows
 from models.checkpoint import CPU, Checkpoint, check_output, open_checkpoint, write_checkpoint
 from models.device import computing_on
@@ -190,6 +191,7 @@ def quantize(options: Options) -> None:
 
 def _quantize(checkpoint: Checkpoint, options: Options) -> None:
     method = METHODS[options.method]
+    check_compresses(checkpoint)
     if checkpoint.quantization is not None:
         raise UserError(f"{options.checkpoint} is quantized already, and codes cannot be decided twice: quantize the "
                         f"checkpoint it was made from")

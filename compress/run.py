@@ -21,7 +21,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.options import TEACHER_CACHE
+from compress.options import TEACHER_CACHE, check_compresses
 from compress.recipe import Recipe, Stage, checked, command_line, open_recipe, shipped
 from models.formats import lineage
 from models.data.corpus import DataOptions
@@ -86,7 +86,9 @@ def compress(options: Options) -> int:
 
 
 def _run_stages(options: Options, recipe: Recipe) -> int:
-    original = open_checkpoint(options.model).sha256()
+    checkpoint = open_checkpoint(options.model)
+    check_compresses(checkpoint)
+    original = checkpoint.sha256()
     if not (options.model / "tokenizer.json").is_file():
         raise UserError(f"{options.model} has no tokenizer.json, which reading text needs")
     text, judged = _texts(options)

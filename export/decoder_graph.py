@@ -19,12 +19,12 @@ that gives [b, s, hidden].
 import numpy as np
 
 from export.graph import ELEMENT_TYPES, GraphBuilder
-from export.mixers import attention, chunk, delta, mamba, mlp, short_conv
+from export.mixers import attention, chunk, delta, gated, mamba, mlp, short_conv
 from models.network.config import LayerConfig, ModelConfig
 from runtime.layout import rope_name
 
 OUTPUTS = {"attention": "o", "conv": "conv_out", "delta": "delta_out", "mamba": "mamba_out"}      # the last linear of a mixer
-RECURRENT = {"conv": short_conv.mixer, "delta": delta.mixer, "mamba": mamba.mixer}
+RECURRENT = {"conv": short_conv.mixer, "delta": delta.mixer, "mamba": mamba.mixer, "gru": gated.mixer, "lstm": gated.mixer}
 
 class DecoderGraph(GraphBuilder):
     """A graph builder for the model of a manifest, computing in dtype: "float32", "float16" or "bfloat16"."""
@@ -59,6 +59,9 @@ class DecoderGraph(GraphBuilder):
         for number, layer in enumerate(config.layers):
             name, following = f"layers.{number}", f"layers.{number + 1}.attn_norm" if number + 1 < len(config.layers) else last
             mixed = RECURRENT[layer.mixer](self, normed, number) if layer.mixer in RECURRENT else self.attention(normed, number)
+            if not layer.mlp_size:
+                normed, x = self.added(x, mixed, f"{name}.attn", "", following)
+                continue
             normed, x = self.added(x, mixed, f"{name}.attn", OUTPUTS[layer.mixer], f"{name}.mlp_norm")
             made = mlp.experts(self, normed, number) if layer.experts else mlp.mlp(self, normed, name, layer.mlp_size, self.block_output)
             if config.per_layer_size or config.layer_scalar:

@@ -23,6 +23,7 @@ from runtime.cli import Checked, arg, run, table
 from runtime.encoder_bundle import is_encoder_bundle
 from runtime.errors import UserError
 from runtime.files import adding_to
+from runtime.layout import GATED
 from runtime.machine import available_memory
 
 DEFAULT_SM, DEFAULT_CAPACITY = "86,89,120", 1024
@@ -168,6 +169,8 @@ def _find(model: Path) -> tuple[Path, Bundle | None]:
     if not (folder / MANIFEST).is_file() or is_encoder_bundle(folder):
         return _only_graph(model) if model.is_dir() else model, None
     bundle = open_bundle(folder)
+    if kinds := GATED.keys() & {layer.get("mixer") for layer in bundle.model["config"]["layers"]}:
+        raise UserError(f"{model}: has {kinds.pop().upper()} layers, for which no engine is built: run it on ONNX Runtime, as it is")
     if model.is_file():
         return model, bundle if model.name in bundle.manifest["files"] else None
     graph = bundle.graph("portable")

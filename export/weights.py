@@ -17,6 +17,8 @@ has only .up, a layer that reads another's keys only .q. An attention gate is .a
                        .state_norm.weight, .delta_out
     Mamba-2            .mamba_in (.mamba_z, .mamba_xbc), .mamba_dt, .conv.weight, .conv.bias, .skip, .decay, .dt_bias,
                        .state_norm.weight, .mamba_out
+    GRU, LSTM          .gates_input, .gates_state [1, gates * H, H], .gates_input_bias, .gates_state_bias [gates * H], in ONNX's order of
+                       gates: z, r, h and i, o, f, c; such a layer has no MLP
     Gemma 4            per_layer_embed (a table, as embed is), per_layer_projection, per_layer_norm;
                        .per_layer_gate, .per_layer_proj, .per_layer_norm, .scalar
 
@@ -59,8 +61,10 @@ MODULES = {"attn_norm": "input_layernorm", "attn_post_norm": "post_mixer_norm", 
            "per_layer_proj": "per_layer_proj", "scalar": "layer_scalar", "attn_gate": "self_attn.g_proj", "router": "moe.router",
            "router_bias": "moe.router_bias", **{name: f"self_attn.{name}" for name in ("q_norm", "k_norm", "k_scale", "v_scale")},
            **{name: f"self_attn.{name}_proj" for name in "qkvo"}, **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}}
-MIXERS = {"conv": "conv", "delta": "linear_attn", "mamba": "mamba"}
-STATES = {"conv": "conv", "decay": "A_log", "dt_bias": "dt_bias", "skip": "D", "state_norm": "norm"}
+MIXERS = {"conv": "conv", "delta": "linear_attn", "mamba": "mamba", "gru": "gru", "lstm": "lstm"}
+STATES = {"conv": "conv", "decay": "A_log", "dt_bias": "dt_bias", "skip": "D", "state_norm": "norm", "gates_input": "weight_ih",
+          "gates_state": "weight_hh", "gates_input_bias": "bias_ih", "gates_state_bias": "bias_hh"}
+GATES = {3: [1, 0, 2], 4: [0, 3, 1, 2]}     # of r, z, n and of i, f, g, o: in ONNX's order
 WHOLE = {"embed": "model.embed_tokens", "position_embed": "model.embed_positions", "final_norm": "model.norm", "head": "lm_head"}
 
 
@@ -87,7 +91,12 @@ def write_weights(checkpoint: Checkpoint, out: WeightsWriter, dtype: str, model:
             writer.float32(item.name, -tensor.exp() if item.name.endswith(".decay") else tensor)
         else:
             tensor = writer.checkpoint.read(theirs(config, item.name))
-            writer.dense(item.name, tensor[:model["max_context"]] if item.name == "position_embed.weight" else tensor)
+            if item.name == "position_embed.weight":
+                tensor = tensor[:model["max_context"]]
+            elif ".gates_" in item.name:
+                gates = tensor.unflatten(0, (-1, config.hidden_size))
+                tensor = gates[GATES[len(gates)]].reshape(item.shape)
+            writer.dense(item.name, tensor)
 
 
 def rope_tables(config: ModelConfig, number: int, head_dim: int, context: int) -> dict[str, torch.Tensor]:

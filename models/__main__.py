@@ -4,7 +4,7 @@ from runtime.cli import list_commands
 
 COMMANDS = {"get a model, look at it": ("get", "random_checkpoint", "info"),
             "train one": ("tokenizer", "train", "finetune", "ngram", "train_bench"),
-            "judge one": ("evaluate", "what_got_worse", "acceptance", "lm_eval_adapter", "encoder_bench")}
+            "judge one": ("evaluate", "compare", "what_got_worse", "acceptance", "lm_eval_adapter", "encoder_bench")}
 
 if __name__ == "__main__":
     raise SystemExit(list_commands("models", COMMANDS))

@@ -106,7 +106,8 @@ class Checkpoint:
     def modules(self) -> list[str]:
         """Modules with a matrix that can be quantized: the linears but routers, the token tables, the untied head."""
         return [name.removesuffix(".weight") for name, shape in self._shapes.items()
-                if len(shape) == 2 and not name.endswith(("embed_positions.weight", ".conv.weight", ".router.weight"))]
+                if len(shape) == 2 and name.endswith(".weight")
+                and not name.endswith(("embed_positions.weight", ".conv.weight", ".router.weight"))]
 
     def weight(self, module: str) -> torch.Tensor:
         """A module's weight as dense float32 [out, in], dequantized where it is quantized."""

@@ -60,7 +60,7 @@ class FinetuneOptions(TaskOptions, TrainerOptions):
     rank: int = arg(16, help="LoRA's rank", least=1, group="LoRA")
     alpha: float = arg(32.0, help="LoRA's scale, times 1 / rank", above=0, group="LoRA")
     keep_adapter: bool = arg(False, help="save the adapter alone, not merged into the weights", group="LoRA")
-    weight_decay: float = arg(0.0, help="AdamW's decay of matrices", least=0, group="training")
+    weight_decay: float = arg(0.0, help="decay of matrices", least=0, group="training")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +82,7 @@ from models.encoders.network import is_encoder
 from models.formats.chat import chat_encoder, special_ids
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.tasks.learning import accuracy, encode
-from models.training.lora import add_lora, check_adapter, merged_tensors, save_adapter
+from models.training.lora import add_lora, check_adapters, merged_tensors, save_adapter
 from models.training.memory import memory_line, rows_at_once, training_bytes
 from models.training.placement import mixed_precision, process_state
 from models.training.trainer import Trainer
@@ -101,8 +101,8 @@ def finetune(options: FinetuneOptions) -> None:
     checkpoint, tokenizer_file = open_checkpoint(options.checkpoint), options.checkpoint / "tokenizer.json"
     if checkpoint.quantization:
         raise UserError(f"{options.checkpoint} is quantized; fine-tune the checkpoint it was made of")
-    if options.keep_adapter:
-        check_adapter(checkpoint)
+    if options.method == "lora":
+        check_adapters(checkpoint, options.keep_adapter)
     options = options.filled(context=min(512, checkpoint.config.context_length))
     if options.context > checkpoint.config.context_length:
         raise UserError(f"--context {options.context}: the model's context is {checkpoint.config.context_length}")

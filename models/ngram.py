@@ -10,18 +10,22 @@ probability 0. An n-gram is one 64-bit key, its tokens in equal bit fields; orde
 N-grams run across document ends, EOS between; the loss leaves out each document's first token.
 """
 
+import json
 import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from models.formats import lineage
+from models.formats.chat import tokenizer_facts, tokenizer_file
 from models.data.corpus import Corpus, DataOptions, build_corpus
 from models.data.records import source_digest
 from runtime.cli import arg, run
 from runtime.errors import UserError
-from runtime.files import new_folder
+from runtime.files import new_folder, read_json, write
 
 EXAMPLES = """examples:
   python -m models.ngram --tokenizer build/sotu-tokenizer --data ../shared/data/text/sotu-train.txt \\
@@ -46,11 +50,13 @@ if __name__ == "__main__":          # before the imports of the work (see runtim
     raise SystemExit(main())
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from models.formats.baseline import read_baseline, write_baseline
-from models.train import tokenizer_facts, tokenizer_file
+from models.families import NGRAM
+from models.formats.safetensors_file import save_tensors
 
-MODEL_TYPE = "edgewright_ngram"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,20 @@ class NgramModel:
                     total -= np.log(self.probability(tokens[part[:, None] + np.arange(1 - k, 1)])).sum()
         return total / len(places)
 
-    def next_token(self, context: list[int]) -> np.ndarray:
+    def next_token(self, context: Sequence[int]) -> np.ndarray:
         """float64 [vocab]: probabilities of the token after `context` (its last order - 1 tokens count)."""
-        tail = np.array(context[max(0, len(context) - len(self.orders) + 1):], dtype=np.int64)
-        tokens = np.arange(self.vocab_size)
-        return self.probability(np.column_stack([np.broadcast_to(tail, (len(tokens), len(tail))), tokens]))
+        found, mask = np.full(self.vocab_size, 1.0 / self.vocab_size), np.uint64((1 << self.bits) - 1)
+        for k, order in enumerate(self.orders[:len(context) + 1]):
+            before, = pack_keys(np.asarray(context[len(context) - k:], np.int64)[None], self.bits)
+            place = np.searchsorted(order.contexts, before)
+            if place == len(order.contexts) or order.contexts[place] != before:
+                break                                    # nor is a longer one
+            found *= order.backoff[place].astype(np.float64)
+            first, last = np.searchsorted(order.keys, [before << np.uint64(self.bits), (before << np.uint64(self.bits)) | mask])
+            seen = order.keys[first:last + 1]
+            seen = seen[seen >> np.uint64(self.bits) == before]
+            found[(seen & mask).astype(np.int64)] += order.discounted[first:first + len(seen)]
+        return found
 
 
 def token_bits(vocab_size: int) -> int:
@@ -135,8 +150,7 @@ def _smooth(keys: np.ndarray, counts: np.ndarray, bits: int) -> Order:
     y = n1 / (n1 + 2 * n2)
     raw = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
     discounts = np.clip(raw, 0.0, [0, 1, 2, 3])                      # small corpora give estimates outside the range
-    if discounts[1] == 0:
-        discounts[1] = 0.5                                           # or unseen tokens would get nothing
+    discounts[1:][discounts[1:] == 0] = 0.5                          # or unseen tokens would get nothing
     taken = discounts[np.minimum(counts, 3)]
     contexts, first = np.unique(keys >> np.uint64(bits), return_index=True)
     totals = np.add.reduceat(counts, first)
@@ -166,14 +180,29 @@ def write_ngram(out: Path, model: NgramModel, tokenizer: Path, stage: dict) -> N
     # safetensors' torch side takes uint64 as its int64 bits
     tensors = {f"{k}.{name}": torch.from_numpy(array.view(np.int64) if array.dtype == np.uint64 else array)
                for k, order in enumerate(model.orders, 1) for name, array in vars(order).items()}
-    config = {"model_type": MODEL_TYPE, "order": len(model.orders), "vocab_size": model.vocab_size}
-    write_baseline(out, config, tensors, tokenizer, stage)
+    save_tensors(out / "model.safetensors", tensors)
+    write(out / "config.json", json.dumps({"model_type": NGRAM, "order": len(model.orders), "vocab_size": model.vocab_size}, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, out / name)
+    lineage.write(out, [*lineage.read(tokenizer), stage])
+
+
+def is_ngram(path: Path | str) -> bool:
+    file = Path(path) / "config.json"
+    return file.is_file() and read_json(file, strict=False).get("model_type") == NGRAM
 
 
 def load_ngram(path: Path | str) -> NgramModel:
-    """Open a folder that `write_ngram` made."""
-    config, tensors = read_baseline(path, MODEL_TYPE)
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    """Open a folder that `write_ngram` made. Raises UserError where it is none, or damaged."""
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if config.get("model_type") != NGRAM:
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, where {NGRAM!r} is needed")
+    try:
+        arrays = {name: tensor.numpy() for name, tensor in load_file(path / "model.safetensors").items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as {NGRAM}: {error}") from None
     return NgramModel([Order(arrays[f"{k}.keys"].view(np.uint64), arrays[f"{k}.discounted"],
                              arrays[f"{k}.contexts"].view(np.uint64), arrays[f"{k}.backoff"])
                        for k in range(1, config["order"] + 1)], config["vocab_size"])

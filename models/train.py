@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from models.formats import lineage
-from models.formats.chat import special_tokens
+from models.formats.chat import tokenizer_facts, tokenizer_file
 from models.data.corpus import Blocks, Corpus, DataOptions, Split, build_corpus
 from models.data.records import source_digest
-from models.training.presets import parameter_target, preset
+from models.training.presets import gated_config, preset
 from models.training.options import TrainerOptions
 from runtime.cli import arg, run
 from runtime.errors import UserError
-from runtime.text import Tokenizer
 
 EXAMPLES = """examples:
   python -m models.tokenizer train --data ../shared/data/text/sotu-train.txt -o build/sotu-tokenizer --vocab-size 4096
@@ -37,7 +36,7 @@ class TrainOptions(DataOptions, TrainerOptions):
     valid: tuple[str, ...] = arg((), help="files to evaluate on (by default a share of --data)")
     valid_share: float = arg(0.02, help="share of documents set aside where --valid is not given", above=0, below=1)
     preset: str | None = arg(None, help="size of a new model in parameters, such as 5m, 15m, 60m, 135m")
-    architecture: str = arg("decoder", help="of a new model; gru is a recurrent baseline", choices=("decoder", "gru"))
+    architecture: str = arg("decoder", help="of a new model: a transformer, or a recurrent net", choices=("decoder", "gru", "lstm"))
     tokenizer: Path | None = arg(None, help="tokenizer folder of a new model (see models.tokenizer)")
     checkpoint: Path | None = arg(None, help="checkpoint to continue, in place of --preset and --tokenizer")
     context: int = arg(256, help="tokens of a block, and the context of a new model", least=1)
@@ -48,6 +47,8 @@ class TrainOptions(DataOptions, TrainerOptions):
         super().__post_init__()
         if (self.checkpoint is None) == (self.preset is None) or (self.checkpoint or self.tokenizer) is None:
             raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
+        if self.checkpoint and self.architecture != "decoder":
+            raise UserError(f"--architecture {self.architecture}: is of a new model; --checkpoint brings its own")
 
 
 def main(argv=None) -> int:
@@ -61,7 +62,6 @@ import torch
 
 from models.checkpoint import check_output, load_decoder, open_checkpoint, fill_checkpoint
 from models.network.decoder import Decoder
-from models.network.gru import gru_of_size, write_gru
 from models.training.memory import memory_line, rows_at_once, training_bytes
 from models.training.placement import process_state
 from models.training.trainer import Trainer
@@ -88,9 +88,8 @@ def train(options: TrainOptions) -> None:
     if state.is_main_process:
         print(f"{_parameters(model) / 1e6:.2f}M parameters; {len(train_corpus.tokens):,} training and "
               f"{len(valid_corpus.tokens):,} validation tokens; {options.steps} steps of {options.batch} x {options.context} tokens")
-        if isinstance(model, Decoder):
-            print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
-                                             options.checkpointing), state.device))
+        print(memory_line(training_bytes(model, model.config, options.micro_batch, options.context, options.context,
+                                         options.checkpointing), state.device))
     metrics = trainer.fit()
     if state.is_main_process:
         bits = metrics["valid_loss"] / math.log(2) * len(valid_corpus.tokens) / valid_corpus.text_bytes
@@ -114,34 +113,18 @@ def _model_and_options(options: TrainOptions, folder: Path, state):
         eos, vocab = tokenizer_facts(folder)
         shape = preset(options.preset, vocab, options.context, eos)
         rate, tokens = shape.learning_rate, shape.batch_tokens
-        model = gru_of_size(parameter_target(options.preset), vocab) if options.architecture == "gru" else Decoder(shape.config)
+        model = Decoder(shape.config if options.architecture == "decoder" else gated_config(options.architecture, options.preset, shape.config))
     batch = max(1, tokens // options.context) if options.batch is None else options.batch
     steps = options.steps
     if steps is None:
         steps = -(-TOKENS_PER_PARAMETER * _parameters(model) // (batch * options.context))
     share, micro = max(1, batch // state.num_processes), max(1, LOGIT_FLOATS // (vocab * options.context))
-    if isinstance(model, Decoder):
-        micro = rows_at_once(model, model.config, share, options.context, options.context, options.checkpointing, state.device, micro)
+    micro = rows_at_once(model, model.config, share, options.context, options.context, options.checkpointing, state.device, micro)
     return model, options.filled(batch=batch, steps=steps, micro_batch=min(batch, micro), learning_rate=rate, warmup=steps // 20), eos
 
 
 def _parameters(model) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def tokenizer_file(folder: Path) -> Path:
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
-    return folder / "tokenizer.json"
-
-
-def tokenizer_facts(folder: Path) -> tuple[int, int]:
-    """(EOS id, vocabulary size) of a tokenizer folder."""
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    eos = tokenizer.token_id(special_tokens(folder).get("eos_token", "<|endoftext|>"))
-    if eos is None:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: no eos_token that tokenizer.json knows; add one to end documents with")
-    return eos, len(tokenizer)
 
 
 def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, Corpus]:
@@ -153,7 +136,5 @@ def _corpora(options: TrainOptions, tokenizer: Path, eos: int) -> tuple[Corpus, 
 
 def _save(source: Path, options: TrainOptions, inputs: dict, model, folder: Path, metrics: dict) -> None:
     stage = lineage.stage("train", options, inputs, metrics, options.seed)
-    if not isinstance(model, Decoder):
-        return write_gru(folder, model, source, stage)
     hf_config = open_checkpoint(source).hf_config if options.checkpoint else model.config.to_hf()
     fill_checkpoint(folder, hf_config, model.state_dict().items(), source, stage)

@@ -17,7 +17,7 @@ import numpy as np
 from models.device import DeviceOptions
 from models.network.config import ModelConfig
 from models.training.presets import preset
-from models.training.options import TrainerOptions
+from models.training.options import BETAS, TrainerOptions
 from runtime.cli import arg, run, table
 
 
@@ -47,7 +47,6 @@ from torch import nn
 
 from models.network.decoder import Decoder
 from models.network.rope import rotations
-from models.training.optimizer import BETAS
 from models.training.trainer import Trainer
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .errors import UserError
 
+GATED = {"gru": 3, "lstm": 4}      # gates of the mixers that are gated recurrent units
 CHUNK = 64                        # most tokens of a row that a graph with recurrent layers takes in one call
 
 
@@ -89,6 +90,12 @@ def _layer(config: dict, layer: dict, cache: dict | None) -> Iterator[Item]:
     for name, length in norms:
         yield Item(f"{name}.weight", "dense", (length,))
     yield from _norm(config, "attn_post_norm") if order != "pre" else ()
+    if mixer in GATED:
+        for part in ("input", "state"):
+            yield Item(f"gates_{part}", "dense", (1, GATED[mixer] * hidden, hidden))
+        for part in ("input", "state"):
+            yield Item(f"gates_{part}_bias", "dense", (GATED[mixer] * hidden,))
+        return
     yield from _norm(config, "mlp_norm") if order != "post" else ()
     yield from _norm(config, "mlp_post_norm") if order != "pre" else ()
     if attends:

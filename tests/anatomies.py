@@ -7,7 +7,7 @@ import pytest
 from checkpoints import everywhere, small_config
 
 from models.formats.weight_names import OWN_FORM
-from models.network.config import LayerConfig, ModelConfig, Rope
+from models.network.config import LayerConfig, ModelConfig, Rope, gated_layer
 from runtime import decode
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
@@ -36,6 +36,8 @@ MODELS = {
                                    v_norm=True, ropes=(Rope(500.0),), attention_scale=1.0),
     "convolution": model(CONV, PLAIN, replace(CONV, kernel=7), qk_norm=True, conv_bias=True),
     "delta": model(DELTA, PLAIN, replace(DELTA, kv_heads=4), attention_gate=True, qk_norm=True),
+    "gru": model(*[gated_layer("gru", 64)] * 2, positions="none"),
+    "lstm": model(gated_layer("lstm", 64), PLAIN),
     "mamba": model(MAMBA, replace(PLAIN, rope=-1), replace(MAMBA, kv_heads=1), conv_bias=True),
     "experts": model(replace(PLAIN, experts=5, experts_per_token=2), replace(PLAIN, mlp_size=64), replace(PLAIN, experts=3, experts_per_token=1),
                      router_normalized=True),
@@ -45,6 +47,7 @@ MODELS = {
     "inputs of every layer": model(NEAR, FULL, replace(NEAR, cache_source=0), sliding_window=16, ropes=(Rope(500.0),), per_layer_size=32,
                                    layer_scalar=True, norm_order="both", activation="gelu_tanh"),
 }
+NATIVE = {name: config for name, config in MODELS.items() if not config.gated}
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from models.families import experts, gemma, gemma4, gpt2, granite, lfm2, llama, olmo, phi3, qwen3_5
+from models.families import experts, gemma, gemma4, gpt2, granite, lfm2, llama, olmo, phi3, qwen3_5, recurrent
 from models.families.family import (ACTIVATIONS, ARITHMETIC, INERT_KEYS, Family, alike, kind_of, off, reshaped, rope_keys, ropes, take,
                                     windows)
 from models.formats.weight_names import OWN_FORM, Naming
@@ -11,12 +11,13 @@ from runtime.errors import UserError
 from runtime.token_ids import pad_id, token_ids
 
 FAMILIES: dict[str, Family] = (llama.FAMILIES | gpt2.FAMILIES | phi3.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | granite.FAMILIES
-                               | olmo.FAMILIES | lfm2.FAMILIES | qwen3_5.FAMILIES | experts.FAMILIES)
+                               | olmo.FAMILIES | lfm2.FAMILIES | qwen3_5.FAMILIES | experts.FAMILIES | recurrent.FAMILIES)
 # A multimodal checkpoint's text part stands under "text_config", and is of this family where it does not say so itself.
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text", "mistral3": "mistral"}
 LATER = {"gemma3n": "its four streams (AltUp) are", "falcon_h1": "its two mixers side by side in one layer are",
          "minicpm3": "its latent attention (MLA) is", "nemotron_h": "its layers of a single block each are",
          "lfm3": "its gate of one number for each head is"}
+NGRAM = "edgewright_ngram"                # of models/ngram.py, which is no network
 _OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype", "torch_dtype",
           "edgewright_tensors", "edgewright_layers")
 
@@ -36,6 +37,8 @@ def family_of(hf: dict) -> Family:
     name = text_config(hf).get("model_type")
     if (later := str(name).removesuffix("_text")) in LATER:
         raise UserError(f"model_type {name!r} is not supported: {LATER[later]} not computed here")
+    if name == NGRAM:
+        raise UserError("these are n-grams, not a network: models.evaluate judges them, and export.draft adds them to a bundle")
     if name not in list(FAMILIES):                   # it may be anything, a list too
         raise UserError(f"model_type {name!r:.60} is not supported: supported are {', '.join(FAMILIES)} (SmolLM2 is llama)")
     return FAMILIES[name]
@@ -75,7 +78,7 @@ def read_config(hf: dict) -> ModelConfig:
     shape |= {key: take(hf, key, bool, False) for key in family.biases}
     if "attention_bias" in family.biases:
         shape["output_bias"] = shape["attention_bias"]
-    if shape.get("positions") != "learned":
+    if shape.get("positions", "rope") == "rope":
         shape |= {"sliding_window": None} if family.hybrid else windows(hf, family, shape["layers"])
         shape |= ropes(hf, family, shape)
     shape |= family.more(hf, shape) if family.more else {}
@@ -126,7 +129,7 @@ def _plain(config: ModelConfig, family: Family) -> dict:
         said["activation"] = "gelu_pytorch_tanh"
     hf = {"architectures": [family.architecture], "model_type": config.family, "vocab_size": config.vocab_size}
     hf |= {key: said[what] for what, (key, *_) in family.keys.items() if what in said}
-    if config.positions != "learned":
+    if config.positions == "rope":
         hf |= rope_keys(config, family.nested)
     hf |= {key: getattr(config, key) for key in family.biases}
     if family.window:

@@ -67,7 +67,7 @@ class Family:
     @property
     def read(self) -> set[str]:
         """Its keys that change arithmetic."""
-        rope = set() if self.fixed.get("positions") == "learned" else ROPE_KEYS
+        rope = ROPE_KEYS if self.fixed.get("positions", "rope") == "rope" else set()
         return rope | {key for key, *_ in self.keys.values()} | {*self.only} | self.reads | (
             {"sliding_window"} if self.window else set())
 

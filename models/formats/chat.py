@@ -26,6 +26,21 @@ _SAID_BY = {        # `transformers` gives these classes special tokens where to
 _CLASS_OF = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}      # by model_type
 
 
+def tokenizer_file(folder: Path) -> Path:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; make one with python -m models.tokenizer train")
+    return folder / "tokenizer.json"
+
+
+def tokenizer_facts(folder: Path) -> tuple[int, int]:
+    """(EOS id, vocabulary size) of a tokenizer folder."""
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    eos = tokenizer.token_id(special_tokens(folder).get("eos_token", "<|endoftext|>"))
+    if eos is None:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: no eos_token that tokenizer.json knows; add one to end documents with")
+    return eos, len(tokenizer)
+
+
 def special_tokens(folder: Path) -> dict[str, str]:
     """Name -> text of the special tokens that the folder's tokenizer names, as a chat template knows them."""
     config = _optional(folder / "tokenizer_config.json")

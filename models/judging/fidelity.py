@@ -4,7 +4,8 @@ A text is cut into windows of `window` tokens that start `stride` tokens apart. 
 first `window - stride`, which the window before has scored; so every scored token has at least so many before it.
 
 For a scored token t at which the model gives q over the vocabulary, nll = -ln q(t); perplexity = exp(mean nll);
-bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text; kl and top1_agreement are those of runtime/compare.py.
+token_accuracy is how often t is the likeliest; bits_per_byte = sum nll / ln 2 / UTF-8 bytes of the scored text;
+kl and top1_agreement are those of runtime/compare.py.
 Intervals are a 95% bootstrap over windows, because the tokens of one window are not independent.
 
 Of two models with tables of other sizes (one is padded), kl and agreement count the tokens both have, each distribution
@@ -74,6 +75,7 @@ class Scored:
     tokens: int
     n_bytes: int
     nll: float
+    right: int                                           # tokens that were the likeliest
     kl: float | None = None
     agree: int | None = None
     worst: tuple[float, np.ndarray] | None = None        # largest KL of a token, and the ids just before it
@@ -96,6 +98,7 @@ class Fidelity:
 
         ratio("perplexity", "nll", "tokens", np.exp)
         ratio("bits_per_byte", "nll", "n_bytes", lambda x: x / math.log(2))
+        ratio("token_accuracy", "right", "tokens")
         if all(w.kl is not None for w in self.windows):
             ratio("kl", "kl", "tokens")
             ratio("top1_agreement", "agree", "tokens")
@@ -111,7 +114,7 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
     """
     windows, result = list(windows), []
     found = (on_device.figures if on_device.computes_there(backend, reference) else _figures)(backend, windows, reference, shared)
-    for number, (nll, kl, differs) in enumerate(shown(found, total=len(windows), label=label, unit="window", quiet=not progress)):
+    for number, (nll, right, kl, differs) in enumerate(shown(found, total=len(windows), label=label, unit="window", quiet=not progress)):
         if not np.isfinite(nll).all():
             raise UserError(f"window {number} gives logits that are not finite: the model is broken there")
         window, more = windows[number], {}
@@ -119,7 +122,7 @@ def measure(backend: Backend, windows: Iterable[Window], reference: Backend | Te
             at = int(kl.argmax())
             more = {"kl": float(kl.sum()), "agree": int((~differs).sum()),
                     "worst": (float(kl[at]), window.ids[max(0, window.first + at - 24):window.first + at])}
-        result.append(Scored(len(nll), window.n_bytes, float(nll.sum()), **more))
+        result.append(Scored(len(nll), window.n_bytes, float(nll.sum()), int(right.sum()), **more))
     return Fidelity(result)
 
 
@@ -130,11 +133,12 @@ def _figures(backend: Backend, windows: list[Window], reference: Backend | Teach
         ids, first = window.ids, window.first
         ours = logits(backend, ids[:-1], first - 1)
         nll = -np.array([token_logprobs(row, target, 0).logprob for row, target in zip(ours, ids[first:])])
+        right = ours.argmax(axis=1) == ids[first:]
         if reference is None or not np.isfinite(nll).all():
-            yield nll, None, None
+            yield nll, right, None, None
             continue
         if isinstance(reference, TeacherCache):
             found = compare(reference.top(number, slice(first - 1, len(ids) - 1)), reference.within(ours))
         else:
             found = compare(logits(reference, ids[:-1], first - 1)[:, :shared], ours[:, :shared])
-        yield nll, found.kl, found.differs
+        yield nll, right, found.kl, found.differs

@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.formats.chat import chat_encoder, special_ids, special_tokens
+from models.formats.chat import chat_encoder, special_ids, special_tokens, tokenizer_facts
 from models.checkpoint import CPU, SPARE, load_decoder, open_checkpoint
 from models.device import computing_on, free_bytes, smaller
 from models.formats.teacher_cache import is_cache, shared_vocabulary
 from models.judging import on_device
+from models.judging.ngram import NgramBackend
 from models.network.decoder import tensor_shapes
 from models.network.torch_backend import TorchBackend
+from models.ngram import is_ngram, load_ngram
 from models.progress import progress as shown
 from runtime import decode, reply
 from runtime.backend import Backend
@@ -38,6 +40,7 @@ from runtime.solving import mean
 from runtime.task import Task
 from runtime.text import ReplyText, Tokenizer
 
+NGRAM_CONTEXT = 1 << 16                   # tokens of a prompt and its reply, of which n-grams see the last few
 BATCH, BATCH_THERE = 8, 64                # prompts decoded together, here and on a device where there is room
 
 
@@ -117,7 +120,7 @@ class LanguageModel:
 def judging_on(asked: str, *folders: Path) -> Iterator[Callable[..., LanguageModel]]:
     """`open_model` for these folders, on what --device asked for, whose failures are told as sentences (models/device.py). A checkpoint
     leaves room there for those that are opened after it."""
-    waiting = [folder for folder in folders if not (folder / MANIFEST).is_file() and not is_cache(folder)]
+    waiting = [folder for folder in folders if not ((folder / MANIFEST).is_file() or is_cache(folder) or is_ngram(folder))]
     with computing_on(asked if waiting else "cpu") as device:
         def opened(folder: Path, **how) -> LanguageModel:
             if folder in waiting:
@@ -137,7 +140,7 @@ def spare_for(device: torch.device, *folders: Path) -> int:
 
 def open_model(folder: Path | str, *, device: torch.device = CPU, asked: str = "auto", spare: int = SPARE, threads: int | None = None,
                graph: str | None = None, exact: bool = False, provider: str | None = None) -> LanguageModel:
-    """Open a checkpoint, which computes on `device`, or a bundle.
+    """Open a checkpoint, which computes on `device`, n-grams (models/ngram.py), or a bundle.
 
     A bundle runs as an app would run it (runtime/backends.py; `provider` insists on one of its engines, `asked` is what --device said),
     or, where `graph` or `exact` is given, in that graph on ONNX Runtime's CPU (runtime/ort_backend.py).
@@ -156,7 +159,11 @@ def open_model(folder: Path | str, *, device: torch.device = CPU, asked: str = "
                              model["config"]["vocab_size"], model.get("special_tokens") or {},
                              partial(bundle_encoder, bundle, tokenizer))
     if graph or exact or provider:
-        raise UserError(f"{folder}: is a checkpoint; only a bundle has graphs and engines to choose from")
+        raise UserError(f"{folder}: is no bundle; only a bundle has graphs and engines to choose from")
+    if is_ngram(folder):
+        ngrams, tokenizer = load_ngram(folder), Tokenizer(folder / "tokenizer.json")
+        return LanguageModel(folder, NgramBackend(ngrams), tokenizer, NGRAM_CONTEXT, frozenset({tokenizer_facts(folder)[0]}), ngrams.vocab_size,
+                             special_tokens(folder), partial(chat_encoder, folder, tokenizer))
     config = open_checkpoint(folder).config
     torch.set_num_threads(threads)
     backend, tokenizer = TorchBackend(load_decoder(folder, device=device, spare=spare)), Tokenizer(folder / "tokenizer.json")

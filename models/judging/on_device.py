@@ -21,7 +21,7 @@ from runtime.compare import Top
 
 TOGETHER = 1 << 14                # tokens of windows that go through together, where there is room
 LOGITS = 1 << 22                  # that are made of a model at a time: 32 MB in float64, of which a handful are held
-Figures = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+Figures = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 def computes_there(*backends: Backend | TeacherCache | None) -> bool:
@@ -33,9 +33,9 @@ def computes_there(*backends: Backend | TeacherCache | None) -> bool:
 
 def figures(backend: TorchBackend, windows: Sequence, reference: TorchBackend | TeacherCache | None = None,
             shared: int | None = None) -> Iterator[Figures]:
-    """Of each window's scored tokens: nll, and where there is a reference kl, both float64 [n], and whether the likeliest token is another
-    one, bool [n]. Arguments as of `fidelity.measure`. Where memory is short, fewer windows go through together; raises what PyTorch raises
-    where one is too many."""
+    """Of each window's scored tokens: nll, float64 [n], whether it is the likeliest, bool [n], and where there is a reference kl, float64
+    [n], and whether the likeliest token is another one there, bool [n]. Arguments as of `fidelity.measure`. Where memory is short, fewer
+    windows go through together; raises what PyTorch raises where one is too many."""
     start, most = 0, None
     while start < len(windows):
         first = windows[start]
@@ -62,14 +62,15 @@ def _batch(backend: TorchBackend, windows: Sequence, number: int, reference, sha
         other = [sent(torch.from_numpy(np.concatenate([getattr(top, name) for top in tops])), device) for name in ("ids", "log_p", "log_rest")]
     found = []
     for some, logits in _told(backend, ours):
-        row = [-torch.log_softmax(logits.double(), -1).gather(-1, targets[some, None])[:, 0]]
+        row = [-torch.log_softmax(logits.double(), -1).gather(-1, targets[some, None])[:, 0], logits.argmax(-1) == targets[some]]
         if theirs is not None:
             row += compare(reference.decoder.head(theirs[some])[:, :shared], logits[:, :shared])
         elif other is not None:
             row += compare(Top(*(part[some] for part in other)), reference.within(logits))
         found.append(torch.stack([part.double() for part in row]))
     numbers = torch.cat(found, 1).cpu().numpy().reshape(len(row), len(windows), -1)          # all that is read
-    return [(nll, *((None, None) if reference is None else (rest[0], rest[1] > 0))) for nll, *rest in numbers.swapaxes(0, 1)]
+    return [(nll, right > 0, *((None, None) if reference is None else (rest[0], rest[1] > 0)))
+            for nll, right, *rest in numbers.swapaxes(0, 1)]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The shape of a decoder-only language model: blocks in layers, as data.
 
 `ModelConfig` says everything that `decoder.py`, the export and the native core need to know. A layer is a mixer (attention, short
-convolution, gated delta rule or Mamba-2) and an MLP or a mixture of experts, each with its norms and its residual; what a layer
+convolution, gated delta rule, Mamba-2, GRU or LSTM) and an MLP or a mixture of experts, each with its norms and its residual; what a layer
 does not say of itself is what the model says, so that a uniform model is said once and a structurally pruned one is an ordinary
 model. Which family's config.json says it how is `models/families`; constant multipliers, `1 + weight` norms and unusual orders of
 rotation are folded into the weights while reading, so that nothing here knows of them.
@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from runtime.errors import UserError
 from runtime.token_ids import token_id, token_ids
 
-MIXERS = ("attention", "conv", "delta", "mamba")
+MIXERS = ("attention", "conv", "delta", "mamba", "gru", "lstm")
+GATED = {"gru": (3, 1), "lstm": (4, 2)}    # gates of the mixers that are gated recurrent units, and the vectors they keep
 MOST_EXPERTS = 4096
 LARGEST = 2**31 - 1        # no published size comes near; a corrupt number is refused before anything is allocated
 
@@ -50,11 +51,12 @@ class LayerConfig:
     attention: query heads, key/value heads, their size.        conv: 0, 0 (it has as many channels as the stream).
     delta: value heads, key heads, the size of a key (head_dim) and of a value (state_dim).
     mamba: heads, groups (of B and C), the size of a head, and of its state (state_dim).
+    gru, lstm: 1, 0, the vectors it keeps (1: h; 2: h and c), and their size (state_dim), which is the stream's; no MLP.
     """
 
     heads: int
     kv_heads: int
-    mlp_size: int                           # of an expert where there are experts
+    mlp_size: int                           # of an expert where there are experts; 0 of a gru or lstm: no MLP
     mixer: str = "attention"
     head_dim: int | None = None             # None: the model's
     sliding_window: int | None = None       # None: the model's; 0: the layer sees everything
@@ -65,6 +67,10 @@ class LayerConfig:
     experts: int = 0                        # 0: a plain MLP
     experts_per_token: int = 0
     shared_size: int = 0                    # of an MLP beside the experts that every token passes
+
+
+def gated_layer(mixer: str, hidden_size: int) -> LayerConfig:
+    return LayerConfig(1, 0, 0, mixer, head_dim=GATED[mixer][1], rope=-1, state_dim=hidden_size)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class ModelConfig:
     context_length: int
     norm: str = "rms"                       # "rms" or "layer" (with bias)
     norm_eps: float = 1e-5
-    positions: str = "rope"                 # "rope" or "learned"
+    positions: str = "rope"                 # "rope", "learned" or "none"
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     sliding_window: int | None = None       # a token sees the last `sliding_window` positions, itself included
@@ -134,6 +140,10 @@ class ModelConfig:
     def _check_layer(self, number: int, layer: LayerConfig) -> None:
         if layer.mixer not in MIXERS:
             raise UserError(f"layer {number} is of the kind {layer.mixer!r}, which is none of {', '.join(MIXERS)}")
+        if layer.mixer in GATED and (layer.heads, layer.kv_heads, layer.head_dim, layer.state_dim, layer.mlp_size, layer.experts) != (
+                1, 0, GATED[layer.mixer][1], self.hidden_size, 0, 0):
+            raise UserError(f"layer {number} is a {layer.mixer.upper()} of another shape than one head of {GATED[layer.mixer][1]} by "
+                            f"the hidden size of {self.hidden_size}, without an MLP")
         if layer.kv_heads > 0 and layer.heads % layer.kv_heads:
             raise UserError(f"layer {number} has {layer.heads} heads, which its {layer.kv_heads} key/value heads do not divide")
         if not -1 <= layer.rope <= len(self.ropes):
@@ -159,6 +169,11 @@ class ModelConfig:
         return len(set(self.layers)) == 1
 
     @property
+    def gated(self) -> str | None:
+        """What its gated recurrent units are called, where it has some."""
+        return next((layer.mixer.upper() for layer in self.layers if layer.mixer in GATED), None)
+
+    @property
     def recurrent(self) -> bool:
         """Whether some layer keeps a state of its own beside or in place of keys and values."""
         return any(layer.mixer != "attention" for layer in self.layers)
@@ -171,7 +186,7 @@ class ModelConfig:
         return (self.sliding_window if layer.sliding_window is None else layer.sliding_window) or None
 
     def rope(self, layer: LayerConfig) -> Rope | None:
-        if self.positions == "learned" or layer.rope < 0:
+        if self.positions != "rope" or layer.rope < 0:
             return None
         return self.ropes[layer.rope - 1] if layer.rope else Rope(self.rope_theta, self.rope_scaling, self.rope_share)
 
@@ -194,7 +209,8 @@ class ModelConfig:
         """What a recurrent layer keeps of a row, in float32: "conv" [channels, kernel - 1], the inputs that the convolution still
         looks back on, and "state" [heads, head_dim, state_dim]."""
         size = self.head_size(layer)
-        channels = {"attention": 0, "conv": self.hidden_size, "mamba": layer.heads * size + 2 * layer.kv_heads * layer.state_dim,
+        channels = {"attention": 0, "gru": 0, "lstm": 0, "conv": self.hidden_size,
+                    "mamba": layer.heads * size + 2 * layer.kv_heads * layer.state_dim,
                     "delta": 2 * layer.kv_heads * size + layer.heads * layer.state_dim}[layer.mixer]
         shapes = {"conv": (channels, layer.kernel - 1), "state": (layer.heads, size, layer.state_dim)}
         return {name: shape for name, shape in shapes.items() if all(shape)}
@@ -248,6 +264,8 @@ def _left_out(field, value) -> bool:
 
 def _sizes(layer: LayerConfig) -> dict[str, int]:
     """The sizes that a layer of its kind must have."""
+    if layer.mixer in GATED:
+        return {}
     names = {"conv": ["kernel"], "delta": ["heads", "kv_heads", "kernel", "state_dim"],
              "mamba": ["heads", "kv_heads", "kernel", "state_dim"]}.get(layer.mixer, ["heads", "kv_heads"])
     more = ["head_dim"] * (layer.head_dim is not None) + ["shared_size"] * (layer.shared_size != 0)

@@ -1,8 +1,8 @@
 """The one network definition: a decoder-only model of blocks in layers, its shape chosen by `ModelConfig`.
 
 A block is a norm, a mixer (models/network/mixers), perhaps a norm after it, and the residual; a layer is a block of attention, short
-convolution, gated delta rule or Mamba-2, then one of an MLP or experts. RMSNorm or LayerNorm, tied or untied head. Modules and
-parameters carry Hugging Face's Llama names where Llama has them.
+convolution, gated delta rule or Mamba-2, then one of an MLP or experts, or it is one block of a GRU or an LSTM. RMSNorm or LayerNorm,
+tied or untied head. Modules and parameters carry Hugging Face's Llama names where Llama has them.
 
 Without a cache a token attends to itself and what stands before it in the row. Right padding needs no mask: nothing
 real stands behind it, and what padding computes is not to be read. With a `KVCache`, slot i of a row holds the token at
@@ -28,6 +28,7 @@ from models.network.config import ModelConfig
 from models.network.mixers.attention import Attention
 from models.network.mixers.delta import DeltaRule
 from models.network.mixers.experts import Experts
+from models.network.mixers.gated import Gated
 from models.network.mixers.mamba import Mamba
 from models.network.mixers.mlp import MLP
 from models.network.mixers.short_conv import ShortConv
@@ -35,7 +36,7 @@ from models.network.mixers.step import ACTIVATIONS, Group, Linear, Step
 from models.network.rope import query_factors, rotations
 
 MIXERS = {"attention": ("self_attn", Attention), "conv": ("conv", ShortConv), "delta": ("linear_attn", DeltaRule),
-          "mamba": ("mamba", Mamba)}
+          "mamba": ("mamba", Mamba), "gru": ("gru", Gated), "lstm": ("lstm", Gated)}
 
 
 def steps(config: ModelConfig, positions: Tensor, slots: Tensor | None = None, filled: int | None = None, cache: KVCache | None = None,
@@ -132,10 +133,11 @@ class Layer(nn.Module):
         self.input_layernorm = _norm(config) if before else None
         self.add_module(self._mixer, kind(config, layer))
         self.post_mixer_norm = _norm(config) if after else None
-        self.post_attention_layernorm = _norm(config) if before else None
-        self._feed = "moe" if layer.experts else "mlp"
-        self.add_module(self._feed, Experts(config, layer) if layer.experts else MLP(config, layer.mlp_size))
-        self.post_mlp_norm = _norm(config) if after else None
+        self._feed = "moe" if layer.experts else "mlp" if layer.mlp_size else None
+        if self._feed:
+            self.post_attention_layernorm = _norm(config) if before else None
+            self.add_module(self._feed, Experts(config, layer) if layer.experts else MLP(config, layer.mlp_size))
+            self.post_mlp_norm = _norm(config) if after else None
         size = config.per_layer_size
         if size:
             self.activation = ACTIVATIONS[config.activation]
@@ -145,8 +147,9 @@ class Layer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        found = [Block(self._mixer, self.input_layernorm, getattr(self, self._mixer), self.post_mixer_norm),
-                 Block(self._feed, self.post_attention_layernorm, getattr(self, self._feed), self.post_mlp_norm)]
+        found = [Block(self._mixer, self.input_layernorm, getattr(self, self._mixer), self.post_mixer_norm)]
+        if self._feed:
+            found.append(Block(self._feed, self.post_attention_layernorm, getattr(self, self._feed), self.post_mlp_norm))
         if hasattr(self, "per_layer_gate"):
             found.append(Block("per_layer", None, OwnInput(self.per_layer_gate, self.per_layer_proj, self.activation),
                                self.post_per_layer_norm))
@@ -229,6 +232,8 @@ class Decoder(nn.Module):
                 parameter.zero_()
             elif last in ("A_log", "D"):
                 parameter.copy_(torch.linspace(1, 4, len(parameter)).log() if last == "A_log" else torch.ones(len(parameter)))
+            elif last.endswith(("_ih", "_hh")):             # as torch.nn.GRU and LSTM are
+                parameter.uniform_(-self.config.hidden_size**-0.5, self.config.hidden_size**-0.5)
             elif parameter.ndim == 2:       # what adds to the residual stream is narrower, by the depth
                 parameter.normal_(std=0.02 / math.sqrt(2 * len(self.config.layers)) if id(parameter) in writers else 0.02)
 

@@ -34,10 +34,12 @@ def adapted(config: ModelConfig) -> list[str]:
             if not reader.endswith(".router")]
 
 
-def check_adapter(checkpoint: Checkpoint) -> None:
-    """Raises UserError for a model whose own modules adapters cannot stand beside."""
+def check_adapters(checkpoint: Checkpoint, kept: bool) -> None:
+    """Raises UserError for a model that adapters cannot stand beside, or, where they are to be kept, not beside its own modules."""
     config = checkpoint.config
-    if any(layer.experts for layer in config.layers):
+    if not adapted(config):
+        raise UserError(f"{checkpoint.path} is a {config.gated}, which has no linears beside which adapters could stand: choose --method full")
+    if kept and any(layer.experts for layer in config.layers):
         raise UserError(f"--keep-adapter: {config.family} keeps its experts in one tensor, beside which peft has no adapters: leave it out, "
                         f"and the adapter is merged")
 

@@ -1,6 +1,6 @@
 """How many bytes a training step needs, told before the first one runs.
 
-Weights in fp32; for what is trained also a gradient and AdamW's two moments (12 bytes a parameter); activations kept
+Weights in fp32; for what is trained also a gradient and AdamW's two moments (12 bytes a parameter; SGD has one or none); activations kept
 for the backward pass; the logits with their softmax and gradient. Activations are counted per token and layer from the
 decoder's shape (attention's scores are never stored: PyTorch computes them in blocks; a recurrence keeps a chunk's), half
 as much again where rows differ in length, for the holes that leaves in the heap; the checkpoint, mapped again where adapters
@@ -10,7 +10,7 @@ are merged into it; what the process takes by itself. A prediction in fp32: mixe
 import torch
 
 from models.device import free_bytes
-from models.network.config import LayerConfig, ModelConfig
+from models.network.config import GATED, LayerConfig, ModelConfig
 from models.network.mixers.delta import CHUNK
 
 PROCESS_BYTES = 500_000_000
@@ -58,6 +58,8 @@ def kept_numbers(config: ModelConfig, layer: LayerConfig) -> int:
     mixer = size * (5 * layer.heads + 6 * layer.kv_heads)
     if layer.mixer == "conv":
         mixer = 6 * hidden
+    elif layer.mixer in GATED:              # gates before and after, and the vectors
+        mixer = (2 * GATED[layer.mixer][0] + 2 * GATED[layer.mixer][1]) * hidden
     elif layer.mixer != "attention":        # by head what goes into the chunks, the products of a chunk's tokens, and a state a chunk
         mixer = 3 * channels + layer.heads * (6 * (size + layer.state_dim) + 6 * CHUNK + 2 * size * layer.state_dim // CHUNK)
     feed = 4 * layer.mlp_size

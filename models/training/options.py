@@ -6,6 +6,9 @@ from pathlib import Path
 
 from models.device import DeviceOptions
 from runtime.cli import arg
+from runtime.errors import UserError
+
+BETAS, WEIGHT_DECAY, MOMENTUM = (0.9, 0.95), 0.1, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,11 @@ class TrainerOptions(DeviceOptions):
     warmup: int | None = arg(None, help="steps of linear warm-up (by default a twentieth)", least=0, group="training")
     floor: float = arg(0.1, help="last learning rate, as a share of the peak", least=0, most=1, group="training")
     decay_share: float = arg(0.2, help="share of the steps in which wsd decays", least=0, most=1, group="training")
-    weight_decay: float = arg(0.1, help="AdamW's decay of matrices", least=0, group="training")
+    optimizer: str = arg("adamw", help="how gradients become updates", choices=("adamw", "sgd"), group="training")
+    betas: tuple[float, ...] | None = arg(None, help=f"AdamW: the decays of its two moments (by default {BETAS[0]} {BETAS[1]})", group="training")
+    momentum: float | None = arg(None, help=f"SGD: share of the last update that goes on (by default {MOMENTUM})", least=0, below=1,
+                                 group="training")
+    weight_decay: float | None = arg(None, help=f"decay of matrices (by default AdamW's is {WEIGHT_DECAY}, SGD's 0)", least=0, group="training")
     clip: float = arg(1.0, help="largest norm of the gradient", above=0, group="training")
     precision: str = arg("auto", help="auto: bf16 on a GPU that has it or a CPU with AMX, else fp32",
                          choices=("auto", "fp32", "bf16", "fp16"), group="training")
@@ -32,6 +39,17 @@ class TrainerOptions(DeviceOptions):
     patience: int | None = arg(None, help="stop after this many evaluations without a better loss", least=1, group="training")
     seed: int = arg(0, help="seed of the initial weights and the order of the data", least=0, most=2**63 - 1, group="training")
     resume: bool = arg(False, help="continue the run in --out exactly where its last/ stands", group="training")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.optimizer == "adamw" and self.momentum is not None:
+            raise UserError(f"--momentum {self.momentum}: is for --optimizer sgd; AdamW's are --betas")
+        if self.optimizer == "sgd" and self.betas is not None:
+            raise UserError(f"--betas {' '.join(map(str, self.betas))}: are AdamW's; --optimizer sgd has --momentum")
+        if self.optimizer == "sgd" and self.learning_rate is None:
+            raise UserError("--optimizer sgd has no usual --learning-rate: give one (0.1 to 1 for a model from scratch)")
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise UserError(f"--betas {' '.join(map(str, self.betas))}: should be two numbers from 0 to below 1")
 
     def filled(self, **defaults):
         """The options, with a default for each that was not given."""

@@ -9,12 +9,13 @@ the square root of the parameters.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from models.network.config import LayerConfig, ModelConfig
+from models.network.config import GATED, LayerConfig, ModelConfig, gated_layer
 from runtime.errors import UserError
 
 HEAD_DIM = 64
+GATED_LAYERS = 2
 HEADS = [n for n in range(1, 129) if n == 1 or n % 2 == 0 or n % 3 == 0]       # those with a small group
 SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -31,6 +32,15 @@ def parameter_count(config: ModelConfig) -> int:
     layers = sum(config.hidden_size * (config.head_dim * 2 * (layer.heads + layer.kv_heads) + 3 * layer.mlp_size + 2)
                  for layer in config.layers)
     return layers + config.hidden_size * (config.vocab_size * (1 if config.tied_embeddings else 2) + 1)
+
+
+def gated_config(mixer: str, size: str, base: ModelConfig) -> ModelConfig:
+    """A GRU or LSTM of about `size` parameters, with the vocabulary, context and tokens of `base`: two layers, 2 gates h^2 each."""
+    vocab, quadratic = base.vocab_size, 2 * GATED[mixer][0] * GATED_LAYERS
+    hidden = (math.sqrt(vocab**2 + 4 * quadratic * parameter_target(size)) - vocab) / (2 * quadratic)
+    hidden = max(16, 16 * round(hidden / 16))
+    return replace(base, family=f"edgewright_{mixer}", hidden_size=hidden, head_dim=hidden, positions="none",
+                   layers=(gated_layer(mixer, hidden),) * GATED_LAYERS)
 
 
 def parameter_target(size: str) -> float:

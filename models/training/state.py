@@ -2,7 +2,7 @@
 
     OUT/last/                            newest checkpoint (a Hugging Face folder), and beside its weights:
     OUT/last/training_state/state.json   step, options, inputs, best loss, loss scale
-    OUT/last/training_state/state.safetensors   parameters in training, AdamW's two moments
+    OUT/last/training_state/state.safetensors   parameters in training, AdamW's two moments or SGD's one
     OUT/best/                            checkpoint with the lowest validation loss
     OUT/metrics.jsonl                    one line a step and an evaluation
     OUT/logs/                            TensorBoard
@@ -32,7 +32,7 @@ from runtime.files import parse_json, read_json, restored, write
 FOLDER, STATE, TENSORS = "training_state", "state.json", "state.safetensors"
 MAY_CHANGE = {"out", "resume", "cache", "device", "micro_batch"}      # options that do not change what is learned, but for rounding
 MAY_GROW = ("steps", "epochs")               # a longer run goes on where a shorter one stands
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class Stop:
@@ -156,10 +156,11 @@ def load_tensors(out: Path, module: torch.nn.Module, optimizer: torch.optim.Opti
             held = set(file.keys())
             for name, parameter in _trainable(module):
                 parameter.copy_(_as_held(file.get_tensor(f"parameter.{name}"), parameter))
-                if f"exp_avg.{name}" in held:
-                    moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS}
-                    step = torch.full((), float(updates), device=parameter.device)
-                    optimizer.state[parameter] = {"step": step, **moments}
+                moments = {moment: _as_held(file.get_tensor(f"{moment}.{name}"), parameter) for moment in MOMENTS if f"{moment}.{name}" in held}
+                if "exp_avg" in moments:
+                    moments["step"] = torch.full((), float(updates), device=parameter.device)
+                if moments:
+                    optimizer.state[parameter] = moments
     except (SafetensorError, OSError, RuntimeError) as error:            # RuntimeError: a tensor of another shape
         raise UserError(f"{place} cannot be read ({str(error).splitlines()[0]}): the run cannot be resumed from it") from None
 

@@ -13,7 +13,7 @@ are the metrics valid_NAME, and the lowest valid_loss is best. `pack(rows)` make
 both are given (losses.py). `rates(name)` is a parameter's share of the learning rate.
 
 A step waits for nothing on a GPU: labels are counted on the host, the next batch is prepared meanwhile (feed.py), and what came of
-a step is read when the next one is queued. One that is not finite changes no weight, because AdamW is told so on the device; the
+a step is read when the next one is queued. One that is not finite changes no weight, because the optimizer is told so on the device; the
 run ends when the host reads it. Until the first update is made, memory that does not suffice halves the micro-batch.
 
 Devices, distribution and mixed precision are `accelerate`'s: `accelerate launch -m models.train ...` runs many
@@ -48,7 +48,7 @@ from models.device import smaller, told_of_the_device
 from models.progress import progress
 from models.training.feed import Batch, Feed, Rows, cut, labels_of, later, send
 from models.training.losses import label_columns, label_loss, summed_loss
-from models.training.optimizer import adamw, learning_rate
+from models.training.optimizer import begin, learning_rate, optimizer
 from models.training.options import TrainerOptions
 from models.training.placement import mixed_precision, process_state
 from models.training.state import (Stop, comparable, keep_metrics_until, load_state, load_tensors, noticed,
@@ -91,12 +91,13 @@ class Trainer:
             raise UserError(f"--batch {options.batch} does not divide among {self.processes} processes")
         with told_of_the_device(device):
             self.module = module if self.sharded else module.to(device)
-        self.optimizer = adamw(module, options.weight_decay, rates)
+        self.optimizer = optimizer(module, options, rates)
         self.whole = copy.deepcopy(module) if self.sharded and self.accelerator.is_main_process else module
         if options.checkpointing:
             _checkpoint_layers(module)
         model = torch.compile(module) if options.compile else module
         self.model, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        begin(self.optimizer)
         self.late = int(device.type != "cpu")        # steps that are told of late, for the device not to wait
         begun = 0 if self.sharded or not self.late else BEGUN // sum(parameter.numel() for parameter in module.parameters())
         self.feed = Feed(train, pack, options, self.processes, self.accelerator.process_index, self.late > 0, begun)
@@ -203,7 +204,7 @@ class Trainer:
             (batch, loss), self.micro = smaller(self.micro, self._gradients)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.options.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.accelerator.scaler is None:          # which looks for itself; AdamW leaves everything as it is where this is not 0
+        if self.accelerator.scaler is None:          # which looks for itself; nothing is changed where this is not 0
             self.optimizer.found_inf = 1 - (loss[0].isfinite() & norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step) * group["rate"]

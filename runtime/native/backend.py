@@ -316,11 +316,11 @@ def _config(bundle: Bundle) -> library.Config:
     """The manifest's configuration as the core takes it. Raises UserError where it is none, Unavailable for what the core lacks."""
     try:
         model = _NEW | bundle.model["config"]
-        for name, value, known in (("activation", model["activation"], library.ACTIVATIONS), ("norm", model["norm"], ("layer", "rms")),
+        for name, value, known in (*(("mixer", layer.get("mixer", "attention"), library.MIXERS) for layer in model["layers"]),
+                                   ("activation", model["activation"], library.ACTIVATIONS), ("norm", model["norm"], ("layer", "rms")),
                                    ("positions", model["positions"], ("learned", "rope")), ("router", model["router"], library.ROUTERS),
                                    ("norm_order", model["norm_order"], library.NORM_ORDERS),
-                                   ("qk_norm_over", model["qk_norm_over"], ("head", "all")),
-                                   *(("mixer", layer.get("mixer", "attention"), library.MIXERS) for layer in model["layers"])):
+                                   ("qk_norm_over", model["qk_norm_over"], ("head", "all"))):
             if value not in known:
                 raise Unavailable(f"{bundle.folder}: {name} {value!r} is none of the native core's ({', '.join(known)})")
         layers = [_layer(model, layer) for layer in model["layers"]]

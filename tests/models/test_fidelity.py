@@ -33,13 +33,14 @@ def test_every_metric_equals_the_brute_force(models):
     windows = fidelity.cut_windows(plain(tokenizer, TEXT), window=24, stride=10)
     got = fidelity.measure(TorchBackend(model), windows, TorchBackend(reference), progress=False).metrics()
 
-    nll, kl, agree, tokens, scored = 0.0, 0.0, 0, 0, []
+    nll, kl, agree, right, tokens, scored = 0.0, 0.0, 0, 0, 0, []
     with torch.no_grad():
         for start in range(0, len(ids) - 14, 10):
             part = ids[start:start + 24]
             q, p = brute(model, part, 14), brute(reference, part, 14)
             nll -= sum(q[i, t].item() for i, t in enumerate(part[14:]))
             kl += (p.exp() * (p - q)).sum().item()
+            right += (q.argmax(-1) == torch.tensor(part[14:])).sum().item()
             agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
             tokens += len(part) - 14
             scored += list(range(start + 14, start + len(part)))
@@ -47,7 +48,7 @@ def test_every_metric_equals_the_brute_force(models):
     assert got["tokens"] == tokens
     assert got["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert got["kl"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert got["top1_agreement"] == agree / tokens
+    assert got["top1_agreement"] == agree / tokens and got["token_accuracy"] == right / tokens
     n_bytes = len(TEXT.encode()) - len(tokenizer.decode(ids[:14]).encode())
     assert got["bits_per_byte"] == pytest.approx(nll / math.log(2) / n_bytes, rel=0.02)
     low, high = got["perplexity_interval"]

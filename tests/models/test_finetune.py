@@ -23,7 +23,7 @@ from models.tasks import Example
 from models.tasks.defaults import DEFAULTS
 from models.tasks.examples import read_examples
 from models.tasks.learning import accuracy, encode
-from models.training.lora import add_lora, check_adapter, merged_tensors, save_adapter
+from models.training.lora import add_lora, check_adapters, merged_tensors, save_adapter
 from models.training.memory import training_bytes
 from runtime.chat_tokens import ChatEncoder
 from runtime.errors import UserError
@@ -233,7 +233,7 @@ def test_a_kept_adapter_opens_with_peft_in_transformers(family, tiny_checkpoint,
         if isinstance(module, torch.nn.Linear) and not name.endswith("router")}
     if any(layer.experts for layer in checkpoint.config.layers):
         with pytest.raises(UserError, match="--keep-adapter: .* keeps its experts in one tensor"):
-            check_adapter(checkpoint)
+            check_adapters(checkpoint, True)
         return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,13 +1,18 @@
 """Kneser-Ney against a dictionary version written from the formulas, one probability at a time."""
 
+import json
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
+from export import onnx as export_onnx
+from models import evaluate, info
+from models.judging.language_model import open_model
 from models.ngram import NgramModel, count_ngrams, load_ngram, main, pack_keys
 from models.tokenizer import main as tokenizer_main
 from runtime.errors import UserError
+from runtime.text import Tokenizer
 
 VOCAB = 7
 
@@ -61,6 +66,13 @@ def test_every_distribution_sums_to_one_and_leaves_nothing_out():
     for context in ([], [0], [2, 1], [VOCAB + 1, 0], [5, 5, 5, 5]):
         p = model.next_token(context)
         assert p.sum() == pytest.approx(1.0, abs=1e-6) and (p > 0).all()
+        grams = np.array([[*context[-2:], token] for token in range(VOCAB + 3)])
+        np.testing.assert_allclose(p, model.probability(grams), rtol=1e-12)
+
+
+def test_a_text_whose_counts_say_nothing_of_the_unseen_leaves_it_something_all_the_same():
+    model = count_ngrams(np.array([1, 2, 3, 4, 1, 2, 5] * 4), 3, VOCAB)
+    assert all((model.next_token(context) > 0).all() for context in ([], [1], [1, 2], [2, 5], [6, 6]))
 
 
 def test_loss_is_the_mean_over_tokens_that_are_not_first(tmp_path):
@@ -91,6 +103,23 @@ def test_command_writes_what_load_reads(tmp_path, capsys):
     assert model.next_token([]).sum() == pytest.approx(1.0, abs=1e-6)
     assert main(command) == 2
     assert "already exists" in capsys.readouterr().err
+    (tmp_path / "b.txt").write_text("the queen and the king and the dog\n")
+    assert evaluate.main([str(tmp_path / "out"), "--data", str(tmp_path / "b.txt"), "--window", "8", "--json", str(tmp_path / "x.json")]) == 0
+    found, tokenizer = json.loads((tmp_path / "x.json").read_text()), Tokenizer(tmp_path / "tok/tokenizer.json")
+    ids = tokenizer.encode("the queen and the king and the dog\n")
+    p = [model.next_token(ids[max(0, i - 3):i]) for i in range(4, 4 + found["tokens"])]
+    assert found["perplexity"] == pytest.approx(np.exp(-np.mean([np.log(row[ids[4 + i]]) for i, row in enumerate(p)])), rel=1e-5)
+    assert found["token_accuracy"] == pytest.approx(np.mean([row.argmax() == ids[4 + i] for i, row in enumerate(p)]))
+    replies = open_model(tmp_path / "out").generate(["the king", "the"], 4, progress=False)
+    for prompt, reply in zip(("the king", "the"), replies):                          # greedy, as the probabilities say
+        context = tokenizer.encode(prompt).tolist()
+        for token in reply.tokens:
+            assert model.next_token(context).argmax() == token
+            context.append(token)
+    capsys.readouterr()
+    for refused in (export_onnx.main, info.main):                                     # n-grams in a checkpoint's place
+        assert refused([str(tmp_path / "out"), *(["-o", str(tmp_path / "b")] if refused is export_onnx.main else [])]) == 2
+        assert "these are n-grams, not a network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order, vocab, message", [(5, 49152, "--order 5: from 1 to 4"), (0, 10, "--order 0"), (3, 10, "2 tokens, fewer")])

@@ -16,7 +16,6 @@ import transformers
 
 from models.checkpoint import load_decoder
 from models.data.corpus import DataOptions, build_corpus
-from models.network.gru import load_gru
 from models.tokenizer import main as tokenizer_main
 from models.train import main
 
@@ -224,24 +223,16 @@ def test_continue_a_checkpoint(tiny_checkpoint, files, tmp_path):
     assert json.loads((out / "last/config.json").read_text())["vocab_size"] == load_decoder(source).config.vocab_size
 
 
-def test_gru_learns_and_comes_back(files, tmp_path):
-    out = tmp_path / "gru"
-    assert main(arguments(files, out, "--architecture", "gru", "--learning-rate", "0.01")) == 0
-    curve = losses(out, "valid", "valid_loss")
-    assert curve[12] < curve[0] - 0.2
-    model = load_gru(out / "last").eval()
-    ids = torch.randint(0, 290, (2, 9))
-    first, state = model.step(ids[:, :4])
-    last, _ = model.step(ids[:, 4:], state)
-    torch.testing.assert_close(torch.stack([first, last], 1), model(ids)[:, [3, 8]])
-
-
 @pytest.mark.parametrize("change, message", [
     (["--tokenizer", "nowhere"], "no tokenizer.json"),
     (["--checkpoint", "x"], "either --preset and --tokenizer"),
     (["--preset", "9q"], "--preset 9q"),
     (["--batch", "0"], "--batch is 0"),
     (["--languages", "xx"], "--languages xx"),
+    (["--momentum", "0.5"], "--momentum 0.5: is for --optimizer sgd"),
+    (["--optimizer", "sgd"], "--optimizer sgd has no usual --learning-rate"),
+    (["--optimizer", "sgd", "--betas", "0.9", "0.99"], "--betas 0.9 0.99: are AdamW's"),
+    (["--betas", "0.9"], "--betas 0.9: should be two numbers"),
 ])
 def test_options_of_no_use_are_refused(files, tmp_path, capsys, change, message):
     assert main(arguments(files, tmp_path / "out", *change)) == 2

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.network.config import LayerConfig, ModelConfig
 from models.data.corpus import IGNORE
 from models.device import has_bf16
 from models.network.decoder import Decoder
-from models.training.optimizer import adamw, learning_rate
+from models.training.optimizer import learning_rate, optimizer
 from models.training.presets import parameter_count, preset
 from models.training.losses import label_columns, label_loss, summed_loss
 from models.training.placement import mixed_precision
@@ -87,12 +88,17 @@ def test_checkpointing_computes_layers_twice(tmp_path):
     assert len(calls) == 2
 
 
-def test_updates_equal_pytorchs_own_loop(tmp_path):
-    """The same batches, gradients and AdamW by hand, in float32."""
-    run, oracle = trainer(tmp_path, clip=0.5, warmup=0), tiny_decoder()
-    optimizer = torch.optim.AdamW([{"params": [p for p in oracle.parameters() if p.dim() > 1], "weight_decay": 0.1},
-                                   {"params": [p for p in oracle.parameters() if p.dim() == 1], "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), foreach=False)
+@pytest.mark.parametrize("options, decay, theirs", [
+    ({}, 0.1, partial(torch.optim.AdamW, betas=(0.9, 0.95))),
+    ({"betas": (0.8, 0.999), "weight_decay": 0.3}, 0.3, partial(torch.optim.AdamW, betas=(0.8, 0.999))),
+    ({"optimizer": "sgd"}, 0.0, partial(torch.optim.SGD, lr=0.0, momentum=0.9)),
+    ({"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1}, 0.1, partial(torch.optim.SGD, lr=0.0)),
+    ({"optimizer": "sgd", "momentum": 0.7, "weight_decay": 0.1}, 0.1, partial(torch.optim.SGD, lr=0.0, momentum=0.7))])
+def test_updates_equal_pytorchs_own_loop(tmp_path, options, decay, theirs):
+    """The same batches, gradients and optimizer by hand, in float32."""
+    run, oracle = trainer(tmp_path, clip=0.5, warmup=0, **options), tiny_decoder()
+    optimizer = theirs([{"params": [p for p in oracle.parameters() if p.dim() > 1], "weight_decay": decay},
+                        {"params": [p for p in oracle.parameters() if p.dim() == 1], "weight_decay": 0.0}], foreach=False)
     from models.data.corpus import batch_indices
     for step in range(6):
         input_ids, labels = map(torch.from_numpy, run.train.rows(batch_indices(20, 4, 0, step)))
@@ -204,7 +210,8 @@ def test_a_diverged_model_is_not_saved(tmp_path):
     assert not (tmp_path / "run/last").exists()
 
 
-@pytest.mark.parametrize("option, value", [("steps", 0), ("batch", -1), ("learning_rate", float("nan")), ("warmup", 7)])
+@pytest.mark.parametrize("option, value", [("steps", 0), ("batch", -1), ("learning_rate", float("nan")), ("warmup", 7),
+                                           ("optimizer", "adam"), ("momentum", 0.5), ("betas", (0.9, 1.0))])
 def test_numbers_that_cannot_train_are_refused(tmp_path, option, value):
     with pytest.raises(UserError, match=option.replace("_", "-")):
         trainer(tmp_path, **{option: value})
@@ -272,7 +279,7 @@ def test_schedules():
 
 def test_only_matrices_decay():
     module = tiny_decoder()
-    groups = adamw(module, 0.1).param_groups
+    groups = optimizer(module, TrainerOptions(out=Path("run"))).param_groups
     assert {p.dim() for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
     assert {p.dim() for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
     assert sum(len(g["params"]) for g in groups) == len(list(module.parameters()))

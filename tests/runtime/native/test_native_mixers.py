@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from anatomies import DELTA, FULL, MODELS, NEAR, PLAIN, any_shape, coded, journey, model    # noqa: F401
+from anatomies import DELTA, FULL, NATIVE as MODELS, NEAR, PLAIN, any_shape, coded, journey, model    # noqa: F401
 from checkpoints import everywhere, write_bundle, write_random
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax, rel_entr
