@@ -23,7 +23,7 @@ from models.progress import progress
 from models.device import DeviceOptions
 from models.tasks.defaults import DECODER_TASKS
 from models.tasks.defaults import TASKS as ALL_TASKS
-from models.tasks.options import TaskOptions, default_shots, examples_of, open_task, with_shots
+from models.tasks.options import TaskOptions, default_shots, examples_of, open_task, own_task, with_shots
 from runtime.backends import PROVIDERS
 from runtime.cli import arg, run, table
 from runtime.errors import UserError
@@ -185,7 +185,7 @@ def _asked(options: Options) -> tuple[Task, list[Example]]:
         raise UserError(f"{options.model} does not exist; give the folder of a checkpoint or bundle")
     examples = examples_of(options, options.data)
     task = open_task(options.task, options, examples, options.model)
-    brought = task.shots and options.shots is None
+    brought = options.shots is None and (task.shots or own_task(options.task, options.model))      # what was learned with none is asked with none
     shots = 0 if brought else default_shots(task) if options.shots is None else options.shots
     solved, rest = split_shots(examples, shots, options.limit, options.seed)
     return task if brought else with_shots(task, solved), rest

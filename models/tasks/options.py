@@ -53,13 +53,18 @@ def set_aside(examples: list[Example], options) -> tuple[list[Example], list[Exa
     return [one for one, out in zip(examples, first) if not out], [one for one, out in zip(examples, first) if out]
 
 
+def own_task(name: str, folder: Path | None) -> Task | None:
+    """The task `name` that a model brings, if it was fine-tuned on that."""
+    task = read_task(folder / FILE) if folder is not None and (folder / FILE).is_file() else None
+    return task if task and task.name == name else None
+
+
 def open_task(name: str, options: TaskOptions, examples: list[Example], folder: Path | None = None) -> Task:
     """The task `name`, as a model's folder and the options have it, without shots of its own making. examples: those it is for,
     which say what labels there are where nothing else does. Raises UserError for a label that has no words."""
-    task = DEFAULTS[name]
-    own = folder is not None and (folder / FILE).is_file() and read_task(folder / FILE)
-    if own and own.name == name:
-        task = own
+    own = own_task(name, folder)
+    task = own or DEFAULTS[name]
+    if own:
         print(f"{name}: asked as {folder / FILE} says", file=sys.stderr)
     entries, place = _entries(options), str(options.task_file or "the options")
     if task.answer == "label" and task is not own and "labels" not in entries:
@@ -81,6 +86,7 @@ def with_shots(task: Task, solved: list[Example]) -> Task:
 
 
 def default_shots(task: Task) -> int:
+    """How many examples a model that never learned the task is shown."""
     return 0 if task.chat else SHOTS.get(task.name, 0)
 
 

@@ -110,6 +110,8 @@ def test_a_task_travels_from_training_into_the_bundle_and_answers_there(with_bos
     folder = bundle_of(out / "last", tmp_path / "bundle")
     model, asked = open_model(folder), open_task("classify", TaskOptions(), read_examples("classify", [tmp_path / "t.tsv"]), folder)
     assert asked == task and "asked as" in capsys.readouterr().err
+    judged, rest = _asked(Options(model=folder, task="classify", data=(str(tmp_path / "t.tsv"),)))
+    assert judged == task and not judged.shots and len(rest) == 40          # a default's examples go to models that never learned it
     with Engine(folder) as engine:
         for text, label in (("good fine 77", "1"), ("bad poor 78", "0")):
             answer = engine.solve({"text": text})
