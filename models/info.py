@@ -109,7 +109,7 @@ def info(options: InfoOptions) -> None:
         return
     checkpoint = open_checkpoint(options.checkpoint)
     config, first = checkpoint.config, checkpoint.config.layers[0]
-    same = f"{first.heads} heads, {first.kv_heads} key/value heads, MLP {first.mlp_size}" if config.uniform else "see below"
+    same = config.gated if config.uniform and config.gated else f"{first.heads} heads, {first.kv_heads} key/value heads, MLP {first.mlp_size}" if config.uniform else "see below"
     print(f"{options.checkpoint}: {config.family}, {len(config.layers)} layers, {parameters(config):,} parameters")
     print(f"hidden {config.hidden_size}, head_dim {config.head_dim}, vocabulary {config.vocab_size}, "
           f"context {config.context_length}; layers: {same}\n")

@@ -53,7 +53,7 @@ def test_a_quantized_checkpoint_is_verified_on_every_runner(name, tmp_path, caps
     assert capsys.readouterr().out.count(": mean KL at most") == 3
 
 
-@pytest.mark.parametrize("name", ["windows, sizes, tables", "convolution", "delta", "mamba", "experts", "inputs of every layer"])
+@pytest.mark.parametrize("name", ["windows, sizes, tables", "convolution", "delta", "mamba", "lstm", "experts", "inputs of every layer"])
 def test_float16_stays_close_and_states_stay_in_float32(name, tmp_path):
     checkpoint = write_random(tmp_path / "c", MODELS[name])
     bundle = bundle_of(checkpoint, tmp_path / "b", "--dtype", "fp16")
@@ -100,7 +100,7 @@ def test_a_table_for_heads_of_two_sizes_is_refused_by_name(tmp_path, capsys):
     assert "RoPE 0 is for heads of 16 and of 32" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("name", ["windows, sizes, tables", "another layer's cache", "convolution", "delta", "mamba", "experts, sigmoid",
+@pytest.mark.parametrize("name", ["windows, sizes, tables", "another layer's cache", "convolution", "delta", "mamba", "lstm", "experts, sigmoid",
                                   "inputs of every layer"])
 def test_each_missing_tensor_is_named(name, tmp_path):
     bundle = bundle_of(write_random(tmp_path / "c", MODELS[name], coded), tmp_path / "b")
