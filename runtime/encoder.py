@@ -29,7 +29,8 @@ from .machine import cpu_threads, has_vnni
 from .onnx_files import check_external_data
 from .text import Tokenizer
 
-_MOST_TOKENS, _MOST_ROWS = 4096, 64               # padded tokens and rows of one call
+_MOST_ROWS = 64                                   # of one call
+_MOST_TOKENS = {"cpu": 256, "cuda": 4096}         # padded ones: as many as a CPU's caches hold the activations of; more are slower there
 PROVIDERS = ("cuda", "cpu")
 Text = str | tuple[str, str]
 
@@ -135,6 +136,11 @@ class Encoder:
         return f"{self.role} graph on {self.provider}"
 
     @property
+    def device(self) -> str:
+        """"cpu" or "cuda": where it computes."""
+        return self.provider
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._encode.tokenizer
 
@@ -214,10 +220,19 @@ class Encoder:
         self.truncated += sum(one.cut for one in encoded)
         by_token = self.bundle.task in BY_TOKEN
         found: list[np.ndarray] = [None] * len(encoded)
-        for numbers in batches(list(map(len, encoded))):
+        for numbers in self.batches(list(map(len, encoded))):
             rows = self.call([encoded[number] for number in numbers])
             for number, row in zip(numbers, rows):
                 found[number] = row[:len(encoded[number])] if by_token else row
+        return found
+
+    def batches(self, lengths: list[int]) -> list[list[int]]:
+        """Which texts of so many tokens go together into a call: their numbers, the shortest first."""
+        found: list[list[int]] = []
+        for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            if not found or len(found[-1]) >= _MOST_ROWS or (len(found[-1]) + 1) * lengths[number] > _MOST_TOKENS[self.device]:
+                found.append([])
+            found[-1].append(number)
         return found
 
     def call(self, encoded: list[Encoded]) -> np.ndarray:
@@ -287,16 +302,6 @@ def padded(encoded: list[Encoded], pad: int) -> tuple[np.ndarray, np.ndarray, np
     for row, one in enumerate(encoded):
         ids[row, :len(one)], types[row, :len(one)], mask[row, :len(one)] = one.ids, one.types, 1
     return ids, mask, types
-
-
-def batches(lengths: list[int]) -> list[list[int]]:
-    """Which texts go together into a call: their numbers, the shortest first."""
-    found: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not found or len(found[-1]) >= _MOST_ROWS or (len(found[-1]) + 1) * lengths[number] > _MOST_TOKENS:
-            found.append([])
-        found[-1].append(number)
-    return found
 
 
 def _texts(texts: Sequence[Text], pairs: bool = False) -> list[Text]:

@@ -38,6 +38,11 @@ class TorchEncoder(Encoder):
     def runs_as(self) -> str:
         return "PyTorch"
 
+    @property
+    def device(self) -> str:
+        kind = next(self._model.parameters()).device.type
+        return kind if kind == "cpu" else "cuda"
+
     @torch.no_grad()
     def call(self, encoded: list[Encoded]) -> np.ndarray:
         device = next(self._model.parameters()).device

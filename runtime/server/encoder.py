@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import MANIFEST
-from ..encoder import Encoded, Encoder, batches
+from ..encoder import Encoded, Encoder
 from ..encoder_bundle import is_encoder_bundle, is_older
 
 
@@ -47,7 +47,7 @@ class ServedEncoder:
 
     def batches(self, inputs: list[np.ndarray]) -> list[list[int]]:
         """Which inputs go together into a call of `embed`: their numbers, the shortest first."""
-        return batches(list(map(len, inputs)))
+        return self.encoder.batches(list(map(len, inputs)))
 
     def embed(self, inputs: list[np.ndarray]) -> np.ndarray:
         """float32 [n, size] of n inputs (int64 ids, not empty), in one call."""

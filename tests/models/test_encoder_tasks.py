@@ -10,7 +10,7 @@ import pytest
 import torch
 from encoder_fixtures import tiny
 
-from models import evaluate, finetune, get
+from models import encoder_bench, evaluate, finetune, get
 from models.encoders.network import load, pooled_by, task_of
 from models.encoders.rows import asked, cosent, in_batch, tags_of_words
 from models.tasks.examples import Example
@@ -140,6 +140,10 @@ def test_bad_input(base, tmp_path, capsys):
         assert finetune.main([str(base), "-o", str(tmp_path / "o"), "--device", "cpu", *map(str, argv)]) == 2
         assert sentence in capsys.readouterr().err, argv
     assert not (tmp_path / "o" / "last").exists()
+    for argv, sentence in (([tmp_path], "is no encoder's bundle or checkpoint"), ([base, "--json", tmp_path / "no/f.json"], "no such folder"),
+                           ([base, "--prompt-tokens", "65"], "takes 64; give at most as many")):
+        assert encoder_bench.main(list(map(str, argv))) == 2
+        assert sentence in capsys.readouterr().err, argv
     assert evaluate.main([str(base), "--task", "qa", "--data", str(file)]) == 2
     assert "is an encoder, which writes no text" in capsys.readouterr().err
 
