@@ -43,7 +43,7 @@ class Options(DataOptions):
     models: tuple[str, ...] = arg(tuple(NAMES), help=f"which: {', '.join(NAMES)}")
     preset: str = arg("2m", help="parameters of a network")
     order: int = arg(4, help="tokens of the longest n-gram", least=1)
-    steps: int = arg(200, help="updates of a network", least=1)
+    steps: int = arg(120, help="updates of a network", least=1)
     batch: int = arg(16, help="blocks that one update learns from", least=1)
     context: int = arg(256, help="tokens of a block and of a window", least=4)
     learning_rate: float | None = arg(None, help="peak learning rate (default: the preset's)", above=0)
@@ -160,8 +160,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _row(one: dict) -> dict:
-    low, high = one["bits_per_byte_interval"]
-    return {"model": one["model"], "bits a byte": f"{one['bits_per_byte']:.3f}", "95%": f"{low:.3f} to {high:.3f}",
+    low, high = one["bits_per_byte_interval"]               # of one window unknown
+    return {"model": one["model"], "bits a byte": f"{one['bits_per_byte']:.3f}", "95%": f"{low:.3f} to {high:.3f}" if low <= high else "",
             "perplexity": f"{one['perplexity']:.1f}", "token accuracy": f"{one['token_accuracy']:.1%}", "MB": f"{one['bytes'] / 1e6:.2f}",
             "tokens/s": f"{one['tokens_per_s']:.0f}", "run by": one["run_by"]}
 
@@ -170,7 +170,8 @@ def _sections(result: list[dict], about: str) -> list[Section]:
     rows = [_row(one) for one in result]
 
     def bars(key: str) -> list[tuple[float, float, float]]:
-        return [(one[key], *one.get(f"{key}_interval", (one[key], one[key]))) for one in result]
+        intervals = [one.get(f"{key}_interval", (np.nan, np.nan)) for one in result]
+        return [(one[key], *(interval if np.isfinite(interval).all() else (one[key], one[key]))) for one, interval in zip(result, intervals)]
     return [Section("Bits a byte", f"What a byte of unseen text costs to write down with the model's help: lower is better. {about}. The line "
                     "across a bar is its 95% interval over windows. Token accuracy is how often the next token is the likeliest one.",
                     rows, bars("bits_per_byte")),

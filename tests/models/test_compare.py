@@ -66,6 +66,8 @@ def test_it_goes_on_where_it_was_and_not_with_other_options(made, capsys):
     assert main(arguments(folder, "--models", "ngram", "gru")) == 0
     again = json.loads((folder / "out/comparison.json").read_text())["models"]
     assert [one["bits_per_byte"] for one in again] == [one["bits_per_byte"] for one in found[:2]]
+    assert main(arguments(folder, "--models", "ngram", "--windows", "1")) == 0
+    assert "nan" not in capsys.readouterr().out + (folder / "out/comparison.html").read_text()       # one window has no interval
     stranger = write_stranger(folder / "out/tokenizer", folder / "stranger")
     capsys.readouterr()
     for more, words in ((("--tokenizer", str(stranger)), "the contents of tokenizer changed"), (("--batch", "3"), "batch was 2 and is 3"),
