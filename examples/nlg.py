@@ -55,7 +55,7 @@ def tell(options: Options) -> None:
               options.batch, "--context", options.context, "--eval-rows", 32, "--steps", options.steps, "--eval-every", options.steps, "-o",
               story.path("run"), makes=tuned / "config.json")
     found["after LoRA"] = story.figures("after", tuned, *asked)
-    bundle = story.bundle(tuned, "int4")
+    bundle = story.bundle(tuned, "int4", "summarize", files["learn"])
     found["in 4 bits"] = story.figures("int4", bundle, *asked)
     story.tell("The summaries", f"Of {len(judge)} descriptions that were not learned from, against one right summary each. BLEU is of 100, the others "
                "of 1. The bars show ROUGE-L with its 95% interval.", *scored(found, METRICS, "rougeL"))

@@ -59,7 +59,7 @@ def tell(options: Options) -> None:
     story.run("models.finetune", options.model, *learned, "--steps", options.steps, "--eval-every", options.steps, "-o", story.path("run"),
               makes=tuned / "config.json")
     found["after LoRA"] = story.figures("after", tuned, *asked, files["judge"])
-    bundle = story.bundle(tuned, "int4")
+    bundle = story.bundle(tuned, "int4", "qa", files["learn"])
     found["in 4 bits"] = story.figures("int4", bundle, *asked, files["judge"])
     story.tell("The answers", f"Of {len(judge[:options.judged])} questions about texts that were not learned from. Exact match and F1 are SQuAD's, of 1; "
                "BLEU of 100. The bars show F1 with its 95% interval.", *scored(found, METRICS, "f1"))

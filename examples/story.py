@@ -44,10 +44,11 @@ class Story:
         elif code := subprocess.run([sys.executable, "-m", module, *words]).returncode:
             raise CheckFailed(f"{module} ended with exit code {code}; what it said stands above")
 
-    def bundle(self, checkpoint: Path, name: str) -> Path:
-        """The checkpoint in 4 bits, as a bundle."""
+    def bundle(self, checkpoint: Path, name: str, task: str, data: Path) -> Path:
+        """The checkpoint in 4 bits, rounded for the task's own prompts and answers, as a bundle."""
         quantized, bundle = self.path(f"{name}-checkpoint"), self.path(name)
-        self.run("compress.quantize", checkpoint, "-o", quantized, "--bits", 4, "--group", 32, makes=quantized / "config.json")
+        self.run("compress.quantize", checkpoint, "-o", quantized, "--bits", 4, "--group", 32, "--method", "clip", "--task", task, "--data", data,
+                 "--windows", 48, makes=quantized / "config.json")
         self.run("export.onnx", quantized, "-o", bundle, makes=bundle / "manifest.json")
         return bundle
 
