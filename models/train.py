@@ -37,6 +37,8 @@ class TrainOptions(DataOptions, TrainerOptions):
     valid_share: float = arg(0.02, help="share of documents set aside where --valid is not given", above=0, below=1)
     preset: str | None = arg(None, help="size of a new model in parameters, such as 5m, 15m, 60m, 135m")
     architecture: str = arg("decoder", help="of a new model: a transformer, or a recurrent net", choices=("decoder", "gru", "lstm"))
+    embeddings: str = arg("random", help="first token table of a new model; word2vec learns it from the text (needs gensim)",
+                          choices=("random", "word2vec"))
     tokenizer: Path | None = arg(None, help="tokenizer folder of a new model (see models.tokenizer)")
     checkpoint: Path | None = arg(None, help="checkpoint to continue, in place of --preset and --tokenizer")
     context: int = arg(256, help="tokens of a block, and the context of a new model", least=1)
@@ -49,6 +51,8 @@ class TrainOptions(DataOptions, TrainerOptions):
             raise UserError("give either --preset and --tokenizer for a new model, or --checkpoint to continue one")
         if self.checkpoint and self.architecture != "decoder":
             raise UserError(f"--architecture {self.architecture}: is of a new model; --checkpoint brings its own")
+        if self.checkpoint and self.embeddings != "random":
+            raise UserError(f"--embeddings {self.embeddings}: is of a new model; --checkpoint brings its own")
 
 
 def main(argv=None) -> int:
@@ -73,6 +77,8 @@ LOGIT_FLOATS = 1 << 25           # a micro-batch's logits, by default on a CPU
 def train(options: TrainOptions) -> None:
     """Read the data, build or open the model, train it. Raises UserError, or CheckFailed at a loss not finite."""
     folder = options.checkpoint or options.tokenizer
+    if options.embeddings == "word2vec":
+        from models.training.word2vec import begin_with             # the only part that gensim is for
     tokenizer = tokenizer_file(folder)
     check_output(options.out / "last", options.checkpoint)
     torch.manual_seed(options.seed)
@@ -80,6 +86,8 @@ def train(options: TrainOptions) -> None:
     model, options, eos = _model_and_options(options, folder, state)
     with state.main_process_first():
         train_corpus, valid_corpus = _corpora(options, tokenizer, eos)
+    if options.embeddings == "word2vec" and not (options.resume and (options.out / "last").exists()):
+        begin_with(model.model.embed_tokens.weight, train_corpus, options.seed)
     train_rows, valid_rows = (Blocks(c, options.context, options.boundaries) for c in (train_corpus, valid_corpus))
     inputs = {"data": train_corpus.digest, "valid": valid_corpus.digest, "tokenizer": source_digest(str(tokenizer))}
     if options.checkpoint:

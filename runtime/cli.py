@@ -41,7 +41,7 @@ from .errors import CheckFailed, UserError, pip_line
 
 SIZE_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 EXTRAS = {"models": "train", "compress": "quant", "export": "export", __package__: "cpu", "lm_eval": "eval", "sacrebleu": "eval",
-          "rouge_score": "eval", "nltk": "eval", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu", "ray": "ray",
+          "rouge_score": "eval", "nltk": "eval", "gensim": "embed", "tensorrt_rtx": "rtx", "tensorrt": "gpu", "cuda": "rtx", "onnxruntime": "cpu", "ray": "ray",
           **dict.fromkeys(("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance"), "serve")}
 # What transformers and peft load wherever it is installed and none of a package's commands uses: seconds, and lines of its own.
 _KEPT_OUT = {"models": ("torchao", "neural_compressor"), "compress": ("torchao",), "export": ("torchao",)}

@@ -18,6 +18,7 @@ NEEDS = {
     "models.info CKPT": "torch safetensors",
     "models.tokenizer train --data TEXT -o OUT": "tqdm",
     "models.train --checkpoint CKPT --data TEXT -o OUT --steps 1": "torch safetensors accelerate tensorboard",
+    "models.train --preset 100k --tokenizer CKPT --data TEXT --documents line -o OUT --steps 1 --embeddings word2vec": "gensim",
     "models.finetune CKPT --task classify --data LABELS -o OUT": "torch safetensors accelerate tensorboard peft transformers",
     "models.ngram --tokenizer CKPT --data TEXT --valid TEXT -o OUT": "torch safetensors",
     "models.compare --data TEXT -o OUT": "torch safetensors accelerate tensorboard",

@@ -20,6 +20,7 @@ import models.evaluate
 import models.finetune
 import models.train
 import runtime.generate
+from models.data.corpus import Corpus
 from models.judging.language_model import open_model
 from models.network.cache import KVCache
 from models.network.config import ModelConfig
@@ -132,6 +133,21 @@ def test_it_learns_and_dead_and_resumed_it_has_the_same_losses(trained, files, t
     assert train(files, tmp_path / "run", kind, *WAYS[kind], "--resume") == 0
     assert losses(tmp_path / "run") == losses(whole)      # to the bit
     assert (tmp_path / "run/last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
+
+
+def test_word2vecs_table_lets_tokens_of_one_company_begin_near_each_other(tmp_path):
+    pytest.importorskip("gensim", reason="gensim is the extra `embed`")
+    from models.training.word2vec import begin_with
+    rng = np.random.default_rng(0)                                    # of 40 tokens, those of one remainder by 4 stand together
+    tokens = np.concatenate([rng.choice(np.arange(group, 40, 4), 12) for group in rng.integers(0, 4, 3000)])
+    tables = [torch.nn.init.normal_(torch.empty(44, 16), std=0.02, generator=torch.Generator().manual_seed(0)) for _ in range(3)]
+    for table in tables[:2]:
+        begin_with(table, Corpus(tmp_path, tokens, np.array([0]), 1, 0), seed=1)
+    assert torch.equal(*tables[:2]) and torch.equal(tables[0][40:], tables[2][40:])          # unseen tokens keep theirs
+    assert tables[0][:40].std().item() == pytest.approx(0.02, rel=0.05)
+    unit = nn.functional.normalize(tables[0][:40], dim=1)
+    near = torch.arange(40)[:, None] % 4 == torch.arange(40) % 4
+    assert (unit @ unit.T)[near].mean() > (unit @ unit.T)[~near].mean() + 0.3
 
 
 def test_the_road_to_text(trained, files, tmp_path, capsys):
