@@ -2,7 +2,7 @@
 
     python -m examples.nlg --model build/smollm2-135m --data debian-descriptions.jsonl -o build/example-nlg
 
-LoRA on the model's own template; BLEU, ROUGE and METEOR before, after, and of the bundle in 4 bits; several summaries of each text
+LoRA on the model's own template; BLEU, ROUGE and METEOR before, after, and of the compressed bundle; several summaries of each text
 drawn at a temperature, and how different they are; the bundle asked from Python and through the server.
 
 Docs: docs/example-nlg.md.
@@ -55,15 +55,15 @@ def tell(options: Options) -> None:
               options.batch, "--context", options.context, "--eval-rows", 32, "--steps", options.steps, "--eval-every", options.steps, "-o",
               story.path("run"), makes=tuned / "config.json")
     found["after LoRA"] = story.figures("after", tuned, *asked)
-    bundle = story.bundle(tuned, "int4", "summarize", files["learn"])
-    found["in 4 bits"] = story.figures("int4", bundle, *asked)
+    bundle = story.bundle(tuned, "small", "summarize", files["learn"])
+    found["compressed"] = story.figures("small", bundle, *asked)
     story.tell("The summaries", f"Of {len(judge)} descriptions that were not learned from, against one right summary each. BLEU is of 100, the others "
                "of 1. The bars show ROUGE-L with its 95% interval.", *scored(found, METRICS, "rougeL"))
 
     drawn = story.figures("drawn", bundle, *asked, "--n", options.drawn, "--temperature", options.temperature, "--top-p", 0.95)
     story.tell("Variety", f"Greedy, all summaries beside each other; and {options.drawn} of each description, drawn at temperature {options.temperature:g}, "
                "beside each other: the share of different words and pairs of words, and the BLEU of one against the others (100: all alike).",
-               *scored({"greedy": found["in 4 bits"], "drawn": drawn}, VARIETY, "rougeL"))
+               *scored({"greedy": found["compressed"], "drawn": drawn}, VARIETY, "rougeL"))
     ask(story, bundle, judge[:4])
     story.finish()
 
@@ -76,7 +76,7 @@ def ask(story: Story, bundle: Path, examples: list) -> None:
             reply = post(f"{url}/v1/chat/completions", {"messages": task.messages(example.fields), "max_tokens": task.max_new_tokens, "temperature": 0})
             rows.append({"text": example.fields["text"][:70], "right": example.answers[0], "Engine.solve": engine.solve(example.fields).text,
                          "server": reply["choices"][0]["message"]["content"].strip()})
-    story.tell("Asked from Python and through the server", "The bundle in 4 bits. Both ways ask the same tokens.", rows)
+    story.tell("Asked from Python and through the server", "The compressed bundle. Both ways ask the same tokens.", rows)
 
 
 if __name__ == "__main__":

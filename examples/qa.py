@@ -3,7 +3,7 @@
     python -m examples.qa --model build/smollm2-135m --data xquad-en.json -o build/example-qa
 
 1. Questions with their texts are split by text: half to learn from, half to judge on, and of the first some are set aside.
-2. LoRA on the model's own template; exact match, F1 and BLEU before, after, and of the bundle in 4 bits.
+2. LoRA on the model's own template; exact match, F1 and BLEU before, after, and of the compressed bundle.
 3. The bundle is asked from Python and through the server, greedily and with top-k and temperature.
 4. It answers the questions set aside; the right answers of those it got wrong are sent as corrections, exported, and learned,
    with old examples mixed in and without. Told are the share of corrected answers that are right then, and what the old set gives.
@@ -59,8 +59,8 @@ def tell(options: Options) -> None:
     story.run("models.finetune", options.model, *learned, "--steps", options.steps, "--eval-every", options.steps, "-o", story.path("run"),
               makes=tuned / "config.json")
     found["after LoRA"] = story.figures("after", tuned, *asked, files["judge"])
-    bundle = story.bundle(tuned, "int4", "qa", files["learn"])
-    found["in 4 bits"] = story.figures("int4", bundle, *asked, files["judge"])
+    bundle = story.bundle(tuned, "small", "qa", files["learn"])
+    found["compressed"] = story.figures("small", bundle, *asked, files["judge"])
     story.tell("The answers", f"Of {len(judge[:options.judged])} questions about texts that were not learned from. Exact match and F1 are SQuAD's, of 1; "
                "BLEU of 100. The bars show F1 with its 95% interval.", *scored(found, METRICS, "f1"))
 
@@ -112,7 +112,7 @@ def ask(story: Story, bundle: Path, aside: list[Example]) -> list[Example]:
                 warm = post(f"{url}/v1/chat/completions", body | {"temperature": 0.8, "top_k": 20, "seed": 1})["choices"][0]["message"]["content"]
                 rows.append({"question": example.fields["question"], "right": example.answers[0], "Engine.solve": from_python[number], "server": text,
                              "solve, drawn": drawn[number], "server, drawn": warm.strip()})
-    story.tell("Asked from Python and through the server", "The bundle in 4 bits, greedily, and drawn among 20 tokens at temperature 0.8 with seed 1. "
+    story.tell("Asked from Python and through the server", "The compressed bundle, greedily, and drawn among 20 tokens at temperature 0.8 with seed 1. "
                "Both ways ask the same tokens.", rows)
     if not wrong:
         raise UserError(f"all {len(aside)} questions set aside were answered right, so there is nothing to correct; give more with --aside")
