@@ -19,7 +19,7 @@
 PYTHON ?= python3
 PY      := .venv/bin/python
 PIP     := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EXTRAS  := cpu,rtx,serve,train,quant,export,eval,ray,dev
+EXTRAS  := cpu,rtx,serve,train,quant,export,eval,ray,embed,dev
 MODEL   := build/smollm2-135m
 MINILM  := build/minilm
 
