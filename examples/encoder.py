@@ -26,20 +26,18 @@ PYTORCH = "fp32, PyTorch"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What worked for MiniLM: the words that models.finetune and compress.distill get, and models.finetune for the student after that."""
+    """What worked for MiniLM: the words that models.finetune and compress.distill get."""
     title: str
     metric: str
     tuning: tuple
     distilling: tuple
-    after: tuple = ()
 
 
 RECIPES = {
     "classify": Recipe("Sentiment", "accuracy", ("--learning-rate", 1e-4, "--epochs", 2, "--batch", 32),
                        ("--hidden-weight", 3, "--learning-rate", 3e-4, "--steps", 400, "--batch", 32)),
     "similarity": Recipe("Similarity", "spearman", ("--learning-rate", 5e-5, "--epochs", 1, "--batch", 32),
-                         ("--hidden-weight", 1, "--learning-rate", 3e-4, "--steps", 300, "--batch", 32),
-                         ("--learning-rate", 5e-5, "--epochs", 1, "--batch", 32)),
+                         ("--hidden-weight", 1, "--learning-rate", 3e-4, "--steps", 300, "--batch", 32)),
     "ner": Recipe("Entities", "entity_f1", ("--learning-rate", 2e-4, "--epochs", 4, "--batch", 16),
                   ("--hidden-weight", 1, "--learning-rate", 3e-4, "--steps", 500, "--batch", 16)),
 }
@@ -92,13 +90,10 @@ def one_task(story: Story, task: str, options: Options) -> tuple[list[dict], lis
     steps = () if options.steps is None else ("--steps", options.steps)
     tuned, student = story.path(f"{task}-run/last"), story.path(f"{task}-student-run/last")
     once = "--eval-every", 10**6                                          # saved at the end alone: what is there is whole
-    learned = "--task", task, "--data", learn, "--valid", judge, "--method", "full", *once
-    story.run("models.finetune", options.model, *learned, *recipe.tuning, *steps, "-o", tuned.parent, makes=tuned / "config.json")
+    story.run("models.finetune", options.model, "--task", task, "--data", learn, "--valid", judge, "--method", "full", *recipe.tuning, *steps,
+              *once, "-o", tuned.parent, makes=tuned / "config.json")
     story.run("compress.distill", "--teacher", tuned, "--layers", options.layers, "--data", learn, *recipe.distilling, *steps, *once, "-o",
               student.parent, makes=student / "config.json")
-    if recipe.after:
-        taught, student = student, story.path(f"{task}-student-labels-run/last")
-        story.run("models.finetune", taught, *learned, *recipe.after, *steps, "-o", student.parent, makes=student / "config.json")
     models = {PYTORCH: tuned, "fp32": story.path(task), "int8": story.path(f"{task}-int8"),
               f"{options.layers} layers, {PYTORCH}": student, f"{options.layers} layers, int8": story.path(f"{task}-student-int8")}
     story.run("export.onnx", tuned, "-o", models["fp32"], makes=models["fp32"] / "manifest.json")
