@@ -31,7 +31,7 @@ class Options(Checked):
     model: Path = arg(Path("build/smollm2-135m"), help="checkpoint with a chat template")
     data: Path = arg(Path("../shared/data/qa/xquad-en.json"), help="questions, as SQuAD has them")
     out: Path = arg(Path("build/example-qa"), short="-o", help="folder for everything that is made; what is there is not made again")
-    steps: int = arg(40, help="updates of the weights in fine-tuning; a third of it in learning from corrections", least=3)
+    steps: int = arg(40, help="updates of the weights in fine-tuning; two thirds of it in learning from corrections", least=3)
     batch: int = arg(8, help="questions that one update learns from", least=1)
     judged: int = arg(60, help="questions to judge on", least=2)
     aside: int = arg(30, help="questions to be corrected", least=1)
@@ -67,7 +67,7 @@ def tell(options: Options) -> None:
     corrected = ask(story, bundle, aside)
     feedback = story.path("feedback.jsonl")
     story.run("runtime.feedback", "export", story.path("feedback.db"), "-o", feedback, "--corrected-only", makes=feedback)
-    steps = max(3, options.steps // 3)
+    steps = max(3, options.steps * 2 // 3)
     more = ("--steps", steps, "--eval-every", steps)
     replay, alone = story.path("with-replay"), story.path("without-replay")
     # As many corrections as old examples.

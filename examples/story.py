@@ -57,13 +57,8 @@ class Story:
 
     def figures(self, name: str, model: Path, *words) -> dict:
         """What models.evaluate says of a model."""
-        self.run("models.evaluate", model, *words, "--json", self.path(f"{name}.json"), "--examples", self.path(f"{name}.jsonl"),
-                 makes=self.path(f"{name}.json"))
+        self.run("models.evaluate", model, *words, "--json", self.path(f"{name}.json"), makes=self.path(f"{name}.json"))
         return json.loads(self.path(f"{name}.json").read_text("utf-8"))
-
-    def answers(self, name: str) -> list[dict]:
-        """The examples of `figures`, each with the model's answer and its scores."""
-        return [json.loads(line) for line in self.path(f"{name}.jsonl").read_text("utf-8").splitlines()]
 
     def tell(self, title: str, meaning: str, rows: list[dict], bars: list[tuple[float, float, float]] | None = None) -> None:
         """A table, for the terminal now and for the page. bars: of each row a value and its interval."""

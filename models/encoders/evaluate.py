@@ -1,5 +1,6 @@
 """Judge an encoder, a checkpoint or a bundle: `python -m models.evaluate ENCODER --task classify|pair|regress|ner|similarity --data FILES`."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from models.encoders.judging import TASKS, TorchEncoder, judge
@@ -11,6 +12,9 @@ from runtime.encoder_bundle import is_encoder_bundle
 from runtime.errors import UserError
 from runtime.text import Tokenizer
 
+OF_TEXT = ("reference", "window", "max_windows", "show_prompt", "examples", "n", "temperature", "top_k", "top_p", "provider", "graph", "exact",
+           "task_file", "prompt", "chat", "shots")               # options of models.evaluate that mean nothing where no text is written
+
 
 def is_any_encoder(folder: Path) -> bool:
     """Whether a folder is an encoder's bundle or checkpoint."""
@@ -21,6 +25,9 @@ def evaluate_encoder(options) -> dict:
     """The metrics, for models.evaluate to show. options: its. Raises UserError."""
     if options.task not in TASKS:
         raise UserError(f"{options.model} is an encoder, which writes no text: give --task {', '.join(TASKS)}")
+    for option in fields(options):
+        if option.name in OF_TEXT and getattr(options, option.name) != option.default:
+            raise UserError(f"--{option.name.replace('_', '-')} is for models that write text, and {options.model} is an encoder: leave it out")
     examples = examples_of(options, options.data, options.limit)
     words = dict(pair.split("=", 1) for pair in options.labels if "=" in pair)
     with opened(options.model, options.threads) as encoder:

@@ -146,6 +146,9 @@ def test_bad_input(base, tmp_path, capsys):
         assert sentence in capsys.readouterr().err, argv
     assert evaluate.main([str(base), "--task", "qa", "--data", str(file)]) == 2
     assert "is an encoder, which writes no text" in capsys.readouterr().err
+    for words in (["--examples", "x.jsonl"], ["--n", "2", "--temperature", "1"], ["--graph", "fast"], ["--max-windows", "3"], ["--shots", "1"]):
+        assert evaluate.main([str(base), "--task", "classify", "--data", str(file), *words]) == 2
+        assert f"{words[0]} is for models that write text" in capsys.readouterr().err
 
 
 def test_models_get_brings_an_encoder_with_its_pooling(base, tmp_path, monkeypatch, capsys):
