@@ -9,7 +9,8 @@ text apart and pooled (models/judging/fidelity.py), chats through the model's te
 on the reference. That is a
 checkpoint, a bundle, or a cache of compress.teacher, whose own text is then the one measured on. The other tasks, their files
 and prompts are in models/tasks/defaults.py; a model that was fine-tuned on one is asked as it was trained. Answers are greedy
-unless sampling is asked for, and several to an example with --n. Encoders are judged by models/encoders/evaluate.py. Every number has its 95% bootstrap interval beside it.
+unless sampling is asked for, and several to an example with --n. Every number has its 95% bootstrap interval beside it, but for the
+variety of all answers together. Encoders are judged by models/encoders/evaluate.py.
 """
 
 import json
@@ -232,7 +233,7 @@ def _likelihood(model: LanguageModel, task: Task, example: Example, prompt: np.n
 def report(result: dict) -> str:
     """The metrics as a table, a row a text where there are several."""
     def shown(part: dict) -> dict[str, str]:
-        return {name: "{:.4f} [{:.4f}, {:.4f}]".format(value, *part[f"{name}_interval"])
+        return {name: "{:.4f} [{:.4f}, {:.4f}]".format(value, *part[f"{name}_interval"]).replace(" [nan, nan]", "")
                 for name, value in part.items() if f"{name}_interval" in part}
     texts, of, parts = result.get("texts", {}), "tokens" if "tokens" in result else "examples", []
     if len(texts) > 1:

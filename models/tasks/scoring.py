@@ -86,6 +86,7 @@ ALL = {"bleu": _bleu, "chrf": lambda some: metrics.chrf(*_pairs(some)), "perplex
 METRICS = (*EACH, *ALL)
 _OF_LABELS = {"accuracy", "precision", "recall", "macro_f1", "matthews"}
 _OF_NUMBERS = {"pearson", "spearman"}
+_VARIETY = {"distinct1", "distinct2", "self_bleu"}
 
 
 def check_metrics(task: Task, place: str) -> None:
@@ -109,7 +110,9 @@ def score(task: Task, solved: list[Solved]) -> tuple[dict, list[dict]]:
                 row[name] = value
         else:
             result[name] = ALL[name](solved)
-            result[f"{name}_interval"] = list(metrics.bootstrap(solved, ALL[name], resamples=RESAMPLES.get(name, 1000)))
+            # Drawn twice, an answer stands beside itself, and nothing is less varied: of the variety of all there is no interval.
+            drawn = solved if name not in _VARIETY or any(len(one.answers) > 1 for one in solved) else []
+            result[f"{name}_interval"] = list(metrics.bootstrap(drawn, ALL[name], resamples=RESAMPLES.get(name, 1000)))
     if task.answer == "label":
         answers, right = _pairs(solved)
         found = metrics.classification(answers, [r[0] for r in right])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from models.judging import metrics
+from models.tasks.defaults import DEFAULTS
+from models.tasks.scoring import Solved, score
 
 
 def test_squad_normal_form_and_f1():
@@ -85,3 +87,8 @@ def test_bleu_takes_the_nearest_reference_and_variety_is_told():
     assert metrics.distinct(["x y z", "x y w"], 1) == pytest.approx(4 / 6) and metrics.distinct(["x y z", "x y"], 2) == pytest.approx(2 / 3)
     assert metrics.self_bleu([one, one, one]) == pytest.approx(100) and metrics.self_bleu([one, two]) < 10
     assert math.isnan(metrics.self_bleu([one])) and math.isnan(metrics.distinct(["", "!"], 1))
+    single, several = (score(DEFAULTS["summarize"], [Solved(some, (one,)) for some in answers])[0] for answers in (
+        ([one], [two], [one], [two]), ([one, two], [two, two], [one, two])))
+    assert math.isnan(single["self_bleu_interval"][0]) and single["distinct1"] == pytest.approx(1 / 2)       # drawn twice, each is beside itself
+    low, high = several["self_bleu_interval"]
+    assert low <= several["self_bleu"] <= high and low < high
