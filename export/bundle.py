@@ -127,7 +127,7 @@ def without_file(manifest: dict, name: str) -> dict:
     """The manifest of the same bundle without one of its graphs or engines, or without golden outputs or its draft."""
     return manifest | {"files": {file: entry for file, entry in manifest["files"].items() if file != name},
                        "graphs": [graph for graph in manifest["graphs"] if graph["file"] != name],
-                       "engines": [engine for engine in manifest["engines"] if engine["file"] != name],
+                       "engines": [engine for engine in manifest.get("engines") or [] if engine["file"] != name],
                        **{key: None if manifest.get(key) == name else manifest.get(key) for key in ("golden", "draft")}}
 
 

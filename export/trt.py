@@ -1,9 +1,9 @@
 """Compile an ONNX model to TensorRT engines, on a machine with or without a GPU: `python -m export.trt MODEL`.
 
-MODEL is a bundle, a graph of a bundle, an encoder's folder from `export.onnx --task`, or any ONNX file. The files of
+MODEL is a bundle, a decoder's or an encoder's, a graph of a bundle, or any ONNX file. The files of
 `tensorrt/` are its steps: `model.py` reads it (`--fix` turns inputs into constants, and branches that are then decided
 go), `lint.py` looks for faults, `profiles.py` sets the shapes, `build.py` parses, checks and builds, `record.py` keeps
-the result: a bundle's engine in the bundle, one for each capacity, any other beside the model. Nothing is written before
+the result: a bundle's engine in the bundle (of a decoder one for each capacity), any other beside the model. Nothing is written before
 an engine is complete. The command runs in a process of its own, so that a crash inside a library ends in a sentence.
 
 The backend `rtx` (TensorRT for RTX) builds for a list of compute capabilities with no GPU. A Jetson Orin (SM87) and
@@ -18,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.tensorrt.child import in_a_child
-from runtime.bundle import MANIFEST, Bundle, open_bundle
+from runtime.bundle import MANIFEST, AnyBundle, Bundle, open_bundle
 from runtime.cli import Checked, arg, run, table
-from runtime.encoder_bundle import is_encoder_bundle
+from runtime.encoder_bundle import EncoderBundle, is_encoder_bundle, open_encoder
 from runtime.errors import UserError
 from runtime.files import adding_to
 from runtime.layout import GATED
 from runtime.machine import available_memory
 
-DEFAULT_SM, DEFAULT_CAPACITY = "86,89,120", 1024
+DEFAULT_SM, DEFAULT_CAPACITY, DECODER_ROWS, ENCODER_ROWS = "86,89,120", 1024, 4, 16
 EXAMPLES = """examples:
   python -m export.trt build/smollm2-135m-int4                                   an RTX engine, into the bundle
+  python -m export.trt build/minilm --rows 32                                    the same of an encoder
   python -m export.trt build/smollm2-135m-int4 --sm 89 --capacity 1024,4096
   python -m export.trt encoder.onnx --shapes input_ids:1x1,1x64,8x512 attention_mask:1x1,1x64,8x512
   python -m export.trt silero_vad.onnx --fix sr=16000 --shapes input:1x512 state:2x1x128
@@ -49,7 +50,8 @@ class Options(Checked):
                                                                  "(default: trt where it and a GPU are, else rtx)")
     capacity: str = arg("", help=f"slots of the KV cache, one engine each (default: {DEFAULT_CAPACITY}, or the model's "
                                  "context where that is less)", metavar="1024,4096", group="decoders")
-    rows: int = arg(4, help="sequences an engine of a decoder runs at once", least=1, group="decoders")
+    rows: int | None = arg(None, help=f"sequences an engine of a bundle runs at once (default: {DECODER_ROWS}, of an "
+                                      f"encoder {ENCODER_ROWS})", least=1)
     chunk: int = arg(512, help="prompt tokens of a row in one step, decoders only", least=1, group="decoders")
     one_profile: bool = arg(False, help="decoders: no kernels of their own for decode steps, an engine a sixth smaller "
                                         "that builds in a third of the time", group="decoders")
@@ -100,7 +102,7 @@ def compile(options: Options) -> None:
         return print(_listing(backend))
     if options.model is None:
         raise UserError("give a bundle or an ONNX model (or --list)")
-    path, bundle = _find(options.model)
+    path, bundle = _find(options.model, bool(options.shapes or options.fix))
     wanted, on_device = _targets(backend, options)
     if on_device:
         names = ", ".join(f"SM{t} ({ON_DEVICE[t]})" for t in on_device)
@@ -108,7 +110,7 @@ def compile(options: Options) -> None:
     if not wanted:
         if bundle:
             with adding_to(bundle.folder):
-                write_manifest(bundle.folder, open_bundle(bundle.folder).manifest | {"on_device": _device_command(options, ".")})
+                write_manifest(bundle.folder, _again(bundle).manifest | {"on_device": _device_command(options, ".")})
         return
     settings = Settings(backend, wanted, options.workspace_mb, options.timing_cache, options.hardware_compatibility,
                         options.verbose)
@@ -120,7 +122,7 @@ def compile(options: Options) -> None:
                         "free; close other programs, or build on a larger machine")
     for capacity in _capacities(options, model, bundle):
         with adding_to(bundle.folder) if bundle else nullcontext():
-            bundle = open_bundle(bundle.folder) if bundle else None
+            bundle = _again(bundle) if bundle else None
             _one(options, settings, path, bundle, capacity)
 
 
@@ -128,16 +130,19 @@ def inspect(options: InspectOptions) -> None:
     print(record.inspect(options.engine))
 
 
-def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None, capacity: int | None) -> None:
-    """Build and write the engine of one capacity (None: not a decoder)."""
+def _one(options: Options, settings: Settings, path: Path, bundle: AnyBundle | None, capacity: int | None) -> None:
+    """Build and write the engine of one capacity (None: no decoder's)."""
     model, original = _read(path, options)
+    rows = options.rows or (DECODER_ROWS if capacity else ENCODER_ROWS)
+    encoder = isinstance(bundle, EncoderBundle)
     if capacity is None:
-        shapes = profiles.given_profiles(model, options.shapes, path)
+        shapes = profiles.encoder_profile(model, rows, bundle.max_tokens, path) if encoder else profiles.given_profiles(
+            model, options.shapes, path)
         if model is not original and Sample(original, path).agrees(Sample(model, path), usual_shapes(shapes)) is False:
             model = original                    # what the simplification got wrong is not built
     else:
         profiles.fix_dimension(model, "capacity", capacity)
-        shapes = profiles.decoder_profiles(model, options.rows, min(options.chunk, capacity), options.one_profile)
+        shapes = profiles.decoder_profiles(model, rows, min(options.chunk, capacity), options.one_profile)
     name = (f"engines/{settings.backend}-sm{'-'.join(map(str, settings.targets))}" if bundle else path.stem) + (
         f"-c{capacity}" if capacity else "") + (".engine.gz" if bundle else ".engine")
     inside = bundle is not None and options.out is None
@@ -148,6 +153,7 @@ def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None
     plan, built = build(model, path, shapes, settings)
     facts = record.record(plan, built, settings, model, path, shapes, capacity)
     facts |= {"fixed": list(options.fix)} if options.fix else {}
+    facts |= {"rows": rows, "tokens": bundle.max_tokens} if encoder else {}
     if inside:
         manifest = record.add_to_bundle(bundle, name, plan, facts)
         write_manifest(bundle.folder, manifest | {"on_device": _device_command(options, ".")})
@@ -161,12 +167,16 @@ def _one(options: Options, settings: Settings, path: Path, bundle: Bundle | None
         print(f"on a Jetson or a data-centre GPU: {_device_command(options)}")
 
 
-def _find(model: Path) -> tuple[Path, Bundle | None]:
-    """The ONNX file meant, and the bundle it belongs to."""
+def _find(model: Path, given: bool) -> tuple[Path, AnyBundle | None]:
+    """The ONNX file meant, and the bundle it belongs to. given: whether shapes or fixed inputs are, of an encoder's as of any model's."""
     if not model.exists():
         raise UserError(f"{model}: no such file or folder; give a bundle or an ONNX model")
     folder = model if model.is_dir() else model.parent
-    if not (folder / MANIFEST).is_file() or is_encoder_bundle(folder):
+    encoder = (folder / MANIFEST).is_file() and is_encoder_bundle(folder)
+    if encoder and not given and model.is_dir():
+        bundle = open_encoder(folder)
+        return bundle.path(bundle.graph("portable")["file"]), bundle
+    if encoder or not (folder / MANIFEST).is_file():
         return _only_graph(model) if model.is_dir() else model, None
     bundle = open_bundle(folder)
     if kinds := GATED.keys() & {layer.get("mixer") for layer in bundle.model["config"]["layers"]}:
@@ -177,6 +187,11 @@ def _find(model: Path) -> tuple[Path, Bundle | None]:
     if graph is None:
         raise UserError(f"{model}: no portable graph in this bundle; export it with `python -m export.onnx`")
     return bundle.path(graph["file"]), bundle
+
+
+def _again(bundle: AnyBundle) -> AnyBundle:
+    """The bundle as it is now."""
+    return (open_encoder if isinstance(bundle, EncoderBundle) else open_bundle)(bundle.folder)
 
 
 def _only_graph(folder: Path) -> Path:
@@ -268,6 +283,7 @@ def _capacities(options: Options, model: onnx.ModelProto, bundle: Bundle | None)
 def _device_command(options: Options, model: str | None = None) -> str:
     words = ["python", "-m", "export.trt", model or str(options.model), "--backend", "trt"]
     words += ["--capacity", options.capacity] if options.capacity else []
+    words += ["--rows", str(options.rows)] if options.rows else []
     words += ["--one-profile"] if options.one_profile else []
     words += ["--shapes", *options.shapes] if options.shapes else []
     words += ["--fix", *options.fix] if options.fix else []

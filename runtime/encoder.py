@@ -1,4 +1,4 @@
-"""Vectors, labels and entities of texts: an encoder's bundle on ONNX Runtime, without torch.
+"""Vectors, labels and entities of texts: an encoder's bundle on ONNX Runtime or TensorRT, without torch.
 
     with Encoder("build/minilm") as encoder:
         encoder.embed(["A cat sits.", "A dog runs."])            # float32 [2, size]
@@ -10,7 +10,8 @@ Texts of like length go through the graph together, padded to the longest of the
 `truncated` counts those; entities are also found by windows that overlap by `stride` tokens, each token judged in the window where it
 stands farthest from an edge. A control token that a text spells is text. Threads may share an Encoder: calls take turns.
 
-CPU, and ONNX Runtime's CUDA provider (built, never run). The "fast" graph of a quantized bundle is for the CPU alone.
+CPU, and ONNX Runtime's CUDA provider and TensorRT (both built, never run): the best that can be had, unless one is asked for. One that
+fails while it runs is stepped down from, for good; `explain()` says why. The "fast" graph of a quantized bundle is for the CPU alone.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .encoder_bundle import BY_TOKEN, TASKS, EncoderBundle, open_encoder
 from .entities import Entity, entities, word_starts
-from .errors import Unavailable, UserError, pip_line, shown
+from .errors import DeviceError, Unavailable, UserError, pip_line, shown
 from .machine import cpu_threads, has_vnni
 from .onnx_files import check_external_data
 from .text import Tokenizer
 
+if TYPE_CHECKING:
+    from .trt_encoder import TrtEncoder
+
 _MOST_ROWS = 64                                   # of one call
 _MOST_TOKENS = {"cpu": 256, "cuda": 4096}         # padded ones: as many as a CPU's caches hold the activations of; more are slower there
-PROVIDERS = ("cuda", "cpu")
+PROVIDERS = ("tensorrt", "cuda", "cpu")            # best first
 Text = str | tuple[str, str]
 
 
@@ -104,7 +109,7 @@ class TextEncoder:
 class Encoder:
     """An opened encoder.
 
-    provider: "cuda" or "cpu"; None: the first of them that can be had. threads: CPU threads; None: the CPUs this process may use.
+    provider: one of PROVIDERS; None: the first of them that can be had. threads: CPU threads; None: the CPUs this process may use.
     verify: compare every file's sha256 first. role: of the graph; None: "fast" where the bundle has it, on the CPU.
     Raises UserError for a folder that cannot be used, CheckFailed for a changed file.
     """
@@ -112,13 +117,14 @@ class Encoder:
     def __init__(self, folder: str | Path, *, provider: str | None = None, threads: int | None = None, verify: bool = False,
                  role: str | None = None):
         if provider not in (None, *PROVIDERS):
-            raise UserError(f"provider is {shown(provider)}; an encoder runs on {' or '.join(PROVIDERS)}")
+            raise UserError(f"provider is {shown(provider)}; an encoder runs on {', '.join(PROVIDERS[:-1])} or {PROVIDERS[-1]}")
         self.bundle: EncoderBundle = open_encoder(folder, verify=verify)
         self.truncated = 0                        # texts that were cut so far
         self._encode = TextEncoder(Tokenizer(self.bundle.path(self.bundle.manifest["tokenizer"])), self.bundle.max_tokens)
         self._turn, self._output = threading.Lock(), TASKS[self.bundle.task]
-        self.provider, self.role, self._session = self._open(provider, cpu_threads(threads), role)
-        self._types = any(put.name == "token_type_ids" for put in self._session.get_inputs())
+        self._threads, self._role, self._reasons = cpu_threads(threads), role, []
+        self._left = [provider] if provider else [name for name in PROVIDERS if name != "tensorrt" or self.bundle.manifest["engines"]]
+        self._open()
 
     def __enter__(self) -> Encoder:
         return self
@@ -128,17 +134,21 @@ class Encoder:
 
     def close(self) -> None:
         """Give the graph's memory back."""
-        self._session = None
+        self._graph = None
+
+    def explain(self) -> str:
+        """What computes and, line by line, why nothing better does."""
+        return "\n".join([self.runs_as, *self._reasons])
 
     @property
     def runs_as(self) -> str:
         """What computes, in words."""
-        return f"{self.role} graph on {self.provider}"
+        return f"engine of the {self.role} graph on tensorrt" if self.provider == "tensorrt" else f"{self.role} graph on {self.provider}"
 
     @property
     def device(self) -> str:
         """"cpu" or "cuda": where it computes."""
-        return self.provider
+        return "cpu" if self.provider == "cpu" else "cuda"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -148,7 +158,7 @@ class Encoder:
     def size(self) -> int:
         """Numbers of an embedding."""
         self._needs("sentence-similarity", what="embeddings")
-        return self._session.get_outputs()[0].shape[-1]
+        return self._graph.size
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, size]: a vector of length 1 each (of as many numbers as the model has channels)."""
@@ -237,41 +247,59 @@ class Encoder:
 
     def call(self, encoded: list[Encoded]) -> np.ndarray:
         """The graph's first output [n, ...] of n texts, in one call."""
-        if self._session is None:
+        if self._graph is None:
             raise UserError(f"{self.bundle.folder}: this encoder was closed; open the bundle again with Encoder()")
         ids, mask, types = padded(encoded, self.bundle.manifest["model"]["pad_token_id"])
-        feeds = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if self._types else {})
+        feeds = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if "token_type_ids" in self._graph.inputs else {})
         with self._turn:                          # two at once would be slower than one after the other
-            try:
-                return self._session.run([self._output], feeds)[0]
-            except Exception as error:            # one class per ORT status, with no useful common one
-                raise UserError(f"{self.bundle.folder}: ONNX Runtime fails on its graph ({' '.join(str(error).split())[:200]}); export the "
-                                "model again") from None
+            while True:
+                try:
+                    return self._graph.run(feeds)
+                except DeviceError as error:
+                    if not self._left:
+                        raise
+                    self._step_down(error)
+                    self._open()
 
     def _needs(self, task: str, what: str) -> None:
         if self.bundle.task != task:
             raise UserError(f"{self.bundle.folder} is a model for {self.bundle.task} and gives no {what}, which one for {task} does")
 
-    def _open(self, provider: str | None, threads: int, role: str | None):
-        """(provider, role, session)"""
-        reasons = None
-        if provider != "cpu":
+    def _open(self) -> None:
+        """The first of the providers left that can be had. Raises UserError, of the last or of a mistake."""
+        while True:
+            self.provider = self._left.pop(0)
             try:
-                from .cuda_opening import usable_onnxruntime
-                return "cuda", "portable", self._session_of("portable", usable_onnxruntime(), threads, "CUDAExecutionProvider")
+                self.role, self._graph = getattr(self, f"_open_{self.provider}")()
+                return
             except Unavailable as error:
-                if provider == "cuda":
+                if not self._left:
                     raise
-                reasons = str(error)
+                self._step_down(error)
+
+    def _step_down(self, error: Unavailable) -> None:
+        from .backends import step_down           # which brings the native core
+        self._reasons.append(step_down(self.provider, error))
+
+    def _open_tensorrt(self) -> tuple[str, TrtEncoder]:
+        from .trt_encoder import TrtEncoder
+        if self._role not in (None, "portable"):
+            raise Unavailable(f"engines are of the portable graph, and the {self._role} one is asked for")
+        return "portable", TrtEncoder(self.bundle, self._output)
+
+    def _open_cuda(self) -> tuple[str, _OnnxGraph]:
+        from .cuda_opening import usable_onnxruntime
+        return "portable", self._onnx_graph("portable", usable_onnxruntime(), "CUDAExecutionProvider")
+
+    def _open_cpu(self) -> tuple[str, _OnnxGraph]:
         try:
             import onnxruntime
         except ImportError:
             raise UserError(f"{self.bundle.folder}: an encoder runs on ONNX Runtime: {pip_line('cpu')}") from None
-        role = role or ("fast" if self.bundle.graph("fast") else "portable")
-        self.not_cuda = reasons
-        return "cpu", role, self._session_of(role, onnxruntime, threads, "CPUExecutionProvider")
+        role = self._role or ("fast" if self.bundle.graph("fast") else "portable")
+        return role, self._onnx_graph(role, onnxruntime, "CPUExecutionProvider")
 
-    def _session_of(self, role: str, onnxruntime, threads: int, provider: str):
+    def _onnx_graph(self, role: str, onnxruntime, provider: str) -> _OnnxGraph:
         graph = self.bundle.graph(role)
         if graph is None:
             roles = ", ".join(graph["role"] for graph in self.bundle.manifest["graphs"])
@@ -279,7 +307,7 @@ class Encoder:
         path = self.bundle.path(graph["file"])
         check_external_data(self.bundle, graph["file"])
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.intra_op_num_threads, options.log_severity_level = self._threads, 3
         options.enable_cpu_mem_arena = False
         if role == "portable":                    # its activations are not rounded
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -292,7 +320,22 @@ class Encoder:
         if self._output not in [put.name for put in session.get_outputs()]:
             raise UserError(f"{path}: gives {', '.join(put.name for put in session.get_outputs())} and not {self._output}, as "
                             f"{self.bundle.task} needs; export the model again")
-        return session
+        return _OnnxGraph(session, self._output, self.bundle.folder)
+
+
+class _OnnxGraph:
+    """A session as TrtEncoder is: inputs, size, run."""
+
+    def __init__(self, session, output: str, folder: Path):
+        self._session, self._output, self._folder = session, output, folder
+        self.inputs, self.size = [put.name for put in session.get_inputs()], session.get_outputs()[0].shape[-1]
+
+    def run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        try:
+            return self._session.run([self._output], feeds)[0]
+        except Exception as error:                # one class per ORT status, with no useful common one
+            raise UserError(f"{self._folder}: ONNX Runtime fails on its graph ({' '.join(str(error).split())[:200]}); export the "
+                            "model again") from None
 
 
 def padded(encoded: list[Encoded], pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

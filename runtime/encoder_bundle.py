@@ -27,7 +27,9 @@ BY_TOKEN = ("feature-extraction", "token-classification", "question-answering") 
 ROLES = ("portable", "fast")
 _FORM = {"name": str, "files": {str: {"bytes": int, "sha256": str}}, "tokenizer": str, "task": str, "labels": ([str], None),
          "pooling": (str, None), "golden": (str, None), "graphs": [{"role": str, "file": str}],
-         "model": {"model_type": str, "vocab_size": int, "max_tokens": int, "pad_token_id": int}}
+         "model": {"model_type": str, "vocab_size": int, "max_tokens": int, "pad_token_id": int},
+         "engines": ([{"file": str, "backend": str, "version": str, "bytes": int, "compute_capabilities": [str],
+                       "rows": int, "tokens": int}], None)}
 _MEND = "export the model again"
 _LABELLED = ("text-classification", "token-classification")
 
@@ -123,7 +125,13 @@ def _check(path: Path, manifest: dict) -> None:
     roles = [graph["role"] for graph in manifest["graphs"]]
     if "portable" not in roles or not set(roles) <= set(ROLES) or len(set(roles)) != len(roles):
         raise UserError(f"{path}: the graphs' roles are {shown(roles)}; there is one portable graph, and perhaps one fast; {_MEND}")
-    named = [manifest["tokenizer"], *(graph["file"] for graph in manifest["graphs"]), *filter(None, [manifest.get("golden")])]
+    manifest["engines"] = manifest.get("engines") or []
+    for engine in manifest["engines"]:
+        if engine["rows"] < 1 or not 1 <= engine["tokens"] <= model["max_tokens"]:
+            raise UserError(f"{path}: the engine {engine['file']} is for {engine['rows']} texts of {engine['tokens']} tokens, where the model "
+                            f"takes {model['max_tokens']}; build it again with `python -m export.trt`")
+    entries = manifest["graphs"] + manifest["engines"]
+    named = [manifest["tokenizer"], *(entry["file"] for entry in entries), *filter(None, [manifest.get("golden")])]
     for name in named:
         if name not in manifest["files"]:
             raise UserError(f"{path}: names {name!r}, which is not among its files; {_MEND}")

@@ -27,7 +27,7 @@ from .device_cache import DeviceCache, Storage
 from .errors import DeviceError, Unavailable, UserError
 from .layout import CHUNK
 from .tensors import check_tensors
-from .trt_engine import fitting_engines, load_plan, read_plan
+from .trt_engine import NO_ENGINE, bind, fitting_engines, load_plan, new_context, queue_step, read_plan
 
 TOKEN_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions", "counts")
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
@@ -44,7 +44,7 @@ class TrtBackend:
 
     def __init__(self, bundle: Bundle, *, cuda=None, modules: dict | None = None):
         if not bundle.manifest["engines"]:
-            raise Unavailable("the bundle has no TensorRT engine; `python -m export.trt` adds one")
+            raise Unavailable(NO_ENGINE)
         check_tensors(bundle)
         self.device = Device(cuda)
         tensorrt, entries = fitting_engines(bundle, self.device.gpu, modules)
@@ -149,12 +149,7 @@ class _Engine:
         self.caches = [(name, engine.get_tensor_shape(name)[1], engine.get_tensor_shape(name)[3]) for name in pasts]
         self.vocab = engine.get_tensor_shape("logits")[2]
         for index, name in enumerate(self._profiles):
-            context = engine.create_execution_context()
-            if context is None:
-                raise DeviceError(f"{self._path}: the GPU has too little memory to run the engine")
-            if not context.set_optimization_profile_async(index, int(self._device.stream)):
-                raise DeviceError(f"{self._path}: the profile {name} cannot be set")
-            self._contexts[name] = context
+            self._contexts[name] = new_context(engine, self._device, self._path, index, name)
         self._device.synchronize()
         self._engine = engine
         return self
@@ -176,8 +171,7 @@ class _Engine:
         def work():
             for name in ("tokens", "past") if self.states else ("tokens",):
                 staging[name].upload()
-            if not context.execute_async_v3(int(self._device.stream)):
-                raise DeviceError(f"{self._path}: TensorRT could not run a step")
+            queue_step(context, self._device, self._path)
             for name in ("logits", "present") if self.states else ("logits",):
                 staging[name].download()
 
@@ -201,9 +195,7 @@ class _Engine:
         for index, (name, heads, size) in enumerate(self.caches):
             shapes[name] = (rows, heads, cache.capacity, size)
             addresses[name] = addresses[name.replace("past_", "present_", 1)] = cache.address(index)
-        if not all([context.set_input_shape(name, shape) for name, shape in shapes.items()]
-                   + [context.set_tensor_address(name, address) for name, address in addresses.items()]):
-            raise DeviceError(f"{self._path}: TensorRT refused a shape or an address")
+        bind(context, self._path, shapes, addresses)
 
     def _capturable(self, context) -> bool:
         """TensorRT for RTX compiles kernels while it first runs, and cannot be recorded until it has."""

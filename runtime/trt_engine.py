@@ -1,4 +1,4 @@
-"""Choose and load the TensorRT engines of a bundle: those made for this GPU by the library version installed here.
+"""Choose, load and run the TensorRT engines of a bundle: those made for this GPU by the library version installed here.
 
 Every reason why an engine does not fit is an Unavailable with that reason, so that the runtime can step down and say why.
 """
@@ -8,16 +8,18 @@ import importlib
 import zlib
 from pathlib import Path
 
-from .bundle import Bundle
-from .cuda_device import Gpu
+from .bundle import AnyBundle
+from .cuda_device import Device, Gpu
 from .errors import DeviceError, Unavailable, UserError, pip_line
 
 MOST_PACKED = 64                  # times that a compressed engine grows at most; weights do not shrink, text does
+NO_ENGINE = "the bundle has no TensorRT engine; `python -m export.trt` adds one"
 MODULES, EXTRAS = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}, {"rtx": "rtx", "trt": "gpu"}
 
 
-def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tuple[object, list[dict]]:
-    """The TensorRT module, and manifest entries of engines it can load on `gpu`, smallest capacity first.
+def fitting_engines(bundle: AnyBundle, gpu: Gpu, modules: dict | None = None) -> tuple[object, list[dict]]:
+    """The TensorRT module, and manifest entries of engines it can load on `gpu`, smallest capacity first
+    (of an encoder's, which have none: as the manifest has them).
 
     modules: backend -> module, in place of those installed. Raises Unavailable with the reason of every engine refused.
     """
@@ -38,10 +40,9 @@ def fitting_engines(bundle: Bundle, gpu: Gpu, modules: dict | None = None) -> tu
         else:
             fitting.setdefault(backend, (module, []))[1].append(entry)
     if not fitting:
-        raise Unavailable("; ".join(dict.fromkeys(reasons))
-                          or "the bundle has no TensorRT engine; `python -m export.trt` adds one")
+        raise Unavailable("; ".join(dict.fromkeys(reasons)) or NO_ENGINE)
     module, entries = next(iter(fitting.values()))
-    return module, sorted(entries, key=lambda entry: entry["capacity"])
+    return module, sorted(entries, key=lambda entry: entry.get("capacity", 0))
 
 
 def read_plan(path: Path, unpacked_bytes: int | None = None) -> bytes:
@@ -81,6 +82,29 @@ def load_plan(tensorrt, plan: bytes, path: Path):
         raise DeviceError(f"{path}: TensorRT could not load the engine (corrupt, of another version, or too little GPU "
                           "memory)")
     return engine
+
+
+def new_context(engine, device: Device, path: Path, index: int, name: str):
+    """An execution context of one profile, its number and name. Raises DeviceError."""
+    context = engine.create_execution_context()
+    if context is None:
+        raise DeviceError(f"{path}: the GPU has too little memory to run the engine")
+    if not context.set_optimization_profile_async(index, int(device.stream)):
+        raise DeviceError(f"{path}: the profile {name} cannot be set")
+    return context
+
+
+def bind(context, path: Path, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    """The inputs' shapes, and where inputs and outputs are on the device. Raises DeviceError."""
+    if not all([context.set_input_shape(name, shape) for name, shape in shapes.items()]
+               + [context.set_tensor_address(name, address) for name, address in addresses.items()]):
+        raise DeviceError(f"{path}: TensorRT refused a shape or an address")
+
+
+def queue_step(context, device: Device, path: Path) -> None:
+    """Queue a run of what is bound. Raises DeviceError."""
+    if not context.execute_async_v3(int(device.stream)):
+        raise DeviceError(f"{path}: TensorRT could not run a step")
 
 
 def _import(backend: str):

@@ -110,22 +110,26 @@ def verify(options: Options) -> None:
 
 
 def verify_encoder(options: Options) -> None:
-    """The same of an encoder's bundle: each graph's outputs beside PyTorch's, by their cosine. Raises CheckFailed."""
+    """The same of an encoder's bundle: the outputs of each graph and of the engine beside PyTorch's, by their cosine. Raises CheckFailed."""
     bundle = open_encoder(options.bundle, verify=True)
     print(f"{bundle.name}: {len(bundle.manifest['files'])} files have the sha256 of the manifest")
     if not (golden := read_encoder_golden(bundle)):
         print(f"{bundle.name}: no golden outputs in it, so its answers were not checked; export the model again")
         return
-    failed = []
-    for role in (graph["role"] for graph in bundle.manifest["graphs"]):
-        with Encoder(bundle.folder, provider="cpu", threads=options.threads, role=role) as encoder:
-            outputs = [output.ravel() for output in encoder.outputs([one.text for one in golden])]
+    failed, engines = [], [("tensorrt", "tensorrt", "portable")] if bundle.manifest["engines"] else []
+    for runner, provider, role in [*((graph["role"], "cpu", graph["role"]) for graph in bundle.manifest["graphs"]), *engines]:
+        try:
+            with Encoder(bundle.folder, provider=provider, threads=options.threads, role=role) as encoder:
+                outputs = [output.ravel() for output in encoder.outputs([one.text for one in golden])]
+        except Unavailable as error:
+            print(f"{runner}: not run: {error}")
+            continue
         shapes = all(len(output) == len(one.output) for output, one in zip(outputs, golden))
         worst = max(1 - cosine(output, one.output) for output, one in zip(outputs, golden)) if shapes else float("inf")
         budget = golden[0].budgets.get(role, 0.0)
-        print(f"{role}: 1 - cosine to PyTorch's outputs {worst:.1e}, at most {budget:g}: {'kept' if worst <= budget else 'EXCEEDED'}")
+        print(f"{runner}: 1 - cosine to PyTorch's outputs {worst:.1e}, at most {budget:g}: {'kept' if worst <= budget else 'EXCEEDED'}")
         if not worst <= budget:
-            failed.append(f"{role} differs by a cosine of 1 - {worst:.1e} against a budget of {budget:g}")
+            failed.append(f"{runner} differs by a cosine of 1 - {worst:.1e} against a budget of {budget:g}")
     if failed:
         raise CheckFailed(f"{bundle.folder}: {'; '.join(failed)}")
 

@@ -3,7 +3,8 @@
 A decoder's graph gets two, both with the cache at one fixed capacity: "decode" (one new token a row) and "prefill" (up
 to a chunk of new tokens). TensorRT chooses kernels for the optimal shape: one row, and a prompt of 128 tokens. An engine
 holds the kernels of every profile, so where its size counts more than its speed the second alone serves single tokens
-too. Any other model gets one, from `--shapes name:min,opt,max`, or none where its inputs are fixed.
+too. An encoder's bundle gets one, for up to `--rows` texts of all the tokens it takes, best for one text of 64. Any other
+model gets one, from `--shapes name:min,opt,max`, or none where its inputs are fixed.
 """
 
 from pathlib import Path
@@ -17,7 +18,8 @@ from runtime.errors import UserError
 from runtime.layout import CHUNK
 
 DECODER_INPUTS = ("input_ids", "position_ids", "write_index", "logits_positions")
-BEST_CHUNK, LOGITS = 128, 32         # prompt length to optimize for; most logits of a row in one call
+ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+BEST_CHUNK, BEST_TEXT, LOGITS = 128, 64, 32         # prompt's and text's length to optimize for; most logits of a row in one call
 
 
 def is_decoder(model: onnx.ModelProto) -> bool:
@@ -51,6 +53,15 @@ def decoder_profiles(model: onnx.ModelProto, rows: int, chunk: int, one: bool = 
         return {key: (low[key], best[key], high[key]) for key in low}
     prefill = {"prefill": profile(min(BEST_CHUNK, chunk), chunk, min(LOGITS, chunk))}
     return prefill if one else {"decode": profile(1, 1, 1)} | prefill
+
+
+def encoder_profile(model: onnx.ModelProto, rows: int, tokens: int, path: Path) -> Profiles:
+    """The profile of an encoder's graph: up to `rows` texts of `tokens` tokens. Raises UserError for a graph of other inputs."""
+    for name, info in inputs(model).items():
+        if name not in ENCODER_INPUTS or len(shape_of(info) or ()) != 2:
+            raise UserError(f"{path}: the input {name} is none of an encoder's ({', '.join(ENCODER_INPUTS)}, [batch, sequence]); export the "
+                            "model again")
+    return {"shapes": {name: ((1, 1), (1, min(BEST_TEXT, tokens)), (rows, tokens)) for name in inputs(model)}}
 
 
 def given_profiles(model: onnx.ModelProto, given: tuple[str, ...], path: Path) -> Profiles:

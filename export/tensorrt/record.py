@@ -20,7 +20,7 @@ from export import bundle as bundles
 from export.tensorrt.build import Profiles, Settings, load_backend
 from export.tensorrt.model import external_files, inputs, shape_of
 from runtime import files
-from runtime.bundle import Bundle
+from runtime.bundle import AnyBundle
 from runtime.errors import UserError
 from runtime.machine import peak_rss_mb
 
@@ -64,12 +64,12 @@ def write(out: Path, plan: bytes, facts: dict) -> None:
     files.write(out.with_name(record_name(out.name)), _text(facts))
 
 
-def add_to_bundle(bundle: Bundle, name: str, plan: bytes, facts: dict) -> dict:
+def add_to_bundle(bundle: AnyBundle, name: str, plan: bytes, facts: dict) -> dict:
     """Put an engine and its record into a bundle, in place of one of the same name; returns the new manifest."""
     manifest, data = copy.deepcopy(bundle.manifest), packed(name, plan)
     bundles.add_file(bundle.folder, manifest, record_name(name), _text(facts))
     entry = {"file": name, "record": record_name(name), "file_bytes": len(data)} | {key: facts[key] for key in (
-        "backend", "version", "compute_capabilities", "capacity", "profiles", "bytes", "source")}
+        "backend", "version", "compute_capabilities", *(("capacity",) if facts["capacity"] else ("rows", "tokens")), "profiles", "bytes", "source")}
     manifest["engines"] = [e for e in manifest["engines"] if e["file"] != name] + [entry]
     bundles.add_file(bundle.folder, manifest, name, data)
     return manifest

@@ -77,7 +77,7 @@ def test_a_bundle_gains_an_engine_for_each_capacity(bundle, capsys, dtype, bits)
         assert prefill["shapes"]["past_key.0"][2] == [2, 2, engine["capacity"], 16]
         plan = gzip.decompress(opened.path(engine["file"]).read_bytes())
         assert len(plan) == engine["bytes"] and record["build_s"] > 0
-    assert opened.manifest["on_device"] == "python -m export.trt . --backend trt --capacity 64,128"
+    assert opened.manifest["on_device"] == "python -m export.trt . --backend trt --capacity 64,128 --rows 2"
     assert opened.manifest | {"engines": [], "files": before["files"], "on_device": None} == before | {"on_device": None}
 
 

@@ -132,10 +132,10 @@ class Cuda:
 
 
 class TensorRT:
-    """The module. plan: JSON of {"onnx": path, "capacity": slots}."""
+    """The module. plan: JSON of {"onnx": path, "capacity": slots}, or of an encoder {"onnx": path, "largest": [rows, tokens]}."""
 
-    EngineValidity, EngineInvalidityDiagnostics, Logger = (
-        real.EngineValidity, real.EngineInvalidityDiagnostics, real.Logger)
+    EngineValidity, EngineInvalidityDiagnostics, Logger, TensorIOMode = (
+        real.EngineValidity, real.EngineInvalidityDiagnostics, real.Logger, real.TensorIOMode)
 
     def __init__(self, cuda, version=VERSION, invalid=0, refuse=(), driver=True):
         self.__version__, self.cuda, self.invalid, self.refuse = version, cuda, invalid, set(refuse)
@@ -166,7 +166,7 @@ class Runtime:
 
 class Engine:
     def __init__(self, module, plan):
-        self.module, self.capacity = module, plan["capacity"]
+        self.module, self.capacity, self.largest = module, plan.get("capacity"), plan.get("largest")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = onnxruntime.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
@@ -175,6 +175,9 @@ class Engine:
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name):
+        return real.TensorIOMode.INPUT if name in {i.name for i in self.session.get_inputs()} else real.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name):
         return DTYPES[self.tensors[name].type][0]
@@ -196,7 +199,13 @@ class Context:
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = tuple(shape)
-        return True
+        return self.engine.largest is None or all(1 <= size <= most for size, most in zip(shape, self.engine.largest))
+
+    def get_tensor_shape(self, name):
+        known = {}
+        for i in self.engine.session.get_inputs():
+            known |= dict(zip(i.shape, self.shapes[i.name]))
+        return [known.get(d, d) for d in self.engine.tensors[name].shape]
 
     def set_tensor_address(self, name, memory):
         assert memory % 256 == 0, f"{name} at {memory}"
