@@ -87,4 +87,7 @@ def test_a_few_failures_get_a_second_run_alone(tmp_path):
     assert again("-m", "tests.again", "0", "2")[0] == 1 and again("-m", "tests.again", "-11", "0")[0] == 1
     assert again("-m", "pytest", "--cache-clear", "test_many.py")[0] == 1
     code, said = again("-m", "tests.again", "1", "0")
-    assert code == 1 and "6 tests failed" in said, said
+    assert code == 1 and "failed: 6;" in said, said
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\ndef test_it(): pass\n")
+    assert again("-m", "pytest", "--cache-clear", "-n", "1", "test_broken.py")[0] == 1
+    assert again("-m", "tests.again", "1", "0")[0] == 1
