@@ -17,16 +17,20 @@ def in_a_child(command: Callable[[], int], name: str) -> int:
         return command()
     sys.stdout.flush()
     passed_on = (signal.SIGINT, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)          # until the parent can pass them on
+    # Blocked and waited for: a signal that came just before a blocking waitpid() would be heard only when that returns.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*passed_on, signal.SIGCHLD))
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)                         # a terminal's Ctrl-C reaches it once, through the parent
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return command()
-    for number in passed_on:
-        signal.signal(number, lambda received, _: os.kill(child, received))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None)          # without one a system may drop the signal
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if (received := signal.sigwait((*passed_on, signal.SIGCHLD))) != signal.SIGCHLD:
+            os.kill(child, received)
+    signal.signal(signal.SIGCHLD, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    code = os.waitstatus_to_exitcode(ended[1])
     if code >= 0 or -code == signal.SIGTERM:
         return code if code >= 0 else 128 - code
     reason = {signal.SIGKILL: "killed, as systems do when memory runs out; close other programs or use a larger machine"}.get(
