@@ -35,7 +35,7 @@ class Recipe:
 
 RECIPES = {
     "classify": Recipe("Sentiment", "accuracy", ("--learning-rate", 1e-4, "--epochs", 2, "--batch", 32),
-                       ("--hidden-weight", 3, "--learning-rate", 3e-4, "--steps", 400, "--batch", 32)),
+                       ("--hidden-weight", 1, "--learning-rate", 2e-4, "--steps", 1500, "--batch", 32)),
     "similarity": Recipe("Similarity", "spearman", ("--learning-rate", 5e-5, "--epochs", 1, "--batch", 32),
                          ("--hidden-weight", 1, "--learning-rate", 3e-4, "--steps", 300, "--batch", 32)),
     "ner": Recipe("Entities", "entity_f1", ("--learning-rate", 2e-4, "--epochs", 4, "--batch", 16),
