@@ -111,11 +111,15 @@ def open_bundle(folder: str | Path, *, verify: bool = False) -> Bundle:
         raise UserError(f"{path}: bundle version {version!r}, but this runtime reads versions {' and '.join(map(str, VERSIONS))}; "
                         "export the bundle again or update the runtime")
     _check_manifest(path, manifest)
-    for name, entry in manifest["files"].items():
-        check_file(folder, name, entry)
-    bundle = Bundle(folder, manifest)
+    return with_files(Bundle(folder, manifest), verify)
+
+
+def with_files(bundle: AnyBundle, verify: bool) -> AnyBundle:
+    """The bundle, whose files are all there in their sizes, and with `verify` in their sha256. Raises UserError, CheckFailed."""
+    for name, entry in bundle.manifest["files"].items():
+        check_file(bundle.folder, name, entry)
     if verify and (changed := changed_files(bundle)):
-        raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
+        raise CheckFailed(f"{bundle.folder}: changed since the bundle was written: {', '.join(changed)}")
     return bundle
 
 

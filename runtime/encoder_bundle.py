@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import AnyBundle, ENCODER_FORMAT, FORMAT, MANIFEST, changed_files, check_file, check_form, read_manifest
-from .errors import CheckFailed, UserError, shown
+from .bundle import AnyBundle, ENCODER_FORMAT, FORMAT, MANIFEST, check_form, read_manifest, with_files
+from .errors import UserError, shown
 from .files import read_json
 
 VERSION = 1
@@ -89,12 +89,7 @@ def open_encoder(folder: str | Path, *, verify: bool = False) -> EncoderBundle:
         raise UserError(f"{path}: version {shown(manifest.get('version'))}, but this runtime reads version {VERSION}; {_MEND}")
     check_form(path, "", manifest, _FORM)
     _check(path, manifest)
-    for name, entry in manifest["files"].items():
-        check_file(folder, name, entry)
-    bundle = EncoderBundle(folder, manifest)
-    if verify and (changed := changed_files(bundle)):
-        raise CheckFailed(f"{folder}: changed since the bundle was written: {', '.join(changed)}")
-    return bundle
+    return with_files(EncoderBundle(folder, manifest), verify)
 
 
 def read_golden(bundle: EncoderBundle) -> list[Golden]:
