@@ -42,6 +42,9 @@ class Repeats:
 
     def look(self, matches: Matches, most: int) -> list[str]:
         self._matches = matches
+        if matches.skipped is not None:
+            taken_up = _TAKEN_UP[min(matches.skipped.bit_length(), len(_TAKEN_UP) - 1)]
+            return [taken_up[min(matches.length + i, len(taken_up)) - 1] for i in range(most)]
         return [_REPEATS[min(matches.length + i, len(_REPEATS) - 1)] for i in range(most)] if matches.length else []
 
     def take(self, count: int) -> list[int]:
@@ -49,6 +52,7 @@ class Repeats:
 
 
 _REPEATS = [f"match {n if n < 5 else '5 to 7' if n < 8 else '8 to 15' if n < 16 else '16 and more'}" for n in range(17)]
+_TAKEN_UP = [[f"taken up after {skipped}, token {n}" for n in range(1, 5)] for skipped in ("0", "1", "2 to 3", "4 and more")]
 
 
 class Drafter:

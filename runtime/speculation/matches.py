@@ -9,6 +9,10 @@ latest TRIES the one whose tokens before agree longest is taken, and it is follo
 time, whatever the text's length. Known as prompt lookup (Saxena 2023) and suffix decoding.
 
 A match that runs into the end of the text goes on with its own copy: what repeats is guessed to repeat.
+
+Who copies with changes comes back to what is copied. So after a match of TRUSTED tokens or more has failed, the next TOKENS_LOST tokens
+that nothing else is known about are each looked for in what the match would have gone on with, AHEAD tokens far: a single token is
+enough there, and the copy is taken up again behind it. `skipped` says how many tokens were left out.
 """
 
 from collections.abc import Iterable
@@ -16,13 +20,16 @@ from collections.abc import Iterable
 LEAST = 2                         # tokens of a match
 LONGEST = 32                      # tokens that are compared
 TRIES = 8
+TRUSTED, TOKENS_LOST, AHEAD = 4, 8, 64
 
 
 class Matches:
     def __init__(self, text: Iterable[int] = ()):
         self.text: list[int] = []
         self.length = 0                           # of the match that ends the text; 0: there is none
+        self.skipped: int | None = None           # of a copy taken up again, until TRUSTED tokens of it held: what was left out
         self._at = 0                              # where in the text it goes on
+        self._failed = 0, 0                       # where a copy would have gone on that failed, and for how many tokens it is looked for
         self._last: dict[int, int] = {}           # a pair of tokens -> the place after its last occurrence
         self._before: list[int] = []              # of each place: the one before with the same pair in front; 0: none
         self._index(text)
@@ -32,11 +39,17 @@ class Matches:
         """The text goes on with these tokens."""
         for token in tokens:
             held = self.length and self.text[self._at] == token
+            if not held and self.length >= TRUSTED:
+                self._failed = self._at, TOKENS_LOST
             self._index((token,))
             if held:
                 self._at, self.length = self._at + 1, self.length + 1
+                if self.length >= TRUSTED:
+                    self.skipped = None
             else:
                 self._search()
+                if not self.length:
+                    self._take_up(token)
 
     def follow(self, count: int) -> list[int]:
         """The `count` tokens that come after the match; none where there is no match."""
@@ -57,7 +70,7 @@ class Matches:
             last[pair] = len(text)
 
     def _search(self) -> None:
-        text, end, self.length = self.text, len(self.text), 0
+        text, end, self.length, self.skipped = self.text, len(self.text), 0, None
         at = self._before[-1] if end >= LEAST else 0
         for _ in range(TRIES):
             if not at:
@@ -68,3 +81,14 @@ class Matches:
             if length > self.length:
                 self._at, self.length = at, length
             at = self._before[at - 1]
+
+    def _take_up(self, token: int) -> None:
+        at, left = self._failed
+        if not left:
+            return
+        self._failed = at, left - 1
+        copied = self.text[at:min(at + AHEAD, len(self.text) - 1)]
+        if token in copied:
+            self.skipped = copied.index(token)
+            self._at, self.length = at + self.skipped + 1, 1
+            self._failed = self._at, left - 1

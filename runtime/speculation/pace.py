@@ -14,7 +14,7 @@ or twice is forgotten after FORGET plain steps, since it may have been somebody 
 The plan has the most tokens by time: (rows + expected held guesses) / (ratio + time to look and to make the guesses), where the chance
 that guess j holds is the product of its own and those before it. It is nothing unless that beats plain decoding by MARGIN. Looking for
 guesses in vain takes at most LOOKING of the time, or LONGEST_REST steps go by between two looks: of a tiny model it costs as much as
-a step.
+a step. A reply in which guesses have won more than PUT_BY pays its looks from that instead, without rest.
 
 What a reply has lost against plain decoding is bounded besides (`Account`): START steps, SHARE of its steps so far, and what
 earlier guesses have won, up to MOST_WON: a pass may risk no more than that, its loss by the chance that its first guess fails. So a
@@ -31,7 +31,7 @@ MOST_TOKENS = 31                  # tokens of a pass: with AMX, larger ones roun
 PRIOR = 0.1                       # of a plain step: what a further token adds at least, where that was not measured
 MARGIN = 1.03
 SHARE, START, MOST_WON = 0.01, 0.7, 4.0
-LOOKING, LONGEST_REST = 0.01, 32
+LOOKING, LONGEST_REST, PUT_BY = 0.01, 32, 0.5
 _LEAST_RISK = 0.5                 # of what a pass would lose if nothing held, however sure its guesses are
 REFRESH, FORGET = 64, 80
 _KEPT = 7                         # measurements of one kind
@@ -148,6 +148,13 @@ class Account:
     def spare(self) -> float:
         """What it may lose now."""
         return START + SHARE * self.steps + self.won
+
+    def pay(self, look: float) -> bool:
+        """Take a look in vain, in plain steps, from what was won; False: too little was."""
+        if self.won - look < PUT_BY:
+            return False
+        self.won -= look
+        return True
 
     def book(self, gained: int, cost: float) -> None:
         """A pass gave it `gained` tokens at its share of `cost` (1: of a plain step)."""

@@ -42,7 +42,7 @@ def advance(backend: Backend, cache: Cache, sequences: list[decode.Sequence], mo
         errors = [_settle(cache, row, sequence, [], [one], 0, 1.0) for row, (sequence, one) in enumerate(zip(sequences, found))]
         for sequence in sequences:
             if sequence.drafter:
-                sequence.drafter.rest = rest
+                sequence.drafter.rest = 0 if sequence.drafter.account.pay(pace.look(rows)) else rest
         pace.looked(rows, time.perf_counter() - ran + began - looked)
         return errors
     feeds = [s.tokens[-n:] + guess for s, n, guess in zip(sequences, behind, guesses)]

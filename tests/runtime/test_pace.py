@@ -5,7 +5,7 @@ import random
 import pytest
 
 from runtime.speculation.odds import Odds
-from runtime.speculation.pace import FORGET, LONGEST_REST, MOST, MOST_TOKENS, PRIOR, SHARE, START, Account, Pace
+from runtime.speculation.pace import FORGET, LONGEST_REST, MOST, MOST_TOKENS, PRIOR, PUT_BY, SHARE, START, Account, Pace
 
 COSTS = {"free": lambda tokens: 1.0, "memory": lambda tokens: 1 + 0.04 * (tokens - 1), "core": lambda tokens: max(1.0, 0.1 + 0.24 * tokens),
          "dear": lambda tokens: float(tokens), "steps": lambda tokens: 1.0 if tokens == 1 else 1.9 if tokens <= 8 else 4.0}
@@ -30,7 +30,7 @@ def replies(cost, holds, length, pace, whole, rng, noise=0.0, look=0.0):
         for i in range(min(held + 1, max(count, 1))):
             own.saw("kind", right[done + i])
         pace.passed(1, count, seconds) if count else pace.stepped(1, seconds)
-        rest = 0 if count else pace.rest(1)
+        rest = 0 if count or account.pay(pace.look(1)) else pace.rest(1)
         account.book(held + 1, pace.ratio(1, count) + (pace.look(1) if count else 0.0))
         done += held + 1
     return time, (length - 1) * cost(1) * (1 + noise / 2)
@@ -146,3 +146,8 @@ def test_an_account_lends_a_little_and_keeps_some_of_what_was_won():
     for _ in range(50):
         account.book(4, 1.5)
     assert account.spare < START + 301 * SHARE + 4.001
+    before = account.won
+    assert account.pay(0.3) and account.won == pytest.approx(before - 0.3)            # looks in vain, from what was won
+    while account.pay(0.3):
+        pass
+    assert PUT_BY <= account.won < PUT_BY + 0.3 and not account.pay(0.3) and not Account().pay(0.01)

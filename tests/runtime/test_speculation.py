@@ -18,7 +18,7 @@ from runtime import Engine, decode
 from runtime.errors import UserError
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.speculation.drafter import Drafter
-from runtime.speculation.matches import LEAST, Matches
+from runtime.speculation.matches import LEAST, TOKENS_LOST, Matches
 from runtime.speculation.odds import Odds
 
 VOCAB = 97
@@ -162,7 +162,10 @@ def test_matches_are_what_followed_before():
                 matches.extend(text[at:at + 1])
                 so_far, n = text[:at + 1], matches.length
                 before = [i for i in range(LEAST, at + 1) if so_far[i - LEAST:i] == so_far[-LEAST:]] if at + 1 >= LEAST else []
-                assert bool(n) == bool(before) and not matches.follow(0)
+                if matches.skipped is not None and n < LEAST:              # a copy taken up again: no pair is known
+                    assert not before and matches.follow(0) == []
+                    continue
+                assert matches.skipped is not None or bool(n) == bool(before) and not matches.follow(0)
                 if not n:
                     assert matches.follow(3) == []
                     continue
@@ -178,6 +181,28 @@ def test_matches_are_what_followed_before():
     repeated = Matches([7, 8, 9] * 4)
     assert repeated.follow(8) == [7, 8, 9, 7, 8, 9, 7, 8]
     assert Matches([1, 2, 3, 9, 1, 2]).follow(2) == [3, 9]
+
+
+def test_a_copy_with_changes_is_taken_up_again():
+    """A word replaced, some left out, one put in: a single token that the copied text goes on with is enough."""
+    source = list(range(100, 200))
+
+    def after(tokens, begin=source[:6]):
+        matches = Matches(source)
+        for token in [*begin, *tokens]:
+            matches.extend([token])
+        return matches.skipped, matches.follow(3)
+
+    assert after([]) == (None, source[6:9])
+    assert after([7]) == (None, [])                            # another word: where it ends is not known yet
+    assert after([7, source[7]]) == (1, source[8:11])          # one for one
+    assert after([7, 8, source[6]]) == (0, source[7:10])       # put in
+    assert after([source[40]]) == (34, source[41:44])          # left out
+    assert after([7, source[7], *source[8:11]]) == (None, source[11:14])            # four held: a match like any other
+    assert after([7, source[7], 9, source[20]]) == (12, source[21:24])              # changed again
+    assert after([source[80]]) == (None, [])                   # too far
+    assert after([7] * TOKENS_LOST + [source[7]])[0] is None   # too late (and repeating itself)
+    assert after([7], source[:3]) == (None, []) and after([7, source[4]], source[:3]) == (None, [])     # three tokens are no copy
 
 
 def test_odds_follow_what_was_seen():
