@@ -15,9 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .matches import Matches
+from .matches import TRUSTED, Matches
 from .odds import Odds
-from .pace import Account, Pace
+from .pace import MOST_TOKENS, Account, Pace
 
 _LEAST_CHANCE = 0.1               # of a guess: those after it are not looked at
 _SURE = 0.85                      # of a first guess: other sources are not asked
@@ -43,16 +43,17 @@ class Repeats:
     def look(self, matches: Matches, most: int) -> list[str]:
         self._matches = matches
         if matches.skipped is not None:
-            taken_up = _TAKEN_UP[min(matches.skipped.bit_length(), len(_TAKEN_UP) - 1)]
-            return [taken_up[min(matches.length + i, len(taken_up)) - 1] for i in range(most)]
-        return [_REPEATS[min(matches.length + i, len(_REPEATS) - 1)] for i in range(most)] if matches.length else []
+            return _TAKEN_UP[min(matches.skipped.bit_length(), len(_TAKEN_UP) - 1)][matches.length - 1:][:most]
+        return _REPEATS[min(matches.length, _LONG):][:most] if matches.length else []
 
     def take(self, count: int) -> list[int]:
         return self._matches.follow(count)
 
 
-_REPEATS = [f"match {n if n < 5 else '5 to 7' if n < 8 else '8 to 15' if n < 16 else '16 and more'}" for n in range(17)]
-_TAKEN_UP = [[f"taken up after {skipped}, token {n}" for n in range(1, 5)] for skipped in ("0", "1", "2 to 3", "4 and more")]
+_LONG = 16
+_REPEATS = [f"match {n if n < 5 else '5 to 7' if n < 8 else '8 to 15' if n < _LONG else '16 and more'}" for n in range(_LONG + MOST_TOKENS)]
+_TAKEN_UP = [[f"taken up after {skipped}, token {min(n, 4)}" for n in range(1, TRUSTED + MOST_TOKENS)]
+             for skipped in ("0", "1", "2 to 3", "4 and more")]
 
 
 class Drafter:
@@ -87,9 +88,10 @@ class Drafter:
         for source in self._sources:
             if best and best[0] > _SURE:
                 break
-            chances = []
+            chances, before = [], None
             for kind in (kinds := source.look(self._matches, most)):
-                chance = self._odds.chance(kind)
+                if kind != before:
+                    before, chance = kind, self._odds.chance(kind)
                 if chance < _LEAST_CHANCE:
                     break
                 chances.append(chance)

@@ -14,7 +14,7 @@ or twice is forgotten after FORGET plain steps, since it may have been somebody 
 The plan has the most tokens by time: (rows + expected held guesses) / (ratio + time to look and to make the guesses), where the chance
 that guess j holds is the product of its own and those before it. It is nothing unless that beats plain decoding by MARGIN. Looking for
 guesses in vain takes at most LOOKING of the time, or LONGEST_REST steps go by between two looks: of a tiny model it costs as much as
-a step. A reply in which guesses have won more than PUT_BY pays its looks from that instead, without rest.
+a step. A reply pays its first looks, FIRST_LOOKS steps of them, without rest, and later ones from what guesses have won beyond PUT_BY.
 
 What a reply has lost against plain decoding is bounded besides (`Account`): START steps, SHARE of its steps so far, and what
 earlier guesses have won, up to MOST_WON: a pass may risk no more than that, its loss by the chance that its first guess fails. So a
@@ -25,13 +25,15 @@ Times come in by argument: it has no clock.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 MOST = 15                         # guesses of a row in a pass
 MOST_TOKENS = 31                  # tokens of a pass: with AMX, larger ones round otherwise (native/backend.py)
 PRIOR = 0.1                       # of a plain step: what a further token adds at least, where that was not measured
 MARGIN = 1.03
 SHARE, START, MOST_WON = 0.01, 0.7, 4.0
-LOOKING, LONGEST_REST, PUT_BY = 0.01, 32, 0.5
+LOOKING, LONGEST_REST, FIRST_LOOKS, PUT_BY = 0.01, 32, 0.5, 0.5
 _LEAST_RISK = 0.5                 # of what a pass would lose if nothing held, however sure its guesses are
 REFRESH, FORGET = 64, 80
 _KEPT = 7                         # measurements of one kind
@@ -44,6 +46,7 @@ class Pace:
     def __init__(self):
         self._steps: dict[int, tuple[float, ...]] = {}            # rows -> seconds of the last plain steps
         self._ratios: dict[tuple[int, int], tuple[float, ...]] = {}
+        self._widest: dict[int, int] = {}                         # rows -> the most extra tokens that a pass had
         self._curves: dict[int, list[float]] = {}
         self._looks: dict[int, tuple[float, ...]] = {}            # rows -> plain steps that the last looks took
         self._since: dict[int, int] = {}                          # passes since a plain step
@@ -56,6 +59,9 @@ class Pace:
         if self._quiet == FORGET:
             self._quiet, self._curves = 0, {}
             self._ratios = {key: seen for key, seen in list(self._ratios.items()) if len(seen) >= _SETTLED}
+            self._widest = {}
+            for rows, extra in self._ratios:
+                self._widest[rows] = max(extra, self._widest.get(rows, 0))
 
     def passed(self, rows: int, extra: int, seconds: float) -> None:
         self._since[rows] = self._since.get(rows, 0) + 1
@@ -63,6 +69,7 @@ class Pace:
             key = rows, min(extra, MOST_TOKENS)
             self._ratios[key] = (self._ratios.get(key, ()) + (seconds / step,))[-_KEPT:]
             self._curves.pop(rows, None)
+            self._widest[rows] = max(extra, self._widest.get(rows, 0))
 
     def looked(self, rows: int, seconds: float) -> None:
         if (step := self.step(rows)) is not None:
@@ -83,10 +90,13 @@ class Pace:
 
     def ratio(self, rows: int, extra: int) -> float:
         """What a pass of rows + extra tokens takes, in plain steps of these rows."""
-        curve = self._curves.get(rows)
-        if curve is None:
+        return self.curve(rows)[min(extra, MOST_TOKENS)]
+
+    def curve(self, rows: int) -> list[float]:
+        """The same for 0 to MOST_TOKENS extra tokens."""
+        if (curve := self._curves.get(rows)) is None:
             curve = self._curves[rows] = self._curve(rows)
-        return curve[min(extra, MOST_TOKENS)]
+        return curve
 
     def _curve(self, rows: int) -> list[float]:
         points, least = [], float("inf")
@@ -104,7 +114,7 @@ class Pace:
 
     def _tried(self, rows: int) -> int:
         """Extra tokens that a pass may have."""
-        return 1 + 2 * max((extra for some, extra in list(self._ratios) if some == rows), default=0)
+        return 1 + 2 * self._widest.get(rows, 0)
 
     def plan(self, chances: Sequence[Sequence[float]], spare: Sequence[float], *, seconds: float = 0.0, together: bool = True,
              again: bool = False) -> list[int]:
@@ -118,23 +128,25 @@ class Pace:
         step, none = self.step(rows), [0] * rows
         if step is None:
             return none
-        reach = [_products(row[:MOST]) for row in chances]
-        best, best_rate, each, most, look = none, rows * MARGIN, seconds / step, self._tried(rows), self.look(rows)
+        reach = [list(accumulate(row[:MOST], mul)) for row in chances]
+        held = [[0.0, *accumulate(row)] for row in reach]         # of so many guesses, how many hold on average
+        may_lose = [left / max(_LEAST_RISK, 1 - row[0]) if row else 0.0 for row, left in zip(reach, spare)]
+        best, best_rate, each, look, curve = none, rows * MARGIN, seconds / step, self.look(rows), self.curve(rows)
+        most = min(self._tried(rows), MOST_TOKENS - rows)
         for counts in _mixed(reach) if together else _padded(reach):
             made = sum(counts)
             extra = made if together else rows * max(counts)
-            if not made or rows + extra > MOST_TOKENS or extra > most:
+            if not 0 < extra <= most:
                 continue
-            cost = self.ratio(rows, extra) + made * each + look
+            cost = curve[extra] + made * each + look
             lost = cost - 1
-            risks = (lost * count / made * max(_LEAST_RISK, 1 - row[0]) for row, count in zip(reach, counts) if count)
-            if any(risk > left for risk, left in zip(risks, (left for left, count in zip(spare, counts) if count))):
+            if any([count and lost * count / made > least for count, least in zip(counts, may_lose)]):
                 continue
             if again:
                 cost += lost * max(1 - row[count - 1] for row, count in zip(reach, counts) if count)
-            gained = rows + sum(sum(row[:count]) for row, count in zip(reach, counts))
-            if gained / cost > best_rate:
-                best, best_rate = counts, gained / cost
+            rate = (rows + sum([row[count] for row, count in zip(held, counts)])) / cost
+            if rate > best_rate:
+                best, best_rate = counts, rate
         return best
 
 
@@ -142,7 +154,7 @@ class Account:
     """What one reply has won and lost by guesses, in plain steps."""
 
     def __init__(self):
-        self.steps, self.won = 0, 0.0
+        self.steps, self.won, self._looks = 0, 0.0, FIRST_LOOKS
 
     @property
     def spare(self) -> float:
@@ -150,10 +162,13 @@ class Account:
         return START + SHARE * self.steps + self.won
 
     def pay(self, look: float) -> bool:
-        """Take a look in vain, in plain steps, from what was won; False: too little was."""
-        if self.won - look < PUT_BY:
+        """Pay for a look in vain, in plain steps; False: it has to rest instead."""
+        if self._looks >= look:
+            self._looks -= look
+        elif self.won - look >= PUT_BY:
+            self.won -= look
+        else:
             return False
-        self.won -= look
         return True
 
     def book(self, gained: int, cost: float) -> None:
@@ -167,15 +182,11 @@ def _typical(values: tuple[float, ...]) -> float:
     return sorted(values)[(len(values) - 1) // 4]
 
 
-def _products(chances: Sequence[float]) -> list[float]:
-    found, product = [], 1.0
-    for chance in chances:
-        found.append(product := product * chance)
-    return found
-
-
 def _mixed(reach: list[list[float]]):
     """Numbers of guesses a row, the likeliest guess of all added each time."""
+    if len(reach) == 1:
+        yield from ([count] for count in range(1, len(reach[0]) + 1))
+        return
     counts = [0] * len(reach)
     for _ in range(MOST_TOKENS):
         left = [(row[count], i) for i, (row, count) in enumerate(zip(reach, counts)) if count < len(row)]
