@@ -7,6 +7,7 @@
  */
 #define NO_SCORE (-1e30f)
 #define ABREAST (W == 16 ? 2 * TILE : TILE)          /* slots scored at once, to hide an addition's latency */
+enum { MOST_QUERIES = W == 16 ? 8 : 4 };             /* that share a reading, as registers allow */
 
 /* W elements of a cache from `index` on. */
 INLINE vf load_cached(const void *base, size_t index, const int kind) {
@@ -40,19 +41,19 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     if (high > start + CHUNK) high = start + CHUNK;
     if (high > c->capacity) high = c->capacity;
     const size_t step = high > low ? align64(job->ahead_slots * dim * element / (high - low)) : 0;   /* bytes a slot */
-    float score[4][CHUNK];                           /* then weights: exp(score - most), times the value's scale */
-    vf most[4], lanes = {0};
+    float score[MOST_QUERIES][CHUNK];                /* then weights: exp(score - most), times the value's scale */
+    vf most[MOST_QUERIES], lanes = {0};
     for (int i = 0; i < W; i++) lanes[i] = i;
     EACH(i, N) most[i] = splat(NO_SCORE);
-    const float *query[4];
+    const float *query[MOST_QUERIES];
     EACH(i, N) query[i] = job->query[first + i];
     const int from = low / ABREAST * ABREAST;
     for (int slot = from; slot < high; slot += ABREAST) {
-        vf s[4][ABREAST / W];
+        vf s[MOST_QUERIES][ABREAST / W];
         EACH(i, N) EACH(p, ABREAST / W) s[i][p] = splat(0);
         const size_t block = (size_t)slot * dim;
         for (int d = 0; d < dim; d++) {
-            fetch(v + ((size_t)slot * padded + d * ABREAST) * element, ABREAST * element);
+            if (!first) fetch(v + ((size_t)slot * padded + d * ABREAST) * element, ABREAST * element);
             EACH(p, ABREAST / W) {
                 vf key = load_cached(k, block + (p / PARTS * dim + d) * TILE + p % PARTS * W, kind);
                 EACH(i, N) s[i][p] = key * splat_at(query[i] + d) + s[i][p];
@@ -80,13 +81,14 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
         }
         out[0] = top, out[1] = total(sum);
     }
-    for (int d = 0; d < padded; d += 64) {
-        const int vectors = 64 / W, used = padded - d < 64 ? (padded - d) / W : vectors;
-        vf acc[4][64 / W];
+    const int vectors = (N > 4 ? 32 : 64) / W;       /* of values at once: each query has as many sums */
+    for (int d = 0; d < padded; d += vectors * W) {
+        const int used = padded - d < vectors * W ? (padded - d) / W : vectors;
+        vf acc[MOST_QUERIES][64 / W];
         EACH(i, N) EACH(n, vectors) acc[i][n] = splat(0);
         if (used == vectors)
             for (int slot = low; slot < high; slot++) {
-                if (!d && step) fetch(job->ahead + (slot - low) * step, step);
+                if (!d && !first && step) fetch(job->ahead + (slot - low) * step, step);
                 EACH(n, vectors) {
                     vf value = load_cached(v, (size_t)slot * padded + d + n * W, kind);
                     EACH(i, N) acc[i][n] = value * splat_at(&score[i][slot - start]) + acc[i][n];
@@ -103,21 +105,25 @@ INLINE void attend_some(const attention_job *job, int first, const int N, const 
     }
 }
 
-/* A function for 1 to 4 queries and each kind of cache. */
+/* A function for so many queries and each kind of cache. */
 typedef void attend_kernel(const attention_job *, int first, int start, float *state, size_t stride);
 #define ATTEND_KERNEL(N, kind) \
     FUNCTION void attend_##N##_##kind(const attention_job *job, int first, int start, float *state, size_t stride) { \
         attend_some(job, first, N, kind, start, state, stride); }
 #define ATTEND_ENTRY(N, kind) [N][kind] = attend_##N##_##kind,
+#if W == 16
+#define EVERY_COUNT(X, kind) X(1, kind) X(2, kind) X(3, kind) X(4, kind) X(8, kind)
+#else
 #define EVERY_COUNT(X, kind) X(1, kind) X(2, kind) X(3, kind) X(4, kind)
+#endif
 #define EVERY_KIND(X) EVERY_COUNT(X, EW_FLOAT32) EVERY_COUNT(X, EW_FLOAT16) EVERY_COUNT(X, EW_INT8)
 EVERY_KIND(ATTEND_KERNEL)
-static attend_kernel *const attend_by[5][EW_INT8 + 1] = {EVERY_KIND(ATTEND_ENTRY)};
+static attend_kernel *const attend_by[MOST_QUERIES + 1][EW_INT8 + 1] = {EVERY_KIND(ATTEND_ENTRY)};
 
 /* One chunk of the job (core.h), to state [queries][stride]. */
 FUNCTION void attend(const attention_job *job, int start, float *state, size_t stride) {
     for (int i = 0, n; i < job->queries; i += n) {
-        n = job->queries - i >= 4 ? 4 : job->queries - i;
+        n = job->queries - i >= MOST_QUERIES ? MOST_QUERIES : job->queries - i >= 4 ? 4 : job->queries - i;
         attend_by[n][job->cache->kind](job, i, start, state, stride);
     }
 }

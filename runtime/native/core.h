@@ -49,7 +49,7 @@ typedef struct {
     float *f;                                        /* [rows][blocks * 32] */
     int8_t *q;                                       /* [rows * blocks][32]: value = q * scale; or NULL */
     float *scale;                                    /* [rows * blocks] */
-    int32_t *sum;                                    /* [rows * blocks]: minus the sum of q, for the zero point */
+    int32_t *sum;                                    /* [rows * blocks]: -8 times the sum of q, for the zero point */
 } activations;
 
 typedef struct { float *weight, *bias; int parts; } norm;    /* [n]; NULL: none; parts are normalized by themselves */

@@ -148,9 +148,10 @@ INLINE void multiply_codes(const matrix *m, const uint8_t *tile, const activatio
             if (int8) {
                 vi s[8];
                 EACH(i, bits) __builtin_prefetch(block + AHEAD + 64 * i, 0, 2);      /* to L2; beyond this tile */
-                EACH(r, R) {                         /* sum holds minus the sum of q */
+                EACH(r, R) {                         /* sum holds -8 times the sum of q: what 4 bits take as it is */
                     vi minus = splat_int(sum[r]);
-                    s[r] = asymmetric ? minus * zero : zero_bits < 0 ? splat_int(0) : (vi)((vu)minus << zero_bits);
+                    s[r] = asymmetric ? (minus >> 3) * zero : zero_bits < 0 ? splat_int(0)
+                           : zero_bits < 3 ? minus >> (3 - zero_bits) : (vi)((vu)minus << (zero_bits - 3));
                 }
                 EACH(j, 8) {
                     vi w = bytes_of(block, bits, levels, j, table);
@@ -288,7 +289,7 @@ INLINE void quantize_blocks(const float *f, int n, int8_t *q, float *scale, int3
             memcpy(q + k, &bytes, W);
             all += rounded;
         }
-        scale[b * stride] = scales[b], sum[b * stride] = -total_int(all);
+        scale[b * stride] = scales[b], sum[b * stride] = -8 * total_int(all);
     }
 }
 

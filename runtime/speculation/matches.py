@@ -20,7 +20,7 @@ from collections.abc import Iterable
 LEAST = 2                         # tokens of a match
 LONGEST = 32                      # tokens that are compared
 TRIES = 8
-TRUSTED, TOKENS_LOST, AHEAD = 4, 8, 64
+TRUSTED, TOKENS_LOST, AHEAD = 6, 8, 64
 
 
 class Matches:

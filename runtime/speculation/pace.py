@@ -12,7 +12,8 @@ beyond, and never more than what a pass of more tokens took. Plain steps are mea
 or twice is forgotten after FORGET plain steps, since it may have been somebody else's fault.
 
 The plan has the most tokens by time: (rows + expected held guesses) / (ratio + time to look and to make the guesses), where the chance
-that guess j holds is the product of its own and those before it. It is nothing unless that beats plain decoding by MARGIN. Looking for
+that guess j holds is the product of its own and those before it. It is nothing unless that beats plain decoding by MARGIN, and
+longer only where that is CLEARLY better (or was never tried): far guesses are known least, and fail at the highest cost. Looking for
 guesses in vain takes at most LOOKING of the time, or LONGEST_REST steps go by between two looks: of a tiny model it costs as much as
 a step. A reply pays its first looks, FIRST_LOOKS steps of them, without rest, and later ones from what guesses have won beyond PUT_BY.
 
@@ -31,7 +32,7 @@ from operator import mul
 MOST = 15                         # guesses of a row in a pass
 MOST_TOKENS = 31                  # tokens of a pass: with AMX, larger ones round otherwise (native/backend.py)
 PRIOR = 0.1                       # of a plain step: what a further token adds at least, where that was not measured
-MARGIN = 1.03
+MARGIN, CLEARLY = 1.03, 1.05
 SHARE, START, MOST_WON = 0.01, 0.7, 4.0
 LOOKING, LONGEST_REST, FIRST_LOOKS, PUT_BY = 0.01, 32, 0.5, 0.5
 _LEAST_RISK = 0.5                 # of what a pass would lose if nothing held, however sure its guesses are
@@ -132,7 +133,7 @@ class Pace:
         held = [[0.0, *accumulate(row)] for row in reach]         # of so many guesses, how many hold on average
         may_lose = [left / max(_LEAST_RISK, 1 - row[0]) if row else 0.0 for row, left in zip(reach, spare)]
         best, best_rate, each, look, curve = none, rows * MARGIN, seconds / step, self.look(rows), self.curve(rows)
-        most = min(self._tried(rows), MOST_TOKENS - rows)
+        most, known = min(self._tried(rows), MOST_TOKENS - rows), self._widest.get(rows, 0)
         for counts in _mixed(reach) if together else _padded(reach):
             made = sum(counts)
             extra = made if together else rows * max(counts)
@@ -145,7 +146,7 @@ class Pace:
             if again:
                 cost += lost * max(1 - row[count - 1] for row, count in zip(reach, counts) if count)
             rate = (rows + sum([row[count] for row, count in zip(held, counts)])) / cost
-            if rate > best_rate:
+            if rate > best_rate * (1 if best is none or extra > known else CLEARLY):
                 best, best_rate = counts, rate
         return best
 

@@ -18,7 +18,7 @@ from runtime import Engine, decode
 from runtime.errors import UserError
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.speculation.drafter import Drafter
-from runtime.speculation.matches import LEAST, TOKENS_LOST, Matches
+from runtime.speculation.matches import LEAST, TOKENS_LOST, TRUSTED, Matches
 from runtime.speculation.odds import Odds
 
 VOCAB = 97
@@ -187,22 +187,22 @@ def test_a_copy_with_changes_is_taken_up_again():
     """A word replaced, some left out, one put in: a single token that the copied text goes on with is enough."""
     source = list(range(100, 200))
 
-    def after(tokens, begin=source[:6]):
+    def after(tokens, begin=source[:TRUSTED]):
         matches = Matches(source)
         for token in [*begin, *tokens]:
             matches.extend([token])
         return matches.skipped, matches.follow(3)
 
-    assert after([]) == (None, source[6:9])
+    assert TRUSTED == 6 and after([]) == (None, source[6:9])
     assert after([7]) == (None, [])                            # another word: where it ends is not known yet
     assert after([7, source[7]]) == (1, source[8:11])          # one for one
     assert after([7, 8, source[6]]) == (0, source[7:10])       # put in
     assert after([source[40]]) == (34, source[41:44])          # left out
-    assert after([7, source[7], *source[8:11]]) == (None, source[11:14])            # four held: a match like any other
+    assert after([7, *source[7:7 + TRUSTED]]) == (None, source[7 + TRUSTED:10 + TRUSTED])               # a match like any other
     assert after([7, source[7], 9, source[20]]) == (12, source[21:24])              # changed again
     assert after([source[80]]) == (None, [])                   # too far
     assert after([7] * TOKENS_LOST + [source[7]])[0] is None   # too late (and repeating itself)
-    assert after([7], source[:3]) == (None, []) and after([7, source[4]], source[:3]) == (None, [])     # three tokens are no copy
+    assert after([7], source[:4]) == (None, []) and after([7, source[5]], source[:4]) == (None, [])     # four tokens are no copy
 
 
 def test_odds_follow_what_was_seen():
