@@ -31,6 +31,7 @@ import importlib.util
 import math
 import os
 import re
+import select
 import sys
 import types
 import typing
@@ -209,7 +210,9 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
                 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of others; models.progress says a line a stage
         if isinstance(stage, str):
             stage = getattr(importlib.import_module(module), stage)
-        return stage(options) or 0
+        code = stage(options) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         said, code = f"error: {error}", 2
     except ModuleNotFoundError as error:
@@ -218,6 +221,10 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
             raise
         extra = EXTRAS.get(missing) or EXTRAS.get(room, "dev")
         said, code = f"error: this command needs {missing}, which is not installed: {pip_line(extra)}", 2
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141                                          # as if SIGPIPE had ended it: 128 and its number
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
@@ -228,6 +235,17 @@ def run(options_class, stage, argv=None, *, epilog: str | None = None) -> int:
         said, code = "interrupted", 130
     print(said, file=sys.stderr)
     return code
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more (`... | head`). Nothing is written to it from then on."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)       # for the flush at the interpreter's end
+    return True
 
 
 def list_commands(package: str, groups: dict[str, tuple[str, ...]], argv=None) -> int:

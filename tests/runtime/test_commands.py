@@ -308,6 +308,22 @@ def test_exit_codes_of_the_processes(bundle):
     assert changed.returncode == 1 and "weights.bin" in changed.stderr and "Traceback" not in changed.stderr
 
 
+def test_a_reader_that_leaves_ends_a_command_quietly():
+    """As in `python -m ... | head -1`, whether or not Python keeps what is printed for later; a socket's broken pipe is no reader."""
+    code = ("import sys; from dataclasses import dataclass; from runtime import cli\n"
+            "@dataclass(frozen=True)\nclass Options:\n    'A stage.'\n"
+            "def stage(options):\n    for i in range(100_000):\n        print(i, flush={})\n"
+            "def other(options):\n    raise BrokenPipeError(32, 'of a socket')\n"
+            "raise SystemExit(cli.run(Options, {}, []))")
+    for flush in (True, False):
+        with subprocess.Popen([sys.executable, "-c", code.format(flush, "stage")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "0\n"
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait(30)) == ("", 141)
+    done = run("-c", code.format(True, "other"))
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
 def test_importing_the_runtime_is_light():
     """No torch and nothing of training; ONNX Runtime, Jinja and OpenSSL only when they are needed."""
     code = ("import sys, runtime; assert 'numpy' not in sys.modules; from runtime import Engine; import runtime.chat, runtime.bench, "
