@@ -11,6 +11,10 @@ against the teacher. What is written has rounded scales and frozen codes: a quan
 
 Small steps matter: a learning rate of 1e-4 moves a scale by at most one part in a hundred over a hundred steps, and a weight whose
 latent moves by less than half a step of its codes over the run may not move at all. The coarser the codes, the more there is to win.
+Nor may latents move far: Adam moves each by about its rate whatever its gradient, so the noise of batches carries all of them some
+rate * sqrt(0.4 steps) away, and many begin a tenth of a step from where their code ends. Where noise reaches that tenth, codes that
+were chosen with care are drawn by lot (SmolLM2 in 60 MB, 8e-3: KL 0.124, after 15 steps less, after 25 steps 0.170). So the rate falls
+with the root of the steps by default, to a quarter of a tenth: many steps at a low rate find what few at a high one cannot tell from noise.
 The embedding and the head keep their codes and scales.
 
 OUT is a run's folder as in models.train: last/ and best/ are checkpoints, --resume goes on where it stopped and ends with the same
@@ -20,6 +24,7 @@ after the last of them. Windows set aside (--eval-rows) show KL(teacher || stude
 Sources: Liu et al. 2023, "LLM-QAT" (distillation of a quantized model); Chen et al. 2024, "EfficientQAT" (blocks first, then all).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +40,7 @@ from runtime.cli import arg, run
 from runtime.errors import UserError
 from runtime.files import clear_work, lock, restored, work_folder
 
+MOST, WALK = 6e-3, 0.036          # steps of codes: the rate of weights, and what it is by the root of the updates, see above
 EXAMPLES = """examples:
   python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt -o build/mixed-recovered
   python -m compress.recover build/mixed --teacher build/smollm2-135m --data corpus.txt --train weights --steps 400 -o build/mixed-trained
@@ -57,7 +63,8 @@ class Options(DataOptions, TrainerOptions):
     batch: int = arg(4, help="windows that one update learns from", least=1, group="training")
     learning_rate: float = arg(1e-4, help="peak learning rate of scales (as factors) and norm gains", above=0, below=1,
                                group="training")
-    weight_rate: float = arg(5e-3, help="the same of weights, in steps of their codes", above=0, below=1, group="training")
+    weight_rate: float | None = arg(None, help=f"the same of weights, in steps of their codes (by default {MOST}, of more than 36 --steps {WALK} by their root)",
+                                    above=0, below=1, group="training")
     block_steps: int = arg(40, help="updates of each layer by itself, before; 0: none", least=0, group="training")
     block_rate: float = arg(1e-2, help="peak learning rate of weights in them, in steps of their codes", above=0, below=1, group="training")
     weight_decay: float = arg(0.0, help="decay of the factors towards the scales they were", least=0, group="training")
@@ -123,9 +130,14 @@ def recover(options: Options) -> None:
     quantized = sum(module.tensor.codes.numel() for module in student.modules() if isinstance(module, CodedLinear))
     options = with_defaults(options, length, student, state, beside=5 * quantized)       # a code, and the weight made of it
     fit(trainer_of(Distiller(student, None, Losses(kl), shared), options, train, valid, partial(_save, checkpoint, options, inputs),
-                   inputs, rates=rates(options.learning_rate, options.weight_rate)))
+                   inputs, rates=rates(options.learning_rate, options.weight_rate or default_rate(options.steps))))
     if state.is_main_process:
         clear_work(options.out)
+
+
+def default_rate(steps: int) -> float:
+    """Peak learning rate of weights, in steps of their codes, of a run of so many updates."""
+    return min(MOST, WALK / math.sqrt(steps))
 
 
 def _check_layers(checkpoint: Checkpoint, teacher: Checkpoint) -> None:

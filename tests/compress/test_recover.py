@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from compress.quantize import main as quantize
 from compress.layerwise import Walk
-from compress.recover import _tensors, main
+from compress.recover import MOST, _tensors, default_rate, main
 from compress.recovering.blocks import _Near
 from compress.recovering.coded import CodedLinear, coded
 from compress.quantizing.rtn import round_to_nearest
@@ -139,6 +139,15 @@ def test_weights_bring_it_nearer_layer_by_layer_and_again_as_a_whole(world, capf
     for name, form in one.quantization.tensors.items():
         codes = other.quantized(name).codes
         assert torch.equal(one.quantized(name).codes, codes) == ("embed" in name) and int(codes.max()) < 2**form.bits
+
+
+def test_the_rate_of_weights_falls_with_the_root_of_the_steps(world):
+    """So that as far as noise carries a latent does not depend on how long a run is."""
+    assert [default_rate(steps) for steps in (1, 36, 144, 3600)] == pytest.approx([MOST, MOST, MOST / 2, MOST / 10])
+    common = ("--train", "weights", "--steps", 4, "--block-steps", 0)
+    assert recover(world, "default", *common) == recover(world, "told", *common, "--weight-rate", MOST) == 0
+    one, other = (open_checkpoint(world[1] / f"{name}/last") for name in ("default", "told"))
+    assert all(torch.equal(one.read(name), other.read(name)) for name in one.names())
 
 
 @pytest.mark.parametrize("form", (BYTES, ZEROS))
