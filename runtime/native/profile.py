@@ -20,6 +20,7 @@ from .backend import CACHE_DTYPES, NativeBackend
 EXAMPLES = """examples:
   %(prog)s build/smollm2-135m-int4
   %(prog)s build/smollm2-135m-int4 --threads 1 --context 4000
+  %(prog)s build/smollm2-135m-int4 --tokens 8                     # as seven guesses are checked
 """
 _PARTS = {"qkv": ("q", "k", "v", "qkv", "attn_gate", "delta_in", "delta_qkv", "delta_z", "delta_b", "delta_a", "mamba_in", "mamba_z",
                   "mamba_xbc", "mamba_dt"),
@@ -36,6 +37,7 @@ class Options(Checked):
     threads: int | None = arg(None, help="threads of the core (default: every available CPU)", least=1)
     context: int = arg(128, help="filled slots of the cache at the first step", least=1)
     rows: int = arg(1, help="rows decoded together", least=1)
+    tokens: int = arg(1, help="tokens that each of them takes in a step, all with logits, as guesses are checked", least=1, most=31)
     steps: int = arg(64, help="steps to average over", least=1)
     cache_dtype: str = arg("float16", help="dtype of the KV cache", choices=CACHE_DTYPES)
 
@@ -73,28 +75,28 @@ def profile(options: Options) -> None:
     bundle = open_bundle(options.bundle)
     speed = bandwidth()
     backend = NativeBackend(bundle, threads=options.threads, cache_dtype=options.cache_dtype)
-    cache = backend.new_cache(options.rows, options.context + options.steps + 8)
-    tokens, zeros = np.ones((options.rows, 1), np.int64), np.zeros((options.rows, 1), np.int64)
-    slot = itertools.count(options.context)
+    cache = backend.new_cache(options.rows, options.context + (options.steps + 8) * options.tokens)
+    tokens, zeros = np.ones((options.rows, options.tokens), np.int64), np.zeros((options.rows, 1), np.int64)
+    slot, wanted = itertools.count(options.context, options.tokens), np.tile(np.arange(options.tokens), (options.rows, 1))
 
     def steps(count: int) -> None:
         for i in range(count):
-            backend.forward(tokens, None, np.full(options.rows, next(slot)), zeros, cache)
+            backend.forward(tokens, None, np.full(options.rows, next(slot)), wanted, cache)
 
     backend.forward(np.ones((options.rows, options.context), np.int64), None, zeros[:, 0], zeros, cache)
     steps(8)
     backend.profile(True)
     steps(options.steps)
     spent = backend.profile(False)
-    moved = part_bytes(bundle, backend, options.context + options.steps // 2, options.rows)
+    moved = part_bytes(bundle, backend, options.context + options.steps * options.tokens // 2, options.rows)
     lines = []
     for part, total in [*spent.items(), ("step", sum(spent.values()))]:
         size = sum(moved.values()) if part == "step" else moved.get(part, 0)
         us = total / options.steps
         lines.append({"part": part, "us": f"{us:.1f}", "MB": f"{size / 1e6:.2f}", "GB/s": f"{size / us / 1e3:.1f}" if us else "",
                       "wall us": f"{size / speed / 1e3:.1f}", "of the wall": f"{size / speed / 1e3 / us:.0%}" if us else ""})
-    print(f"{cpu_name()}, {backend.threads} threads, {backend.isa}, {speed:.0f} GB/s measured; {options.rows} rows at "
-          f"{options.context} slots, {options.cache_dtype} cache")
+    print(f"{cpu_name()}, {backend.threads} threads, {backend.isa}, {speed:.0f} GB/s measured; {options.rows} rows of "
+          f"{options.tokens} tokens at {options.context} slots, {options.cache_dtype} cache")
     print(table(lines))
     backend.close()
 
