@@ -1,6 +1,7 @@
 """Drafts on real bundles of tiny models: files of n-grams and models as drafts, on the native core and on ONNX Runtime; and the core's
 pass over a different number of tokens a row against its own steps."""
 
+import itertools
 import json
 import shutil
 import struct
@@ -18,7 +19,7 @@ from runtime.errors import UserError
 from runtime.native import library
 from runtime.native.backend import NativeBackend
 from runtime.sampling import Sampler, SamplingOptions
-from runtime.speculation.draft_model import DraftModel
+from runtime.speculation.draft_model import DraftModel, ModelGuesses
 from runtime.speculation.drafter import Drafter
 from runtime.speculation.ngrams import read_ngrams
 
@@ -108,6 +109,13 @@ def test_files_that_are_no_ngrams_of_this_model_are_refused(counted, tmp_path):
 PROMPT = "the gull sat on the mast of the ship and the gull sat on the mast of"
 
 
+class OfTheDraft(Sure):
+    """What a draft guesses is thought to hold, and nothing else."""
+
+    def chance(self, kind):
+        return super().chance(kind) if kind == "model" else 0.0
+
+
 @pytest.mark.parametrize("provider", ["native", "cpu"])
 @pytest.mark.parametrize("family", ["smollm2", "lfm2", "granite4_h"])
 def test_replies_are_the_same_with_every_draft(tiny_bundle, family, provider):
@@ -125,24 +133,28 @@ def test_replies_are_the_same_with_every_draft(tiny_bundle, family, provider):
             assert [p.result(60).tokens for p in pending] == [reply.tokens for reply in wanted]
             again = engine.generate([PROMPT, PROMPT[:9], "ship"], **one, ignore_model_stop=True)
             assert [reply.tokens for reply in again] == [reply.tokens for reply in wanted]
+        engine.speculation.odds = OfTheDraft()
         alone = engine.submit(PROMPT, **options[1], ignore_model_stop=True)
         alone.result(60)
         drafter = alone.draft.sequence.drafter
         assert drafter.guessed > 30 and drafter.held > 0.9 * drafter.guessed
 
 
-def test_a_draft_that_fails_ends_nobodys_reply(tiny_bundle):
+def test_a_draft_that_fails_ends_nobodys_reply(tiny_bundle, monkeypatch):
     _, path = tiny_bundle("smollm2", 4)
     with Engine(path, provider="native", speculate="off") as plain:
         expected = plain.generate(PROMPT, max_new_tokens=70, temperature=1.0, seed=2)[0].tokens
     with Engine(path, provider="native", speculate=path) as engine:
         engine.speculation.pace = Everything()
-        draft = engine.speculation._draft.backend
-        pending = engine.stream(PROMPT, max_new_tokens=70, temperature=1.0, seed=2)
-        next(pending)
-        draft.close()
-        assert "".join(pending) is not None and pending.reply.tokens == expected
-        assert engine.speculation._draft.backend is None
+        draft, take, guesses = engine.speculation._draft.backend, ModelGuesses._take, itertools.count(1)
+
+        def closed_at_the_second(source, count):
+            if next(guesses) == 2:
+                draft.close()
+            return take(source, count)
+        monkeypatch.setattr(ModelGuesses, "_take", closed_at_the_second)
+        assert engine.generate(PROMPT, max_new_tokens=70, temperature=1.0, seed=2)[0].tokens == expected
+        assert engine.speculation._draft.backend is None and next(guesses) == 3
 
 
 def test_a_long_reply_outgrows_the_drafts_cache(tiny_bundle, monkeypatch):
