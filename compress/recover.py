@@ -63,7 +63,8 @@ class Options(DataOptions, TrainerOptions):
     batch: int = arg(4, help="windows that one update learns from", least=1, group="training")
     learning_rate: float = arg(1e-4, help="peak learning rate of scales (as factors) and norm gains", above=0, below=1,
                                group="training")
-    weight_rate: float | None = arg(None, help=f"the same of weights, in steps of their codes (by default {MOST}, of more than 36 --steps {WALK} by their root)",
+    weight_rate: float | None = arg(None, help=f"the same of weights, in steps of their codes (by default {MOST}, of more than 36 --steps "
+                                               f"{WALK} by their root)",
                                     above=0, below=1, group="training")
     block_steps: int = arg(40, help="updates of each layer by itself, before; 0: none", least=0, group="training")
     block_rate: float = arg(1e-2, help="peak learning rate of weights in them, in steps of their codes", above=0, below=1, group="training")

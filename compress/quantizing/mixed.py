@@ -4,7 +4,7 @@
 
 The candidates are the widths a backend can run, in groups of 32, 64 and 128 (5 bits and more also one scale a row), where it runs them
 with 8-bit scales and, of 2 to 4 bits, with levels: at the same bytes these lose less than even steps and fp16 scales. Zero points
-are not among them: a byte a group buys with them what it buys as a smaller group (SmolLM2 in 92 MB: 0.3% less). What each
+are not among them: a byte a group buys with them what it buys as a smaller group (SmolLM2 in 92 MB: 0.3% less, by estimate). What each
 costs in KL comes from sensitivity.py, and allocate.py finds the best combination. A size counts every byte of a bundle's
 weights file: codes, scales, what is not quantized, RoPE's tables and the gaps that align tensors.
 """

@@ -60,9 +60,10 @@ class Pace:
         if self._quiet == FORGET:
             self._quiet, self._curves = 0, {}
             self._ratios = {key: seen for key, seen in list(self._ratios.items()) if len(seen) >= _SETTLED}
-            self._widest = {}
-            for rows, extra in self._ratios:
-                self._widest[rows] = max(extra, self._widest.get(rows, 0))
+            widest: dict[int, int] = {}
+            for some, extra in list(self._ratios):                 # a copy: other threads may add to them
+                widest[some] = max(extra, widest.get(some, 0))
+            self._widest = widest
 
     def passed(self, rows: int, extra: int, seconds: float) -> None:
         self._since[rows] = self._since.get(rows, 0) + 1
@@ -70,7 +71,7 @@ class Pace:
             key = rows, min(extra, MOST_TOKENS)
             self._ratios[key] = (self._ratios.get(key, ()) + (seconds / step,))[-_KEPT:]
             self._curves.pop(rows, None)
-            self._widest[rows] = max(extra, self._widest.get(rows, 0))
+            self._widest[rows] = max(key[1], self._widest.get(rows, 0))
 
     def looked(self, rows: int, seconds: float) -> None:
         if (step := self.step(rows)) is not None:
